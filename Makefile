@@ -1,0 +1,61 @@
+# Two commands: `make lab` opens the course, `make test` tests it. `make help` lists the rest.
+# The system's python3 makes .venv; PYTHON=python3.12 picks another one (3.11 to 3.13).
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := dali,engines,quant,codecs,profiling,dev
+NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 \
+	--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider
+# notebooks settle claims while they are tested: their ledger is not the learner's
+TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test verify report bench lint chromium clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+lab: .venv/.stamp  ## open the course in JupyterLab; ARGS="--no-browser --port 8899" is passed on
+	@$(BIN)/python tools/lab.py $(ARGS)
+
+test: lint  ## lint, unit tests with doctests, every notebook cell by cell
+	$(BIN)/python -m pytest
+	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) notebooks
+
+verify: lint  ## the same with the full sweeps (minutes)
+	$(BIN)/python -m pytest -m "slow or not slow"
+	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) notebooks
+
+report: .venv/.stamp  ## run every notebook; write report.html and ledger.json
+	$(BIN)/python -m dlhelpers report --run
+
+bench: .venv/.stamp-bench  ## install the peers and run the benchmarks
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+lint: .venv/.stamp  ## ruff, notebooks included, and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+chromium:  ## install Chromium for the browser tests (Debian and Ubuntu, as root)
+	@command -v chromium >/dev/null || { \
+	  command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	     chromium fonts-dejavu-core >/dev/null; } \
+	|| echo "no Chromium: the browser tests will be skipped; install it by your system's means"
+
+clean:  ## remove the environment and what was generated; never work/
+	rm -rf .venv report.html ledger.json .pytest_cache .ruff_cache .hypothesis
+
+# the stamp is newer than pyproject.toml unless something has to be installed
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
+	"Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d: install one and say make PYTHON=python3.12" \
+	% v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@touch $@
+
+.venv/.stamp-bench: .venv/.stamp
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS),bench]"
+	@touch $@

@@ -1,0 +1,49 @@
+"""Deep learning, measured: tools that settle PyTorch tips by experiment.
+
+Submodules load on first use, so ``import dlhelpers`` costs nothing and
+``dlhelpers.pairing.check(...)`` works without a second import:
+
+========================  ====================================================================
+``dlhelpers.measure``     is one function faster than another? with an interval and an outcome
+``dlhelpers.machine``     what this machine is and what its peaks are
+``dlhelpers.claims``      a tip as a claim, its evidence, its verdict, the ledger's row
+``dlhelpers.pairing``     does this loss want what the model's last layer gives?
+``dlhelpers.data``        real digits and photographs without a network
+``dlhelpers.training``    a small, seeded training loop
+``dlhelpers.exercises``   check, hint and solution of the course's exercises
+``dlhelpers.plots``       one style for all figures, with alt text
+``dlhelpers.report``      the ledger as one page
+========================  ====================================================================
+"""
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_SUBMODULES = (
+    "claims",
+    "data",
+    "exercises",
+    "findings",
+    "ledger",
+    "machine",
+    "measure",
+    "notebook",
+    "pairing",
+    "plots",
+    "report",
+    "training",
+)
+
+__all__ = ["__version__", *_SUBMODULES]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,75 @@
+"""What a check of the reader's own model found: where, what, why, and the remedy as code.
+
+A finding is an ``error`` where something is certain to be wrong, a ``suspicion`` where the
+values look wrong and a healthy program could still produce them.
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Finding", "Findings", "Severity"]
+
+Severity = Literal["error", "suspicion"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One entry of a check.
+
+    Attributes:
+        name: stable identifier, such as ``softmax-into-cross-entropy``.
+        severity: ``error`` or ``suspicion``.
+        what: what was seen, with the values.
+        why: what it does to training or inference.
+        remedy: code that mends it.
+        where: ``file.py:12``, a module's path in the model, or empty.
+    """
+
+    name: str
+    severity: Severity
+    what: str
+    why: str
+    remedy: str
+    where: str = ""
+
+    def __str__(self) -> str:
+        place = f" at {self.where}" if self.where else ""
+        return (
+            f"{self.severity}: {self.name}{place}\n"
+            f"  what    {self.what}\n  why     {self.why}\n  remedy  {self.remedy}"
+        )
+
+
+class Findings(list[Finding]):
+    """A list of findings that prints and displays itself.
+
+    >>> print(Findings())
+    nothing found
+    """
+
+    @property
+    def errors(self) -> Findings:
+        """The findings of severity ``error`` alone."""
+        return Findings(finding for finding in self if finding.severity == "error")
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "nothing found"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        if not self:
+            return "<p>Nothing found.</p>"
+        rows = "".join(
+            f"<tr style='text-align:left;vertical-align:top'><td><b>{html.escape(f.severity)}</b>"
+            f"</td><td>{html.escape(f.name)}<br><small>{html.escape(f.where)}</small></td>"
+            f"<td style='text-align:left'>{html.escape(f.what)}<br>{html.escape(f.why)}</td>"
+            f"<td style='text-align:left'><code style='white-space:pre-wrap'>"
+            f"{html.escape(f.remedy)}</code></td></tr>"
+            for f in self
+        )
+        head = "<tr><th></th><th>finding</th><th>what and why</th><th>remedy</th></tr>"
+        return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"

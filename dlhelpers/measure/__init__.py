@@ -1,0 +1,40 @@
+"""Is this one faster than that one, on this machine, beyond its noise?
+
+Both callables run in pairs, in an order drawn anew for each pair, so that whatever slows the
+machine slows both. Pair i gives the ratio r_i = baseline time / candidate time, and
+
+    speedup = exp(median over i <= j of (log r_i + log r_j) / 2)        (Hodges-Lehmann)
+
+with the confidence interval that inverts Wilcoxon's signed-rank test. The drawn order makes the
+sign of log r_i a fair coin when both do the same work, whatever the noise and however long it
+lasts, which is all that the test asks for.
+
+The data are looked at several times, to stop as soon as the answer is settled. The error
+probability 1 - confidence is divided over the looks (half of it kept for the last one), so that
+all the intervals together cover with the stated confidence and stopping early costs no extra
+false outcomes: Bonferroni's bound on the repeated confidence intervals of Jennison & Turnbull.
+
+Sources: Hodges & Lehmann 1963, doi:10.1214/aoms/1177704172 (estimate and interval);
+Jennison & Turnbull 1989, J. R. Statist. Soc. B 51(3), 305-361 (repeated confidence intervals);
+Kalibera & Jones 2013, doi:10.1145/2491894.2464160 (ratios of times, with intervals).
+"""
+
+from dlhelpers.measure.comparison import (
+    Comparison,
+    Comparisons,
+    Outcome,
+    compare,
+    compare_many,
+)
+from dlhelpers.measure.estimates import Estimate, estimate_difference, estimate_mean
+
+__all__ = [
+    "Comparison",
+    "Comparisons",
+    "Estimate",
+    "Outcome",
+    "compare",
+    "compare_many",
+    "estimate_difference",
+    "estimate_mean",
+]

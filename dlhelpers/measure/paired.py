@@ -1,0 +1,150 @@
+"""Rounds of interleaved samples in random order, warmed up and calibrated, within a budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from dlhelpers.measure.intervals import Interval, plan_looks, signed_rank_interval
+
+__all__ = ["Race", "Timer"]
+
+_SAMPLE_S = 1e-3  # one sample lasts this long at least: 10,000 times the timer's resolution
+_MAX_PAIRS = 1000  # longer budgets make samples longer, not more
+_clock = time.perf_counter  # tests put a fake clock here
+
+
+class Race:
+    """Rounds of interleaved samples, and the looks at them."""
+
+    def __init__(
+        self,
+        functions: Mapping[str, Callable[[], Any]],
+        baseline: str,
+        timer: Timer,
+        budget_s: float,
+    ) -> None:
+        self._start = _clock()
+        self.functions, self.baseline, self.timer = functions, baseline, timer
+        self.deadline = self._start + budget_s
+        self.samples: dict[str, list[float]] = {name: [] for name in functions}
+        self.intervals: dict[str, Interval] = {}
+        self.running = [name for name in functions if name != baseline]
+        self.rng = random.Random()  # its own: neither reads nor moves the caller's random state
+        share_s = budget_s / len(functions)
+        self.numbers = {
+            name: _calibrate(timer, function, share_s) for name, function in functions.items()
+        }
+        most, least = max(self.numbers.values()), min(self.numbers.values())
+        if most <= 4 * least:  # equal repeats leave no difference but the work itself
+            self.numbers = dict.fromkeys(self.numbers, most)
+
+    def run(self, alpha: float, is_settled: Callable[[Interval], bool]) -> None:
+        """Measure until every candidate is settled or the budget is spent."""
+        begin = _clock()
+        self._round()  # one at least, whatever warming up has cost
+        round_s = _clock() - begin
+        measuring_s = self.deadline - begin
+        for share, alpha_look in plan_looks(measuring_s / max(round_s, 1e-9), alpha):
+            until = begin + share * measuring_s
+            while _clock() + round_s <= until:
+                self._round()
+                round_s = (_clock() - begin) / len(self.samples[self.baseline])
+            for name in tuple(self.running):
+                self.intervals[name] = signed_rank_interval(self.log_ratios(name), alpha_look)
+                if is_settled(self.intervals[name]):
+                    self.running.remove(name)
+            if not self.running:
+                return
+
+    def _round(self) -> None:
+        order = [self.baseline, *self.running]
+        self.rng.shuffle(order)
+        for name in order:
+            number = self.numbers[name]
+            seconds = self.timer.sample(self.functions[name], number)
+            self.samples[name].append(max(seconds, 1e-9) / number)
+
+    def log_ratios(self, name: str) -> np.ndarray:
+        """Return log(baseline time / this candidate's time), one for each round it ran in."""
+        # a settled candidate stops running: its samples belong to the first rounds
+        own = self.samples[name]
+        return np.log(self.samples[self.baseline][: len(own)]) - np.log(own)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start, warm-up included."""
+        return _clock() - self._start
+
+    def seconds(self, name: str) -> float:
+        """Median seconds of one call."""
+        return median(self.samples[name])
+
+
+class Timer:
+    """Times a number of calls, in seconds, on the CPU's clock or on CUDA's."""
+
+    def __init__(self, setup: Callable[[], Any] | None, cache: str) -> None:
+        torch = sys.modules.get("torch")  # a caller without torch does not pay for its import
+        self.cuda = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+        if self.cuda:
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.cold = cache == "cold"
+        self.before_each = [setup] if setup else []
+        if self.cold:
+            self.before_each.append(_cache_sweeper())
+
+    def sample(self, function: Callable[[], Any], number: int) -> float:
+        """Return the seconds that ``number`` calls took, preparations not counted."""
+        if not self.before_each:
+            return self._time(function, number)
+        seconds = 0.0
+        for _ in range(number):
+            for prepare in self.before_each:
+                prepare()
+            seconds += self._time(function, 1)
+        return seconds
+
+    def _time(self, function: Callable[[], Any], number: int) -> float:
+        repeats = itertools.repeat(None, number)
+        if self.cuda:
+            begin, end = self.events
+            begin.record()
+            for _ in repeats:
+                function()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+        started = _clock()
+        for _ in repeats:
+            function()
+        return _clock() - started
+
+
+def _cache_sweeper() -> Callable[[], Any]:
+    from dlhelpers.machine import describe
+
+    buffer = np.zeros(2 * describe().llc_bytes // 8)
+    return lambda: np.add(buffer, 1.0, out=buffer)
+
+
+def _calibrate(timer: Timer, function: Callable[[], Any], share_s: float) -> int:
+    """Warm up for a twentieth of the function's share; return the calls that make a sample."""
+    begin = _clock()
+    fastest = math.inf
+    for call in itertools.count():
+        fastest = min(fastest, timer.sample(function, 1))
+        if _clock() - begin > share_s / 20 and (call > 0 or _clock() - begin > share_s / 4):
+            break
+    if timer.cold:
+        return 1
+    sample_s = max(_SAMPLE_S, share_s / _MAX_PAIRS)
+    return max(1, round(sample_s / max(fastest, 1e-9)))

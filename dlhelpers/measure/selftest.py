@@ -1,0 +1,178 @@
+"""Does `compare` keep its promises on this machine, loaded and quiet?
+
+Every trial compares two callables whose work is known: n and (1 - d) n multiplications of the
+same small matrices, so that the true speedup is 1 / (1 - d). A second process that keeps one
+core busy for random stretches is the load. A false outcome is `faster` or `slower` where the
+work is equal, or `faster` where the difference lies inside the negligible band.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from dlhelpers.measure.comparison import Comparison, compare
+
+__all__ = ["PLAN", "Trial", "TrialResult", "busy_neighbour", "run", "workload"]
+
+_LOAD = """
+import os, random, sys, time
+parent = os.getppid()
+while os.getppid() == parent:
+    until = time.perf_counter() + random.uniform(0.05, 0.5)
+    while time.perf_counter() < until:
+        pass
+    time.sleep(random.uniform(0.05, 0.5))
+"""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Repeated comparisons of one known difference.
+
+    Attributes:
+        less_work: share of the work that the candidate is spared, 0 for the thing against itself.
+        budget_s: seconds for each comparison.
+        loaded: whether a second process loads a core on and off meanwhile.
+        runs: comparisons of the full selftest.
+        promise: the share of ``faster`` promised: at least this much, or at most where
+            ``at_most``.
+        at_most: the promise is an upper bound, on false outcomes.
+    """
+
+    less_work: float
+    budget_s: float
+    loaded: bool
+    runs: int
+    promise: float
+    at_most: bool
+
+    def __str__(self) -> str:
+        work = f"{self.less_work:.0%} less work" if self.less_work else "same work (A/A)"
+        return f"{work}, {'loaded' if self.loaded else 'quiet'}, {self.budget_s:g} s"
+
+
+PLAN = (
+    Trial(0.00, 1.0, loaded=True, runs=200, promise=0.05, at_most=True),
+    Trial(0.00, 1.0, loaded=False, runs=50, promise=0.05, at_most=True),
+    Trial(0.02, 2.0, loaded=True, runs=100, promise=0.05, at_most=True),
+    Trial(0.05, 2.0, loaded=False, runs=50, promise=0.9, at_most=False),
+    Trial(0.10, 2.0, loaded=True, runs=50, promise=0.9, at_most=False),
+    Trial(0.20, 2.0, loaded=True, runs=50, promise=0.9, at_most=False),
+)
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """Counts over the comparisons of one trial.
+
+    Attributes:
+        trial: what was tried.
+        runs: number of comparisons.
+        outcomes: outcome -> count.
+        covered: how often the interval held the true speedup.
+        seconds: mean seconds of a comparison.
+    """
+
+    trial: Trial
+    runs: int
+    outcomes: dict[str, int]
+    covered: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Share of ``faster``; of ``faster`` or ``slower`` where the work is the same."""
+        wrong_way = self.outcomes["slower"] if self.trial.less_work == 0 else 0
+        return (self.outcomes["faster"] + wrong_way) / self.runs
+
+    @property
+    def kept(self) -> bool:
+        """Whether the promise was kept."""
+        if self.trial.at_most:
+            return self.rate <= self.trial.promise
+        return self.rate >= self.trial.promise
+
+    HEADER = (
+        f"{'trial':<34} {'runs':>5} {'faster':>7} {'slower':>7} {'no diff.':>8} {'undecided':>9}"
+        f" {'rate':>6} {'promised':>9} {'covered':>8} {'s each':>7}"
+    )
+
+    def __str__(self) -> str:
+        sign = "<=" if self.trial.at_most else ">="
+        counts = self.outcomes
+        return (
+            f"{self.trial!s:<34} {self.runs:>5} {counts['faster']:>7} {counts['slower']:>7}"
+            f" {counts['no difference']:>8} {counts['undecided']:>9} {self.rate:>6.1%}"
+            f" {sign + format(self.trial.promise, '.0%'):>9} {self.covered / self.runs:>8.1%}"
+            f" {self.seconds:>7.2f}{'' if self.kept else '  NOT KEPT'}"
+        )
+
+
+def run(
+    *,
+    runs: int | None = None,
+    plan: tuple[Trial, ...] = PLAN,
+    compare: Callable[..., Comparison] = compare,
+    progress: bool = True,
+) -> Iterator[TrialResult]:
+    """Yield the result of each trial of the plan as it ends.
+
+    Args:
+        runs: comparisons for each trial; None takes each trial's own number (about ten minutes
+            at most in all).
+        plan: the trials.
+        compare: the comparison under test.
+        progress: shows a progress bar.
+    """
+    from tqdm.auto import tqdm
+
+    for trial in plan:
+        truth = 1 / (1 - trial.less_work)
+        baseline, candidate = workload(1.0), workload(1 - trial.less_work)
+        rows = []
+        with busy_neighbour() if trial.loaded else nullcontext():
+            for _ in tqdm(
+                range(runs or trial.runs),
+                desc=str(trial),
+                leave=False,
+                disable=None if progress else True,  # None: no bar where nobody watches
+            ):
+                rows.append(compare(baseline, candidate, budget_s=trial.budget_s))
+        outcomes = ("faster", "slower", "no difference", "undecided")
+        yield TrialResult(
+            trial,
+            runs=len(rows),
+            outcomes={name: sum(row.outcome == name for row in rows) for name in outcomes},
+            covered=sum(row.low <= truth <= row.high for row in rows),
+            seconds=sum(row.elapsed_s for row in rows) / len(rows),
+        )
+
+
+def workload(share: float, *, multiplications: int = 200) -> Callable[[], Any]:
+    """Return a callable that does ``share`` of a fixed number of 64 x 64 multiplications."""
+    import torch
+
+    matrix = torch.full((64, 64), 1 / 64)
+    count = round(share * multiplications)
+
+    def multiply() -> None:
+        for _ in range(count):
+            torch.mm(matrix, matrix)
+
+    return multiply
+
+
+@contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """Load one core on and off with a second process, which ends with the block."""
+    process = subprocess.Popen([sys.executable, "-c", _LOAD])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
