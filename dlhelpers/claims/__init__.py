@@ -1,0 +1,39 @@
+"""What becomes of a tip when it is measured?
+
+A tip is a sentence that people repeat. A claim is that tip with a metric, a threshold and the
+conditions it is tried in. Evidence of one condition meets the threshold, misses it, or its
+interval straddles it; the verdict of the claim follows from all of them:
+
+    all meet it: holds    all miss it: fails    some meet and some miss it: depends
+    a straddling interval, or a control that is off: unsettled    nothing measured: not-measured
+
+In a notebook::
+
+    claims.predict("fusion.speeds-up-inference")          # the question, asked beforehand
+    claim = claims.card("fusion.speeds-up-inference")     # tip, source, metric, conditions
+    claim.judge({"batch 1": claim.compare(unfolded, folded), ...})
+
+Source: tips.toml and claims.toml in this package, which name the source of each.
+"""
+
+from dlhelpers.claims.cards import card
+from dlhelpers.claims.catalog import all_claims, all_tips, load
+from dlhelpers.claims.claim import Claim, Tip
+from dlhelpers.claims.course import course_map
+from dlhelpers.claims.judging import Verdict, not_measured
+from dlhelpers.claims.predictions import answer, predict, score
+
+__all__ = [
+    "Claim",
+    "Tip",
+    "Verdict",
+    "all_claims",
+    "all_tips",
+    "answer",
+    "card",
+    "course_map",
+    "load",
+    "not_measured",
+    "predict",
+    "score",
+]

@@ -1,0 +1,753 @@
+"""Claims: the catalogue is read strictly, evidence gives the verdict that it supports."""
+
+import ast
+import json
+import math
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from dlhelpers import claims, ledger
+from dlhelpers.claims import catalog, judging, predictions
+from dlhelpers.claims.cards import Scale, effect_text, interval_svg, verdict_html
+from dlhelpers.claims.claim import Threshold
+from dlhelpers.measure import Comparison, Estimate, estimate_mean
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+TIPS = """
+[[tip]]
+id = "pair-failure"
+says = "A wrong pair fails."
+said_by = "a README, 2021"
+notebooks = ["01_pairing"]
+"""
+TIME = """
+[[claim]]
+id = "fusion.speeds-up"
+tip = "pair-failure"
+says = "Fusing is faster."
+source = "a paper, table 1"
+kind = "time"
+metric = "latency unfused / fused"
+threshold = ">= 1.05"
+question = "Is it faster?"
+notebook = "01_pairing"
+[[claim.condition]]
+name = "batch 1, launch-bound"
+theory = "wins"
+why = "fewer launches"
+[[claim.condition]]
+name = "batch 64, compute-bound"
+theory = "cannot"
+why = "the same arithmetic"
+"""
+EXACT = """
+[[claim]]
+id = "pairing.floor"
+tip = "pair-failure"
+says = "Softmax leaves a floor."
+source = "a paper, equation 1"
+kind = "exact"
+metric = "loss of a perfect output"
+threshold = "{threshold}"
+question = "Is there a floor?"
+notebook = "01_pairing"
+[[claim.condition]]
+name = "ten classes"
+theory = "wins"
+why = "ln(1 + (C - 1) / e)"
+"""
+
+
+def load(text, tmp_path, tips=TIPS):
+    (tmp_path / "tips.toml").write_text(tips, encoding="utf-8")
+    (tmp_path / "claims.toml").write_text(text, encoding="utf-8")
+    return claims.load(tmp_path / "claims.toml", catalog.load_tips(tmp_path / "tips.toml"))
+
+
+def comparison(speedup, low, high, outcome="faster"):
+    return Comparison(
+        speedup, low, high, outcome, 50, 2e-3, 1e-3, 0.95, 0.03, 1.05, (speedup,), "cpu", 2, 1.0
+    )
+
+
+FAST, SAME = comparison(1.21, 1.17, 1.26), comparison(1.01, 0.99, 1.02, "no difference")
+QUIET, OFF = comparison(1.0, 0.98, 1.02, "no difference"), comparison(1.08, 1.05, 1.11)
+
+
+@pytest.fixture
+def time_claim(tmp_path):
+    return load(TIME, tmp_path)[0]
+
+
+@pytest.fixture
+def exact_claim(tmp_path):
+    return lambda threshold: load(EXACT.format(threshold=threshold), tmp_path)[0]
+
+
+@pytest.fixture(autouse=True)
+def own_session(monkeypatch, tmp_path):
+    """A ledger, a machine and a registry of this test alone."""
+    monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "ledger.json"))
+    monkeypatch.setattr(ledger, "describe_machine", lambda: {"line": "this machine", "key": "k"})
+    monkeypatch.setattr(predictions, "_answers", {})
+    monkeypatch.setattr(predictions, "_closed", set())
+
+
+@pytest.fixture
+def declared(monkeypatch, time_claim, exact_claim, tmp_path):
+    """Make the two claims of this file those of the course."""
+    both = (time_claim, exact_claim(">= 0.3"))
+    tips = catalog.load_tips(tmp_path / "tips.toml")
+    monkeypatch.setattr(catalog, "all_claims", lambda: both)
+    monkeypatch.setattr(catalog, "all_tips", lambda: tips)
+    return both
+
+
+def by_time(claim, first, second, control=QUIET):
+    names = [c.name for c in claim.conditions]
+    return dict(zip([*names, "control"], [first, second, control], strict=True))
+
+
+# The catalogue
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('source = "a paper', 'sorce = "a paper', "lacks the key 'source'"),
+        ("metric =", 'colour = "red"\nmetric =', "unknown key 'colour'"),
+        ('tip = "pair-failure"', 'tip = "pair-failur"', "did you mean 'pair-failure'"),
+        ("01_pairing", "01_paring", "did you mean '01_pairing'"),
+        (">= 1.05", "=> 1.05", "'=> 1.05' must be one of"),
+        (">= 1.05", ">= nan", "'>= nan' must be one of"),
+        (">= 1.05", ">= -1", "must bound a positive speedup"),
+        (">= 1.05", "== true", "is for kind 'exact'"),
+        ('kind = "time"', 'kind = "speed"', "kind 'speed' is not known: one of exact, time"),
+        ('kind = "time"', 'kind = "memory"\ncontrol = true', "belong to kind 'time'"),
+        ('theory = "wins"', 'theory = "win"', "condition 1: theory 'win' is not known"),
+        ('why = "fewer launches"', "", "condition 1: lacks the key 'why'"),
+        ('"batch 64, compute-bound"', '"control"', "the name 'control' is taken"),
+        ('"batch 64, compute-bound"', '"batch 1, launch-bound"', "is taken"),
+        ('"fusion.speeds-up"', '"Fusion"', "id 'Fusion' must be lower case"),
+        ('metric = "latency unfused / fused"', "metric = 3", "metric must be of type str"),
+        ("question =", "negligible = true\nquestion =", "negligible must be of type float or int"),
+        ("question =", "negligible = 3\nquestion =", "negligible must lie between 0 and 1"),
+        ("question =", 'answers = {perhaps="?"}\nquestion =', "answers 'perhaps' is not known"),
+        ("question =", 'answers = {holds="yes"}\nquestion =', "answers needs two of"),
+        ('question = "Is it faster?"', 'question = " "', "question is empty"),
+    ],
+)
+def test_a_bad_claim_is_an_error_that_names_file_entry_and_mistake(old, new, said, tmp_path):
+    assert old in TIME
+    with pytest.raises(ValueError, match=r"claims\.toml, entry 1") as caught:
+        load(TIME.replace(old, new, 1), tmp_path)
+    assert said in str(caught.value)
+
+
+def test_a_second_claim_of_the_same_id_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r'entry 2 "fusion.speeds-up": entry 1 has that id'):
+        load(TIME + TIME, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[claim]\n", "claims.toml is no TOML"),
+        ("[claim]\nid = 'x'\n", "double brackets"),
+        ("[[tips]]\nid = 'x'\n", "unknown key 'tips'"),
+        ("claim = [3]\n", "entry 1: must be a table"),
+    ],
+)
+def test_a_file_that_is_no_list_of_claims_is_an_error(text, said, tmp_path):
+    with pytest.raises(ValueError, match="claims") as caught:
+        load(text, tmp_path)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('["01_pairing"]', "[]", "notebooks = [] and later = true"),
+        ('["01_pairing"]', '["01_pairing"]\nlater = true', "notebooks = [] and later = true"),
+        ('["01_pairing"]', '["1_pairing"]', "did you mean '01_pairing'"),
+        ("said_by", "who", "lacks the key 'said_by'"),
+    ],
+)
+def test_a_bad_tip_is_an_error_that_names_file_entry_and_mistake(old, new, said, tmp_path):
+    with pytest.raises(ValueError, match=r'tips\.toml, entry 1 "pair-failure"') as caught:
+        load(TIME, tmp_path, tips=TIPS.replace(old, new))
+    assert said in str(caught.value)
+
+
+def test_control_is_asked_of_times_and_of_nothing_else(time_claim, exact_claim):
+    assert time_claim.control
+    assert not exact_claim(">= 0.3").control
+
+
+def test_a_condition_may_override_the_threshold(tmp_path):
+    text = TIME.replace('why = "the same', 'threshold = "<= 1.02"\nwhy = "the same')
+    (claim,) = load(text, tmp_path)
+    assert [str(c.threshold) for c in claim.conditions] == [">= 1.05", "<= 1.02"]
+
+
+def test_an_unknown_id_is_answered_with_the_nearest_one(declared):
+    with pytest.raises(ValueError, match=r"nearest: fusion\.speeds-up"):
+        claims.card("fusion.speed-up")
+
+
+# Thresholds
+
+
+@given(
+    st.sampled_from([">=", "<=", ">", "<"]),
+    st.floats(-5, 5),
+    st.floats(-5, 5),
+    st.floats(-5, 5),
+    st.floats(0, 1),
+)
+def test_an_interval_is_settled_only_where_every_point_of_it_agrees(op, bound, a, b, share):
+    low, high = sorted((a, b))
+    settled = Threshold(op, bound).settle(low, high)
+    inside = min(max(low + share * (high - low), low), high)
+    compare = {">=": inside >= bound, "<=": inside <= bound, ">": inside > bound}
+    met = compare.get(op, inside < bound)
+    assert settled is None or settled == met
+
+
+@given(st.floats(-5, 5), st.floats(-5, 5), st.floats(-5, 5))
+@example(1.0, 1.0, 1.0)
+def test_equality_holds_for_no_interval_wider_than_a_point(bound, a, b):
+    low, high = sorted((a, b))
+    settled = Threshold("==", bound).settle(low, high)
+    assert settled == (False if not low <= bound <= high else True if low == high else None)
+
+
+@given(st.text(max_size=12))
+@example(">= 1_000")
+@example(">=1e999")
+def test_a_threshold_reads_back_as_it_prints_or_is_refused(text):
+    try:
+        threshold = Threshold.parse(text)
+    except ValueError:
+        return
+    assert Threshold.parse(str(threshold)).op == threshold.op
+    assert math.isfinite(threshold.bound)
+
+
+# Judging
+
+
+def test_the_line_of_a_verdict_is_the_one_of_the_style_guide(time_claim):
+    verdict = time_claim.judge(by_time(time_claim, FAST, SAME))
+    assert str(verdict) == (
+        "DEPENDS · batch 1 1.21 [1.17, 1.26] holds · batch 64 1.01 [0.99, 1.02] fails"
+        " · control 1.00 [0.98, 1.02]"
+    )
+    assert verdict.reason == "holds: batch 1, launch-bound · fails: batch 64, compute-bound"
+
+
+STRADDLES = comparison(1.06, 1.01, 1.12, "undecided")
+ABSENT = claims.not_measured("no CUDA device")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "control", "verdict"),
+    [
+        (FAST, FAST, QUIET, "holds"),
+        (SAME, SAME, QUIET, "fails"),
+        (SAME, FAST, QUIET, "depends"),
+        (FAST, STRADDLES, QUIET, "unsettled"),
+        (SAME, STRADDLES, QUIET, "unsettled"),
+        (FAST, FAST, OFF, "unsettled"),
+        (FAST, SAME, comparison(0.9, 0.85, 0.95, "slower"), "unsettled"),
+        (FAST, FAST, comparison(1.02, 1.01, 1.04, "undecided"), "holds"),
+        (FAST, ABSENT, QUIET, "holds"),
+        (ABSENT, SAME, QUIET, "fails"),
+        (ABSENT, STRADDLES, QUIET, "unsettled"),
+        (ABSENT, ABSENT, QUIET, "not-measured"),
+        (ABSENT, ABSENT, OFF, "not-measured"),
+        (FAST, FAST, ABSENT, "unsettled"),
+        (comparison(1.3, 0.0, math.inf, "undecided"), FAST, QUIET, "unsettled"),
+    ],
+)
+def test_the_verdict_follows_from_conditions_and_control(
+    time_claim, first, second, control, verdict
+):
+    assert time_claim.judge(by_time(time_claim, first, second, control)).verdict == verdict
+
+
+def test_what_was_not_measured_is_named_with_its_reason(time_claim):
+    verdict = time_claim.judge(by_time(time_claim, FAST, ABSENT))
+    assert verdict.reason == "not measured: batch 64, compute-bound (no CUDA device)"
+    assert "batch 64 not measured (no CUDA device)" in str(verdict)
+
+
+def test_nothing_measured_says_what_is_missing(time_claim):
+    verdict = time_claim.judge(ABSENT)
+    assert (verdict.verdict, verdict.reason) == ("not-measured", "no CUDA device")
+    assert str(verdict) == "NOT MEASURED · no CUDA device"
+
+
+def test_a_control_that_is_off_says_so(time_claim):
+    verdict = time_claim.judge(by_time(time_claim, FAST, FAST, OFF))
+    assert "the control came back faster" in verdict.reason
+    assert str(verdict).endswith("control 1.08 [1.05, 1.11] faster")
+
+
+def test_depends_names_a_third_condition_that_is_unsettled(tmp_path):
+    third = '[[claim.condition]]\nname = "third"\ntheory = "open"\nwhy = "?"\n'
+    (claim,) = load(TIME + third, tmp_path)
+    names = [c.name for c in claim.conditions]
+    found = dict(zip(names, (FAST, SAME, STRADDLES), strict=True)) | {"control": QUIET}
+    verdict = claim.judge(found)
+    assert verdict.verdict == "depends"
+    assert verdict.reason.endswith("unsettled: third")
+
+
+def test_missing_and_undeclared_conditions_are_named(time_claim):
+    found = {"batch 1, launch-bound": FAST, "batch 65": FAST}
+    with pytest.raises(ValueError, match="lacks") as caught:
+        time_claim.judge(found)
+    said = str(caught.value)
+    assert "lacks ['batch 64, compute-bound', 'control'] and has undeclared ['batch 65']" in said
+    assert "claims.toml declares ['batch 1, launch-bound', 'batch 64, compute-bound']" in said
+
+
+@pytest.mark.parametrize("found", [1.2, True, Estimate(1.2, 1.1, 1.3, 5), "fast", None])
+def test_time_takes_nothing_but_comparisons(time_claim, found):
+    with pytest.raises(TypeError, match=r"needs a Comparison, as from claim\.compare"):
+        time_claim.judge(by_time(time_claim, FAST, found))
+    with pytest.raises(TypeError, match="'control': time needs a Comparison"):
+        time_claim.judge(by_time(time_claim, FAST, FAST, found))
+
+
+def test_evidence_must_be_a_mapping(time_claim):
+    with pytest.raises(TypeError, match=r"must map each of \['batch 1"):
+        time_claim.judge([FAST, SAME])
+
+
+ACCURACY = TIME.replace('kind = "time"', 'kind = "accuracy"\nunit = "points"').replace(
+    ">= 1.05", ">= 5"
+)
+
+
+def test_accuracy_needs_an_estimate_over_seeds_in_the_unit_of_the_claim(tmp_path):
+    (claim,) = load(ACCURACY, tmp_path)
+    first, second = (c.name for c in claim.conditions)
+    good = estimate_mean([9.0, 10.0, 11.0], unit="points")
+    assert claim.judge({first: good, second: good}).verdict == "holds"
+    with pytest.raises(TypeError, match="needs an Estimate over several seeds"):
+        claim.judge({first: good, second: 10.0})
+    with pytest.raises(ValueError, match="is in '%', the claim in 'points'"):
+        claim.judge({first: good, second: estimate_mean([9.0, 10.0], unit="%")})
+    with pytest.raises(ValueError, match="is no interval"):
+        claim.judge({first: good, second: Estimate(1.0, 2.0, 1.0, 3)})
+    with pytest.raises(ValueError, match="is no interval"):
+        claim.judge({first: good, second: Estimate(1.0, math.nan, 1.0, 3)})
+    with pytest.raises(ValueError, match=r"undeclared \['control'\]"):
+        claim.judge({first: good, second: good, "control": QUIET})
+
+
+class Scalar:
+    """Stands for a NumPy scalar or a tensor: a number behind ``item()``."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def item(self):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("threshold", "found", "verdict"),
+    [
+        (">= 0.3", 1.461, "holds"),
+        (">= 0.3", 0.2, "fails"),
+        (">= 0.3", 0.3, "holds"),
+        ("> 0.3", 0.3, "fails"),
+        ("<= 1e-6", 0, "holds"),
+        (">= 0.3", math.nan, "fails"),
+        ("<= 0.3", math.nan, "fails"),
+        ("== 0", math.nan, "fails"),
+        (">= 0.3", math.inf, "holds"),
+        ("== 2", 2, "holds"),
+        ("== true", True, "holds"),
+        ("== true", False, "fails"),
+        ("== false", Scalar(False), "holds"),
+        ("== 1", True, "holds"),
+        (">= 0.3", Scalar(0.5), "holds"),
+        (">= 0.3", ABSENT, "not-measured"),
+    ],
+)
+def test_an_exact_number_is_compared_as_it_is(exact_claim, threshold, found, verdict):
+    assert exact_claim(threshold).judge({"ten classes": found}).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("threshold", "found", "said"),
+    [
+        ("<= 1e-6", True, "asks for a number, got True"),
+        ("== true", 1, "asks for True or False"),
+        (">= 0.3", "0.5", "expected a number or a truth value"),
+        (">= 0.3", None, "expected a number or a truth value"),
+        (">= 0.3", Scalar([1, 2]), "expected a number or a truth value"),
+        (">= 0.3", Estimate(1.0, 0.9, 1.1, 3), "an exact claim needs a number"),
+        (">= 0.3", FAST, "expected a number or a truth value"),
+    ],
+)
+def test_exact_evidence_of_another_type_is_refused(exact_claim, threshold, found, said):
+    with pytest.raises(TypeError) as caught:
+        exact_claim(threshold).judge({"ten classes": found})
+    assert said in str(caught.value)
+    assert "pairing.floor, condition 'ten classes'" in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", ["", "  ", None, 3])
+def test_not_measured_wants_a_reason(reason):
+    with pytest.raises(ValueError, match="say what is missing"):
+        claims.not_measured(reason)
+
+
+def test_compare_measures_with_the_threshold_and_band_of_the_claim(time_claim, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("dlhelpers.measure.compare", lambda a, b, **kw: asked.update(kw) or FAST)
+    assert time_claim.compare(int, int, budget_s=1.0) is FAST
+    assert asked == {"threshold": 1.05, "negligible": 0.03, "budget_s": 1.0}
+
+
+def test_compare_takes_the_threshold_of_a_condition(tmp_path, monkeypatch):
+    text = TIME.replace('why = "the same', 'threshold = ">= 1.5"\nwhy = "the same')
+    (claim,) = load(text, tmp_path)
+    monkeypatch.setattr("dlhelpers.measure.compare", lambda a, b, **kw: kw["threshold"])
+    assert claim.compare(int, int, condition="batch 64, compute-bound") == 1.5
+    with pytest.raises(ValueError, match="got 'batch 65'"):
+        claim.compare(int, int, condition="batch 65")
+
+
+def test_compare_is_refused_where_the_claim_is_not_about_time(exact_claim):
+    with pytest.raises(TypeError, match="kind exact"):
+        exact_claim(">= 0.3").compare(int, int)
+
+
+# The ledger's row
+
+
+def test_judging_writes_one_row_a_claim(time_claim):
+    time_claim.judge(by_time(time_claim, FAST, FAST))
+    time_claim.judge(by_time(time_claim, SAME, STRADDLES))
+    (row,) = ledger.read()["rows"]
+    assert row["verdict"] == "unsettled"
+    assert (row["effect"], row["low"], row["high"]) == (1.06, 1.01, 1.12), "the deciding condition"
+    assert row["control"] == {"effect": 1.0, "low": 0.98, "high": 1.02, "outcome": "no difference"}
+    assert [c["verdict"] for c in row["conditions"]] == ["fails", "unsettled"]
+
+
+def test_no_interval_and_nan_are_null_in_the_ledger(time_claim, exact_claim):
+    time_claim.judge(by_time(time_claim, comparison(1.3, 0.0, math.inf, "undecided"), FAST))
+    exact_claim(">= 0.3").judge({"ten classes": math.nan})
+    first, second = ledger.read()["rows"]
+    assert (first["low"], first["high"]) == (0.0, None)
+    assert (second["effect"], second["verdict"]) == (None, "fails")
+
+
+def test_judging_where_nothing_can_be_written_gives_one_warning(exact_claim, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "file" / "ledger.json"))
+    claim = exact_claim(">= 0.3")
+    with pytest.warns(UserWarning, match="Set the environment variable DLHELPERS_LEDGER"):
+        claim.judge({"ten classes": 1.0})
+    with warnings.catch_warnings(action="error"):
+        assert claim.judge({"ten classes": 1.0}).verdict == "holds"
+
+
+# Cards
+
+
+@pytest.mark.parametrize(
+    ("threshold", "found", "said"),
+    [
+        (">= 0.3", 1.46123456, "1.461 (>= 0.3)"),
+        ("<= 1e-6", 3.3e-8, "within 1e-06"),
+        ("<= 1e-6", 2.0, "beyond 1e-06"),
+        ("< 1e-6", 1e-7, "within 1e-06"),
+        ("<= 1e-6", math.nan, "nan (<= 1e-06)"),
+        ("<= 0", 0, "0 (<= 0)"),
+        ("<= -1.2", -1.25, "-1.25 (<= -1.2)"),
+        ("<= 100", 12, "12 (<= 100)"),
+        (">= -1", -0.0, "0 (>= -1)"),
+        ("== true", True, "True (== true)"),
+    ],
+)
+def test_an_exact_card_shows_value_and_bound_alone(exact_claim, threshold, found, said):
+    verdict = exact_claim(threshold).judge({"ten classes": found})
+    assert str(verdict).endswith(f"ten classes {said} {verdict.verdict}")
+    assert verdict.machine == ""
+
+
+def test_an_exact_card_is_the_same_on_two_machines_and_two_roundings(exact_claim, monkeypatch):
+    claim, shown = exact_claim("<= 1e-6"), []
+    for line, error in (("one machine", 3.0e-8), ("another machine", 1.2e-7)):
+        monkeypatch.setattr(
+            ledger, "describe_machine", lambda line=line: {"line": line, "key": "k"}
+        )
+        verdict = claim.judge({"ten classes": error})
+        shown.append((str(verdict), verdict._repr_html_()))
+    assert shown[0] == shown[1]
+    assert "machine" not in shown[0][1]
+
+
+def test_a_timed_card_shows_intervals_threshold_control_and_machine(time_claim):
+    page = time_claim.judge(by_time(time_claim, FAST, SAME))._repr_html_()
+    for said in ("DEPENDS", "1.21 [1.17, 1.26]", "1.00 [0.98, 1.02]", "this machine", "1.05"):
+        assert said in page
+    assert page.count("<svg") == 3
+    assert "<script" not in page
+
+
+def test_the_answer_stands_beside_the_truth(declared):
+    claim = declared[0]
+    claims.answer(claim.id, "holds")
+    verdict = claim.judge(by_time(claim, FAST, SAME))
+    assert verdict.answer == "holds"
+    assert "You said: It holds. What was found: It depends." in verdict._repr_html_()
+    assert str(verdict).endswith("you said: It holds")
+
+
+@given(st.text(max_size=30), st.text(min_size=1, max_size=30).filter(str.strip))
+@example("<script>alert(1)</script>", "'\"><img src=x onerror=alert(1)>")
+def test_arbitrary_text_is_escaped_in_cards(says, reason):
+    condition = SimpleNamespace(
+        name=says, theory="wins", why=reason, threshold=Threshold(">=", 1.05)
+    )
+    claim = SimpleNamespace(
+        id=says, says=says, kind="time", metric=reason, threshold=Threshold(">=", 1.05), unit=says,
+        conditions=(condition,), control=False, answers={"holds": reason},
+    )  # fmt: skip
+    for found in (judging.not_measured(reason), FAST):
+        page = verdict_html(judging.settle(claim, {says: found}, answer="holds"))
+        assert tags_of(page) <= {
+            "div", "b", "table", "tbody", "tr", "td", "svg", "line", "circle", "small", "code",
+        }  # fmt: skip
+
+
+def tags_of(page):
+    from html.parser import HTMLParser
+
+    tags = set()
+    parser = HTMLParser(convert_charrefs=True)
+    parser.handle_starttag = lambda tag, attributes: tags.add(tag)
+    parser.feed(page)
+    parser.close()
+    return tags
+
+
+@given(
+    st.floats(1e-3, 1e3), st.floats(0, 1e3), st.floats(0, 1e3), st.booleans(), st.floats(0.5, 2.0)
+)
+@example(1.0, 0.0, math.inf, True, 1.05)
+def test_an_interval_is_drawn_inside_its_picture(effect, a, b, log, bound):
+    low, high = sorted((a, b))
+    threshold = Threshold(">=", bound)
+    judged = judging.Judged("x", "holds", effect, low, high, threshold)
+    scale = Scale.over([judged], log=log)
+    picture = interval_svg(effect, low, high, threshold, scale, "holds")
+    numbers = [float(part.split("'")[1]) for part in picture.split(" x1=")[1:]]
+    assert all(0 <= number <= 220 for number in numbers)
+    assert scale.x(low) <= scale.x(high)
+    assume(low < effect < high)
+    assert scale.x(low) <= scale.x(effect) <= scale.x(high)
+
+
+def test_names_are_shortened_only_where_they_stay_distinct(tmp_path):
+    text = TIME.replace('"batch 64, compute-bound"', '"batch 1, compute-bound"')
+    (claim,) = load(text, tmp_path)
+    assert "batch 1, launch-bound 1.21" in str(claim.judge(by_time(claim, FAST, SAME)))
+
+
+def test_effects_keep_their_unit_and_say_where_there_is_no_interval():
+    bar = Threshold(">=", 5.0)
+    assert effect_text("accuracy", bar, -10.0, -12.5, -7.52, "points") == (
+        "-10 [-12.5, -7.52] points"
+    )
+    assert effect_text("memory", bar, 4.0, 4.0, 4.0) == "4"
+    assert effect_text("time", bar, 1.3, 0.0, None) == "1.30 [no interval]"
+    assert effect_text("time", bar, 250.0, 240.0, 260.0) == "250 [240, 260]"
+
+
+def test_a_card_outside_ipython_shows_nothing_and_prints_everything(declared, capsys):
+    claim = claims.card("fusion.speeds-up")
+    assert capsys.readouterr().out == ""
+    assert str(claim).splitlines() == [
+        "CLAIM fusion.speeds-up",
+        "  claim     Fusing is faster.",
+        "  tip       A wrong pair fails. (a README, 2021)",
+        "  source    a paper, table 1",
+        "  holds if  latency unfused / fused >= 1.05 (time)",
+        "  - batch 1, launch-bound (must win): fewer launches",
+        "  - batch 64, compute-bound (cannot win): the same arithmetic",
+    ]
+
+
+# Predictions
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """Act as IPython and keep what is displayed."""
+    shown = []
+    monkeypatch.setattr(predictions, "in_ipython", lambda: True)
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
+    return shown
+
+
+def widget_of(claim):
+    box = predictions._widget(claim)
+    question, buttons, note = box.children
+    return question, {button.description: button for button in buttons.children}, note
+
+
+def test_the_text_of_a_question_is_the_same_in_every_run(declared, displayed):
+    claims.predict("fusion.speeds-up")
+    claims.answer("fusion.speeds-up", "depends")
+    claims.predict("fusion.speeds-up")
+    assert len({shown["text/plain"] for shown in displayed}) == 1
+    assert displayed[0]["text/plain"] == (
+        "Predict: Is it faster? (It holds / It fails / It depends)"
+    )
+    assert "application/vnd.jupyter.widget-view+json" in displayed[0]
+
+
+def test_a_click_notes_the_answer_until_the_claim_is_judged(declared):
+    claim = declared[0]
+    _, buttons, note = widget_of(claim)
+    buttons["It holds"].click()
+    buttons["It fails"].click()
+    assert note.value == "noted: It fails"
+    assert [b.button_style for b in buttons.values()] == ["", "info", ""]
+    assert widget_of(claim)[2].value == "noted: It fails", "running the cell again shows it"
+    assert claim.judge(by_time(claim, SAME, SAME)).answer == "fails"
+    buttons["It holds"].click()
+    assert predictions.given(claim.id) == "fails"
+    assert "the claim is judged" in note.value
+
+
+def test_an_answer_after_the_verdict_is_no_prediction(declared):
+    claim = declared[0]
+    claim.judge(by_time(claim, SAME, SAME))
+    with pytest.raises(ValueError, match="judged already"):
+        claims.answer(claim.id, "fails")
+
+
+def test_the_same_answer_may_be_given_again_when_a_notebook_runs_twice(declared):
+    claim = declared[0]
+    for _ in range(2):
+        claims.answer(claim.id, "fails")
+        claim.judge(by_time(claim, SAME, SAME))
+    assert ledger.read()["rows"][0]["answer"] == "fails"
+
+
+def test_an_answer_that_the_claim_does_not_offer_is_refused(declared):
+    with pytest.raises(ValueError, match="holds, fails, depends, got 'perhaps'"):
+        claims.answer("fusion.speeds-up", "perhaps")
+
+
+def test_a_question_without_ipywidgets_is_shown_as_text(declared, displayed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    claims.predict("fusion.speeds-up", "pairing.floor")
+    assert [list(shown) for shown in displayed] == [["text/plain"]] * 2
+
+
+def test_a_question_outside_ipython_does_nothing(declared, capsys):
+    assert claims.predict("fusion.speeds-up") is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_score_counts_right_answers_of_those_that_could_be_right(declared):
+    timed, exact = declared
+    assert str(claims.score()) == "no predictions yet"
+    claims.answer(timed.id, "fails")
+    claims.answer(exact.id, "fails")
+    timed.judge(by_time(timed, SAME, SAME))
+    exact.judge({"ten classes": 1.0})
+    assert str(claims.score()) == "1 of 2 predictions right"
+    timed.judge(by_time(timed, SAME, STRADDLES))
+    assert str(claims.score()) == "0 of 1 predictions right, 1 more not settled on this machine"
+
+
+def test_the_score_of_a_broken_ledger_warns_and_goes_on():
+    Path(ledger.default_path()).write_text("{")
+    with pytest.warns(UserWarning, match="is no ledger"):
+        assert claims.score() == predictions.Score(0, 0, 0)
+
+
+# The course's own tips and claims
+
+
+def settled_by(notebook):
+    """Return the ids that a notebook's code passes to ``claims.card`` or ``card``."""
+    ids = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        source = "".join(cell["source"])
+        lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name == "card" and isinstance(node.args[0], ast.Constant):
+                ids.append(node.args[0].value)
+    return ids
+
+
+def test_settled_by_reads_calls_and_not_text():
+    cell = {"cell_type": "code", "source": ['a = claims.card("x.y")\n', 'card("x.z")  # card("n")']}
+    text = {"cell_type": "markdown", "source": 'claims.card("no")'}
+    assert settled_by({"cells": [cell, text]}) == ["x.y", "x.z"]
+
+
+def test_every_tip_has_a_claim_or_names_a_notebook_to_come():
+    written = {path.stem for path in NOTEBOOKS}
+    treated = {claim.tip for claim in claims.all_claims()}
+    for tip in claims.all_tips():
+        assert tip.id in treated or tip.later or set(tip.notebooks) - written, tip.id
+
+
+def test_a_claim_stands_in_a_notebook_that_its_tip_names():
+    tips = {tip.id: tip for tip in claims.all_tips()}
+    for claim in claims.all_claims():
+        assert claim.notebook in catalog.NOTEBOOKS
+        assert claim.notebook in tips[claim.tip].notebooks, claim.id
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_settles_each_of_its_claims_once_and_no_other(path):
+    settled = settled_by(json.loads(path.read_text(encoding="utf-8")))
+    declared = [claim.id for claim in claims.all_claims() if claim.notebook == path.stem]
+    assert sorted(settled) == sorted(declared)
+
+
+def test_the_catalogue_holds_what_its_files_hold():
+    folder = ROOT / "dlhelpers"
+    with open(folder / "tips.toml", "rb") as tips, open(folder / "claims.toml", "rb") as rows:
+        assert len(claims.all_tips()) == len(tomllib.load(tips)["tip"])
+        assert len(claims.all_claims()) == len(tomllib.load(rows)["claim"])
+
+
+def test_importing_claims_loads_neither_torch_nor_matplotlib():
+    code = (
+        "import sys; from dlhelpers import claims, ledger, report; claims.all_claims();"
+        "print([m for m in ('torch', 'matplotlib', 'IPython', 'ipywidgets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", done.stderr

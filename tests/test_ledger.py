@@ -1,0 +1,219 @@
+"""The ledger: strict JSON, one row a claim, nothing lost between processes or machines."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dlhelpers import ledger
+
+MACHINE = {"line": "2 cores", "key": "here"}
+DESCRIBE = ledger.describe_machine  # before the fixture below replaces it
+
+
+@pytest.fixture(autouse=True)
+def this_machine(monkeypatch):
+    monkeypatch.setattr(ledger, "describe_machine", lambda: MACHINE)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "ledger.json"
+
+
+def row(id="pairing.floor", verdict="holds", **changes):
+    condition = {"name": "ten classes", "verdict": "holds", "effect": 1.0}
+    condition |= {"low": 1.0, "high": 1.0, "reason": ""}
+    numbers = {"effect": 1.0, "low": 1.0, "high": 1.0}
+    rest = {"control": None, "answer": None, "conditions": [condition]}
+    return {"id": id, "verdict": verdict} | numbers | rest | changes
+
+
+def test_a_ledger_holds_exactly_the_keys_of_its_schema(path):
+    ledger.update(row(), path)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert list(found) == ["schema", "machine", "versions", "created", "rows"]
+    assert " ".join(found["rows"][0]) == "id verdict effect low high control answer conditions"
+    assert found["machine"] == MACHINE
+    assert {"python", "torch", "dlhelpers"} <= set(found["versions"])
+
+
+def test_a_second_verdict_replaces_the_first_in_its_place(path):
+    for id, verdict in (("a.x", "holds"), ("a.y", "holds"), ("a.x", "fails")):
+        ledger.update(row(id, verdict), path)
+    assert [(r["id"], r["verdict"]) for r in ledger.read(path)["rows"]] == [
+        ("a.x", "fails"),
+        ("a.y", "holds"),
+    ]
+
+
+def test_an_answer_outlives_runs_without_one_and_gives_way_to_a_new_one(path):
+    kept = []
+    for answer in ("fails", None, "holds"):
+        ledger.update(row(answer=answer), path)
+        kept.append(ledger.read(path)["rows"][0]["answer"])
+    assert kept == ["fails", "fails", "holds"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_null(path, value):
+    ledger.update(row(effect=value, high=value), path)
+    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert (found["rows"][0]["effect"], found["rows"][0]["high"]) == (None, None)
+
+
+@given(st.text(max_size=20), st.floats(allow_nan=False, allow_infinity=False))
+@example("\ud800 lone surrogate", 1e308)
+@example('"\\\n', 5e-324)
+def test_any_text_and_finite_number_comes_back(tmp_path_factory, text, number):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.json"
+    ledger.update(row(id=text, effect=number), path)
+    (found,) = ledger.read(path)["rows"]
+    assert (found["id"], found["effect"]) == (text, number)
+
+
+BROKEN = [
+    "",
+    "{",
+    "[]",
+    '{"schema": 2, "machine": {}, "versions": {}, "created": "", "rows": []}',
+    '{"schema": true, "machine": {}, "versions": {}, "created": "", "rows": []}',
+    '{"schema": 1, "machine": {}, "versions": {}, "created": "", "rows": [3]}',
+    '{"schema": 1, "machine": [], "versions": {}, "created": "", "rows": []}',
+    '{"schema": 1, "rows": []}',
+    json.dumps({"schema": 1, "machine": {}, "versions": {}, "created": "", "rows": [row()] * 2}),
+    json.dumps(
+        {
+            "schema": 1,
+            "machine": {"x": math.nan},
+            "versions": {},
+            "created": "",
+            "rows": [],
+        }
+    ),
+    "[" * 100_000,
+    "\x00\xff",
+]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
+def test_what_is_no_ledger_is_put_aside_and_never_lost(path, text):
+    path.parent.mkdir()
+    for number in (1, 2):
+        path.write_bytes(text.encode("latin-1"))
+        with pytest.raises(ledger.LedgerError, match="is no ledger"):
+            ledger.read(path)
+        with pytest.warns(UserWarning, match=f"put aside as ledger.json.bad-{number}"):
+            ledger.update(row(), path)
+        aside = path.with_name(f"ledger.json.bad-{number}")
+        assert aside.read_bytes() == text.encode("latin-1")
+        assert len(ledger.read(path)["rows"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"verdict": "true"}, "verdict 'true' is none of"),
+        ({"effect": "1"}, "effect must be a number or null"),
+        ({"answer": 3}, "answer text or null"),
+        ({"conditions": [{"name": "x"}]}, "conditions: expected the keys"),
+        ({"control": {"effect": 1}}, "control: expected the keys"),
+        ({"more": 1}, "expected the keys"),
+    ],
+)
+def test_a_row_that_breaks_the_schema_is_refused(path, changes, said):
+    with pytest.raises(ledger.LedgerError, match="this row cannot stand") as caught:
+        ledger.update(row(**changes), path)
+    assert said in str(caught.value)
+    assert not path.exists()
+
+
+def test_an_infinite_literal_in_a_file_reads_as_null(path):
+    ledger.update(row(), path)
+    path.write_text(path.read_text().replace('"effect": 1.0', '"effect": 1e999', 1))
+    assert ledger.read(path)["rows"][0]["effect"] is None
+
+
+def test_processes_that_write_at_once_lose_no_row(path, tmp_path):
+    code = (
+        "import sys\n"
+        "from dlhelpers import ledger\n"
+        "sys.path.insert(0, sys.argv[3])\n"
+        "from test_ledger import row\n"
+        "ledger.describe_machine = lambda: {'line': 'm', 'key': 'm'}\n"
+        "for n in range(8):\n"
+        "    ledger.update(row(f'p{sys.argv[1]}.claim-{n}'), sys.argv[2])\n"
+    )
+    command = [sys.executable, "-c", code]
+    folder = str(Path(__file__).parent)
+    processes = [
+        subprocess.Popen([*command, str(number), str(path), folder]) for number in range(4)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 4
+    ids = {r["id"] for r in ledger.read(path)["rows"]}
+    assert ids == {f"p{p}.claim-{n}" for p in range(4) for n in range(8)}
+    assert not list(path.parent.glob("*.tmp"))
+
+
+def test_a_write_that_fails_halfway_leaves_the_old_ledger(path, monkeypatch):
+    ledger.update(row("a.x"), path)
+    before = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        ledger.update(row("a.y"), path)
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob(".*.tmp"))
+
+
+def test_record_warns_once_for_each_ledger_and_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "file" / "ledger.json"))
+    with pytest.warns(UserWarning, match="DLHELPERS_LEDGER"):
+        ledger.record(row())
+    with warnings.catch_warnings(action="error"):
+        ledger.record(row())
+
+
+def test_another_machines_ledger_is_put_aside_and_taken_up_again(path, monkeypatch):
+    ledger.update(row("a.here"), path)
+    monkeypatch.setattr(ledger, "describe_machine", lambda: {"line": "other", "key": "th/ere"})
+    ledger.update(row("a.there"), path)
+    assert [r["id"] for r in ledger.read(path)["rows"]] == ["a.there"]
+    assert path.with_name("ledger.json.here").exists()
+    monkeypatch.setattr(ledger, "describe_machine", lambda: MACHINE)
+    ledger.update(row("a.back"), path)
+    assert [r["id"] for r in ledger.read(path)["rows"]] == ["a.here", "a.back"]
+    assert path.with_name("ledger.json.th-ere").exists()
+
+
+def test_start_begins_without_rows(path):
+    ledger.update(row(), path)
+    ledger.start(path)
+    assert ledger.read(path)["rows"] == []
+
+
+def test_the_path_is_the_environments_or_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "own.json"))
+    assert ledger.default_path() == tmp_path / "own.json"
+    monkeypatch.delenv("DLHELPERS_LEDGER")
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name, **kw: str(tmp_path / name))
+    assert ledger.default_path() == tmp_path / "dlhelpers" / "ledger.json"
+
+
+def test_the_machine_of_a_ledger_has_its_line_and_key():
+    pytest.importorskip("dlhelpers.machine")
+    found = DESCRIBE()
+    assert found["line"]
+    assert found["key"]
+    json.dumps(found, allow_nan=False)

@@ -1,0 +1,424 @@
+"""The report: one page of its own, every tip and claim on it, and notebooks that may fail."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dlhelpers import claims, ledger, report
+from dlhelpers.claims.claim import Claim, Condition, Threshold, Tip
+from dlhelpers.report import command
+
+BAR = Threshold(">=", 1.05)
+
+
+def a_claim(id="fusion.speeds-up", says="Fusing is faster.", kind="time", **changes):
+    conditions = (
+        Condition("batch 1", "wins", "fewer launches", BAR),
+        Condition("batch 64", "cannot", "same arithmetic", BAR),
+    )
+    facts = {
+        "id": id,
+        "tip": "infer-fuse",
+        "says": says,
+        "source": "a paper, table 1",
+        "kind": kind,
+        "metric": "latency",
+        "threshold": BAR,
+        "unit": "",
+        "question": "?",
+        "answers": {"holds": "It holds", "fails": "It fails"},
+        "notebook": "06_fusion",
+        "conditions": conditions,
+        "control": kind == "time",
+        "negligible": 0.03,
+        "needs": "",
+    }
+    return Claim(**facts | changes)
+
+
+TIPS = (
+    Tip("infer-fuse", "Fuse them.", "a README, 2021", ("06_fusion",)),
+    Tip("io-lmdb", "Use LMDB.", "a README, 2021", ("02_lmdb_io",), note="Still there."),
+    Tip("design-prune", "Prune.", "a README, 2021", (), later=True),
+)
+
+
+def a_row(id="fusion.speeds-up", verdict="depends", first="holds", second="fails", **changes):
+    conditions = [
+        {"name": "batch 1", "verdict": first, "effect": 1.21, "low": 1.17, "high": 1.26},
+        {"name": "batch 64", "verdict": second, "effect": 1.01, "low": 0.99, "high": 1.02},
+    ]
+    control = {"effect": 1.0, "low": 0.98, "high": 1.02, "outcome": "no difference"}
+    numbers = {"effect": 1.21, "low": 1.17, "high": 1.26}
+    rest = {"conditions": [c | {"reason": ""} for c in conditions], "answer": None}
+    return {"id": id, "verdict": verdict, "control": control} | numbers | rest | changes
+
+
+def a_ledger(*rows, line="2 cores, AVX2"):
+    machine = {"line": line, "key": line, "cores": 2, "extras": {"dali": None}}
+    return {
+        "schema": 1,
+        "machine": machine,
+        "versions": {"python": "3.12.1", "torch": "2.13.0", "torchvision": None},
+        "created": "2026-01-02T03:04:05+00:00",
+        "rows": list(rows),
+    }
+
+
+class Page(HTMLParser):
+    """Tags, links and visible text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.addresses, self.rows, self.stack = [], [], [], []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        named = dict(attrs)
+        self.addresses += [named[k] for k in ("href", "src", "action", "data") if k in named]
+        if tag == "tr" and "data-verdict" in named:
+            self.rows.append(named)
+        if tag not in ("meta", "input", "line", "circle", "br"):
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack[-1:] not in (["style"], ["script"]):
+            self.text += data + " "
+
+
+def test_the_page_asks_for_nothing_from_outside():
+    page = report.render(a_ledger(a_row()), claims=[a_claim()], tips=TIPS)
+    assert all(re.match(r"#|notebooks/", address) for address in Page(page).addresses)
+    assert not re.search(r"https?://|@import|url\(", page)
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_tags_are_balanced_and_ids_unique():
+    page = report.render(a_ledger(a_row()), claims=[a_claim(), a_claim("fusion.other")], tips=TIPS)
+    assert Page(page).stack == []
+    ids = re.findall(r" id='([^']*)'", page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
+    page = Page(report.render(a_ledger(a_row(answer="holds")), claims=[a_claim()], tips=TIPS))
+    for said in (
+        "DEPENDS",
+        "1.21 [1.17, 1.26]",
+        "no difference",
+        "a paper, table 1",
+        "Fuse them.",
+        "predicted: It holds",
+        "0 of 1 predictions right",
+        "2 cores, AVX2",
+        "torch 2.13.0",
+        "torchvision absent",
+    ):
+        assert said in page.text, said
+    assert "notebooks/06_fusion.ipynb" in page.addresses
+    assert page.tags.count("svg") == 3, "two conditions and the control"
+
+
+def test_filters_offer_what_the_rows_carry():
+    rows = [a_claim(), a_claim("pairing.floor", kind="exact")]
+    page = report.render(a_ledger(a_row()), claims=rows, tips=TIPS)
+    found = [(r["data-topic"], r["data-verdict"], r["data-kind"]) for r in Page(page).rows]
+    assert found == [("fusion", "depends", "time"), ("pairing", "not-run", "exact")]
+    for value in ("fusion", "pairing", "depends", "not-run", "time", "exact"):
+        assert f"<option value='{value}'>" in page
+
+
+def test_every_tip_is_listed_with_its_verdicts_or_where_it_will_be_treated():
+    text = Page(report.render(a_ledger(a_row()), claims=[a_claim()], tips=TIPS)).text
+    tips = " ".join(text[text.index("What became of it here") :].split())
+    assert "Fuse them. a README, 2021 DEPENDS Fusing is faster." in tips
+    assert "Use LMDB. Still there. a README, 2021 not treated yet: 02_lmdb_io" in tips
+    assert "Prune. a README, 2021 not treated yet: a later notebook" in tips
+
+
+def test_a_claim_without_a_row_is_shown_as_not_run():
+    page = Page(report.render(a_ledger(), claims=[a_claim()], tips=TIPS))
+    assert page.rows[0]["data-verdict"] == "not-run"
+    assert "NOT RUN" in page.text
+
+
+def test_the_course_itself_renders_with_an_empty_ledger():
+    page = Page(report.render(a_ledger()))
+    for claim in claims.all_claims():
+        assert claim.id in page.text
+    for tip in claims.all_tips():
+        assert tip.says in page.text
+
+
+def test_a_row_of_an_undeclared_claim_is_named():
+    page = Page(report.render(a_ledger(a_row("old.claim")), claims=[], tips=[]))
+    assert "does not declare" in page.text
+    assert "old.claim" in page.text
+
+
+@pytest.mark.parametrize("kind", ["exact", "time", "memory", "accuracy"])
+def test_null_numbers_and_renamed_conditions_render(kind):
+    row = a_row(effect=None, low=None, high=None, control=None)
+    row["conditions"] = [
+        {"name": "gone", "verdict": "fails", "effect": None, "low": None, "high": None},
+        {"name": "batch 1", "verdict": "unsettled", "effect": 1.3, "low": 0.0, "high": None},
+        {"name": "batch 64", "verdict": "not-measured", "effect": None, "low": None, "high": None},
+    ]
+    row["conditions"] = [c | {"reason": ""} for c in row["conditions"]]
+    row["conditions"][2]["reason"] = "no CUDA device"
+    page = Page(report.render(a_ledger(row), claims=[a_claim(kind=kind)], tips=TIPS))
+    assert "not finite" in page.text
+    assert "not measured: no CUDA device" in page.text
+
+
+def test_a_control_that_was_not_measured_renders():
+    control = {"effect": None, "low": None, "high": None, "outcome": "not measured"}
+    page = Page(report.render(a_ledger(a_row(control=control)), claims=[a_claim()], tips=TIPS))
+    assert "not measured" in page.text
+
+
+KNOWN_TAGS = set(
+    Page(
+        report.compare([a_ledger(a_row())] * 2, claims=[])
+        + report.render(
+            a_ledger(a_row(answer="holds"), a_row("x.y")),
+            claims=[a_claim(), a_claim("fusion.exact", kind="exact", needs="cuda")],
+            tips=TIPS,
+            failed=[report.NotebookRun("a", 1.0, 1, "b")],
+        )
+    ).tags
+)
+
+
+@given(st.text(max_size=25))
+@example("<script>alert(1)</script>")
+@example("' onmouseover='alert(1)")
+@example('"><img src=x>&amp;')
+@example("</style></script><b>")
+def test_arbitrary_text_is_escaped(text):
+    row = a_row(text, answer=text)
+    row["conditions"][0] |= {"name": text, "reason": text}
+    row["control"] |= {"outcome": text}
+    tip = Tip(text, text, text, (text,), note=text)
+    claim = a_claim(text, says=text, tip=text, source=text, metric=text, unit=text, notebook=text)
+    book = a_ledger(row, a_row(f"{text}.orphan"), line=text)
+    book["machine"][text], book["versions"][text], book["created"] = text, text, text
+    pages = [
+        report.render(
+            book, claims=[claim], tips=[tip], failed=[report.NotebookRun(text, 1.0, 1, text)]
+        ),
+        report.compare([book, a_ledger()], claims=[claim]),
+    ]
+    for page in map(Page, pages):
+        assert set(page.tags) <= KNOWN_TAGS
+        assert not page.stack
+        assert "".join(text.split()) in "".join(page.text.split())
+
+
+# Machines side by side
+
+
+def machines(*verdicts):
+    books = [a_ledger(a_row(verdict=v), line=f"machine {n}") for n, v in enumerate(verdicts)]
+    return report.compare(books, claims=[a_claim()])
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "turned"),
+    [
+        (("holds", "fails"), True),
+        (("holds", "holds", "depends"), True),
+        (("holds", "holds"), False),
+        (("holds", "unsettled"), False),
+        (("not-measured", "fails"), False),
+    ],
+)
+def test_a_verdict_turns_round_where_two_machines_settled_it_differently(verdicts, turned):
+    page = machines(*verdicts)
+    assert ("data-turned='yes'" in page) == turned
+    assert f"{int(turned)} of 1 claims turn round" in page
+    assert all(f"machine {n}" in page for n in range(len(verdicts)))
+
+
+def test_a_condition_that_turns_round_is_named():
+    books = [a_ledger(a_row(first="holds")), a_ledger(a_row(first="fails"))]
+    page = report.compare(books, claims=[a_claim()])
+    assert "turns round at batch 1<" in page
+
+
+def test_a_claim_that_one_machine_lacks_is_not_run_there():
+    text = Page(report.compare([a_ledger(a_row()), a_ledger()], claims=[a_claim()])).text
+    assert "NOT RUN" in text
+
+
+def test_one_ledger_is_no_comparison():
+    with pytest.raises(ValueError, match="two ledgers at least, got 1"):
+        report.compare([a_ledger()])
+
+
+# Running notebooks
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """Write notebooks of the given cells; keep the machine's description out of it."""
+    monkeypatch.setattr(ledger, "describe_machine", lambda: {"line": "m", "key": "m"})
+    monkeypatch.chdir(tmp_path)
+
+    def write(**cells):
+        folder = tmp_path / "notebooks"
+        folder.mkdir(exist_ok=True)
+        for name, sources in cells.items():
+            book = nbformat.v4.new_notebook(
+                cells=[nbformat.v4.new_code_cell(source) for source in sources]
+            )
+            nbformat.write(book, folder / f"{name}.ipynb")
+        return folder
+
+    return write
+
+
+RECORD = (
+    "from dlhelpers import ledger\n"
+    "ledger.describe_machine = lambda: {'line': 'm', 'key': 'm'}\n"
+    "ledger.update(dict(id='a.b', verdict='holds', effect=1, low=1, high=1, control=None,"
+    " answer=None, conditions=[]))"
+)
+
+
+def test_notebooks_run_in_their_folder_with_this_python_into_the_given_ledger(notebooks, tmp_path):
+    where = "import os, sys\nassert os.path.basename(os.getcwd()) == 'notebooks', os.getcwd()"
+    python = f"assert sys.executable == {sys.executable!r}, sys.executable"
+    folder = notebooks(a=[where, python, "", RECORD])
+    before = (folder / "a.ipynb").read_bytes()
+    summary = report.run_notebooks(folder, ledger=tmp_path / "own.json", progress=False)
+    assert summary.failed == (), str(summary)
+    assert summary.runs[0].cells == 3
+    assert [row["id"] for row in ledger.read(tmp_path / "own.json")["rows"]] == ["a.b"]
+    assert (folder / "a.ipynb").read_bytes() == before
+
+
+def test_a_failing_notebook_is_named_with_its_cell_and_the_next_one_runs(notebooks, tmp_path):
+    folder = notebooks(a=["x = 1", "x / 0", "x = 2"], b=[RECORD])
+    (folder / "c.ipynb").write_text("{", encoding="utf-8")
+    summary = report.run_notebooks(folder, ledger=tmp_path / "own.json", progress=False)
+    assert [run.name for run in summary.failed] == ["a", "c"]
+    assert summary.runs[0].error == "code cell 2 (x / 0): ZeroDivisionError: division by zero"
+    assert summary.runs[0].cells == 1
+    assert len(ledger.read(tmp_path / "own.json")["rows"]) == 1
+
+
+def test_a_kernel_that_dies_or_hangs_is_a_failure_of_its_notebook(notebooks, tmp_path):
+    folder = notebooks(a=["import os", "os._exit(3)"], b=["import time", "time.sleep(600)"])
+    summary = report.run_notebooks(folder, ledger=tmp_path / "own.json", progress=False, timeout=3)
+    dead, hung = summary.failed
+    assert dead.error.startswith("code cell 2 (os._exit(3)): DeadKernelError")
+    assert hung.error.startswith("code cell 2 (time.sleep(600)): CellTimeoutError")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_stops_the_whole_run_and_keeps_the_ledger(notebooks, tmp_path):
+    stop = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(600)"
+    folder = notebooks(a=[RECORD, stop], b=["1"])
+    with pytest.raises(KeyboardInterrupt):
+        report.run_notebooks(folder, ledger=tmp_path / "own.json", progress=False)
+    assert len(ledger.read(tmp_path / "own.json")["rows"]) == 1
+
+
+def test_a_folder_without_notebooks_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no notebook in"):
+        report.run_notebooks(tmp_path, ledger=tmp_path / "own.json")
+    assert not (tmp_path / "own.json").exists()
+
+
+# The command
+
+
+def test_run_writes_ledger_and_page_and_says_by_its_status_that_a_notebook_failed(
+    notebooks, tmp_path, capsys
+):
+    notebooks(a=[RECORD], b=["1 / 0"])
+    assert report.main(["--run"]) == 1
+    assert "b: 0 code cells" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "code cell 1 (1 / 0): ZeroDivisionError" in Page(page).text
+    assert len(ledger.read(tmp_path / "ledger.json")["rows"]) == 1
+
+
+@pytest.fixture
+def two(tmp_path):
+    paths = [tmp_path / "one.json", tmp_path / "two.json"]
+    for path in paths:
+        path.write_text(json.dumps(a_ledger(a_row())), encoding="utf-8")
+    return [str(path) for path in paths]
+
+
+def test_without_run_the_ledger_is_rendered_as_it_is(two, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "page" / "r.html"
+    output.parent.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["--ledger", two[0], "--output", str(output)]) == 0
+    assert "1 verdicts in" in capsys.readouterr().out
+    page = Page(output.read_text(encoding="utf-8"))
+    assert "../notebooks/01_pairing.ipynb" in page.addresses
+    monkeypatch.setenv("DLHELPERS_LEDGER", two[1])
+    assert report.main(["--output", str(output)]) == 0
+
+
+def test_compare_writes_the_page_of_two_machines(two, tmp_path):
+    output = tmp_path / "c.html"
+    assert report.main(["--compare", *two, "--output", str(output)]) == 0
+    assert "side by side" in output.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"schema": 9}', '{"rows": NaN}'])
+def test_a_ledger_that_cannot_be_read_is_one_line_and_status_2(text, two, tmp_path, capsys):
+    path = tmp_path / "bad.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    output = tmp_path / "r.html"
+    for arguments in (["--ledger", str(path)], ["--compare", two[0], str(path)]):
+        assert report.main([*arguments, "--output", str(output)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert str(path) in err
+    assert not output.exists()
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_status_2(two, tmp_path, capsys):
+    output = tmp_path / "absent" / "r.html"
+    assert report.main(["--ledger", two[0], "--output", str(output)]) == 2
+    assert str(output) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--compare", "a"], ["--compare", "a", "b", "--run"], ["--nonsense"]]
+)
+def test_arguments_that_make_no_sense_are_refused(arguments):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(arguments)
+
+
+def test_the_link_of_a_page_on_another_drive_is_a_whole_address(monkeypatch):
+    def on_another_drive(*paths):
+        raise ValueError("path is on mount 'D:'")
+
+    monkeypatch.setattr(command.os.path, "relpath", on_another_drive)
+    assert command._seen_from(Path.cwd(), Path("notebooks")).startswith("file:///")
