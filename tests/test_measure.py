@@ -333,7 +333,7 @@ def test_an_estimate_needs_two_finite_samples():
 
 def test_the_selftests_work_is_what_it_says(monkeypatch):
     count = []
-    monkeypatch.setattr(torch, "mm", lambda *a: count.append(1))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *a: count.append(1))
     workload(1.0)(), workload(0.9)()
     assert len(count) == 200 + 180
 

@@ -23,8 +23,7 @@ class CourseMap:
 
     def __repr__(self) -> str:
         return "\n".join(
-            f"{stem or 'later':16} {f'{count} claims' if count else 'to come':10} {says}"
-            for stem, says, count in self.rows
+            f"{stem or 'later':16} {_counted(count):10} {says}" for stem, says, count in self.rows
         )
 
     def _repr_html_(self) -> str:
@@ -33,10 +32,10 @@ class CourseMap:
             "<tr>"
             f"<td style='text-align:left'>{_link(stem, stem in written)}</td>"
             f"<td style='text-align:left'>{html.escape(says)}</td>"
-            f"<td style='text-align:left'>{count or 'to come'}</td></tr>"
+            f"<td style='text-align:left'>{_counted(count)}</td></tr>"
             for stem, says, count in self.rows
         )
-        head = "<tr><th>notebook</th><th>tip</th><th>claims</th></tr>"
+        head = "<tr><th>notebook</th><th>tip</th><th></th></tr>"
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
@@ -49,6 +48,10 @@ def course_map() -> CourseMap:
                 claims = [c for c in all_claims() if (c.tip, c.notebook) == (tip.id, stem)]
                 rows.append((stem, tip.says, len(claims)))
     return CourseMap(tuple(rows))
+
+
+def _counted(count: int) -> str:
+    return f"{count} claim{'s' if count > 1 else ''}" if count else "to come"
 
 
 def _link(stem: str, is_written: bool) -> str:

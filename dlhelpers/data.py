@@ -1,0 +1,210 @@
+"""Which real data does a machine without a network have?
+
+scikit-learn brings 1,797 handwritten digits of 8 x 8 pixels and two sample photographs of
+427 x 640; crops of the photographs make an image folder of any size. Their sources and licences
+stand in data/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
+
+__all__ = ["cache_dir", "cifar10", "data_dir", "digits", "imagenette", "photos"]
+
+_MANIFEST = "photos.json"
+
+
+def data_dir() -> Path:
+    """Return where data lies: ``DLHELPERS_DATA``, else the repository's data/, else the cache.
+
+    The same from any working directory; the folder need not exist yet.
+    """
+    if given := os.environ.get("DLHELPERS_DATA"):
+        return Path(given).expanduser().resolve()
+    repository = Path(__file__).resolve().parent.parent
+    if (repository / "pyproject.toml").exists():
+        return repository / "data"
+    return cache_dir() / "data"
+
+
+def cache_dir() -> Path:
+    """Return the user's cache folder of this package; it need not exist yet."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("dlhelpers", appauthor=False)
+
+
+def digits(split: Literal["train", "test", "all"] = "train") -> tuple[Tensor, Tensor]:
+    """Return scikit-learn's handwritten digits as (images, labels).
+
+    Args:
+        split: ``train`` (1,437), ``test`` (360; the same share of each class) or ``all`` (1,797).
+
+    Returns:
+        images float32 [N, 1, 8, 8] between 0 and 1, labels int64 [N] from 0 to 9.
+
+    Raises:
+        ValueError: another split.
+
+    Source: Alpaydin & Kaynak 1998, UCI Optical Recognition of Handwritten Digits (its test set).
+
+    >>> images, labels = digits("test")
+    >>> images.shape, labels.shape
+    (torch.Size([360, 1, 8, 8]), torch.Size([360]))
+    """
+    import torch
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if split not in ("train", "test", "all"):
+        raise ValueError(f'split must be "train", "test" or "all", got {split!r}')
+    bunch = load_digits()
+    rows = list(range(len(bunch.target)))
+    if split != "all":
+        parts = train_test_split(rows, test_size=360, stratify=bunch.target, random_state=0)
+        rows = parts[0] if split == "train" else parts[1]
+    images = torch.tensor(bunch.images[rows], dtype=torch.float32)[:, None] / 16
+    return images, torch.tensor(bunch.target[rows], dtype=torch.int64)
+
+
+def photos(
+    root: str | Path,
+    *,
+    count: int = 5000,
+    size: int = 256,
+    quality: int = 90,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Make an image folder of JPEG crops of real photographs; return its path.
+
+    One class folder for each of scikit-learn's sample photographs; crops of random place and scale,
+    half of them mirrored. The same settings give the same bytes with the same Pillow. The folder
+    appears whole or not at all; one that exists with these settings is used as it is.
+
+    Args:
+        root: the folder to make.
+        count: number of images over all classes.
+        size: their height and width in pixels, 16 to 427.
+        quality: of the JPEGs, 1 to 95.
+        seed: of the crops.
+        progress: shows a bar.
+
+    Raises:
+        ValueError: a setting is out of range.
+        FileExistsError: root holds something else; nothing in it is touched.
+    """
+    from tqdm.auto import tqdm
+
+    root = Path(root).expanduser()
+    for name, value, low, high in (
+        ("count", count, 1, 10_000_000),
+        ("size", size, 16, 427),
+        ("quality", quality, 1, 95),
+    ):
+        if not (isinstance(value, int) and low <= value <= high):
+            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    settings = {"count": count, "size": size, "quality": quality, "seed": seed, "version": 1}
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        _need_same(root, settings)
+        return root
+    sources = _photographs()
+    partial = root.with_name(f".{root.name}.{os.getpid()}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name in sources:
+            (partial / name).mkdir(parents=True)
+        names = sorted(sources)
+        crops = random.Random(seed)
+        bar = tqdm(range(count), desc="photos", unit="img", disable=None if progress else True)
+        for index in bar:
+            name = names[index % len(names)]
+            image = _crop(sources[name], size, crops)
+            image.save(partial / name / f"{index:07d}.jpg", quality=quality)
+        (partial / _MANIFEST).write_text(json.dumps(settings))
+        if root.exists():
+            root.rmdir()  # empty, as seen above
+        partial.replace(root)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return root
+
+
+def _need_same(root: Path, settings: dict[str, int]) -> None:
+    manifest = root / _MANIFEST if root.is_dir() else None
+    try:
+        found = json.loads(manifest.read_text()) if manifest else None
+    except (OSError, ValueError):
+        found = None
+    if found != settings:
+        holds = f"photos made with {found}" if found else "something that is not of this function"
+        raise FileExistsError(
+            f"{root} holds {holds}, wanted were {settings}: choose another folder or remove it"
+        )
+
+
+def _photographs() -> dict[str, Any]:
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    bunch = load_sample_images()
+    return {
+        Path(name).stem: Image.fromarray(pixels)
+        for name, pixels in zip(bunch.filenames, bunch.images, strict=True)
+    }
+
+
+def _crop(photograph: Any, size: int, crops: random.Random) -> Any:
+    from PIL import Image, ImageOps
+
+    width, height = photograph.size
+    side = crops.randint(min(size, height) // 2 + 1, height)
+    left, top = crops.randint(0, width - side), crops.randint(0, height - side)
+    image = photograph.crop((left, top, left + side, top + side))
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return ImageOps.mirror(image) if crops.random() < 0.5 else image
+
+
+def cifar10(train: bool = True, **options: Any) -> Dataset:
+    """Return torchvision's CIFAR-10 under :func:`data_dir`, downloaded where there is a network.
+
+    Raises:
+        RuntimeError: it is not there and cannot be downloaded; nothing half made is left.
+    """
+    from torchvision.datasets import CIFAR10
+
+    return _download(CIFAR10, "cifar10", train=train, **options)
+
+
+def imagenette(split: str = "train", **options: Any) -> Dataset:
+    """Return torchvision's Imagenette under :func:`data_dir`, as :func:`cifar10` does."""
+    from torchvision.datasets import Imagenette
+
+    return _download(Imagenette, "imagenette", split=split, **({"size": "160px"} | options))
+
+
+def _download(dataset: Any, name: str, **options: Any) -> Dataset:
+    root = data_dir() / name
+    existed = root.exists()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        try:
+            return dataset(root, download=False, **options)  # there already
+        except RuntimeError:
+            return dataset(root, download=True, **options)
+    except Exception as error:
+        if not existed:
+            shutil.rmtree(root, ignore_errors=True)
+        raise RuntimeError(
+            f"{dataset.__name__} is not in {root} and could not be downloaded ({error}): connect "
+            "to a network and try again, or work offline with data.digits() or data.photos(DIR)"
+        ) from error

@@ -1,0 +1,104 @@
+"""Does the loss want what the last layer gives, and are the targets what it takes?
+
+``check`` looks at one prediction, loss and target (or runs a model once); ``guard`` looks at the
+losses that a training loop calls. The one formula: with C classes, a softmax before
+CrossEntropyLoss keeps the loss above ln(1 + (C-1)/e), whatever the network learns.
+Source: documentation of ``torch.nn`` losses, https://pytorch.org/docs/stable/nn.html
+
+Three kinds of rule. *form*: shape, dtype or range is broken. *trace*: the graph (``grad_fn``),
+torch.fx or the module list shows the activation. *values*: no trace, at least two rows sum to 1
+within rounding (or their exponentials do). All three give an ``error``. A *hint* is a
+``suspicion``: a single row that sums to 1, logits that all lie in [0, 1], or what is legitimate
+and mostly not meant.
+
+=====================================================  ===================================  ======
+mis-pairing                                            finding                              rule
+=====================================================  ===================================  ======
+softmax before CrossEntropyLoss                        softmax-into-cross-entropy           trace
+softmax before CrossEntropyLoss, no graph              softmax-into-cross-entropy           values
+sigmoid before CrossEntropyLoss                        sigmoid-into-cross-entropy           trace
+all logits in [0, 1]                                   sigmoid-into-cross-entropy           hint
+tanh before CrossEntropyLoss                           tanh-into-cross-entropy              trace
+ReLU before CrossEntropyLoss                           relu-into-cross-entropy              trace
+no logit negative, some exactly 0                      relu-into-cross-entropy              hint
+LogSoftmax before CrossEntropyLoss (wasted)            log-softmax-into-cross-entropy       hint
+softmax, log_softmax over another axis than classes    softmax-over-wrong-axis              trace
+the same without a graph                               softmax-over-wrong-axis              values
+nn.Softmax() without dim                               softmax-without-dim                  hint
+one logit with CrossEntropyLoss                        one-logit                            form
+softmax before NLLLoss                                 softmax-into-nll                     trace
+softmax before NLLLoss, no graph                       softmax-into-nll                     values
+sigmoid before NLLLoss                                 sigmoid-into-nll                     trace
+raw logits into NLLLoss                                logits-into-nll                      trace
+values above 0 into NLLLoss                            logits-into-nll                      form
+values below 0 that are not normalised into NLLLoss    logits-into-nll                      hint
+log(softmax) in place of log_softmax                   log-of-softmax                       hint
+sigmoid before BCEWithLogitsLoss                       sigmoid-into-bce-with-logits         trace
+all logits in [0, 1] before BCEWithLogitsLoss          sigmoid-into-bce-with-logits         hint
+softmax before BCEWithLogitsLoss                       softmax-into-bce-with-logits         trace
+log_softmax before BCEWithLogitsLoss                   log-softmax-into-bce-with-logits     trace
+ReLU before BCEWithLogitsLoss                          relu-into-bce-with-logits            trace
+tanh before BCEWithLogitsLoss                          tanh-into-bce-with-logits            trace
+raw logits into BCELoss                                logits-into-bce                      trace
+values outside [0, 1] into BCELoss                     logits-into-bce                      form
+softmax before BCELoss, one label a sample             softmax-into-bce                     hint
+softmax before BCELoss, several labels a sample        softmax-into-bce                     trace
+probabilities into KLDivLoss                           softmax-into-kl-div                  trace
+raw logits into KLDivLoss                              logits-into-kl-div                   trace
+log-probability targets without log_target=True        log-target-not-declared              form
+probability targets with log_target=True               log-target-declared                  values
+negative KLDivLoss targets that are no logarithms       target-not-probabilities             form
+KLDivLoss with reduction='mean'                        kl-div-mean-reduction                hint
+probabilities into CTCLoss                             softmax-into-ctc                     trace
+raw logits into CTCLoss                                logits-into-ctc                      trace
+lengths that do not fit log_probs (T, N, C)            ctc-lengths                          form
+fewer frames than CTC needs                            ctc-input-too-short                  form
+the blank among the targets                            blank-in-targets                     form
+softmax before a margin loss                           softmax-into-margin-loss             trace
+sigmoid before a margin loss                           sigmoid-into-margin-loss             trace
+0/1 targets in a loss of -1/+1 targets                 targets-not-plus-minus-one           form
+0/1 flags into MultiLabelMarginLoss                    multi-hot-into-multilabel-margin     hint
+(N, 1) against (N) in a regression                     broadcast-target                     form
+ReLU, sigmoid or tanh cannot reach the targets         head-cannot-reach-targets            trace
+softmax and a squared or absolute error on one-hot     softmax-into-regression              trace
+exp, softplus, ReLU into PoissonNLLLoss(log_input)     positive-head-into-log-rate          trace
+negative prediction with log_input=False               negative-rate                        form
+negative counts                                        negative-counts                      form
+negative variance                                      negative-variance                    form
+class index below 0 or not below C                     class-index-out-of-range             form
+class indices of another dtype than int64              class-index-dtype                    form
+integer one-hot targets with CrossEntropyLoss          integer-one-hot                      form
+(N, 1) targets with CrossEntropyLoss                   target-has-class-axis                form
+(N, L, C) logits with CrossEntropyLoss                 class-axis-last                      form
+the same where L equals C                              class-axis-ambiguous                 hint
+(N, 1) against (N) in BCELoss, BCEWithLogitsLoss       target-shape                         form
+another floating dtype in BCELoss, HuberLoss           target-dtype                         form
+integer targets in BCELoss, BCEWithLogitsLoss          integer-target                       form
+targets far outside [0, 1] in binary cross entropy     target-outside-0-1                   form
+integer predictions (argmax before the loss)           integer-prediction                   form
+prediction and target swapped                          swapped-arguments                    form
+every target equals ignore_index                       all-targets-ignored                  form
+soft targets that do not sum to 1                      soft-targets-not-normalised          hint
+a batch of nothing                                     empty-batch                          form
+nan in prediction or target                            not-finite                           form
+a list, None, a string in place of a tensor            not-a-tensor                         form
+a class or None in place of a loss                     not-a-loss                           form
+sparse, meta, quantised, complex tensors               values-not-readable                  hint
+the model fails on its inputs                          model-raised                         form
+a loss of the reader's own fails                       loss-raised                          hint
+a rule fails on odd values                             check-failed                         hint
+=====================================================  ===================================  ======
+
+Not looked for: the saturation of Sigmoid + BCELoss (right, only less exact), embeddings that are
+not normalised, BCELoss under CUDA autocast (torch refuses it), ``LinearCrossEntropyLoss`` and
+``AdaptiveLogSoftmaxWithLoss``, which own their last layer.
+"""
+
+from __future__ import annotations
+
+from .calls import LOSSES
+from .equality import largest_difference
+from .inspection import check
+from .watch import PairingWarning, guard
+
+__all__ = ["LOSSES", "PairingWarning", "check", "guard", "largest_difference"]

@@ -1,0 +1,173 @@
+"""What was a loss called with? One description of a call, whoever made it.
+
+A module (``nn.CrossEntropyLoss(ignore_index=0)``), a function (``F.cross_entropy``) and a
+``functools.partial`` of one all become a :class:`LossCall`: the function's name, the prediction,
+the target, the other tensors and the options that matter. The names of arguments are read from
+the functions themselves, so a release that adds one needs no change here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["LOSSES", "NAME_OF", "LossCall", "bind", "calls_inside", "describe_call"]
+
+_MODULES = {
+    "binary_cross_entropy": nn.BCELoss,
+    "binary_cross_entropy_with_logits": nn.BCEWithLogitsLoss,
+    "cosine_embedding_loss": nn.CosineEmbeddingLoss,
+    "cross_entropy": nn.CrossEntropyLoss,
+    "ctc_loss": nn.CTCLoss,
+    "gaussian_nll_loss": nn.GaussianNLLLoss,
+    "hinge_embedding_loss": nn.HingeEmbeddingLoss,
+    "huber_loss": nn.HuberLoss,
+    "kl_div": nn.KLDivLoss,
+    "l1_loss": nn.L1Loss,
+    "margin_ranking_loss": nn.MarginRankingLoss,
+    "mse_loss": nn.MSELoss,
+    "multi_margin_loss": nn.MultiMarginLoss,
+    "multilabel_margin_loss": nn.MultiLabelMarginLoss,
+    "multilabel_soft_margin_loss": nn.MultiLabelSoftMarginLoss,
+    "nll_loss": nn.NLLLoss,
+    "poisson_nll_loss": nn.PoissonNLLLoss,
+    "smooth_l1_loss": nn.SmoothL1Loss,
+    "soft_margin_loss": nn.SoftMarginLoss,
+}
+
+LOSSES: dict[str, Callable[..., Tensor]] = {name: getattr(F, name) for name in _MODULES}
+"""The losses that are looked at, by the name of their function in ``torch.nn.functional``."""
+
+NAME_OF = {function: name for name, function in LOSSES.items()}
+
+_PREDICTION = ("input", "log_probs", "input1")
+_TARGET = ("target", "targets")
+_NAMES_BY_FUNCTION = {
+    name: tuple(inspect.signature(function).parameters) for name, function in LOSSES.items()
+}
+_DEFAULTS = {
+    name: {
+        key: parameter.default
+        for key, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    for name, function in LOSSES.items()
+}
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One call of a loss.
+
+    Attributes:
+        name: the function's name in ``torch.nn.functional``, such as ``cross_entropy``.
+        prediction: first tensor, as it was given; None where only a model is known.
+        target: the tensor that it is compared with.
+        options: every other argument by name, defaults filled in: ``input2``, ``var``,
+            ``input_lengths``, ``reduction``, ``ignore_index``, ``log_target`` and so on.
+    """
+
+    name: str
+    prediction: Any
+    target: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The module's name, as people say it: ``CrossEntropyLoss``."""
+        return _MODULES[self.name].__name__
+
+    @property
+    def reduction(self) -> str:
+        """``mean``, ``sum``, ``none`` or ``batchmean``."""
+        return self.options.get("reduction", "mean")
+
+
+def bind(name: str, args: tuple, kwargs: Mapping[str, Any]) -> LossCall:
+    """Name the arguments of a call of ``LOSSES[name]``.
+
+    Raises:
+        TypeError: more arguments than the function has.
+    """
+    names = _NAMES_BY_FUNCTION[name]
+    if len(args) > len(names):
+        raise TypeError(f"{name} takes {len(names)} arguments, not {len(args)}")
+    options = {**_DEFAULTS[name], **dict(zip(names, args, strict=False)), **kwargs}
+    prediction = _take(options, _PREDICTION)
+    target = _take(options, _TARGET)
+    return LossCall(name, prediction, target, options)
+
+
+def _take(options: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((options.pop(name) for name in names if name in options), None)
+
+
+def describe_call(loss: object, prediction: object, targets: object) -> LossCall | None:
+    """Describe ``loss(prediction, targets)``, or return None for a loss that is not torch's.
+
+    Args:
+        loss: module of ``torch.nn``, function of ``torch.nn.functional`` or a partial of one.
+        prediction: first argument.
+        targets: second argument. A tuple holds what follows the prediction in the order of the
+            loss: ``(targets, input_lengths, target_lengths)`` for CTC, ``(target, var)`` for
+            GaussianNLL, ``(input2, target)`` for CosineEmbedding and MarginRanking.
+    """
+    rest = tuple(targets) if isinstance(targets, tuple) else (targets,)
+    if isinstance(loss, nn.Module):
+        name = _name_of_module(loss)
+        if name is None:
+            return None
+        options = {
+            key: getattr(loss, key)
+            for key in _NAMES_BY_FUNCTION[name]
+            if key not in ("size_average", "reduce") and hasattr(loss, key)
+        }
+        return bind(name, (prediction, *rest), options)
+    args, kwargs = (), {}
+    while isinstance(loss, functools.partial):
+        args, kwargs, loss = (*loss.args, *args), {**loss.keywords, **kwargs}, loss.func
+    if isinstance(loss, nn.Module):
+        return None if args or kwargs else describe_call(loss, prediction, targets)
+    name = NAME_OF.get(loss)
+    return None if name is None else bind(name, (*args, prediction, *rest), kwargs)
+
+
+def _name_of_module(loss: nn.Module) -> str | None:
+    """Return the function that a loss module stands for; None where forward is overridden."""
+    for name, kind in _MODULES.items():
+        if isinstance(loss, kind) and type(loss).forward is kind.forward:
+            return name
+    return None
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[LossCall] = []
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in NAME_OF:
+            with contextlib.suppress(TypeError):
+                self.calls.append(bind(NAME_OF[func], args, kwargs))
+        return func(*args, **kwargs)
+
+
+def calls_inside(loss: Callable, *args: object) -> tuple[list[LossCall], Exception | None]:
+    """Call ``loss(*args)`` and return the torch losses that it called, and what it raised."""
+    with _Recorder() as recorder:
+        try:
+            loss(*args)
+        except Exception as error:
+            return recorder.calls, error
+    return recorder.calls, None

@@ -1,0 +1,177 @@
+"""``check``: look at one call of a loss, or at a model and the loss that it is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers.findings import Findings
+
+from .activations import activation_hits
+from .calls import LossCall, calls_inside, describe_call
+from .catalog import Hit, finding
+from .forms import form_hits
+from .probe import first_tensor, restored, run_model, unwrap
+from .trace import UNKNOWN, Head, head_of_model, head_of_tensor, softmax_without_dim
+from .values import Values
+
+__all__ = ["check", "look"]
+
+
+def check(
+    model_or_outputs: object, loss: object, targets: object, inputs: object = None
+) -> Findings:
+    """Find what does not fit between a model's last layer, a loss and its targets.
+
+    Args:
+        model_or_outputs: the outputs [N, ...] that go into the loss (of a tuple the first tensor,
+            of a mapping ``logits`` or ``out``), or a model (any callable). A module is run on
+            ``inputs`` where they are given, else its torch.fx graph and module list are read.
+        loss: module of ``torch.nn``, function of ``torch.nn.functional``, partial of one; any
+            other callable is called once, and the torch losses inside it are looked at.
+        targets: as the loss takes them. A tuple holds all that follows the prediction:
+            ``(targets, input_lengths, target_lengths)`` for CTC, ``(target, var)`` for
+            GaussianNLL, ``(input2, target)`` for CosineEmbedding and MarginRanking.
+        inputs: the model's argument, a tuple of arguments or a mapping of keyword arguments.
+
+    Returns:
+        Findings, errors first; empty where nothing was found. Never raises on odd arguments,
+        never runs backward; mode, parameters, gradients, buffers and random states are as before.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> labels = torch.tensor([0, 2, 1])
+    >>> print(check(torch.randn(3, 4).softmax(1), nn.CrossEntropyLoss(), labels)[0].name)
+    softmax-into-cross-entropy
+    >>> check(torch.tensor([[2.0, -1.0], [0.5, 3.0]]), nn.CrossEntropyLoss(), labels[:2] % 2)
+    nothing found
+    """
+    hits: list[Hit] = []
+    try:
+        hits.extend(_check(model_or_outputs, loss, targets, inputs))
+    except Exception as error:  # odd arguments have errors of every kind
+        hits.append(_failed(error))
+    return _worded(hits)
+
+
+def _failed(error: BaseException) -> Hit:
+    return Hit("check-failed", "suspicion", f"{type(error).__name__}: {str(error)[:200]}", "rule")
+
+
+def _worded(hits: list[Hit]) -> Findings:
+    ordered = sorted(hits, key=lambda hit: hit.severity != "error")
+    unique = {hit.name: hit for hit in reversed(ordered)}
+    ordered = [hit for hit in ordered if unique[hit.name] is hit]
+    return Findings(finding(hit) for hit in ordered)
+
+
+def _check(model: object, loss: object, targets: object, inputs: object) -> Iterator[Hit]:
+    head = UNKNOWN
+    if not callable(loss) or isinstance(loss, type):
+        yield Hit("not-a-loss", "error", f"the loss is {loss!r:.60}", "rule")
+        return
+    if callable(model) and not isinstance(model, Tensor):
+        model = unwrap(model)
+        static = _head_without_a_run(model)
+        if inputs is None:
+            call = describe_call(loss, None, targets)
+            if call is not None and static.is_known:
+                hidden = Values(None)
+                yield from activation_hits(call, static, hidden, Values(call.target))
+            yield from _guessed_axes(model)
+            return
+        try:
+            outputs = run_model(model, inputs)
+        except Exception as error:  # a finding, not a crash
+            what = f"{type(error).__name__}: {str(error)[:200]}"
+            yield Hit("model-raised", "error", what, "rule")
+            outputs = None
+            call = describe_call(loss, None, targets)
+            if call is not None and static.is_known:
+                yield from activation_hits(call, static, Values(None), Values(call.target))
+            return
+        tensor = first_tensor(outputs)
+        head = head_of_tensor(tensor) if tensor is not None else UNKNOWN
+        if not head.is_known:
+            head = static
+        elif head.kind == static.kind:
+            head = replace(head, where=static.where)
+        outputs = tensor if tensor is not None else outputs
+        yield from _guessed_axes(model)
+    else:
+        outputs = first_tensor(model)
+        outputs = model if outputs is None else outputs
+        head = head_of_tensor(outputs) if isinstance(outputs, Tensor) else UNKNOWN
+    call = describe_call(loss, outputs, targets)
+    if call is not None:
+        yield from look(call, head)
+    elif callable(loss):
+        yield from _look_inside(loss, outputs, targets)
+
+
+def _guessed_axes(model: object) -> Iterator[Hit]:
+    for path in softmax_without_dim(model) if isinstance(model, nn.Module) else ():
+        yield Hit("softmax-without-dim", "suspicion", f"module {path}", "rule", path)
+
+
+def _head_without_a_run(model: object) -> Head:
+    if not isinstance(model, nn.Module):
+        return UNKNOWN
+    with restored(model):  # torch.fx runs the Python code of forward
+        return head_of_model(model)
+
+
+def look(call: LossCall, head: Head | None = None, limit: int | None = None) -> Iterator[Hit]:
+    """Yield every hit of one call; a rule that fails on odd values is said, not raised.
+
+    Args:
+        call: what the loss was called with.
+        head: the traced activation; read from the prediction's graph where it is None.
+        limit: look at this many elements at most (a sample), None for all.
+    """
+    if head is None:
+        is_tensor = isinstance(call.prediction, Tensor)
+        head = head_of_tensor(call.prediction) if is_tensor else UNKNOWN
+    with torch.no_grad():
+        prediction, target = Values(call.prediction, limit), Values(call.target, limit)
+        rules: tuple[Callable[[], Iterator[Hit]], ...] = (
+            lambda: form_hits(call, prediction, target),
+            lambda: activation_hits(call, head, prediction, target),
+        )
+        broken: list[Hit] = []
+        for rule in rules:
+            try:
+                broken.extend(rule())
+            except Exception as error:  # see check
+                broken.append(_failed(error))
+    yield from _without_contradictions(call, head, prediction, broken)
+
+
+def _without_contradictions(
+    call: LossCall, head: Head, prediction: Values, hits: list[Hit]
+) -> Iterator[Hit]:
+    names = {hit.name for hit in hits}
+    for hit in hits:
+        if hit.name == "class-axis-ambiguous":
+            sure = head.axis == 1 or prediction.sums_to_one(1, log=True)
+            if sure or "softmax-over-wrong-axis" in names:
+                continue
+        if "swapped-arguments" in names and hit.evidence == "values" and "into" in hit.name:
+            continue
+        yield hit
+
+
+def _look_inside(loss: Callable[..., Any], outputs: object, targets: object) -> Iterator[Hit]:
+    """Call a loss of the reader's own and look at the torch losses that it calls."""
+    rest = targets if isinstance(targets, tuple) else (targets,)
+    with restored(loss):
+        seen, error = calls_inside(loss, outputs, *rest)
+    for call in seen:
+        yield from look(call)
+    if error is not None and not seen:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        yield Hit("loss-raised", "suspicion", what, "rule")

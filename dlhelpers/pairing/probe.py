@@ -1,0 +1,143 @@
+"""Run a model once and leave no trace: buffers, parameters, modes, gradients, random states.
+
+The forward pass runs with gradients enabled, in the model's own mode, on copies of the inputs,
+so that the graph shows the last activation; nothing is ever propagated backward and the graph is
+dropped. What Python code inside ``forward`` does (counters, lists, files) cannot be undone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["first_tensor", "restored", "run_model", "unwrap"]
+
+
+def unwrap(model: object) -> object:
+    """Return the plain module behind torch.compile, DataParallel and DistributedDataParallel."""
+    for _ in range(4):
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        ):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+    return model
+
+
+def run_model(model: Callable[..., Any], inputs: object) -> Any:
+    """Return ``model(inputs)``, with a graph where the model allows one.
+
+    Args:
+        model: module or function, left as it was found.
+        inputs: one argument, a tuple or list of them, or a mapping of keyword arguments.
+
+    Raises:
+        Exception: whatever the model raised the second time, without gradients.
+    """
+    if isinstance(model, nn.Module) and any(map(_is_lazy, model.parameters())):
+        model = copy.deepcopy(model)  # its first call makes the parameters
+    with restored(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        args, kwargs = _arguments(inputs, track=True)
+        try:
+            with torch.enable_grad():
+                return model(*args, **kwargs)
+        except Exception:  # inputs that refuse gradients, in-place edits, integer weights
+            args, kwargs = _arguments(inputs, track=False)
+    with restored(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return model(*args, **kwargs)
+
+
+def _is_lazy(tensor: Tensor | None) -> bool:
+    return isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer))
+
+
+def _arguments(inputs: object, *, track: bool) -> tuple[tuple, dict[str, Any]]:
+    def detached(value: object) -> object:
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            return value
+        value = value.detach().clone()
+        if track and value.is_floating_point():  # not a leaf: in-place edits stay allowed
+            value = value.requires_grad_().clone()
+        return value
+
+    with torch.enable_grad():
+        if isinstance(inputs, Mapping):
+            return (), {key: detached(value) for key, value in inputs.items()}
+        many = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+        return tuple(detached(value) for value in many), {}
+
+
+@contextlib.contextmanager
+def restored(*owners: object) -> Iterator[None]:
+    """Put back parameters, buffers, gradients and modes of modules, and all random states."""
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    saved = [_snapshot(module) for module in modules]
+    python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        for entry in saved:
+            _restore(*entry)
+
+
+def _snapshot(root: nn.Module) -> tuple[list[tuple], list[tuple[Tensor, Tensor]]]:
+    """Keep each module's own tables and mode, and a copy of every tensor in them."""
+    entries, copies = [], {}
+    for module in root.modules():
+        parameters, buffers = dict(module._parameters), dict(module._buffers)
+        tensors = [t for t in (*parameters.values(), *buffers.values()) if t is not None]
+        for tensor in tensors:
+            if id(tensor) not in copies and not _is_lazy(tensor):
+                copies[id(tensor)] = (tensor, tensor.detach().clone())
+        gradients = {name: p.grad for name, p in parameters.items() if p is not None}
+        entries.append((module, parameters, buffers, gradients, module.training))
+    return entries, list(copies.values())
+
+
+def _restore(entries: list[tuple], copies: list[tuple[Tensor, Tensor]]) -> None:
+    for module, parameters, buffers, gradients, training in entries:
+        for table, kept in ((module._parameters, parameters), (module._buffers, buffers)):
+            table.clear()
+            table.update(kept)
+        for name, gradient in gradients.items():
+            if parameters[name].grad is not gradient:
+                parameters[name].grad = gradient
+        module.training = training
+    with torch.no_grad():
+        for tensor, kept in copies:
+            tensor.data.copy_(kept)
+
+
+def first_tensor(outputs: object) -> Tensor | None:
+    """Return the tensor that goes into the loss: the outputs, their first, or their logits."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        for name in ("logits", "out"):
+            if isinstance(outputs.get(name), Tensor):
+                return outputs[name]
+        outputs = tuple(outputs.values())
+    if isinstance(outputs, (tuple, list)):
+        return next((found for part in outputs if (found := first_tensor(part)) is not None), None)
+    logits = getattr(outputs, "logits", None)
+    return logits if isinstance(logits, Tensor) else None

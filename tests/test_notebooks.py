@@ -1,0 +1,174 @@
+"""What every notebook of the course must be, read from the files as they are committed."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+from dlhelpers import exercises
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LESSONS = [path for path in NOTEBOOKS if not path.stem.startswith("00")]
+SECTIONS = [
+    "The tips",
+    "Set-up",
+    "Mechanism",
+    "Main claims",
+    "More tips",
+    "The trap",
+    "Try it",
+    "Exercises",
+    "Take away",
+]
+IGNORED = {"nbval-ignore-output", "nbval-skip"}
+UNIT = r"(?:ms|µs|us|s|min|MiB|MB|GB|GiB|KB|KiB|GFLOPS?|img/s|images/s|%|times|x|×|points)"
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+
+
+def cells(path, kind="code"):
+    every = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [c for c in every if c["cell_type"] == kind and "".join(c["source"]).strip()]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def tags(cell):
+    return set(cell["metadata"].get("tags", []))
+
+
+def is_picture_or_widget(output):
+    data = output.get("data", {})
+    html = "".join(data.get("text/html", ""))
+    return "image/png" in data or "<img" in html or any("widget" in key for key in data)
+
+
+def prints(cell):
+    return any(not is_picture_or_widget(output) for output in cell["outputs"])
+
+
+def calls(path, function):
+    """First arguments of all calls of `function` (its last name), as written in the cells."""
+    found = []
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                if name == function and node.args and isinstance(node.args[0], ast.Constant):
+                    found.append(node.args[0].value)
+    return found
+
+
+def test_the_course_opens_with_start_here():
+    assert [path.stem for path in NOTEBOOKS][:2] == ["00_start_here", "01_pairing"]
+
+
+@every_notebook
+def test_was_run_from_top_to_bottom(path):
+    counts = [cell["execution_count"] for cell in cells(path)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@every_notebook
+def test_left_no_stderr_and_no_unplanned_error(path):
+    for cell in cells(path):
+        kinds = {output.get("name", output["output_type"]) for output in cell["outputs"]}
+        assert "stderr" not in kinds, source(cell)
+        assert ("error" in kinds) <= ("raises-exception" in tags(cell)), source(cell)
+
+
+@every_notebook
+def test_cells_are_short(path):
+    assert max(len(cell["source"]) for cell in cells(path)) <= 15
+
+
+@every_notebook
+def test_is_small_enough_to_load(path):
+    assert path.stat().st_size < 500_000
+
+
+@every_lesson
+def test_has_every_section_in_order(path):
+    text = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    headings = [re.sub(r":.*", "", h).strip() for h in re.findall(r"^## (.+)$", text, re.M)]
+    assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
+
+
+@every_notebook
+def test_at_least_half_of_what_is_printed_is_compared(path):
+    says = [cell for cell in cells(path) if prints(cell)]
+    strict = [cell for cell in says if not tags(cell) & IGNORED]
+    assert 2 * len(strict) >= len(says)
+
+
+@every_notebook
+def test_a_cell_that_is_not_compared_says_why(path):
+    for cell in cells(path):
+        if tags(cell) & IGNORED:
+            assert cell["metadata"].get("why_ignored", "").strip(), source(cell)
+
+
+@every_notebook
+def test_timed_cells_are_not_compared(path):
+    timed = re.compile(r"\bcompare\(|\bcompare_many\(|roofline\(|perf_counter")
+    for cell in cells(path):
+        if timed.search(source(cell)) and prints(cell):
+            assert tags(cell) & IGNORED, source(cell)
+
+
+@every_notebook
+def test_no_measured_number_stands_in_the_text(path):
+    for cell in cells(path, "markdown"):
+        for paragraph in source(cell).split("\n\n"):
+            number = re.search(rf"(?<![\w.$-])\d+(?:[.,]\d+)?\s?{UNIT}(?![\w$])", paragraph)
+            has_source = re.search(r"arXiv|doi|https?://|\[.+\]\(.+\)|Minutes:", paragraph)
+            assert not number or has_source, number
+
+
+@every_notebook
+def test_pictures_carry_alt_text(path):
+    for cell in cells(path):
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            assert "image/png" not in data, source(cell)
+            for image in re.findall(r"<img[^>]*>", "".join(data.get("text/html", ""))):
+                assert re.search(r'alt="[^"]{20,}"', image), source(cell)
+
+
+@every_notebook
+def test_set_up_installs_and_hides_nothing(path):
+    for cell in cells(path):
+        for forbidden in ("pip install", "sys.path", "filterwarnings", "%%capture", "time.time()"):
+            assert forbidden not in source(cell)
+
+
+@every_notebook
+def test_relative_links_lead_somewhere(path):
+    for cell in cells(path, "markdown"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", source(cell)):
+            if not re.match(r"https?://|attachment:", link):
+                assert (path.parent / link).exists(), link
+
+
+@every_lesson
+def test_has_four_exercises_that_are_not_solved(path):
+    checked = calls(path, "check")
+    assert len([id for id in checked if isinstance(id, str) and id[:2] == path.stem[:2]]) >= 4
+    assert "solution" not in {n for c in cells(path) for n in re.findall(r"\b(\w+)\(", source(c))}
+
+
+@every_lesson
+def test_checks_every_exercise_that_the_package_holds(path):
+    checked = [id for id in calls(path, "check") if isinstance(id, str)]
+    assert set(exercises.ids(path.stem)) == set(checked)
+
+
+@every_notebook
+def test_every_card_is_judged(path):
+    judged = sum(source(cell).count(".judge(") for cell in cells(path))
+    assert judged == len(calls(path, "card"))
