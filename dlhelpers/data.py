@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +106,7 @@ def photos(
     """
     from tqdm.auto import tqdm
 
-    root = Path(root).expanduser()
+    root = Path(root).expanduser().resolve()
     for name, value, low, high in (
         ("count", count, 1, 10_000_000),
         ("size", size, 16, 427),
@@ -113,6 +114,8 @@ def photos(
     ):
         if not (isinstance(value, int) and low <= value <= high):
             raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
     settings = {"count": count, "size": size, "quality": quality, "seed": seed, "version": 1}
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         _need_same(root, settings)
@@ -140,16 +143,24 @@ def photos(
 
 
 def _need_same(root: Path, settings: dict[str, int]) -> None:
-    manifest = root / _MANIFEST if root.is_dir() else None
     try:
-        found = json.loads(manifest.read_text()) if manifest else None
+        found = json.loads((root / _MANIFEST).read_text())
     except (OSError, ValueError):
         found = None
-    if found != settings:
-        holds = f"photos made with {found}" if found else "something that is not of this function"
-        raise FileExistsError(
-            f"{root} holds {holds}, wanted were {settings}: choose another folder or remove it"
-        )
+    photos = len(list(root.glob("*/*.jpg"))) if found else 0
+    if found == settings and photos == settings["count"]:
+        return
+    if found == settings:
+        holds = f"holds {photos} of its {settings['count']} photos"
+    elif found:
+        holds = f"holds photos made with {found}"
+    elif root.is_dir():
+        holds = f"holds {min(entry.name for entry in root.iterdir())!r}, not made here"
+    else:
+        holds = "is a file"
+    raise FileExistsError(
+        f"{root} {holds}; wanted were {settings}: choose another folder or remove it"
+    )
 
 
 def _photographs() -> dict[str, Any]:
@@ -194,17 +205,23 @@ def imagenette(split: str = "train", **options: Any) -> Dataset:
 
 def _download(dataset: Any, name: str, **options: Any) -> Dataset:
     root = data_dir() / name
-    existed = root.exists()
+    before = set(root.iterdir()) if root.exists() else None
     root.mkdir(parents=True, exist_ok=True)
+    found = None
     try:
         try:
-            return dataset(root, download=False, **options)  # there already
+            found = dataset(root, download=False, **options)  # there already
         except RuntimeError:
-            return dataset(root, download=True, **options)
-    except Exception as error:
-        if not existed:
-            shutil.rmtree(root, ignore_errors=True)
+            found = dataset(root, download=True, **options)
+        return found
+    except (OSError, EOFError, RuntimeError, HTTPException) as error:
         raise RuntimeError(
             f"{dataset.__name__} is not in {root} and could not be downloaded ({error}): connect "
             "to a network and try again, or work offline with data.digits() or data.photos(DIR)"
         ) from error
+    finally:
+        if found is None:  # leave nothing half made
+            for entry in set(root.iterdir()) - (before or set()):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if before is None:
+                root.rmdir()

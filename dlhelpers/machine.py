@@ -51,6 +51,7 @@ _SIMD = {
     "bf16": "neon_bf16",
 }
 _LLC_DEFAULT = 32 << 20
+_SYSFS_CACHE = "/sys/devices/system/cpu/cpu0/cache"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Machine:
     Attributes:
         cpu: the processor's name.
         cores: logical cores that this process may use.
+        logical_cores, physical_cores: of the machine; a physical core may be several logical ones.
         simd: instruction sets that matter to deep learning, by one name each.
         ram_bytes: main memory.
         cache_bytes: level (``L1d``, ``L2``, ``L3``) -> bytes of one instance.
@@ -73,6 +75,8 @@ class Machine:
 
     cpu: str | None
     cores: int
+    logical_cores: int | None
+    physical_cores: int | None
     simd: tuple[str, ...]
     ram_bytes: int | None
     cache_bytes: dict[str, int]
@@ -92,8 +96,8 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """A stable name of this machine: of its processor, instruction sets, memory and devices."""
-        facts = (self.cpu, self.simd, os.cpu_count(), self.system, self.cuda_devices)
+        """A stable name: of the processor, its instruction sets and cores, system and devices."""
+        facts = (self.cpu, self.simd, self.logical_cores, self.system, self.cuda_devices)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
     @property
@@ -115,8 +119,10 @@ class Machine:
     def _rows(self) -> list[tuple[str, str]]:
         missing = [p for extra in self.extras.values() for p, v in extra.items() if v is None]
         caches = ", ".join(f"{k} {v / 2**10:.0f} KiB" for k, v in self.cache_bytes.items())
+        cores = f"{self.logical_cores or '?'} logical, {self.physical_cores or '?'} physical"
         return [
-            ("processor", f"{self.cpu or 'unknown'}, {self.cores} cores usable"),
+            ("processor", self.cpu or "unknown"),
+            ("cores", f"{self.cores} usable of {cores}"),
             ("instruction sets", ", ".join(self.simd) or "unknown"),
             ("memory", f"{self.ram_bytes / 2**30:.1f} GiB" if self.ram_bytes else "unknown"),
             ("caches", caches or "unknown"),
@@ -141,7 +147,7 @@ class Roofline:
 
     Attributes:
         bandwidth_gb_s: 10^9 bytes moved a second by c = a + b over arrays beyond the caches
-            (two read, one written).
+            (two read, one written; what the cache reads before it writes is not counted).
         gflops: ``fp32``, ``bf16``, ``int8`` -> 10^9 operations a second of a matrix product
             (2 n^3 each; int8's are integer operations); None where torch has no such product here.
         threads: torch's intra-op threads while measuring.
@@ -160,7 +166,7 @@ class Roofline:
         peaks = [
             (f"{name} matrix product", f"{peak:,.0f} G{'OP' if name == 'int8' else 'FLOP'}/s")
             if peak
-            else (f"{name} matrix product", "not available")
+            else (f"{name} matrix product", "not available in this build of torch")
             for name, peak in self.gflops.items()
         ]
         return [
@@ -185,6 +191,8 @@ def describe() -> Machine:
     return Machine(
         cpu=_cpu_name(),
         cores=_usable_cores(),
+        logical_cores=os.cpu_count(),
+        physical_cores=_physical_cores(),
         simd=tuple(name for flag, name in _SIMD.items() if flag in flags),
         ram_bytes=_ram_bytes(),
         cache_bytes=_cache_bytes(),
@@ -229,7 +237,10 @@ def roofline(*, refresh: bool = False) -> Roofline:
 def _bandwidth_gb_s() -> float:
     import torch
 
-    n = max(8 * describe().llc_bytes, 64 << 20) // 4 // 3
+    here = describe()
+    # a server has a last-level cache for each group of cores: 32 MiB a core are beyond them all
+    size = max(8 * here.llc_bytes, 64 << 20, here.cores * (32 << 20))
+    n = min(size, (here.ram_bytes or 4 << 30) // 8) // 4 // 3
     a, b, c = torch.ones(n), torch.ones(n), torch.zeros(n)
     return 3 * 4 * n / _best_seconds(lambda: torch.add(a, b, out=c)) / 1e9
 
@@ -238,9 +249,10 @@ def _matmul_gflops() -> dict[str, float | None]:
     import torch
 
     n = 1024
-    a = torch.randn(n, n)
+    own = torch.Generator().manual_seed(0)  # the caller's random state stays where it is
+    a = torch.randn(n, n, generator=own)
     half = a.bfloat16()
-    small = torch.randint(-8, 8, (n, n), dtype=torch.int8)
+    small = torch.randint(-8, 8, (n, n), dtype=torch.int8, generator=own)
     products: dict[str, Callable[[], Any]] = {
         "fp32": lambda: a @ a,
         "bf16": lambda: half @ half,
@@ -290,6 +302,15 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _physical_cores() -> int | None:
+    if sys.platform == "darwin":
+        text = _sysctl("hw.physicalcpu")
+        return int(text) if text.isdigit() else None
+    blocks = _read("/proc/cpuinfo").split("\n\n")
+    ids = [dict(re.findall(r"^(physical id|core id)\s*:\s*(\d+)$", b, re.M)) for b in blocks]
+    return len({(i.get("physical id"), i["core id"]) for i in ids if "core id" in i}) or None
 
 
 def _read(path: str) -> str:
@@ -343,11 +364,11 @@ def _cache_bytes() -> dict[str, int]:
         found = {level: _sysctl(name) for level, name in names.items()}
         return {level: int(text) for level, text in found.items() if text.isdigit() and int(text)}
     caches = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+    for folder in sorted(Path(_SYSFS_CACHE).glob("index*")):
         kind, level = _read(f"{folder}/type").strip(), _read(f"{folder}/level").strip()
-        size = re.fullmatch(r"(\d+)([KM])", _read(f"{folder}/size").strip())
+        size = re.fullmatch(r"(\d+)([KMG])", _read(f"{folder}/size").strip())
         if kind in ("Data", "Unified") and level and size:
-            scale = {"K": 2**10, "M": 2**20}[size[2]]
+            scale = {"K": 2**10, "M": 2**20, "G": 2**30}[size[2]]
             caches[f"L{level}{'d' if kind == 'Data' else ''}"] = int(size[1]) * scale
     return caches
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import io
+import keyword
+import token
+import tokenize
 from typing import Any
 
 __all__ = ["setup", "show_source"]
@@ -46,10 +51,51 @@ def show_source(thing: Any) -> None:
         raise TypeError(
             f"{thing!r} has no Python source to show: give a function or a class"
         ) from error
-    from IPython.display import Code
+    _show({"text/html": _highlighted(source), "text/plain": source})
 
-    code = Code(source.rstrip(), language="python")
-    _show({"text/html": code._repr_html_(), "text/plain": source})
+
+def _highlighted(source: str) -> str:
+    """Colour source by the theme's own colours, alike for each version of Python."""
+    text, parts, done = source.rstrip("\n"), [], 0
+    starts = [0]
+    for line in io.StringIO(text):
+        starts.append(starts[-1] + len(line))
+    for kind, first, last in _coloured(text):
+        begin, end = starts[first[0] - 1] + first[1], starts[last[0] - 1] + last[1]
+        colour = f"var(--jp-mirror-editor-{kind}-color,inherit)"
+        parts += [html.escape(text[done:begin]), f'<span style="color:{colour}">']
+        parts += [html.escape(text[begin:end]), "</span>"]
+        done = end
+    body = "".join([*parts, html.escape(text[done:])])
+    style = (
+        "color:var(--jp-ui-font-color1,currentColor);padding:0;"
+        "font-family:var(--jp-code-font-family,monospace);font-size:var(--jp-code-font-size,13px);"
+        "line-height:var(--jp-code-line-height,1.3)"
+    )
+    return f'<pre class="highlight" style="{style}">{body}</pre>'
+
+
+def _coloured(text: str) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+    """Return (kind, first, last) of all tokens that have a colour; positions as tokenize's."""
+    found, opened = [], []
+    try:
+        for part in tokenize.generate_tokens(io.StringIO(text).readline):
+            name = token.tok_name[part.type]
+            if name.endswith("STRING_START"):  # from 3.12 on f-strings come in pieces
+                opened.append(part.start)
+            elif name.endswith("STRING_END"):
+                start = opened.pop()
+                if not opened:
+                    found.append(("string", start, part.end))
+            elif not opened:
+                kind = {"STRING": "string", "COMMENT": "comment", "NUMBER": "number"}.get(name)
+                if name == "NAME" and keyword.iskeyword(part.string):
+                    kind = "keyword"
+                if kind:
+                    found.append((kind, part.start, part.end))
+    except (tokenize.TokenError, SyntaxError):  # a method is indented, its end may not be
+        pass
+    return found
 
 
 def _show(bundle: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ import base64
 import html
 import io
 import math
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,17 +57,21 @@ _STYLE = {
 
 
 def use_style() -> None:
-    """Show matplotlib figures in a notebook as pictures with alt text.
+    """Give matplotlib the course's style; show figures in a notebook as pictures with alt text.
 
-    Registers a formatter for the figures of the running IPython; outside it does nothing.
+    Registers a formatter for the figures of the running IPython, pyplot's included.
     """
+    import matplotlib
     from IPython import get_ipython
-
-    shell = get_ipython()
-    if shell is None:
-        return
     from matplotlib.figure import Figure
 
+    shell = get_ipython()
+    if shell is not None and "inline" in os.environ.get("MPLBACKEND", ""):
+        # else pyplot's first figure would activate it, and it puts its own formatters in
+        shell.enable_matplotlib("inline")
+    matplotlib.rcParams.update(_STYLE, **{"axes.prop_cycle": matplotlib.cycler(color=_COLOURS)})
+    if shell is None:
+        return
     formatters = shell.display_formatter.formatters
     formatters["text/html"].for_type(Figure, _picture)
     formatters["text/plain"].for_type(Figure, lambda figure, p, cycle: p.text(_alt(figure)))
@@ -82,8 +87,11 @@ def describe(figure: Figure, alt: str) -> Figure:
 
 def _alt(figure: Figure) -> str:
     given = getattr(figure, "_dlhelpers_alt", "")
-    parts = [(a.get_title(loc="left"), a.get_xlabel(), a.get_ylabel()) for a in figure.axes]
-    return given or "; ".join(filter(None, (part for axes in parts for part in axes)))
+    parts = [figure.get_suptitle()]
+    for axes in figure.axes:
+        parts += [axes.get_title(loc=loc) for loc in ("left", "center", "right")]
+        parts += [axes.get_xlabel(), axes.get_ylabel()]
+    return given or "; ".join(filter(None, parts)) or "a figure without title or labels"
 
 
 def _picture(figure: Figure) -> str:
@@ -107,7 +115,7 @@ def _axes(title: str, xlabel: str, ylabel: str, alt: str, **subplots: Any) -> An
 
 
 def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], ...]],
     *,
     title: str,
     xlabel: str,
@@ -118,18 +126,35 @@ def curves(
     """Draw named curves, labelled at the curve itself.
 
     Args:
-        series: name -> (x, y); sequences, arrays or tensors of equal length.
+        series: name -> (x, y), or (x, y, low, high) with an interval around each y; sequences,
+            arrays or tensors of equal length. Six at most, in the order of the colours.
         title, xlabel, ylabel: the answer, and the axes with their units.
         alt: what a reader without the picture has to know.
         mark_x: draws a dot on each curve there.
+
+    Raises:
+        ValueError: more than six curves, or one whose sequences differ in length.
     """
+    if len(series) > len(_COLOURS):
+        raise ValueError(
+            f"{len(series)} curves are more than the {len(_COLOURS)} colours that can be told "
+            "apart: draw two figures"
+        )
+    for name, points in series.items():
+        if len({len(values) for values in points}) != 1 or len(points) not in (2, 4):
+            raise ValueError(
+                f"curve {name!r} must be (x, y) or (x, y, low, high) of equal length, got lengths "
+                f"{[len(values) for values in points]}"
+            )
     figure, axes = _axes(title, xlabel, ylabel, alt)
-    top = max(max(_floats(y)) for _, y in series.values())
+    top = max(max(_floats(points[1])) for points in series.values())
     for colour, (name, points) in zip(_COLOURS, series.items(), strict=False):
-        x, y = (_floats(values) for values in points)
+        x, y, *band = (_floats(values) for values in points)
         axes.plot(x, y, color=colour)
+        if band:
+            axes.fill_between(x, *band, color=colour, alpha=0.2, linewidth=0)
         # label where the curves are furthest apart
-        at = _widest_gap(x, [_floats(other) for _, other in series.values()])
+        at = _widest_gap(x, [_floats(other[1]) for other in series.values()])
         axes.annotate(
             name,
             (x[at], y[at]),
@@ -152,7 +177,7 @@ def _floats(values: Any) -> list[float]:
 
 def _widest_gap(x: Sequence[float], ys: Sequence[Sequence[float]]) -> int:
     inner = range(len(x) // 12, len(x) - len(x) // 4)
-    if len(ys) < 2:
+    if len({len(x), *map(len, ys)}) > 1 or len(ys) < 2:
         return len(x) // 2
     return max(inner, key=lambda i: min(abs(a[i] - b[i]) for a in ys for b in ys if a is not b))
 
@@ -200,7 +225,10 @@ def intervals(
         )
     for row, item in enumerate(items.values()):
         value = getattr(item, "value", getattr(item, "speedup", None))
-        axes.plot([item.low, item.high], [row, row], color=TREATMENT, linewidth=5, alpha=0.35)
+        ends = [item.low, item.high]
+        if baseline == 1.0:  # on a log axis an end that is not known lies far outside
+            ends = [min(max(end, 1e-9), 1e9) for end in ends]
+        axes.plot(ends, [row, row], color=TREATMENT, linewidth=5, alpha=0.35)
         axes.plot(value, row, "o", color=TREATMENT, markersize=8)
     axes.set(yticks=range(len(items)), yticklabels=list(items), ylim=(len(items) - 0.5, -0.7))
     if baseline == 1.0:
@@ -233,7 +261,7 @@ def heatmap(
     image = axes.imshow(values, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            dark = math.isfinite(value) and value < (low + high) / 2
+            dark = math.isfinite(value) and value <= (low + high) / 2
             text = form.format(value) if math.isfinite(value) else "refused"
             axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(columns)), columns)
@@ -287,10 +315,11 @@ def _loss_and_pull(pair: Callable[..., Any], x: Any) -> tuple[list[float], list[
 
 
 def _log_axis(axes: Any, values: Sequence[float]) -> None:
-    """A log axis around 1 with plain numbers on it."""
+    """A log axis around 1 with plain numbers on it; an end that is not known leaves the picture."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-    reach = max(max(abs(math.log(v)) for v in values if v > 0), math.log(1.05)) * 1.15
+    known = (abs(math.log(v)) for v in values if 0 < v < math.inf)
+    reach = max(*known, math.log(1.05), 0.0) * 1.15
     axes.set_xscale("log")
     axes.set_xlim(math.exp(-reach), math.exp(reach))
     axes.xaxis.set_major_locator(MaxNLocator(7))
@@ -312,21 +341,22 @@ def strip_svg(
     """Return paired ratios as a small SVG strip: dots, interval, negligible band, the line at 1.
 
     Args:
-        ratios: paired ratios, positive; at most 200 are drawn.
-        low, high, estimate: the interval and the typical ratio.
+        ratios: paired ratios, positive and finite (others are left out); at most 200 are drawn.
+        low, high, estimate: the interval and the typical ratio; 0 and infinity reach the edge.
         negligible: half width of the band around 1.
         threshold: of a claim, drawn as a dashed line.
         width, height: in pixels.
     """
-    shown = [r for r in ratios if r > 0][:: max(1, -(-len(ratios) // 200))]
+    shown = [r for r in ratios if 0 < r < math.inf][:: max(1, -(-len(ratios) // 200))]
     inner = sorted(math.log(r) for r in shown) or [0.0]
     cut = max(1, len(inner) // 50)  # a far outlier must not squeeze the rest
     ends = [inner[: cut + 1][-1], inner[-cut - 1 :][0], math.log1p(negligible)]
     ends += [math.log(v) for v in (low, high, threshold or 1.0) if v > 0 and math.isfinite(v)]
-    reach = max(map(abs, ends)) * 1.1
+    reach = min(max(*map(abs, ends), 1e-3), math.log(1e6)) * 1.1
 
     def x(ratio: float) -> float:
-        return round(width / 2 * (1 + min(1.0, max(-1.0, math.log(ratio) / reach))), 1)
+        log = math.log(ratio) if ratio > 0 else -math.inf
+        return round(width / 2 * (1 + min(1.0, max(-1.0, log / reach))), 1)
 
     left, right = x(1 / (1 + negligible)), x(1 + negligible)
     jitter = random.Random(0)

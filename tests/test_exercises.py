@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from dlhelpers import exercises
-from dlhelpers.exercises import check, hint, ids
 from torch import nn
 from torch.nn import functional as F
+
+from dlhelpers import exercises
+from dlhelpers.exercises import check, hint, ids
 
 ALL = [id for number in exercises._MODULES for id in ids(number)]
 

@@ -92,6 +92,15 @@ def open_notebook(page, address: str, name: str) -> None:
         timeout=60_000,
     )
     page.evaluate("() => window.jupyterapp.shell.currentWidget.context.ready")
+    page.evaluate(  # not for ever: it waits while a kernel dialog is open
+        "() => Promise.race([window.jupyterapp.shell.currentWidget.sessionContext.ready,"
+        " new Promise(done => setTimeout(done, 30000))])"
+    )
+    page.wait_for_function(
+        "() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel"
+        "?.connectionStatus === 'connected'",
+        timeout=60_000,
+    )
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
 
 
@@ -100,10 +109,11 @@ def run_all(page, timeout_s: float = 240) -> None:
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     page.wait_for_function(
         """() => {
-          const cells = window.jupyterapp.shell.currentWidget.content.widgets.map(w => w.model);
-          return cells.filter(m => m.type === 'code' && m.sharedModel.getSource().trim())
-            .every(m => m.executionCount !== null && m.executionState !== 'running'
-                        || m.outputs.toJSON().some(o => o.output_type === 'error'));
+          const code = window.jupyterapp.shell.currentWidget.content.widgets
+            .map(w => w.model)
+            .filter(m => m.type === 'code' && m.sharedModel.getSource().trim());
+          return code.some(m => m.outputs.toJSON().some(o => o.output_type === 'error'))
+            || code.every(m => m.executionCount !== null && m.executionState !== 'running');
         }""",
         timeout=timeout_s * 1000,
         polling=500,

@@ -1,0 +1,174 @@
+import html
+import math
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from dlhelpers import plots
+from dlhelpers.measure import Estimate
+
+positive = st.floats(1e-3, 1e3)
+
+
+@given(
+    st.lists(positive, min_size=1, max_size=400),
+    positive,
+    positive,
+    st.none() | st.floats(0.5, 2),
+)
+def test_the_strip_is_well_formed_and_stays_inside(ratios, a, b, threshold):
+    svg = plots.strip_svg(
+        ratios, min(a, b), max(a, b), negligible=0.03, estimate=a, threshold=threshold
+    )
+    root = ET.fromstring(svg)
+    circles = [e for e in root.iter() if e.tag.endswith("circle")]
+    assert 2 <= len(circles) <= 202
+    for circle in circles:
+        assert -0.1 <= float(circle.get("cx")) <= 360.1
+    assert root.get("role") == "img"
+    assert "speedup" in root.get("aria-label")
+
+
+def test_the_strip_is_the_same_each_time_and_puts_one_in_the_middle():
+    options = {"negligible": 0.03, "estimate": 1.0}
+    strip = plots.strip_svg([1.0], 0.99, 1.01, **options)
+    assert strip == plots.strip_svg([1.0], 0.99, 1.01, **options)
+    assert 'cx="180.0"' in strip
+
+
+def test_a_faster_candidate_lies_on_the_right():
+    strip = plots.strip_svg([1.5], 1.4, 1.6, negligible=0.03, estimate=1.5)
+    assert float(re.findall(r'cx="([\d.]+)"', strip)[-1]) > 180
+
+
+def figure():
+    return plots.curves({"a": ([0, 1, 2], [1, 2, 3])}, title="t", xlabel="x (s)", ylabel="y (m)")
+
+
+def test_a_picture_carries_its_alt_text_escaped():
+    alt = 'a "quoted" <text> & more'
+    picture = plots._picture(plots.describe(figure(), alt))
+    assert f'alt="{html.escape(alt)}"' in picture
+    assert picture.count("<img") == 1
+    assert len(picture) < 40_000
+
+
+def test_without_alt_text_title_and_axes_serve():
+    assert plots._alt(figure()) == "t; x (s); y (m)"
+
+
+def test_figures_are_unknown_to_pyplot_so_that_nothing_is_drawn_twice():
+    import matplotlib.pyplot as plt
+
+    figure()
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_faces_are_white_in_either_theme(theme):
+    assert figure().get_facecolor() == (1, 1, 1, 1)
+
+
+def test_a_heatmap_writes_every_number_and_says_what_was_refused():
+    drawn = plots.heatmap(
+        [[1.0, math.nan], [3.0, 4.0]], ["a", "b"], ["c", "d"], title="t", unit="%"
+    )
+    texts = [t.get_text() for t in drawn.axes[0].texts]
+    assert texts == ["1", "refused", "3", "4"]
+
+
+def test_intervals_are_drawn_from_low_to_high():
+    drawn = plots.intervals(
+        {"a": Estimate(1.0, 0.5, 2.0, 3), "b": Estimate(4.0, 3.0, 5.0, 3)},
+        title="t",
+        xlabel="points",
+        threshold=2.5,
+    )
+    spans = [tuple(line.get_xdata()) for line in drawn.axes[0].lines]
+    assert (0.5, 2.0) in spans
+    assert (3.0, 5.0) in spans
+
+
+def test_the_pair_panel_says_loss_and_pull_of_both():
+    panel = plots.pair_panel(2.0, F.cross_entropy, lambda z, y: F.cross_entropy(z.softmax(1), y))
+    # by hand: ln(1 + e^-2) and e^-2 / (1 + e^-2)
+    assert f"right pair: loss {math.log1p(math.exp(-2)):.3f}, pull {1 / (1 + math.e**2):.3f}" in (
+        plots._alt(panel)
+    )
+
+
+def test_importing_plots_loads_no_matplotlib():
+    code = "import dlhelpers.plots, sys; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+anything = st.floats(0, allow_nan=False) | st.just(math.inf)
+
+
+@given(st.lists(anything, max_size=20), anything, anything, anything, st.floats(0, 1))
+def test_no_ratio_or_interval_breaks_the_strip(ratios, low, high, estimate, negligible):
+    svg = plots.strip_svg(ratios, low, high, negligible=negligible, estimate=estimate)
+    for element in ET.fromstring(svg).iter():
+        for name in ("x", "x1", "x2", "cx"):
+            assert -0.1 <= float(element.get(name, 0)) <= 360.1
+
+
+def test_an_interval_without_an_end_still_leaves_a_picture():
+    drawn = plots.intervals(
+        {"too few pairs": Estimate(1.0, 0.0, math.inf, 3)}, title="t", xlabel="ratio", baseline=1.0
+    )
+    assert "<img" in plots._picture(drawn)
+    left, right = drawn.axes[0].get_xlim()
+    low, high = drawn.axes[0].lines[1].get_xdata()
+    assert 0 < low < left < right < high < math.inf
+
+
+def test_a_seventh_curve_is_refused_not_dropped():
+    line = ([0, 1], [0, 1])
+    assert len(plots.curves(dict.fromkeys("abcdef", line), **LABELS).axes[0].lines) == 6
+    with pytest.raises(ValueError, match="7 curves are more than the 6 colours"):
+        plots.curves(dict.fromkeys("abcdefg", line), **LABELS)
+
+
+def test_a_curve_may_carry_an_interval_and_be_of_its_own_length():
+    drawn = plots.curves(
+        {"a": ([0, 1, 2], [1, 2, 3], [0, 1, 2], [2, 3, 4]), "b": ([0, 1], [5, 6])}, **LABELS
+    )
+    band = drawn.axes[0].collections[0].get_paths()[0].vertices
+    assert {(0.0, 0.0), (2.0, 4.0)} <= set(map(tuple, band))
+    with pytest.raises(ValueError, match=r"curve 'a' must be .* got lengths \[2, 3\]"):
+        plots.curves({"a": ([0, 1], [1, 2, 3])}, **LABELS)
+
+
+def test_every_curve_is_labelled_at_itself_in_its_colour():
+    drawn = plots.curves({"a": ([0, 1, 2], [1, 2, 3]), "b": ([0, 1, 2], [3, 3, 0])}, **LABELS)
+    axes = drawn.axes[0]
+    for line, label in zip(axes.lines, axes.texts, strict=True):
+        assert label.xy in set(zip(*line.get_data(), strict=True))
+        assert label.get_color() == line.get_color()
+
+
+def test_numbers_in_a_heatmap_stand_out_from_their_cell():
+    drawn = plots.heatmap([[0.0, 10.0]], ["a"], ["b", "c"], title="t", unit="%")
+    assert [t.get_color() for t in drawn.axes[0].texts] == ["white", "black"]
+    even = plots.heatmap([[5.0, 5.0]], ["a"], ["b", "c"], title="t", unit="%")
+    assert {t.get_color() for t in even.axes[0].texts} == {"white"}  # all in the darkest colour
+
+
+@pytest.mark.parametrize("location", ["left", "center", "right"])
+def test_a_title_anywhere_serves_as_alt_text(location):
+    from matplotlib.figure import Figure
+
+    drawn = Figure()
+    assert len(plots._alt(drawn)) > 20
+    drawn.subplots().set_title("the answer", loc=location)
+    assert plots._alt(drawn) == "the answer"
+
+
+LABELS = {"title": "t", "xlabel": "x (s)", "ylabel": "y (m)"}
