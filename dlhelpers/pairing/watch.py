@@ -56,7 +56,8 @@ def guard(steps: int = 20) -> contextlib.AbstractContextManager[Findings]:
 
     Args:
         steps: look until an optimizer has made this many steps, and at no call site more often.
-            Where no optimizer of ``torch.optim`` steps, calls with gradient at one site count.
+            Where none of ``torch.optim`` steps, twice as many calls of one site end the watch
+            (an evaluation before the training does not: the first step takes it up again).
 
     Raises:
         ValueError: ``steps`` is not a positive whole number.
@@ -121,13 +122,14 @@ class _Watcher(TorchFunctionMode):
         self._sites: dict[tuple[str, int, str], _Site] = {}
         self._steps_of: Counter[int] = Counter()
         self._thread = threading.get_ident()
-        self._looking = False
         self._handles: list[Any] = []
-        self._retiring = False
+        self._depth = 0
+        self._looking = self._leaving = self._paused = False
 
     def start(self) -> None:
         """Begin to look, and count steps of optimizers."""
         self._handles.append(register_optimizer_step_post_hook(self._count_step))
+        self._depth = len(torch.overrides._get_current_function_mode_stack())
         self._looking = True
         self.__enter__()
 
@@ -143,14 +145,17 @@ class _Watcher(TorchFunctionMode):
         self._sites.clear()
 
     def _stop(self) -> None:
-        self._looking = False
+        self._looking = self._paused = False
         _take_off(self)
 
     def _count_step(self, optimizer: object, args: object, kwargs: object) -> None:
         # The hook's own handle stays until close: torch iterates over the hooks right now.
-        if not self._looking or threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or not (self._looking or self._paused):
             return
         self._steps_of[id(optimizer)] += 1
+        if self._paused:
+            self._paused, self._looking = False, True
+            _put_on(self, self._depth)
         if self._steps_of[id(optimizer)] >= self._steps:
             self._stop()
 
@@ -170,7 +175,7 @@ class _Watcher(TorchFunctionMode):
             site.calls += 1
             if site.looks < self._steps:
                 hits = self._look(site, bind(name, args, kwargs))
-            self._retire_without_optimizer(site, args, kwargs)
+            self._leave_early(site, args, kwargs)
         except Exception:  # the training loop is never stopped by its guard
             return
         self._report(site, hits, warn=True)
@@ -214,24 +219,37 @@ class _Watcher(TorchFunctionMode):
             text = "\n".join(map(str, errors))
             warnings.warn_explicit(text, PairingWarning, site.path, site.line)
 
-    def _retire_without_optimizer(self, site: _Site, args: tuple, kwargs: dict) -> None:
-        """Leave from the next module call, where no optimizer of torch says that a step is done.
+    def _leave_early(self, site: _Site, args: tuple, kwargs: dict) -> None:
+        """Leave where enough was seen though no optimizer has made ``steps`` steps.
 
-        A mode cannot take itself off the stack inside a function: torch puts it back afterwards.
+        Many calls a step: leave for good after two steps. No step at all (an evaluation, or an
+        optimizer of the program's own): leave until an optimizer steps.
         """
         tensors = (*args, *kwargs.values())
         site.with_gradient += any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
-        if self._steps_of or self._retiring:
-            return
-        if site.with_gradient > self._steps or site.calls > 10 * self._steps:
-            self._retiring = True
+        done = max(self._steps_of.values(), default=0)
+        enough = site.with_gradient > self._steps if done >= 2 else site.calls > 2 * self._steps
+        if not self._leaving and done != 1 and enough:
+            # A mode cannot leave inside a function, torch puts it back: the next module call can.
+            self._leaving = True
             register = nn.modules.module.register_module_forward_pre_hook
             self._handles.append(register(self._leave))
 
     def _leave(self, module: object, inputs: object) -> None:
         if self._looking and threading.get_ident() == self._thread and _take_off(self):
             self._looking = False
+            self._paused = not self._steps_of
+            self._leaving = False
             self._handles.pop().remove()
+
+
+def _put_on(mode: TorchFunctionMode, depth: int) -> None:
+    """Put a mode on top of the ``depth`` lowest: modes above it are left by their own blocks."""
+    above = []
+    while len(torch.overrides._get_current_function_mode_stack()) > depth:
+        above.append(torch.overrides._pop_mode())
+    for other in (mode, *reversed(above)):
+        torch.overrides._push_mode(other)
 
 
 def _take_off(mode: TorchFunctionMode) -> bool:
@@ -248,11 +266,11 @@ def _take_off(mode: TorchFunctionMode) -> bool:
 
 
 def _user_frame() -> FrameType:
-    """Return the innermost frame that belongs neither to torch nor to this package."""
+    """Return the innermost frame of neither torch, nor this package, nor another mode."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        path = frame.f_code.co_filename
-        if not path.startswith(_SKIPPED) and not path.startswith("<frozen"):
+        path, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not path.startswith((*_SKIPPED, "<frozen")) and name != "__torch_function__":
             return frame
         frame = frame.f_back
     return frame
