@@ -33,7 +33,8 @@ def setup(seed: int = 0, threads: int | None = None) -> None:
         torch.set_num_threads(threads)
     seed_everything(seed)
     plots.use_style()
-    line = f"{machine.describe().line} · {torch.get_num_threads()} threads · seed {seed}"
+    used = torch.get_num_threads()
+    line = f"{machine.describe().line} · {used} thread{'s' * (used > 1)} · seed {seed}"
     _show({"text/plain": line})
 
 

@@ -38,7 +38,7 @@ def test_setup_seeds_sets_threads_and_says_the_machine_in_a_line(shell, monkeypa
     finally:
         torch.set_num_threads(before)
     assert torch.__version__ in shown[0]["text/plain"]
-    assert "1 threads · seed 4" in shown[0]["text/plain"]
+    assert "1 thread · seed 4" in shown[0]["text/plain"]
     with pytest.raises(ValueError, match="threads must be 1 or more"):
         notebook.setup(threads=0)
 

@@ -5,7 +5,9 @@ import json
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from dlhelpers import exercises
 
@@ -173,3 +175,15 @@ def test_checks_every_exercise_that_the_package_holds(path):
 def test_every_card_is_judged(path):
     judged = sum(source(cell).count(".judge(") for cell in cells(path))
     assert judged == len(calls(path, "card"))
+
+
+@pytest.mark.slow
+@every_notebook
+def test_passes_twice_in_one_kernel(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "ledger.json"))
+    twice = nbformat.read(path, as_version=4)
+    twice.cells += nbformat.read(path, as_version=4).cells
+    for number, cell in enumerate(twice.cells):
+        cell.id = f"cell-{number}"
+    client = NotebookClient(twice, timeout=120, resources={"metadata": {"path": path.parent}})
+    client.execute()  # raises at the first cell that fails

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONDA_NAMES = {  # name on the package index -> name on conda-forge
     "torch": "pytorch",
     "matplotlib": "matplotlib-base",
@@ -93,3 +94,12 @@ def test_every_command_explains_itself(command):
     )
     assert done.returncode == 0
     assert "usage: python -m dlhelpers" in done.stdout
+
+
+def test_the_readme_counts_the_claims_right():
+    from dlhelpers.claims import all_claims
+
+    rows = re.findall(r"^\| \[.+\]\(notebooks/(\w+)\.ipynb\) \|.+\| (\d+) \| \d+ \|$", README, re.M)
+    assert rows
+    for stem, count in rows:
+        assert int(count) == sum(claim.notebook == stem for claim in all_claims()), stem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ def lay(source: Path, target: Path) -> Iterator[str]:
     """
     target.mkdir(parents=True, exist_ok=True)
     record = target / LAID
-    laid: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    laid = _read_record(record)
     for lesson in sorted(source.glob("*.ipynb")):
         content = without_outputs(lesson)
         digest = hashlib.sha256(content).hexdigest()
@@ -46,6 +47,13 @@ def lay(source: Path, target: Path) -> Iterator[str]:
         _write(path, content)
         laid[name] = laid[f"lesson {lesson.name}"] = digest
         _write(record, json.dumps(laid, indent=1).encode())  # after each: Ctrl-C loses nothing
+
+
+def _read_record(record: Path) -> dict[str, str]:
+    try:
+        return json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}  # none, or broken: then every file there counts as the learner's
 
 
 def _names(lesson: Path) -> Iterator[str]:
@@ -77,6 +85,8 @@ def serve(arguments: list[str]) -> None:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
     os.environ["JUPYTER_CONFIG_PATH"] = config
+    if os.name == "nt":  # there execv would hand the console back at once
+        sys.exit(subprocess.call([*command, *arguments]))
     os.execv(sys.executable, [*command, *arguments])
 
 

@@ -67,7 +67,10 @@ class Values:
         return frozenset(torch.unique(part).tolist())
 
     def sums_to_one(self, axis: int, *, log: bool = False, within: float = 1.0) -> int:
-        """Count the rows along ``axis`` if all of them (their exponentials) sum to 1, else 0.
+        """Count the telling rows along ``axis`` if all (their exponentials) sum to 1, else 0.
+
+        Raw scores may be 0 and -30, or 0 and 1: a row whose mass is all in one place tells
+        nothing. Where no row is telling and all sum to 1 the count is 1.
 
         ``within`` widens the rounding: 1 to claim that rows are normalised, 4 before claiming
         that they are not.
@@ -80,15 +83,15 @@ class Values:
         key = (axis % ndim, log)
         if key not in self._sums:
             self._sums[key] = self._measure_rows(*key)
-        rows, error = self._sums[key]
-        return rows if error <= within else 0
+        telling, error = self._sums[key]
+        return max(1, telling) if error <= within else 0
 
     @functools.cached_property
     def _sums(self) -> dict[tuple[int, bool], tuple[int, float]]:
         return {}
 
     def _measure_rows(self, axis: int, log: bool) -> tuple[int, float]:
-        """Return the number of rows and the largest error in units of the rounding."""
+        """Return the number of telling rows and the largest error in units of the rounding."""
         part = _sample(self._tensor, axis, self._limit or 2**24)
         rounding = _rounding(part)
         classes = part.shape[axis]
@@ -97,7 +100,8 @@ class Values:
             return 0, math.inf
         error = part.logsumexp(dim=axis) if log else part.sum(dim=axis) - 1
         slack = rounding * max(1.0, math.log(classes)) if log else rounding
-        return error.numel(), (error.abs().max() / (slack + classes * 6e-8)).item()
+        telling = part.amax(dim=axis) < -1e-4 if log else part.count_nonzero(dim=axis) > 1
+        return int(telling.sum()), (error.abs().max() / (slack + classes * 6e-8)).item()
 
 
 def _is_readable(tensor: object) -> bool:

@@ -1,0 +1,60 @@
+"""What does `pairing.guard` cost a training step, while it looks and after it has stopped?
+
+Blocks of 50 steps with and without the guard, in pairs, on two small networks: the smaller the
+network, the dearer each watched call. The promise is at most 5 % once the guard has stopped.
+Prints a table and writes benchmarks/results/pairing.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dlhelpers import machine, pairing
+from dlhelpers.data import digits
+from dlhelpers.measure import compare
+from dlhelpers.training import digits_mlp
+
+STEPS = 50
+
+
+def convnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+def main() -> None:
+    images, labels = (tensor[:64] for tensor in digits("train"))
+    rows = []
+    print(machine.describe().line)
+    for name, model in (("multilayer perceptron", digits_mlp(100)), ("convnet", convnet())):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+        def steps(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+
+        def guarded(look: int, steps=steps) -> None:
+            with pairing.guard(steps=look):
+                steps()
+
+        for label, look in (("stopped after 1 of 50", 1), ("looking at all 50", STEPS)):
+            row = compare(steps, lambda look=look: guarded(look), budget_s=20, threshold=1 / 1.05)
+            cost = [100 * (1 / ratio - 1) for ratio in (row.speedup, row.high, row.low)]
+            print(f"{name:22} {label:22} costs {cost[0]:5.1f} % [{cost[1]:.1f}, {cost[2]:.1f}]")
+            rows.append({"network": name, "guard": label, "cost_percent": cost})
+    output = Path(__file__).parent / "results" / "pairing.json"
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps({"machine": machine.describe().as_dict(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
