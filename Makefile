@@ -4,8 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dali,engines,quant,codecs,profiling,dev
-NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=120 \
-	--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider
+NBVAL := $(BIN)/python -m pytest --nbval -p no:cacheprovider
 # notebooks settle claims while they are tested: their ledger is not the learner's
 TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json
 

@@ -49,7 +49,10 @@ def main() -> None:
         for label, look in (("stopped after 1 of 50", 1), ("looking at all 50", STEPS)):
             row = compare(steps, lambda look=look: guarded(look), budget_s=20, threshold=1 / 1.05)
             cost = [100 * (1 / ratio - 1) for ratio in (row.speedup, row.high, row.low)]
-            print(f"{name:22} {label:22} costs {cost[0]:5.1f} % [{cost[1]:.1f}, {cost[2]:.1f}]")
+            kept = "" if look > 1 else "  kept" if cost[1] <= 5 else "  NOT KEPT"
+            print(
+                f"{name:22} {label:22} costs {cost[0]:5.1f} % [{cost[1]:.1f}, {cost[2]:.1f}]{kept}"
+            )
             rows.append({"network": name, "guard": label, "cost_percent": cost})
     output = Path(__file__).parent / "results" / "pairing.json"
     output.parent.mkdir(exist_ok=True)

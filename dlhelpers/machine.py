@@ -1,10 +1,4 @@
-"""What is this machine, and how fast can it be at best?
-
-The roofline bounds every operation: a kernel that moves B bytes and does F floating-point
-operations takes at least max(B / bandwidth, F / peak) seconds.
-
-Source: Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785.
-"""
+"""What is this machine? Its processor, memory, builds, devices and what is installed."""
 
 from __future__ import annotations
 
@@ -17,14 +11,14 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Machine", "Roofline", "describe", "roofline"]
+from dlhelpers.roofline import Roofline, roofline
+
+__all__ = ["Machine", "Roofline", "describe", "last_level_cache_bytes", "roofline"]
 
 _EXTRAS = {
     "dali": ("nvidia-dali-cuda130",),
@@ -138,49 +132,7 @@ class Machine:
         return "\n".join(f"{name:20} {value}" for name, value in self._rows())
 
     def _repr_html_(self) -> str:
-        return _table(self._rows())
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """Measured peaks of this machine with the present number of threads.
-
-    Attributes:
-        bandwidth_gb_s: 10^9 bytes moved a second by c = a + b over arrays beyond the caches
-            (two read, one written; what the cache reads before it writes is not counted).
-        gflops: ``fp32``, ``bf16``, ``int8`` -> 10^9 operations a second of a matrix product
-            (2 n^3 each; int8's are integer operations); None where torch has no such product here.
-        threads: torch's intra-op threads while measuring.
-    """
-
-    bandwidth_gb_s: float
-    gflops: dict[str, float | None]
-    threads: int
-
-    @property
-    def ridge_flop_per_byte(self) -> float:
-        """Operations per byte above which float32 is bound by arithmetic, not by memory."""
-        return (self.gflops["fp32"] or 0.0) / self.bandwidth_gb_s
-
-    def _rows(self) -> list[tuple[str, str]]:
-        peaks = [
-            (f"{name} matrix product", f"{peak:,.0f} G{'OP' if name == 'int8' else 'FLOP'}/s")
-            if peak
-            else (f"{name} matrix product", "not available in this build of torch")
-            for name, peak in self.gflops.items()
-        ]
-        return [
-            ("memory bandwidth", f"{self.bandwidth_gb_s:.1f} GB/s"),
-            *peaks,
-            ("ridge, float32", f"{self.ridge_flop_per_byte:.1f} FLOP/byte"),
-            ("threads", str(self.threads)),
-        ]
-
-    def __str__(self) -> str:
-        return "\n".join(f"{name:20} {value}" for name, value in self._rows())
-
-    def _repr_html_(self) -> str:
-        return _table(self._rows())
+        return facts_table(self._rows())
 
 
 @cache
@@ -205,76 +157,9 @@ def describe() -> Machine:
     )
 
 
-def roofline(*, refresh: bool = False) -> Roofline:
-    """Measure this machine's peaks in a few seconds; later calls read them from a cache.
-
-    Args:
-        refresh: measure again.
-    """
-    import torch
-
-    from dlhelpers.data import cache_dir
-
-    threads = torch.get_num_threads()
-    name = f"roofline-{describe().key}-{threads}-{torch.__version__}.json"
-    path = cache_dir() / name
-    if not refresh:
-        try:
-            return Roofline(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            pass  # none yet, or of another version: measure
-    result = Roofline(_bandwidth_gb_s(), _matmul_gflops(), threads)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps(asdict(result)))
-        partial.replace(path)
-    except OSError:
-        pass  # a read-only home costs the next call a few seconds, no more
-    return result
-
-
-def _bandwidth_gb_s() -> float:
-    import torch
-
-    here = describe()
-    # a server has a last-level cache for each group of cores: 32 MiB a core are beyond them all
-    size = max(8 * here.llc_bytes, 64 << 20, here.cores * (32 << 20))
-    n = min(size, (here.ram_bytes or 4 << 30) // 8) // 4 // 3
-    a, b, c = torch.ones(n), torch.ones(n), torch.zeros(n)
-    return 3 * 4 * n / _best_seconds(lambda: torch.add(a, b, out=c)) / 1e9
-
-
-def _matmul_gflops() -> dict[str, float | None]:
-    import torch
-
-    n = 1024
-    own = torch.Generator().manual_seed(0)  # the caller's random state stays where it is
-    a = torch.randn(n, n, generator=own)
-    half = a.bfloat16()
-    small = torch.randint(-8, 8, (n, n), dtype=torch.int8, generator=own)
-    products: dict[str, Callable[[], Any]] = {
-        "fp32": lambda: a @ a,
-        "bf16": lambda: half @ half,
-        "int8": lambda: torch._int_mm(small, small),
-    }
-    peaks: dict[str, float | None] = {}
-    for name, product in products.items():
-        try:
-            peaks[name] = 2 * n**3 / _best_seconds(product) / 1e9
-        except (RuntimeError, AttributeError, NotImplementedError):
-            peaks[name] = None
-    return peaks
-
-
-def _best_seconds(function: Callable[[], Any], budget_s: float = 0.8) -> float:
-    function()
-    best, until = float("inf"), time.perf_counter() + budget_s
-    while time.perf_counter() < until:
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best
+def last_level_cache_bytes() -> int:
+    """Return the size of the last-level cache, 32 MiB where unknown; loads nothing, torch least."""
+    return max(_cache_bytes().values(), default=_LLC_DEFAULT)
 
 
 def _torch_facts() -> dict[str, Any]:
@@ -373,7 +258,8 @@ def _cache_bytes() -> dict[str, int]:
     return caches
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
+def facts_table(rows: list[tuple[str, str]]) -> str:
+    """Return rows of (name, value) as an HTML table."""
     import html
 
     body = "".join(

@@ -183,12 +183,13 @@ def _widest_gap(x: Sequence[float], ys: Sequence[Sequence[float]]) -> int:
 
 
 def dots(ratios: Sequence[float], *, title: str, xlabel: str, alt: str = "") -> Figure:
-    """Draw ratios as dots on a log axis, with the line where nothing differs."""
+    """Draw ratios as dots on a log axis around 1; those beyond a factor of 2 lie at its edge."""
     figure, axes = _axes(title, xlabel, "", alt, figsize=(7.0, 1.9))
     heights = [random.Random(i).uniform(-1, 1) for i in range(len(ratios))]
     axes.axvline(1.0, color=BASELINE, linewidth=1.5)
-    axes.scatter(_floats(ratios), heights, s=22, color=TREATMENT, alpha=0.7, linewidths=0)
-    _log_axis(axes, [*_floats(ratios), 1.0])
+    shown = [min(2.0, max(0.5, ratio)) for ratio in _floats(ratios)]
+    axes.scatter(shown, heights, s=22, color=TREATMENT, alpha=0.7, linewidths=0)
+    _log_axis(axes, [*shown, 1.0])
     axes.set(yticks=[], ylim=(-2, 2))
     return figure
 
@@ -245,6 +246,7 @@ def heatmap(
     unit: str,
     alt: str = "",
     form: str = "{:.0f}",
+    framed: Sequence[tuple[int, int]] = (),
 ) -> Figure:
     """Draw a table of numbers as colours with the numbers in them; NaN is drawn as "refused".
 
@@ -254,7 +256,10 @@ def heatmap(
         title, alt: as in :func:`curves`.
         unit: of the values, beside the colour scale.
         form: how a number is written.
+        framed: (row, column) of the fields that get a frame.
     """
+    from matplotlib.patches import Rectangle
+
     figure, axes = _axes(title, "", "", alt, figsize=(7.4, 0.9 + 0.42 * len(rows)))
     finite = [v for row in values for v in row if math.isfinite(v)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
@@ -264,6 +269,9 @@ def heatmap(
             dark = math.isfinite(value) and value <= (low + high) / 2
             text = form.format(value) if math.isfinite(value) else "refused"
             axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+    for i, j in framed:
+        corner = (j - 0.46, i - 0.44)
+        axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=FAILING, linewidth=2.5))
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.grid(False)
@@ -284,7 +292,7 @@ def pair_panel(logit: float, right: Callable[..., Any], wrong: Callable[..., Any
 
     x = torch.linspace(-8, 8, 161)
     at = min(range(161), key=lambda i: abs(x[i].item() - logit))
-    facts = []
+    facts, pulls = [], []
     with matplotlib.rc_context(_STYLE | {"figure.figsize": (8.4, 3.2)}):
         figure = Figure(layout="constrained")
         left, centre = figure.subplots(1, 2)
@@ -293,12 +301,15 @@ def pair_panel(logit: float, right: Callable[..., Any], wrong: Callable[..., Any
             for axes, y in ((left, loss), (centre, pull)):
                 axes.plot(x, y, color=colour)
                 axes.plot(x[at], y[at], "o", color=colour, markersize=9)
-            facts.append(f"{name} pair: loss {loss[at]:.3f}, pull {pull[at]:.3f}")
-            centre.plot([], [], color=colour, label=f"{name}: pull {pull[at]:.3f}")
+            facts.append(f"{name} pair: loss {loss[at]:.3f}, pull {pull[at]:.3g}")
+            pulls.append(pull[at])
+            centre.plot([], [], color=colour, label=f"{name}: pull {pull[at]:.3g}")
             left.plot([], [], color=colour, label=f"{name}: loss {loss[at]:.3f}")
         for axes, quantity in ((left, "loss (nats)"), (centre, "pull, -d loss / d logit")):
             axes.set(xlabel="logit of the true class", ylabel=quantity)
             axes.legend(frameon=False)
+        facts.append(f"wrong / right pull {pulls[1] / pulls[0]:.3f}")
+        figure.suptitle(f"logit {logit:g}: {facts[-1]}")
     return describe(figure, f"Logit {logit:g}. {'; '.join(facts)}.")
 
 

@@ -593,8 +593,8 @@ def test_a_card_outside_ipython_shows_nothing_and_prints_everything(declared, ca
         "  tip       A wrong pair fails. (a README, 2021)",
         "  source    a paper, table 1",
         "  holds if  latency unfused / fused >= 1.05 (time)",
-        "  - batch 1, launch-bound (must win): fewer launches",
-        "  - batch 64, compute-bound (cannot win): the same arithmetic",
+        "  - batch 1, launch-bound (theory: holds): fewer launches",
+        "  - batch 64, compute-bound (theory: cannot hold): the same arithmetic",
     ]
 
 

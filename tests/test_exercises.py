@@ -18,6 +18,10 @@ def no_mean(z, y):
     return F.cross_entropy(z, y, reduction="sum")
 
 
+def no_reduction(z, y):
+    return F.cross_entropy(z, y, reduction="none")
+
+
 def overflows(z, y):
     return (z.exp().sum(1).log() - z.gather(1, y[:, None])[:, 0]).mean()
 
@@ -70,6 +74,7 @@ def chooses(**changes):
 
 MISTAKES = [
     ("01.1", no_mean, "four samples"),
+    ("01.1", no_reduction, "one number"),
     ("01.1", overflows, "huge logits"),
     ("01.1", log_of_softmax, "huge logits"),
     ("01.1", wrong_sign, "one sample"),
@@ -130,7 +135,7 @@ def test_an_answer_that_raises_is_told_so():
 
     result = check("01.1", broken)
     assert "it raised KeyError: 'oops'" in result.message
-    assert check("01.1", 42).failed == "one sample"
+    assert check("01.1", 42).failed == "one number"
     assert check("01.3", lambda model: "a string").failed == "what the loss sees"
 
 

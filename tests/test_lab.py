@@ -88,3 +88,22 @@ def test_a_deleted_lesson_comes_back(folders):
     (target / "01_x.ipynb").unlink()
     list(lab.lay(source, target))
     assert sources(target / "01_x.ipynb") == ["1"]
+
+
+def test_jupyterlab_listens_on_localhost_alone_with_its_token():
+    command = lab.command(["--no-browser", "--port=8899"])
+    assert "--ServerApp.ip=localhost" in command
+    assert f"--ServerApp.root_dir={lab.REPOSITORY}" in command
+    assert not any("token" in word.lower() or "password" in word.lower() for word in command)
+    assert command[-2:] == ["--no-browser", "--port=8899"]  # what the caller says comes last
+
+
+def test_a_broken_record_loses_nothing_of_the_learners(folders):
+    source, target = folders
+    put_lesson(source, "1")
+    list(lab.lay(source, target))
+    (target / lab.LAID).write_text("{broken")
+    kept = (target / "01_x.ipynb").read_bytes()
+    put_lesson(source, "2")
+    list(lab.lay(source, target))
+    assert (target / "01_x.ipynb").read_bytes() == kept

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import torch
 
 from dlhelpers import machine
 from dlhelpers.machine import Roofline, describe, roofline
+
+PEAKS = importlib.import_module("dlhelpers.roofline")  # the name is the function's elsewhere
 
 
 def test_facts_agree_with_the_system():
@@ -87,9 +90,10 @@ def test_the_roofline_is_kept_for_the_machine(tmp_path, monkeypatch):
         measured.append(1)
         return 40.0
 
-    monkeypatch.setattr(machine, "_bandwidth_gb_s", bandwidth)
+    monkeypatch.setattr(PEAKS, "_bandwidth_gb_s", bandwidth)
+    monkeypatch.setattr(PEAKS, "_is_loaded", lambda: False)
     monkeypatch.setattr(
-        machine, "_matmul_gflops", lambda: {"fp32": 160.0, "bf16": None, "int8": 700.0}
+        PEAKS, "_matmul_gflops", lambda: {"fp32": 160.0, "bf16": None, "int8": 700.0}
     )
     first = roofline()
     assert roofline() == first
@@ -104,16 +108,30 @@ def test_the_roofline_is_kept_for_the_machine(tmp_path, monkeypatch):
 
 
 def test_peaks_are_counted_operations_over_seconds(monkeypatch):
-    monkeypatch.setattr(machine, "_best_seconds", lambda function: 0.5)
-    peaks = machine._matmul_gflops()
-    assert peaks["fp32"] == pytest.approx(2 * 1024**3 / 0.5 / 1e9)
+    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: 0.5)
+    peaks = PEAKS._matmul_gflops()
+    assert peaks["fp32"] == pytest.approx(2 * 2048**3 / 0.5 / 1e9)  # the larger product's rate
     sizes = []
     monkeypatch.setattr(torch, "add", lambda a, b, out: sizes.append((a, b, out)))
-    monkeypatch.setattr(machine, "_best_seconds", lambda function: function() or 0.5)
-    bandwidth = machine._bandwidth_gb_s()
+    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: (function(), 0.5)[1])
+    bandwidth = PEAKS._bandwidth_gb_s()
     moved = sum(array.nbytes for array in sizes[0])
     assert bandwidth == pytest.approx(moved / 0.5 / 1e9)
     assert moved >= min(4 * describe().llc_bytes, (describe().ram_bytes or 4 << 30) // 8) - 12
+
+
+def test_peaks_only_grow_and_are_not_kept_from_a_loaded_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: tmp_path)
+    rates = iter([40.0, 30.0, 20.0])
+    monkeypatch.setattr(PEAKS, "_bandwidth_gb_s", lambda: next(rates))
+    monkeypatch.setattr(PEAKS, "_matmul_gflops", lambda: {"fp32": 1.0, "int8": None})
+    monkeypatch.setattr(PEAKS, "_is_loaded", lambda: True)
+    assert roofline().bandwidth_gb_s == 40.0
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(PEAKS, "_is_loaded", lambda: False)
+    assert roofline().bandwidth_gb_s == 30.0
+    assert roofline(refresh=True).bandwidth_gb_s == 30.0
+    assert roofline().gflops == {"fp32": 1.0, "int8": None}
 
 
 def test_a_rate_carries_its_unit():
@@ -124,10 +142,10 @@ def test_a_rate_carries_its_unit():
 
 
 def test_measuring_peaks_leaves_the_callers_random_state(monkeypatch):
-    monkeypatch.setattr(machine, "_best_seconds", lambda function: 0.5)
+    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: 0.5)
     before = torch.get_rng_state()
-    machine._matmul_gflops()
-    machine._bandwidth_gb_s()
+    PEAKS._matmul_gflops()
+    PEAKS._bandwidth_gb_s()
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -198,9 +216,9 @@ def test_a_processor_without_an_int8_product_has_none_and_says_so(monkeypatch):
     def missing(*arguments):
         raise NotImplementedError("no int8 here")
 
-    monkeypatch.setattr(machine, "_best_seconds", lambda function: function() is None or 0.5)
+    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: (function(), 0.5)[1])
     monkeypatch.setattr(torch, "_int_mm", missing)
-    peaks = machine._matmul_gflops()
+    peaks = PEAKS._matmul_gflops()
     assert peaks["int8"] is None
     assert "int8 matrix product  not available" in str(Roofline(40.0, peaks, 2))
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 import scipy.stats
 import torch
@@ -20,7 +21,7 @@ from dlhelpers.measure.intervals import (
     plan_looks,
     signed_rank_interval,
 )
-from dlhelpers.measure.selftest import Trial, run, workload
+from dlhelpers.measure.selftest import Trial, busy_neighbour, run, workload
 
 
 class FakeClock:
@@ -215,6 +216,40 @@ def test_setup_runs_untimed_before_every_call(clock):
     assert not prepared
 
 
+def test_a_costly_setup_leaves_pairs_within_the_budget(clock):
+    def setup():
+        clock.now += 0.002
+
+    result = compare(clock.work(1e-6), clock.work(1e-6), setup=setup, budget_s=1, threshold=1.0)
+    assert result.elapsed_s <= 1.2
+    assert result.pairs >= 10
+
+
+def test_cuda_events_time_the_calls_and_are_waited_for(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            assert log[-1] == "synchronize"  # before that there is no time to read
+            return 2.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = paired.Timer(None, "warm")
+    assert timer.sample(lambda: log.append("call"), 3) == 0.002
+    assert log == ["record", "call", "call", "call", "record", "synchronize"]
+
+
 def test_cold_calls_are_single_and_see_a_swept_cache(monkeypatch):
     sweeps = []
     monkeypatch.setattr(paired, "_cache_sweeper", lambda: lambda: sweeps.append(True))
@@ -224,9 +259,9 @@ def test_cold_calls_are_single_and_see_a_swept_cache(monkeypatch):
 
 
 def test_the_cache_sweeper_is_larger_than_the_last_level_cache():
-    from dlhelpers.machine import describe
+    from dlhelpers.machine import last_level_cache_bytes
 
-    assert paired._cache_sweeper()().nbytes >= describe().llc_bytes
+    assert paired._cache_sweeper()().nbytes > last_level_cache_bytes()
 
 
 def test_many_share_the_baseline_and_settle_one_by_one(clock):
@@ -281,6 +316,7 @@ def test_errors_pass_through_and_the_garbage_collector_is_on_again(error):
         ({"negligible": -1}, "such as 0.03, got -1"),
         ({"threshold": 0}, "such as 1.05, got 0"),
         ({"cache": "hot"}, "got 'hot'"),
+        ({"budget_s": "2"}, "got '2'"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -293,6 +329,10 @@ def test_what_cannot_be_called_is_named():
         compare(lambda: None, torch.zeros(1))
     with pytest.raises(ValueError, match="baseline 'x' must be one of two"):
         compare_many({"a": print, "b": print}, baseline="x")
+    with pytest.raises(TypeError, match=r"setup must be a callable .* got 'x = 1'"):
+        compare(lambda: None, lambda: None, setup="x = 1")
+    with pytest.raises(TypeError, match=r"functions must map names to callables.*got list"):
+        compare_many([print], baseline="a")
 
 
 def test_importing_measure_loads_no_torch():
@@ -336,6 +376,21 @@ def test_the_selftests_work_is_what_it_says(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda *a: count.append(1))
     workload(1.0)(), workload(0.9)()
     assert len(count) == 200 + 180
+
+
+def test_the_neighbour_keeps_a_core_busy_and_leaves():
+    with busy_neighbour() as process:
+        assert process.poll() is None
+    assert process.poll() is not None
+    started = []
+    trial = Trial(0.0, 0.01, loaded=True, runs=1, promise=0.05, at_most=True)
+
+    def watching(baseline, candidate, *, budget_s):
+        started.append(len(psutil.Process().children()))
+        return compare(baseline, candidate, budget_s=budget_s)
+
+    list(run(plan=(trial,), compare=watching, progress=False))
+    assert started == [1]
 
 
 def test_the_selftest_counts_outcomes_and_coverage(clock):

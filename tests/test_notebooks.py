@@ -10,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from dlhelpers import exercises
+from dlhelpers.report.running import kernel_of_this_python
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -185,5 +186,10 @@ def test_passes_twice_in_one_kernel(path, tmp_path, monkeypatch):
     twice.cells += nbformat.read(path, as_version=4).cells
     for number, cell in enumerate(twice.cells):
         cell.id = f"cell-{number}"
-    client = NotebookClient(twice, timeout=120, resources={"metadata": {"path": path.parent}})
+    client = NotebookClient(
+        twice,
+        timeout=120,
+        kernel_manager_class=kernel_of_this_python(),
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     client.execute()  # raises at the first cell that fails

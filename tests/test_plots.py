@@ -91,6 +91,7 @@ def test_intervals_are_drawn_from_low_to_high():
         threshold=2.5,
     )
     spans = [tuple(line.get_xdata()) for line in drawn.axes[0].lines]
+    assert (2.5, 2.5) in spans  # the threshold
     assert (0.5, 2.0) in spans
     assert (3.0, 5.0) in spans
 

@@ -75,19 +75,22 @@ def _write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def serve(arguments: list[str]) -> None:
-    """Become JupyterLab on localhost, with the repository's additions to the configuration."""
-    config = os.pathsep.join(
-        filter(None, [str(REPOSITORY / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")])
-    )
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={REPOSITORY}"]
-    command += ["--ServerApp.ip=localhost"]
+def command(arguments: list[str]) -> list[str]:
+    """Return the command that starts JupyterLab on localhost; its token stays on."""
+    started = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={REPOSITORY}"]
+    started.append("--ServerApp.ip=localhost")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")
-    os.environ["JUPYTER_CONFIG_PATH"] = config
+        started.append("--allow-root")
+    return started + arguments
+
+
+def serve(arguments: list[str]) -> None:
+    """Become JupyterLab, with the repository's additions to the reader's configuration."""
+    paths = [str(REPOSITORY / "jupyter"), os.environ.get("JUPYTER_CONFIG_PATH")]
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, paths))
     if os.name == "nt":  # there execv would hand the console back at once
-        sys.exit(subprocess.call([*command, *arguments]))
-    os.execv(sys.executable, [*command, *arguments])
+        sys.exit(subprocess.call(command(arguments)))
+    os.execv(sys.executable, command(arguments))
 
 
 if __name__ == "__main__":

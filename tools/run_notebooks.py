@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from dlhelpers.report.running import kernel_of_this_python
+
 
 def run(path: Path) -> float:
     """Execute a notebook in its folder, with a fresh ledger; write it whole or not at all."""
@@ -22,7 +24,7 @@ def run(path: Path) -> float:
         client = NotebookClient(
             notebook,
             timeout=600,
-            kernel_name="python3",
+            kernel_manager_class=kernel_of_this_python(),
             record_timing=False,
             resources={"metadata": {"path": str(path.parent)}},
         )

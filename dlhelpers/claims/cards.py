@@ -33,7 +33,7 @@ __all__ = [
     "verdict_text",
 ]
 
-THEORIES = {"wins": "must win", "cannot": "cannot win", "open": "theory leaves it open"}
+THEORIES = {"wins": "theory: holds", "cannot": "theory: cannot hold", "open": "theory: open"}
 _LEFT = "text-align:left;padding:0.15em 0.8em 0.15em 0"
 _SMALL_BOUND = 1e-2
 _WIDTH, _HEIGHT, _MARGIN = 220, 22, 6

@@ -35,6 +35,10 @@ def _same_loss(logits: torch.Tensor, targets: list[int]) -> Callable[[Any], bool
     return test
 
 
+def _is_one_number(f: Any) -> bool:
+    return torch.as_tensor(f(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))).shape == ()
+
+
 # --- 01.2 -------------------------------------------------------------------------------------
 
 
@@ -154,6 +158,12 @@ EXERCISES = (
         task="Write cross_entropy(logits [N, C], targets [N]) without calling torch's own.",
         cases=(
             Case(
+                "one number",
+                "the loss of a batch is one number, a tensor of shape (): take the mean over the "
+                "samples",
+                _is_one_number,
+            ),
+            Case(
                 "one sample",
                 "for one sample the loss is log(sum of exp(z)) - z[target]: mind the sign and "
                 "which logit is the target's",
@@ -169,8 +179,8 @@ EXERCISES = (
             ),
             Case(
                 "huge logits",
-                "exp(1000) overflows: subtract the largest logit before exp, or call "
-                "torch.logsumexp, which does",
+                "the loss is inf or nan: either exp(1000) overflowed, or a probability "
+                "became 0 and its log infinite; torch.logsumexp(z, 1) - z[target] avoids both",
                 _same_loss(torch.tensor([[1000.0, 0.0], [-1000.0, 0.0]]), [1, 1]),
             ),
         ),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dlhelpers.measure.intervals import Interval, min_pairs
-from dlhelpers.measure.paired import Race, Timer
+from dlhelpers.measure.paired import Race
 
 __all__ = ["Comparison", "Comparisons", "Outcome", "compare", "compare_many"]
 
@@ -76,7 +76,7 @@ class Comparison:
             return ""
         need = min_pairs(1 - self.confidence)
         # half of the budget may go into warming up, calibrating and an unfinished pair
-        budget = 2 * (need + 1) * (self.baseline_s + self.candidate_s)
+        budget = 2 * (need + 1) * self.elapsed_s / self.pairs
         return (
             f"{self.pairs} pairs are too few for an interval, {need} are needed: "
             f"give budget_s={_round_up(budget)} or more"
@@ -211,10 +211,9 @@ def compare_many(
     Raises:
         TypeError, ValueError: as :func:`compare`; or ``baseline`` is not among ``functions``.
     """
-    _validate(functions, baseline, budget_s, confidence, negligible, threshold, cache)
+    _validate(functions, baseline, budget_s, confidence, negligible, threshold, setup, cache)
     with _garbage_collector_off():
-        timer = Timer(setup, cache)
-        race = Race(functions, baseline, timer, budget_s * (len(functions) - 1))
+        race = Race(functions, baseline, budget_s * (len(functions) - 1), setup, cache)
         race.run(1 - confidence, lambda i: _is_settled(i, negligible, threshold))
     rows = {
         name: Comparison(
@@ -229,7 +228,7 @@ def compare_many(
             negligible=negligible,
             threshold=threshold,
             ratios=tuple(np.exp(race.log_ratios(name)).tolist()),
-            device="cuda" if timer.cuda else "cpu",
+            device="cuda" if race.timer.cuda else "cpu",
             threads=_threads(),
             elapsed_s=race.elapsed_s,
         )
@@ -260,8 +259,16 @@ def _validate(
     confidence: float,
     negligible: float,
     threshold: float | None,
+    setup: Callable[[], Any] | None,
     cache: str,
 ) -> None:
+    if not isinstance(functions, Mapping):
+        raise TypeError(
+            f'functions must map names to callables, as in {{"old": f, "new": g}}, '
+            f"got {type(functions).__name__}"
+        )
+    if setup is not None and not callable(setup):
+        raise TypeError(f"setup must be a callable without arguments or None, got {setup!r}")
     for name, function in functions.items():
         if not callable(function):
             raise TypeError(
@@ -272,8 +279,8 @@ def _validate(
         raise ValueError(
             f"baseline {baseline!r} must be one of two callables or more, got {list(functions)}"
         )
-    if not (math.isfinite(budget_s) and budget_s > 0):
-        raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s}")
+    if not (isinstance(budget_s, (int, float)) and math.isfinite(budget_s) and budget_s > 0):
+        raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")
     if not 0 < negligible < 1:

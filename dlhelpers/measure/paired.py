@@ -18,6 +18,7 @@ from dlhelpers.measure.intervals import Interval, plan_looks, signed_rank_interv
 __all__ = ["Race", "Timer"]
 
 _SAMPLE_S = 1e-3  # one sample lasts this long at least: 10,000 times the timer's resolution
+_MIN_PAIRS = 30  # shorter samples where a budget or a costly setup would not allow so many
 _MAX_PAIRS = 1000  # longer budgets make samples longer, not more
 _clock = time.perf_counter  # tests put a fake clock here
 
@@ -29,11 +30,13 @@ class Race:
         self,
         functions: Mapping[str, Callable[[], Any]],
         baseline: str,
-        timer: Timer,
         budget_s: float,
+        setup: Callable[[], Any] | None,
+        cache: str,
     ) -> None:
         self._start = _clock()
-        self.functions, self.baseline, self.timer = functions, baseline, timer
+        self.functions, self.baseline = functions, baseline
+        self.timer = timer = Timer(setup, cache)
         self.deadline = self._start + budget_s
         self.samples: dict[str, list[float]] = {name: [] for name in functions}
         self.intervals: dict[str, Interval] = {}
@@ -130,21 +133,25 @@ class Timer:
 
 
 def _cache_sweeper() -> Callable[[], Any]:
-    from dlhelpers.machine import describe
+    from dlhelpers.machine import last_level_cache_bytes
 
-    buffer = np.zeros(2 * describe().llc_bytes // 8)
+    buffer = np.zeros(2 * last_level_cache_bytes() // 8)
     return lambda: np.add(buffer, 1.0, out=buffer)
 
 
 def _calibrate(timer: Timer, function: Callable[[], Any], share_s: float) -> int:
     """Warm up for a twentieth of the function's share; return the calls that make a sample."""
-    begin = _clock()
-    fastest = math.inf
+    begin = before = _clock()
+    fastest = fastest_with_setup = math.inf
     for call in itertools.count():
         fastest = min(fastest, timer.sample(function, 1))
-        if _clock() - begin > share_s / 20 and (call > 0 or _clock() - begin > share_s / 4):
+        now = _clock()
+        fastest_with_setup, before = min(fastest_with_setup, now - before), now
+        if now - begin > share_s / 20 and (call > 0 or now - begin > share_s / 4):
             break
     if timer.cold:
         return 1
     sample_s = max(_SAMPLE_S, share_s / _MAX_PAIRS)
-    return max(1, round(sample_s / max(fastest, 1e-9)))
+    wanted = sample_s / max(fastest, 1e-9)
+    affordable = share_s / _MIN_PAIRS / max(fastest_with_setup, 1e-9)
+    return max(1, round(min(wanted, affordable)))

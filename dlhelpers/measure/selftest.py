@@ -178,11 +178,11 @@ def _matrix() -> Any:
 
 
 @contextmanager
-def busy_neighbour() -> Iterator[None]:
+def busy_neighbour() -> Iterator[subprocess.Popen]:
     """Load one core on and off with a second process, which ends with the block."""
     process = subprocess.Popen([sys.executable, "-c", _LOAD])
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NotebookRun", "RunSummary", "run_notebooks"]
+__all__ = ["NotebookRun", "RunSummary", "kernel_of_this_python", "run_notebooks"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _run(path: Path, environment: Mapping[str, str], progress: bool, timeout: fl
             client = NotebookClient(
                 notebook,
                 timeout=timeout,
-                kernel_manager_class=_kernel_manager(),
+                kernel_manager_class=kernel_of_this_python(),
                 resources={"metadata": {"path": str(path.parent)}},
                 on_cell_execute=begin,
             )
@@ -127,7 +127,7 @@ def _run(path: Path, environment: Mapping[str, str], progress: bool, timeout: fl
     return NotebookRun(path.stem, seconds, max(len(begun) - bool(error), 0), error)
 
 
-def _kernel_manager() -> type:
+def kernel_of_this_python() -> type:
     """Return a kernel manager that starts this Python, whatever kernels the user has installed."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
