@@ -61,9 +61,9 @@ def default_path() -> Path:
     """Return the ledger's path: DLHELPERS_LEDGER, else ``ledger.json`` in the user's cache."""
     if named := os.environ.get("DLHELPERS_LEDGER"):
         return Path(named).expanduser().absolute()
-    import platformdirs
+    from dlhelpers.data import cache_dir
 
-    return Path(platformdirs.user_cache_dir("dlhelpers", appauthor=False)) / "ledger.json"
+    return cache_dir() / "ledger.json"
 
 
 def read(path: str | Path | None = None) -> dict[str, Any]:

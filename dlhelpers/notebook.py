@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import io
 import keyword
+import sys
 import token
 import tokenize
 from typing import Any
 
-__all__ = ["setup", "show_source"]
+__all__ = ["in_ipython", "setup", "show", "show_source"]
 
 
 def setup(seed: int = 0, threads: int | None = None) -> None:
@@ -35,7 +36,7 @@ def setup(seed: int = 0, threads: int | None = None) -> None:
     plots.use_style()
     used = torch.get_num_threads()
     line = f"{machine.describe().line} · {used} thread{'s' * (used > 1)} · seed {seed}"
-    _show({"text/plain": line})
+    show({"text/plain": line})
 
 
 def show_source(thing: Any) -> None:
@@ -52,7 +53,21 @@ def show_source(thing: Any) -> None:
         raise TypeError(
             f"{thing!r} has no Python source to show: give a function or a class"
         ) from error
-    _show({"text/html": _highlighted(source), "text/plain": source})
+    show({"text/html": _highlighted(source), "text/plain": source})
+
+
+def in_ipython() -> bool:
+    """Whether this runs inside an IPython shell or kernel."""
+    module = sys.modules.get("IPython")
+    return module is not None and module.get_ipython() is not None
+
+
+def show(bundle: dict[str, Any]) -> None:
+    """Display a mime bundle where IPython is active, else do nothing."""
+    if in_ipython():
+        from IPython.display import display
+
+        display(bundle, raw=True)
 
 
 def _highlighted(source: str) -> str:
@@ -97,11 +112,3 @@ def _coloured(text: str) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
     except (tokenize.TokenError, SyntaxError):  # a method is indented, its end may not be
         pass
     return found
-
-
-def _show(bundle: dict[str, str]) -> None:
-    from IPython import get_ipython
-    from IPython.display import display
-
-    if get_ipython() is not None:
-        display(bundle, raw=True)

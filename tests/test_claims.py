@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from dlhelpers import claims, ledger
+from dlhelpers import claims, ledger, notebook
 from dlhelpers.claims import catalog, judging, predictions
 from dlhelpers.claims.cards import Scale, effect_text, interval_svg, verdict_html
 from dlhelpers.claims.claim import Threshold
@@ -605,7 +605,8 @@ def test_a_card_outside_ipython_shows_nothing_and_prints_everything(declared, ca
 def displayed(monkeypatch):
     """Act as IPython and keep what is displayed."""
     shown = []
-    monkeypatch.setattr(predictions, "in_ipython", lambda: True)
+    for module in (predictions, notebook):
+        monkeypatch.setattr(module, "in_ipython", lambda: True)
     monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
     return shown
 

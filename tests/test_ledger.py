@@ -207,7 +207,7 @@ def test_the_path_is_the_environments_or_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "own.json"))
     assert ledger.default_path() == tmp_path / "own.json"
     monkeypatch.delenv("DLHELPERS_LEDGER")
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name, **kw: str(tmp_path / name))
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name, **kw: tmp_path / name)
     assert ledger.default_path() == tmp_path / "dlhelpers" / "ledger.json"
 
 

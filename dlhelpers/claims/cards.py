@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from dlhelpers.claims.catalog import find, tip_of
-from dlhelpers.claims.predictions import show
+from dlhelpers.notebook import show
 
 if TYPE_CHECKING:
     from dlhelpers.claims.claim import Claim, Threshold

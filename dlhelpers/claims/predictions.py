@@ -7,15 +7,15 @@ judged, which writes them to the ledger beside the verdict and closes the questi
 from __future__ import annotations
 
 import html
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from dlhelpers.claims.catalog import find
 from dlhelpers.claims.claim import Claim
+from dlhelpers.notebook import in_ipython, show
 
-__all__ = ["Score", "answer", "close", "given", "predict", "score", "show"]
+__all__ = ["Score", "answer", "close", "given", "predict", "score"]
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _answers: dict[str, str] = {}  # claim id -> the verdict predicted in this session
@@ -114,20 +114,6 @@ def score() -> Score:
     settled = [row for row in answered if row["verdict"] in ("holds", "fails", "depends")]
     right = sum(row["answer"] == row["verdict"] for row in settled)
     return Score(right, len(settled), len(answered) - len(settled))
-
-
-def in_ipython() -> bool:
-    """Whether this runs inside an IPython shell or kernel."""
-    module = sys.modules.get("IPython")
-    return module is not None and module.get_ipython() is not None
-
-
-def show(bundle: dict[str, Any]) -> None:
-    """Display a mime bundle where IPython is active, else do nothing."""
-    if in_ipython():
-        from IPython.display import display
-
-        display(bundle, raw=True)
 
 
 def _question(claim: Claim) -> str:
