@@ -53,9 +53,6 @@ def clock(monkeypatch):
     return fake
 
 
-# --- the interval -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("n", range(1, 11))
 def test_quantile_equals_enumeration_of_all_signs(n):
     ranks = np.arange(1, n + 1)
@@ -107,9 +104,6 @@ def test_the_looks_share_the_error_probability():
         assert looks[-1][0] == 1.0
         early = looks[:-1]
         assert all(share * rounds >= min_pairs(alpha) for share, alpha in early)
-
-
-# --- what compare says, on a clock that only the callables move ---------------------------------
 
 
 def test_known_ratio_without_noise_is_exact(clock):
@@ -282,9 +276,6 @@ def test_many_share_the_baseline_and_settle_one_by_one(clock):
     assert "far" in rows._repr_html_()
 
 
-# --- manners ------------------------------------------------------------------------------------
-
-
 def test_the_callers_state_is_left_alone():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
@@ -346,9 +337,6 @@ def test_rich_display_draws_the_ratios(clock):
     assert "faster" in html
 
 
-# --- means over seeds ---------------------------------------------------------------------------
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=10))
 def test_difference_equals_scipys_paired_t_interval(pairs):
@@ -366,9 +354,6 @@ def test_an_estimate_needs_two_finite_samples():
             estimate_mean(bad)
     with pytest.raises(ValueError, match="3 samples and candidate 2"):
         estimate_difference([1, 2, 3], [1, 2])
-
-
-# --- the selftest -------------------------------------------------------------------------------
 
 
 def test_the_selftests_work_is_what_it_says(monkeypatch):

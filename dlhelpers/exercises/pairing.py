@@ -16,9 +16,6 @@ from dlhelpers.exercises import Case, Exercise
 __all__ = ["EXERCISES"]
 
 
-# --- 01.1 -------------------------------------------------------------------------------------
-
-
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean over the batch of log(sum of exp(z)) - z[target], logits [N, C], targets [N]."""
     chosen = logits.gather(1, targets[:, None]).squeeze(1)
@@ -39,9 +36,6 @@ def _is_one_number(f: Any) -> bool:
     return torch.as_tensor(f(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]))).shape == ()
 
 
-# --- 01.2 -------------------------------------------------------------------------------------
-
-
 def floor(classes: int) -> float:
     """Cross-entropy of a one-hot vector read as logits: -log(e / (e + classes - 1))."""
     return math.log(1 + (classes - 1) / math.e)
@@ -53,9 +47,6 @@ def _floor_is(classes: int) -> Callable[[Any], bool]:
         return _close(f(classes), F.cross_entropy(perfect, torch.tensor([0])))
 
     return test
-
-
-# --- 01.3 -------------------------------------------------------------------------------------
 
 
 def mend(model: nn.Sequential) -> nn.Sequential:
@@ -104,9 +95,6 @@ def _leaves_sound_models(f: Any) -> bool:
     return _close(f(model)(_inputs()), model(_inputs()))
 
 
-# --- 01.4 -------------------------------------------------------------------------------------
-
-
 def choose_loss(task: str) -> nn.Module:
     """Return the loss for a task and what the model's last layer emits."""
     return {
@@ -124,9 +112,6 @@ def _chosen(task: str, *allowed: type[nn.Module]) -> Callable[[Any], bool]:
         return (loss if isinstance(loss, type) else type(loss)) in allowed
 
     return test
-
-
-# --- 01.5 -------------------------------------------------------------------------------------
 
 
 def decide(logits: torch.Tensor) -> torch.Tensor:
