@@ -46,9 +46,14 @@ class Finding:
 class Findings(list[Finding]):
     """A list of findings that prints and displays itself.
 
+    Attributes:
+        scope: what an empty list says: how much was looked at, where that is not plain.
+
     >>> print(Findings())
     nothing found
     """
+
+    scope: str = "nothing found"
 
     @property
     def errors(self) -> Findings:
@@ -56,13 +61,13 @@ class Findings(list[Finding]):
         return Findings(finding for finding in self if finding.severity == "error")
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "nothing found"
+        return "\n".join(map(str, self)) or self.scope
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         if not self:
-            return "<p>Nothing found.</p>"
+            return f"<p>{html.escape(self.scope[:1].upper() + self.scope[1:])}.</p>"
         rows = "".join(
             f"<tr style='text-align:left;vertical-align:top'><td><b>{html.escape(f.severity)}</b>"
             f"</td><td>{html.escape(f.name)}<br><small>{html.escape(f.where)}</small></td>"

@@ -3,6 +3,7 @@
 import functools
 import random
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ CASES = {
         (nn.DataParallel(FunctionalHead()), CE, LABELS, INPUTS),
         (randn(N, C).softmax(1), functools.partial(F.cross_entropy, label_smoothing=0.1), LABELS),
         (randn(N, C), lambda p, t: F.cross_entropy(p.softmax(1), t), LABELS),
+        ({"out": randn(N, C)}, lambda p, t: F.cross_entropy(p["out"].softmax(1), t), LABELS),
+        ((randn(N, C).softmax(1), None), lambda p, t: F.cross_entropy(p[0], t), LABELS),
+        ((randn(N, C).softmax(1), None), lambda p, t: F.cross_entropy(p, t), LABELS),
+        (randn(N, C).softmax(1), lambda p, t, w: F.cross_entropy(p, t), (LABELS, 1.0)),
+        (randn(N, C).softmax(1), lambda p, t: F.cross_entropy(p, t[0]), (LABELS, 1.0)),
+        (randn(N, C).softmax(1), CE, LABELS.tolist()),
+        (randn(N, C).softmax(1), CE, LABELS.numpy()),
     ],
     "softmax before CrossEntropyLoss, no graph": [
         (randn(N, C).softmax(1).detach(), CE, LABELS),
@@ -118,6 +126,8 @@ CASES = {
         (randn(N, C).softmax(1).detach().half(), CE, LABELS),
         (randn(N, C).softmax(1).detach().double(), CE, LABELS),
         (randn(N, 1000, grad=False).softmax(1), CE, LABELS),
+        (randn(N, C).softmax(1).detach().numpy(), CE, LABELS.numpy()),
+        (randn(N, C).softmax(1).tolist(), CE, LABELS.tolist()),
         (randn(N, C, 3, 3, grad=False).softmax(1), CE, torch.zeros(N, 3, 3).long()),
         (torch.exp(x := randn(N, C)) / torch.exp(x).sum(1, keepdim=True), CE, LABELS),
     ],
@@ -228,7 +238,10 @@ CASES = {
     "raw logits into KLDivLoss": [
         (randn(N, C), KL, ONE_HOT),
         (randn(N, C).detach(), KL, ONE_HOT),
+    ],
+    "sigmoid before KLDivLoss": [
         (randn(N, C).sigmoid(), KL, ONE_HOT),
+        (nn.Sequential(nn.Linear(6, C), nn.Sigmoid()), KL, ONE_HOT),
     ],
     "log-probability targets without log_target=True": [
         (randn(N, C).log_softmax(1), KL, randn(N, C).log_softmax(1).detach())
@@ -251,6 +264,7 @@ CASES = {
         (randn(9, 2, C).softmax(-1).detach(), F.ctc_loss, CTC),
         (randn(9, 2, C).softmax(-1), nn.CTCLoss(), CTC_TARGETS),
     ],
+    "sigmoid before CTCLoss": [(randn(9, 2, C).sigmoid(), nn.CTCLoss(), CTC)],
     "raw logits into CTCLoss": [
         (randn(9, 2, C), nn.CTCLoss(), CTC),
         (randn(9, 2, C).detach(), nn.CTCLoss(), CTC),
@@ -394,8 +408,9 @@ CASES = {
         (randn(N, C) * float("nan"), CE, LABELS),
         (randn(N, C), MSE, ONE_HOT * float("nan")),
     ],
-    "a list, None, a string in place of a tensor": [
-        (randn(N, C), CE, [0, 1, 2]),
+    "None, a number, a string in place of a tensor": [
+        (randn(N, C), CE, ["cat", "dog"]),
+        (randn(N, C), CE, [[0, 1], [2]]),
         (None, CE, LABELS),
         ("logits", CE, LABELS),
         (randn(N, C), MSE, 3.0),
@@ -424,7 +439,7 @@ SUSPICIONS_OF_OTHER_ROWS = {  # cases of an error's row whose evidence is one ro
 def _table() -> dict[str, tuple[str, str]]:
     rows = {}
     for line in pairing.__doc__.splitlines():
-        match = re.fullmatch(r"(.+?)\s+([a-z0-9-]+)\s+(form|trace|values|hint)", line)
+        match = re.fullmatch(r"(.+?)\s+([a-z0-9-]+)\s+(rule|trace|values|hint)", line)
         if match:
             rows[match[1]] = (match[2], match[3])
     return rows
@@ -464,6 +479,13 @@ class Bounded(nn.Module):
 
     def forward(self, x):
         return 10 * torch.sigmoid(self.fc(x)) - 5
+
+
+class OwnCrossEntropy(nn.CrossEntropyLoss):
+    """Takes probabilities, and says so by overriding forward."""
+
+    def forward(self, probabilities, labels):
+        return F.nll_loss(torch.log(probabilities + 1e-9), labels)
 
 
 class Attention(nn.Module):
@@ -598,6 +620,19 @@ LEGITIMATE = {
     "triplet": (randn(N, C), nn.TripletMarginLoss(), (randn(N, C), randn(N, C))),
     "own loss": (randn(N, C).softmax(1), lambda p, t: (p - t).abs().mean(), ONE_HOT),
     "own loss with CE inside": (randn(N, C), lambda p, t: 2 * F.cross_entropy(p, t), LABELS),
+    "own subclass": (randn(N, C).softmax(1), OwnCrossEntropy(), LABELS),
+    "function, ignored labels": (
+        randn(N, C),
+        F.cross_entropy,
+        LABELS.masked_fill(LABELS < 2, -100),
+    ),
+    "rows that sum to 1 and go below 0": (
+        (x := randn(N, C, grad=False)) - x.mean(1, keepdim=True) + 1 / C,
+        CE,
+        LABELS,
+    ),
+    "rows that almost sum to 1": (1.001 * randn(N, C, grad=False).softmax(1), CE, LABELS),
+    "two different parts": (torch.cat([randn(4, C).sigmoid(), randn(4, C)]), CE, LABELS),
     "gathered decoder outputs": (
         torch.stack([randn(N, C) for _ in range(3)], 2),
         CE,
@@ -921,6 +956,7 @@ odd_things = st.one_of(
 def test_nothing_makes_it_raise(outputs, loss, targets, inputs):
     for finding in pairing.check(outputs, loss, targets, inputs):
         assert finding.name in ENTRIES
+        assert finding.name != "check-failed", finding.what
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -970,6 +1006,19 @@ def test_a_softmax_without_a_graph_is_always_found(batch, classes, scale, dtype,
         assert not pairing.check(x.log_softmax(1).to(cast), NLL, labels)
 
 
+def test_coarse_rounding_of_a_square_batch_is_no_wrong_axis():
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(8, 8, generator=generator) * 0.01).bfloat16().log_softmax(1)
+    assert not pairing.check(x, NLL, torch.arange(8)).errors
+
+
+def test_a_linear_layer_is_believed():
+    inside = 0.5 + 0.01 * randn(N, C)
+    linear = inside.detach() @ torch.eye(C, requires_grad=True)
+    assert not pairing.check(linear, CE, LABELS)
+    assert pairing.check(linear.detach(), CE, LABELS)
+
+
 def test_rows_with_all_their_mass_in_one_place_tell_nothing():
     hard = torch.tensor([[0.0, -30.0], [0.0, -30.0], [-30.0, 0.0]])
     labels = torch.tensor([0, 0, 1])
@@ -981,3 +1030,69 @@ def test_rows_with_all_their_mass_in_one_place_tell_nothing():
         (torch.eye(3), torch.eye(3), MSE),
     ):
         assert not pairing.check(outputs, loss, targets).errors
+
+
+def test_weights_in_read_only_memory_are_not_written_to(tmp_path):
+    np.save(tmp_path / "weights.npy", np.random.default_rng(0).normal(size=(9, 4)).astype("f4"))
+    mapped = np.load(tmp_path / "weights.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that the array is not writable
+        weights = torch.from_numpy(mapped)
+    embedding = nn.Embedding.from_pretrained(weights)
+    net = nn.Sequential(embedding, nn.Flatten(), nn.Linear(8, C), nn.Softmax(1))
+    for inputs in (torch.zeros(N, 2).long(), None):
+        found = pairing.check(net, CE, LABELS, inputs)
+        assert [f.name for f in found] == ["softmax-into-cross-entropy"]
+    assert embedding.weight.data_ptr() == weights.data_ptr()
+
+
+def _named(*case) -> list[tuple[str, str]]:
+    return [(f.name, f.severity) for f in pairing.check(*case)]
+
+
+@pytest.mark.parametrize(
+    ("out", "loss"),
+    [
+        ((randn(N, C), randn(N, 3)), lambda out, t: F.cross_entropy(out[0], t)),
+        (
+            {"out": randn(N, C), "aux": randn(N, C)},
+            lambda out, t: sum(CE(o, t) for o in out.values()),
+        ),
+        ((randn(N, 3), randn(N, C)), lambda out, t: F.cross_entropy(out[1], t)),
+        ({"logits": randn(N, C)}, lambda logits, t: F.cross_entropy(logits, t)),
+    ],
+)
+def test_a_loss_of_ones_own_gets_what_the_model_returns(out, loss):
+    assert _named(out, loss, LABELS) == []
+    assert _named(lambda x: out, loss, LABELS, INPUTS) == []
+
+
+def test_similarities_and_mixtures_are_probabilities():
+    distance = randn(N, K).square()
+    assert _named(torch.exp(-distance), BCE, BITS) == []
+    assert ("logits-into-bce", "error") in _named(torch.exp(distance), BCE, BITS)
+    gates, experts = randn(N, 1, 3).softmax(-1), randn(N, 3, K).sigmoid()
+    assert _named(torch.bmm(gates, experts)[:, 0], BCE, BITS) == []
+    assert _named((randn(N, 3).softmax(1) @ randn(3, K).sigmoid()), BCE, BITS) == []
+    order = torch.eye(N)[torch.randperm(N, generator=SEED)]
+    assert _named(order @ randn(N, C).log_softmax(1), NLL, LABELS) == []
+    assert ("logits-into-bce", "error") in _named(0.001 * randn(N, K), BCE, BITS)
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(6, K))
+    assert ("logits-into-bce", "error") in _named(net(INPUTS), BCE, BITS)
+    frozen = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, K).requires_grad_(False))
+    nn.init.constant_(frozen[2].weight, 0.01)
+    nn.init.constant_(frozen[2].bias, 0.1)
+    assert _named(frozen, BCE, BITS, INPUTS) == [("logits-into-bce", "error")]
+
+
+def test_what_a_regression_may_mean_is_a_suspicion():
+    q, t = randn(N, 7), randn(N, 7, grad=False)
+    for loss in (F.huber_loss, F.mse_loss):
+        assert _named(q[:, :, None], loss, t[:, None, :]) == [("broadcast-target", "suspicion")]
+    few = torch.rand(100, 1, generator=SEED)
+    few[:3] = -1
+    relu = randn(100, 1).relu()
+    assert _named(relu, MSE, few) == [("head-cannot-reach-targets", "suspicion")]
+    few[:20] = -1
+    assert _named(relu, MSE, few) == [("head-cannot-reach-targets", "error")]
+    assert _named(randn(100, 1).sigmoid(), MSE, few.clamp(0, 1) * 1.005) == []

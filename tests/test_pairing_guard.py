@@ -2,6 +2,7 @@
 """pairing.guard: finds what is wrong, keeps silent where nothing is, and leaves nothing behind."""
 
 import inspect
+import re
 import threading
 import warnings
 
@@ -67,6 +68,9 @@ def test_healthy_programs_are_left_in_peace(program, steps):
         with pairing.guard(steps=steps) as findings:
             program()
     assert not findings.errors
+    looked = r"nothing found in [1-9]\d* looks? at [1-9]\d* loss(es)?"
+    unseen = program.__name__ == "triplet"  # none of pairing.LOSSES
+    assert bool(re.fullmatch(looked, findings.scope)) is not unseen
     assert {f.name for f in findings} == SUSPICIONS.get(program.__name__, set())
 
 
@@ -300,7 +304,29 @@ def test_other_threads_are_not_watched_and_do_not_end_the_watch():
         thread.start()
         thread.join()
         assert len(stack()) == 1
-    assert not findings
+        assert not findings
+        with pytest.warns(PairingWarning):
+            train(model(nn.Softmax(1)), F.cross_entropy, 1)
+    assert len(findings) == 1
+
+
+def test_a_validation_after_the_first_steps_does_not_end_the_watch():
+    sound, wrong = model(), model(nn.Softmax(1))
+    with pytest.warns(PairingWarning), pairing.guard(steps=5) as findings:
+        train(sound, F.cross_entropy, 2)
+        for _ in range(30):
+            _evaluate([sound(X)])
+        F.cross_entropy(wrong(X), Y)
+    assert len(findings) == 1
+
+
+def test_each_call_site_is_looked_at_no_more_than_steps_times(monkeypatch):
+    looks = []
+    monkeypatch.setattr("dlhelpers.pairing.watch.look", lambda *a, **k: looks.append(a) or ())
+    with pairing.guard(steps=3):
+        for _ in range(5):
+            F.mse_loss(X, X)
+    assert len(looks) == 3
 
 
 def test_a_failing_inspection_is_not_seen_by_the_program(monkeypatch):
@@ -360,3 +386,61 @@ def test_large_tensors_are_sampled():
     big = torch.zeros(1000, 1000).softmax(1)
     seen = Values(big, 4096)
     assert 1 < seen.sums_to_one(1) <= 5
+
+
+def test_an_empty_list_says_how_much_was_looked_at():
+    with pairing.guard() as findings:
+        assert str(findings).startswith("no loss of pairing.LOSSES was seen")
+        train(model(), nn.CrossEntropyLoss(), 3)
+        assert str(findings) == "nothing found in 3 looks at 1 loss"
+        F.cross_entropy(X, Y)
+    assert str(findings) == "nothing found in 4 looks at 2 losses"
+    assert findings._repr_html_() == "<p>Nothing found in 4 looks at 2 losses.</p>"
+    with pairing.guard() as findings:
+        thread = threading.Thread(target=train, args=(model(), nn.CrossEntropyLoss()))
+        thread.start()
+        thread.join()
+    assert (
+        str(findings)
+        == "no loss of pairing.LOSSES was seen: other threads and later phases are not watched"
+    )
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_it_leaves_a_loop_written_from_scratch(with_grad):
+    weight, left = torch.zeros(6, 5, requires_grad=True), []
+    before = stack()
+    with pairing.guard(steps=3):
+        for _ in range(20):
+            loss = F.cross_entropy(X @ weight, Y)
+            if with_grad:
+                (gradient,) = torch.autograd.grad(loss, weight)
+            else:
+                loss.backward()
+                gradient, weight.grad = weight.grad, None
+            with torch.no_grad():
+                weight -= 0.1 * gradient
+            left.append(stack() == before)
+    assert left[-1]
+    assert left.index(True) < 10
+
+
+def test_a_torch_without_the_private_names_is_left_alone(monkeypatch):
+    def missing():
+        raise AttributeError("_get_current_function_mode_stack")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.overrides, "_get_current_function_mode_stack", missing)
+        with pytest.warns(RuntimeWarning, match="watches nothing"), pairing.guard() as findings:
+            train(model(nn.Softmax(1)), nn.CrossEntropyLoss())
+    assert "nothing was watched" in str(findings)
+
+
+def test_it_decorates_a_function():
+    @pairing.guard()
+    def program():
+        train(model(nn.Softmax(1)), nn.CrossEntropyLoss())
+
+    for _ in range(2):
+        with pytest.warns(PairingWarning):
+            program()

@@ -5,14 +5,14 @@ losses that a training loop calls. The one formula: with C classes, a softmax be
 CrossEntropyLoss keeps the loss above ln(1 + (C-1)/e), whatever the network learns.
 Source: documentation of ``torch.nn`` losses, https://pytorch.org/docs/stable/nn.html
 
-Three kinds of rule. *form*: shape, dtype or range is broken. *trace*: the graph (``grad_fn``),
+Three kinds of evidence. *rule*: shape, dtype or range is broken. *trace*: the graph (``grad_fn``),
 torch.fx or the module list shows the activation. *values*: no trace, at least two rows sum to 1
-within rounding (or their exponentials do). All three give an ``error``. A *hint* is a
-``suspicion``: a single row that sums to 1, logits that all lie in [0, 1], or what is legitimate
-and mostly not meant.
+within rounding (or their exponentials do). The table's last column names the evidence of an
+``error``; *hint* there means a ``suspicion``, of whatever evidence: a single row that sums to 1,
+logits that all lie in [0, 1], or what is legitimate and mostly not meant.
 
 =====================================================  ===================================  ======
-mis-pairing                                            finding                              rule
+mis-pairing                                            finding                              shown
 =====================================================  ===================================  ======
 softmax before CrossEntropyLoss                        softmax-into-cross-entropy           trace
 softmax before CrossEntropyLoss, no graph              softmax-into-cross-entropy           values
@@ -25,12 +25,12 @@ LogSoftmax before CrossEntropyLoss (wasted)            log-softmax-into-cross-en
 softmax, log_softmax over another axis than classes    softmax-over-wrong-axis              trace
 the same without a graph                               softmax-over-wrong-axis              values
 nn.Softmax() without dim                               softmax-without-dim                  hint
-one logit with CrossEntropyLoss                        one-logit                            form
+one logit with CrossEntropyLoss                        one-logit                            rule
 softmax before NLLLoss                                 softmax-into-nll                     trace
 softmax before NLLLoss, no graph                       softmax-into-nll                     values
 sigmoid before NLLLoss                                 sigmoid-into-nll                     trace
 raw logits into NLLLoss                                logits-into-nll                      trace
-values above 0 into NLLLoss                            logits-into-nll                      form
+values above 0 into NLLLoss                            logits-into-nll                      rule
 values below 0 that are not normalised into NLLLoss    logits-into-nll                      hint
 log(softmax) in place of log_softmax                   log-of-softmax                       hint
 sigmoid before BCEWithLogitsLoss                       sigmoid-into-bce-with-logits         trace
@@ -40,51 +40,53 @@ log_softmax before BCEWithLogitsLoss                   log-softmax-into-bce-with
 ReLU before BCEWithLogitsLoss                          relu-into-bce-with-logits            trace
 tanh before BCEWithLogitsLoss                          tanh-into-bce-with-logits            trace
 raw logits into BCELoss                                logits-into-bce                      trace
-values outside [0, 1] into BCELoss                     logits-into-bce                      form
+values outside [0, 1] into BCELoss                     logits-into-bce                      rule
 softmax before BCELoss, one label a sample             softmax-into-bce                     hint
 softmax before BCELoss, several labels a sample        softmax-into-bce                     trace
 probabilities into KLDivLoss                           softmax-into-kl-div                  trace
+sigmoid before KLDivLoss                               sigmoid-into-kl-div                  trace
 raw logits into KLDivLoss                              logits-into-kl-div                   trace
-log-probability targets without log_target=True        log-target-not-declared              form
+log-probability targets without log_target=True        log-target-not-declared              rule
 probability targets with log_target=True               log-target-declared                  values
-negative KLDivLoss targets that are no logarithms       target-not-probabilities             form
+negative KLDivLoss targets that are no logarithms       target-not-probabilities             rule
 KLDivLoss with reduction='mean'                        kl-div-mean-reduction                hint
 probabilities into CTCLoss                             softmax-into-ctc                     trace
+sigmoid before CTCLoss                                 sigmoid-into-ctc                     trace
 raw logits into CTCLoss                                logits-into-ctc                      trace
-lengths that do not fit log_probs (T, N, C)            ctc-lengths                          form
-fewer frames than CTC needs                            ctc-input-too-short                  form
-the blank among the targets                            blank-in-targets                     form
+lengths that do not fit log_probs (T, N, C)            ctc-lengths                          rule
+fewer frames than CTC needs                            ctc-input-too-short                  rule
+the blank among the targets                            blank-in-targets                     rule
 softmax before a margin loss                           softmax-into-margin-loss             trace
 sigmoid before a margin loss                           sigmoid-into-margin-loss             trace
-0/1 targets in a loss of -1/+1 targets                 targets-not-plus-minus-one           form
+0/1 targets in a loss of -1/+1 targets                 targets-not-plus-minus-one           rule
 0/1 flags into MultiLabelMarginLoss                    multi-hot-into-multilabel-margin     hint
-(N, 1) against (N) in a regression                     broadcast-target                     form
+(N, 1) against (N) in a regression                     broadcast-target                     rule
 ReLU, sigmoid or tanh cannot reach the targets         head-cannot-reach-targets            trace
-softmax and a squared or absolute error on one-hot     softmax-into-regression              trace
+softmax and a squared or absolute error on one-hot     softmax-into-regression              hint
 exp, softplus, ReLU into PoissonNLLLoss(log_input)     positive-head-into-log-rate          trace
-negative prediction with log_input=False               negative-rate                        form
-negative counts                                        negative-counts                      form
-negative variance                                      negative-variance                    form
-class index below 0 or not below C                     class-index-out-of-range             form
-class indices of another dtype than int64              class-index-dtype                    form
-integer one-hot targets with CrossEntropyLoss          integer-one-hot                      form
-(N, 1) targets with CrossEntropyLoss                   target-has-class-axis                form
-(N, L, C) logits with CrossEntropyLoss                 class-axis-last                      form
+negative prediction with log_input=False               negative-rate                        rule
+negative counts                                        negative-counts                      rule
+negative variance                                      negative-variance                    rule
+class index below 0 or not below C                     class-index-out-of-range             rule
+class indices of another dtype than int64              class-index-dtype                    rule
+integer one-hot targets with CrossEntropyLoss          integer-one-hot                      rule
+(N, 1) targets with CrossEntropyLoss                   target-has-class-axis                rule
+(N, L, C) logits with CrossEntropyLoss                 class-axis-last                      rule
 the same where L equals C                              class-axis-ambiguous                 hint
-(N, 1) against (N) in BCELoss, BCEWithLogitsLoss       target-shape                         form
-another floating dtype in BCELoss, HuberLoss           target-dtype                         form
-integer targets in BCELoss, BCEWithLogitsLoss          integer-target                       form
-targets far outside [0, 1] in binary cross entropy     target-outside-0-1                   form
-integer predictions (argmax before the loss)           integer-prediction                   form
-prediction and target swapped                          swapped-arguments                    form
-every target equals ignore_index                       all-targets-ignored                  form
+(N, 1) against (N) in BCELoss, BCEWithLogitsLoss       target-shape                         rule
+another floating dtype in BCELoss, HuberLoss           target-dtype                         rule
+integer targets in BCELoss, BCEWithLogitsLoss          integer-target                       rule
+targets far outside [0, 1] in binary cross entropy     target-outside-0-1                   rule
+integer predictions (argmax before the loss)           integer-prediction                   rule
+prediction and target swapped                          swapped-arguments                    rule
+every target equals ignore_index                       all-targets-ignored                  rule
 soft targets that do not sum to 1                      soft-targets-not-normalised          hint
-a batch of nothing                                     empty-batch                          form
-nan in prediction or target                            not-finite                           form
-a list, None, a string in place of a tensor            not-a-tensor                         form
-a class or None in place of a loss                     not-a-loss                           form
+a batch of nothing                                     empty-batch                          rule
+nan in prediction or target                            not-finite                           rule
+None, a number, a string in place of a tensor          not-a-tensor                         rule
+a class or None in place of a loss                     not-a-loss                           rule
 sparse, meta, quantised, complex tensors               values-not-readable                  hint
-the model fails on its inputs                          model-raised                         form
+the model fails on its inputs                          model-raised                         rule
 a loss of the reader's own fails                       loss-raised                          hint
 a rule fails on odd values                             check-failed                         hint
 =====================================================  ===================================  ======

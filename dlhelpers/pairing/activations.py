@@ -199,9 +199,7 @@ def _log_probabilities(call: LossCall, head: Head, values: Values, target: Value
             yield _traced("log-of-softmax", what, head, "suspicion")
         return
     if head.kind in ("softmax", "sigmoid"):
-        name = f"{head.kind}-into-{ending}"
-        name = name if name in ("sigmoid-into-nll",) or head.kind == "softmax" else None
-        yield _traced(name or f"logits-into-{ending}", _shown(head), head)
+        yield _traced(f"{head.kind}-into-{ending}", _shown(head), head)
         return
     if head.kind in ("linear", "relu", "tanh"):
         yield _traced(f"logits-into-{ending}", _shown(head), head)
@@ -250,7 +248,7 @@ def _log_probs_by_values(
 
 
 def _probabilities(call: LossCall, head: Head, values: Values, target: Values) -> Iterator[Hit]:
-    if head.kind in ("linear", "relu", "tanh", "log_softmax", "log_sigmoid", "exp", "softplus"):
+    if head.kind in ("linear", "relu", "tanh", "log_softmax", "log_sigmoid", "softplus"):
         yield _traced("logits-into-bce", _shown(head), head)
     elif not values.is_empty and not values.has_nan and not values.within(0, 1, 0):
         what = f"values from {values.low:.4g} to {values.high:.4g}"
@@ -291,17 +289,20 @@ def _regression(call: LossCall, head: Head, values: Values, target: Values) -> I
         rows = values.sums_to_one(one_hot_axis) if not values.is_empty else 0
         if head.kind == "softmax" and (rows or values.is_empty):
             what = f"{_shown(head)}; the targets are one-hot"
-            yield _traced("softmax-into-regression", what, head)
+            yield _traced("softmax-into-regression", what, head, "suspicion")
             return
         if rows:
             what = f"{rows} rows sum to 1, as the one-hot targets do"
-            yield _by_values("softmax-into-regression", what, rows)
+            yield Hit("softmax-into-regression", "suspicion", what, "values")
             return
     low, high = _LIMITS.get(head.kind, (-float("inf"), float("inf")))
-    slack = 1e-3
+    slack = 0.01 * (target.high - target.low) or 1e-6 * abs(target.high)
     if target.low < low - slack or target.high > high + slack:
-        what = f"{_shown(head)}; targets from {target.low:.4g} to {target.high:.4g}"
-        yield _traced("head-cannot-reach-targets", what, head)
+        share = target.share_outside(low - slack, high + slack)
+        span = f"targets from {target.low:.4g} to {target.high:.4g}"
+        what = f"{_shown(head)}; {span}, {share:.1%} of them out of reach"
+        severity = "error" if share >= 0.1 else "suspicion"
+        yield _traced("head-cannot-reach-targets", what, head, severity)
     elif not head.is_known and values.low == 0 < values.high and target.low < -slack:
         what = f"no prediction is negative, some are exactly 0; targets from {target.low:.4g}"
         yield Hit("head-cannot-reach-targets", "suspicion", what, "values")

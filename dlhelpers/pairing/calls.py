@@ -53,14 +53,6 @@ _TARGET = ("target", "targets")
 _NAMES_BY_FUNCTION = {
     name: tuple(inspect.signature(function).parameters) for name, function in LOSSES.items()
 }
-_DEFAULTS = {
-    name: {
-        key: parameter.default
-        for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not parameter.empty
-    }
-    for name, function in LOSSES.items()
-}
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class LossCall:
         name: the function's name in ``torch.nn.functional``, such as ``cross_entropy``.
         prediction: first tensor, as it was given; None where only a model is known.
         target: the tensor that it is compared with.
-        options: every other argument by name, defaults filled in: ``input2``, ``var``,
+        options: every other argument that was given, by name: ``input2``, ``var``,
             ``input_lengths``, ``reduction``, ``ignore_index``, ``log_target`` and so on.
     """
 
@@ -100,7 +92,7 @@ def bind(name: str, args: tuple, kwargs: Mapping[str, Any]) -> LossCall:
     names = _NAMES_BY_FUNCTION[name]
     if len(args) > len(names):
         raise TypeError(f"{name} takes {len(names)} arguments, not {len(args)}")
-    options = {**_DEFAULTS[name], **dict(zip(names, args, strict=False)), **kwargs}
+    options = {**dict(zip(names, args, strict=False)), **kwargs}
     prediction = _take(options, _PREDICTION)
     target = _take(options, _TARGET)
     return LossCall(name, prediction, target, options)

@@ -135,6 +135,11 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "negative 'divergences', even for equal distributions.",
         "loss = F.kl_div(" + _LOG_SOFTMAX.format(1) + ", probs, reduction='batchmean')",
     ),
+    "sigmoid-into-kl-div": (
+        "KLDivLoss wants the logarithm of probabilities that sum to 1 over the classes: sigmoids "
+        "are neither logarithms nor normalised.",
+        "loss = F.kl_div(" + _LOG_SOFTMAX.format(1) + ", probs, reduction='batchmean')",
+    ),
     "logits-into-kl-div": (
         "KLDivLoss wants log-probabilities (never above 0): over raw scores it falls without "
         "limit.",
@@ -156,6 +161,11 @@ ENTRIES: dict[str, tuple[str, str]] = {
     ),
     "softmax-into-ctc": (
         "CTCLoss adds logarithms: over probabilities the loss goes negative, silently.",
+        "loss = F.ctc_loss(" + _LOG_SOFTMAX.format(-1) + ", targets, in_lengths, out_lengths)",
+    ),
+    "sigmoid-into-ctc": (
+        "CTCLoss adds logarithms of probabilities that sum to 1 over the classes: over sigmoids "
+        "the loss goes negative, silently.",
         "loss = F.ctc_loss(" + _LOG_SOFTMAX.format(-1) + ", targets, in_lengths, out_lengths)",
     ),
     "logits-into-ctc": (

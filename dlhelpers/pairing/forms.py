@@ -270,8 +270,8 @@ def _broadcast(call: LossCall) -> Iterator[Hit]:
     except RuntimeError:
         yield _error("target-shape", f"{shapes}: they cannot be broadcast")
         return
-    size = math.prod(joint)
-    if size > max(x.numel(), y.numel()):
+    crossed = math.prod(joint) > max(x.numel(), y.numel())
+    if crossed and x.ndim != y.ndim:  # axes of 1 on both sides are written on purpose
         yield _error("broadcast-target", f"{shapes} are broadcast to {tuple(joint)}")
     else:
         yield _suspect("broadcast-target", f"{shapes} are broadcast to {tuple(joint)}")
@@ -321,7 +321,8 @@ def _dtypes(call: LossCall) -> Iterator[Hit]:
     if not y.is_floating_point() and call.name == "huber_loss":
         yield _error("integer-target", f"target {y.dtype}")
     floating = y.is_floating_point() and x.is_floating_point()
-    if floating and x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
+    device = "cpu" if x.device.type == "meta" else x.device.type  # no autocast on meta
+    if floating and x.dtype != y.dtype and not torch.is_autocast_enabled(device):
         yield _error("target-dtype", f"prediction {x.dtype}, target {y.dtype}")
 
 
@@ -374,15 +375,16 @@ def _ctc(call: LossCall) -> Iterator[Hit]:
 
 def _ints(lengths: object) -> list[int] | None:
     if isinstance(lengths, Tensor):
-        return [int(value) for value in lengths.reshape(-1).tolist()]
+        known = Values(lengths).readable and not lengths.is_floating_point()
+        return [int(value) for value in lengths.reshape(-1).tolist()] if known else None
     return [int(value) for value in lengths] if isinstance(lengths, (list, tuple)) else None
 
 
 def _transcripts(y: Tensor, lengths: list[int] | None, batch: int) -> list[list[int]] | None:
     """Return each sample's symbols, without padding; None where lengths are not known."""
-    values = y.tolist()
-    if lengths is None:
+    if lengths is None or not Values(y).readable or y.is_floating_point() or y.ndim not in (1, 2):
         return None
+    values = y.tolist()
     if y.ndim == 2:
         return [row[:size] for row, size in zip(values, lengths, strict=False)]
     rows, start = [], 0

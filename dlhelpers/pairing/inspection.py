@@ -15,8 +15,9 @@ from .activations import activation_hits
 from .calls import LossCall, calls_inside, describe_call
 from .catalog import Hit, finding
 from .forms import form_hits
-from .probe import first_tensor, restored, run_model, unwrap
-from .trace import UNKNOWN, Head, head_of_model, head_of_tensor, softmax_without_dim
+from .probe import as_tensor, first_tensor, restored, run_model, unwrap
+from .static import head_of_model, softmax_without_dim
+from .trace import UNKNOWN, Head, head_of_tensor
 from .values import Values
 
 __all__ = ["check", "look"]
@@ -32,8 +33,10 @@ def check(
             of a mapping ``logits`` or ``out``), or a model (any callable). A module is run on
             ``inputs`` where they are given, else its torch.fx graph and module list are read.
         loss: module of ``torch.nn``, function of ``torch.nn.functional``, partial of one; any
-            other callable is called once, and the torch losses inside it are looked at.
-        targets: as the loss takes them. A tuple holds all that follows the prediction:
+            other callable is called with the whole outputs and targets (with the first tensor,
+            with a tuple's parts, where that fails), and the torch losses inside are looked at.
+        targets: as the loss takes them; arrays and lists of numbers become tensors. A
+            tuple holds all that follows the prediction:
             ``(targets, input_lengths, target_lengths)`` for CTC, ``(target, var)`` for
             GaussianNLL, ``(input2, target)`` for CosineEmbedding and MarginRanking.
         inputs: the model's argument, a tuple of arguments or a mapping of keyword arguments.
@@ -78,7 +81,7 @@ def _check(model: object, loss: object, targets: object, inputs: object) -> Iter
         model = unwrap(model)
         static = _head_without_a_run(model)
         if inputs is None:
-            call = describe_call(loss, None, targets)
+            call = describe_call(loss, None, as_tensor(targets))
             if call is not None and static.is_known:
                 hidden = Values(None)
                 yield from activation_hits(call, static, hidden, Values(call.target))
@@ -96,21 +99,23 @@ def _check(model: object, loss: object, targets: object, inputs: object) -> Iter
             return
         tensor = first_tensor(outputs)
         head = head_of_tensor(tensor) if tensor is not None else UNKNOWN
-        if not head.is_known:
-            head = static
+        if not head.is_known or (head.kind == "other" and static.kind == "linear"):
+            head = static  # a frozen layer shows no parameter in the graph
         elif head.kind == static.kind:
             head = replace(head, where=static.where)
-        outputs = tensor if tensor is not None else outputs
         yield from _guessed_axes(model)
     else:
-        outputs = first_tensor(model)
-        outputs = model if outputs is None else outputs
-        head = head_of_tensor(outputs) if isinstance(outputs, Tensor) else UNKNOWN
-    call = describe_call(loss, outputs, targets)
+        outputs = model
+        tensor = first_tensor(outputs)
+        tensor = tensor if tensor is not None else as_tensor(outputs)
+        head = head_of_tensor(tensor) if isinstance(tensor, Tensor) else UNKNOWN
+    tensor = tensor if tensor is not None else as_tensor(outputs)
+    numbers = tuple(map(as_tensor, targets)) if type(targets) is tuple else as_tensor(targets)
+    call = describe_call(loss, tensor, numbers)
     if call is not None:
         yield from look(call, head)
-    elif callable(loss):
-        yield from _look_inside(loss, outputs, targets)
+    else:
+        yield from _look_inside(loss, ((outputs, targets), (tensor, numbers)))
 
 
 def _guessed_axes(model: object) -> Iterator[Hit]:
@@ -121,8 +126,15 @@ def _guessed_axes(model: object) -> Iterator[Hit]:
 def _head_without_a_run(model: object) -> Head:
     if not isinstance(model, nn.Module):
         return UNKNOWN
+    if all(map(_is_plain, model.modules())):
+        return head_of_model(model)
     with restored(model):  # torch.fx runs the Python code of forward
         return head_of_model(model)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module).__module__.startswith("torch.nn.") and not hooked
 
 
 def look(call: LossCall, head: Head | None = None, limit: int | None = None) -> Iterator[Hit]:
@@ -165,11 +177,29 @@ def _without_contradictions(
         yield hit
 
 
-def _look_inside(loss: Callable[..., Any], outputs: object, targets: object) -> Iterator[Hit]:
-    """Call a loss of the reader's own and look at the torch losses that it calls."""
-    rest = targets if isinstance(targets, tuple) else (targets,)
-    with restored(loss):
-        seen, error = calls_inside(loss, outputs, *rest)
+def _look_inside(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Iterator[Hit]:
+    """Call a loss of the reader's own and look at the torch losses that it calls.
+
+    Args:
+        loss: called with the first of ``pairs`` that it takes, a tuple of targets whole or apart.
+        pairs: (outputs, targets): as the model gives them first, then as plain tensors.
+    """
+    tries = []
+    for outputs, targets in pairs:
+        tries.append((outputs, targets))
+        if type(targets) is tuple:
+            tries.append((outputs, *targets))
+    best: tuple[list[LossCall], Exception | None] | None = None
+    for arguments in tries:
+        with restored(loss):
+            seen, error = calls_inside(loss, *arguments)
+        if error is None:
+            best = seen, None
+            break
+        legible = bool(seen) and all(isinstance(call.prediction, Tensor) for call in seen)
+        if best is None or (legible and not best[0]):
+            best = (seen if legible else []), error
+    seen, error = best
     for call in seen:
         yield from look(call)
     if error is not None and not seen:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["first_tensor", "restored", "run_model", "unwrap"]
+__all__ = ["as_tensor", "first_tensor", "restored", "run_model", "unwrap"]
 
 
 def unwrap(model: object) -> object:
@@ -125,7 +125,33 @@ def _restore(entries: list[tuple], copies: list[tuple[Tensor, Tensor]]) -> None:
         module.training = training
     with torch.no_grad():
         for tensor, kept in copies:
-            tensor.data.copy_(kept)
+            if not _same(tensor.data, kept):  # memory that is read-only must not be written to
+                tensor.data.copy_(kept)
+
+
+def _same(tensor: Tensor, kept: Tensor) -> bool:
+    try:
+        if tensor.device.type == "meta" or torch.equal(tensor, kept):
+            return True
+        nan = tensor.isnan()
+        return torch.equal(nan, kept.isnan()) and torch.equal(tensor[~nan], kept[~nan])
+    except Exception:  # wrappers and layouts that compare nothing
+        return False
+
+
+def as_tensor(value: object) -> object:
+    """Return arrays and lists of numbers as tensors (floats in the default dtype)."""
+    if isinstance(value, Tensor) or not (isinstance(value, list) or hasattr(value, "__array__")):
+        return value
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # arrays that are read-only are only read
+            tensor = torch.as_tensor(value)
+    except Exception:  # lists of anything, ragged ones, arrays of strings
+        return value
+    if isinstance(value, list) and tensor.numel() == 0:
+        return value
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
 
 
 def first_tensor(outputs: object) -> Tensor | None:

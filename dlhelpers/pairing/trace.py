@@ -1,4 +1,4 @@
-"""Which activation made this tensor? Read from the graph, from torch.fx or from the module list.
+"""Which activation made this tensor? Read from the graph that autograd keeps.
 
 The walk starts at ``tensor.grad_fn`` and goes back through nodes that only move, copy or cast
 values (view, reshape, transpose, squeeze, slice, index, cat, to, clone) until one changes them:
@@ -11,15 +11,13 @@ Source: https://pytorch.org/docs/stable/notes/autograd.html
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["UNKNOWN", "Head", "head_of_model", "head_of_tensor", "softmax_without_dim"]
+__all__ = ["UNKNOWN", "Head", "head_of_tensor"]
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,15 @@ _KINDS = {
     "Tanh": "tanh",
     "Exp": "exp",
     "Softplus": "softplus",
-    "Addmm": "linear",
-    "Mm": "linear",
-    "Addbmm": "linear",
-    "Baddbmm": "linear",
-    "Bmm": "linear",
-    "Mv": "linear",
-    "Dot": "linear",
     "Linear": "linear",
     "Convolution": "linear",
     "MkldnnConvolution": "linear",
     "NativeBatchNorm": "linear",
     "NativeLayerNorm": "linear",
 }
+# Layers where an operand is a parameter; else they mix values, of which nothing is known.
+_PRODUCTS = ("Addmm", "Mm", "Addbmm", "Baddbmm", "Bmm", "Mv", "Addmv", "Dot")
+_OF_WEIGHTS = ("T", "Transpose", "Permute", "ToCopy", "Expand", "WeightNormInterface", "Unsqueeze")
 # Nothing can be said past these, and nothing is known about the values either.
 _OPAQUE = (
     "CompiledFunction",
@@ -116,6 +110,9 @@ def _walk(
         stem = name.split("Backward")[0]
         source = f"its grad_fn ({name})"
         kind = _KINDS.get(stem)
+        if stem in _PRODUCTS:
+            layer = any(_is_parameter(operand) for operand, _ in node.next_functions)
+            return Head("linear" if layer else "other", None, source)
         if stem in _CLAMPS:
             return _head_of_clamp(node, stem, shape, path, depth)
         if stem in ("Log", "Exp"):
@@ -137,6 +134,15 @@ def _walk(
         path = [*path, axis_map]
         node = _next(node)
     return UNKNOWN
+
+
+def _is_parameter(node: Any) -> bool:
+    """Whether a leaf of the graph, or a view or cast of one, comes out of this node."""
+    for _ in range(8):
+        if node is None or node.name().split("Backward")[0] not in _OF_WEIGHTS:
+            break
+        node = _next(node)
+    return node is not None and "AccumulateGrad" in node.name()
 
 
 def _head_of_clamp(node: Any, stem: str, shape: Any, path: list, depth: int) -> Head:
@@ -247,151 +253,3 @@ def _follow(node: Any, shape: tuple[int, ...] | None, path: list[_AxisMap | None
             return None
         axis = axis_map(axis)
     return axis
-
-
-_FUNCTIONS = {
-    F.softmax: "softmax",
-    torch.softmax: "softmax",
-    F.log_softmax: "log_softmax",
-    torch.log_softmax: "log_softmax",
-    torch.sigmoid: "sigmoid",
-    F.sigmoid: "sigmoid",
-    F.logsigmoid: "log_sigmoid",
-    F.relu: "relu",
-    torch.relu: "relu",
-    torch.tanh: "tanh",
-    F.tanh: "tanh",
-    torch.exp: "exp",
-    F.softplus: "softplus",
-    F.linear: "linear",
-    torch.conv1d: "linear",
-    torch.conv2d: "linear",
-    torch.conv3d: "linear",
-}
-_METHODS = ("softmax", "log_softmax", "sigmoid", "relu", "tanh", "exp")
-_MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Softmax, "softmax"),
-    (nn.Softmax2d, "softmax"),
-    (nn.LogSoftmax, "log_softmax"),
-    (nn.Sigmoid, "sigmoid"),
-    (nn.Hardsigmoid, "sigmoid"),
-    (nn.LogSigmoid, "log_sigmoid"),
-    (nn.ReLU, "relu"),
-    (nn.ReLU6, "relu"),
-    (nn.Tanh, "tanh"),
-    (nn.Hardtanh, "tanh"),
-    (nn.Softplus, "softplus"),
-    (nn.Linear, "linear"),
-    (nn.modules.conv._ConvNd, "linear"),
-)
-_KEEPS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
-_KEEPS_METHODS = (
-    "view",
-    "reshape",
-    "flatten",
-    "squeeze",
-    "unsqueeze",
-    "contiguous",
-    "clone",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "to",
-    "transpose",
-    "permute",
-    "t",
-    "cpu",
-    "cuda",
-    "type",
-    "movedim",
-)
-_KEEPS_FUNCTIONS = (torch.flatten, torch.squeeze, torch.unsqueeze, torch.reshape, torch.transpose)
-
-
-def head_of_model(model: nn.Module) -> Head:
-    """Return the last activation of a model that is not run: torch.fx first, then its list."""
-    head = _head_by_fx(model)
-    return head if head.is_known else _head_of_list(model)
-
-
-def _head_by_fx(model: nn.Module) -> Head:
-    try:
-        graph = torch.fx.Tracer().trace(model)
-    except Exception:  # control flow on values, kwargs only, compiled code: not traceable
-        return UNKNOWN
-    value = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
-    value = _first(value)
-    modules = dict(model.named_modules())
-    moved = False
-    while isinstance(value, torch.fx.Node):
-        where = value.target if value.op == "call_module" else ""
-        if value.op == "call_module":
-            module = modules.get(value.target)
-            kind, dim = _kind_of_module(module), getattr(module, "dim", None)
-            keeps = isinstance(module, _KEEPS_MODULES)
-        elif value.op == "call_function":
-            kind, dim = _FUNCTIONS.get(value.target), _dim_of_call(value)
-            keeps = value.target in _KEEPS_FUNCTIONS
-        elif value.op == "call_method":
-            kind = value.target if value.target in _METHODS else None
-            dim = _dim_of_call(value)
-            keeps = value.target in _KEEPS_METHODS
-        else:
-            return UNKNOWN
-        if kind is not None:
-            known = isinstance(dim, int) and not moved and "softmax" in kind
-            return Head(kind, dim if known else None, "torch.fx", str(where))
-        if not keeps:
-            return Head("other", None, "torch.fx", str(where))
-        moved = moved or value.target not in ("clone", "contiguous", "float", "to")
-        value = _first(value.args[0] if value.args else None)
-    return UNKNOWN
-
-
-def _first(value: Any) -> Any:
-    while isinstance(value, Sequence) and not isinstance(value, str) and value:
-        value = value[0]
-    if isinstance(value, dict) and value:
-        return _first(next(iter(value.values())))
-    return value
-
-
-def _dim_of_call(node: Any) -> Any:
-    return node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-
-
-def _kind_of_module(module: nn.Module | None) -> str | None:
-    if isinstance(module, (nn.Hardtanh, nn.ReLU6)):
-        ends = (module.min_val, module.max_val)
-        return {(-1.0, 1.0): "tanh", (0.0, 6.0): "relu"}.get(tuple(map(float, ends)), "other")
-    return next((kind for type_, kind in _MODULE_KINDS if isinstance(module, type_)), None)
-
-
-def _head_of_list(model: nn.Module) -> Head:
-    """Follow the last child of (nested) Sequentials: their order is the order of execution."""
-    module, path = model, ""
-    while isinstance(module, nn.Sequential) and len(module):
-        children = [
-            (name, child)
-            for name, child in module.named_children()
-            if not isinstance(child, _KEEPS_MODULES)
-        ]
-        if not children:
-            return UNKNOWN
-        name, module = children[-1]
-        path = f"{path}.{name}" if path else name
-    kind = _kind_of_module(module)
-    if kind is None:
-        return UNKNOWN
-    dim = getattr(module, "dim", None)
-    return Head(kind, dim if isinstance(dim, int) else None, "the module list", path)
-
-
-def softmax_without_dim(model: nn.Module) -> list[str]:
-    """Return the paths of softmax modules whose ``dim`` was left to torch's old guess."""
-    return [
-        path or type(module).__name__
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Softmax, nn.LogSoftmax)) and getattr(module, "dim", 0) is None
-    ]

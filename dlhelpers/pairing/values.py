@@ -58,6 +58,13 @@ class Values:
         """Whether there are values and all lie in [low, high]."""
         return not self.is_empty and self.low >= low - slack and self.high <= high + slack
 
+    def share_outside(self, low: float, high: float) -> float:
+        """How much of the values lies outside [low, high], from 0 to 1."""
+        if self.is_empty:
+            return 0.0
+        part = _sample(self._tensor, None, self._limit)
+        return ((part < low) | (part > high)).float().mean().item()
+
     @functools.cached_property
     def distinct(self) -> frozenset[float]:
         """The different values of a sample of at most 4,096 elements."""
