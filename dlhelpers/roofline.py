@@ -84,6 +84,7 @@ def roofline(*, refresh: bool = False) -> Roofline:
         kept = None  # none yet, or of another version
     if kept and not refresh:
         return kept
+    was_loaded = _is_loaded()  # before the measuring, which is a load itself
     result = Roofline(_bandwidth_gb_s(), _matmul_gflops(), threads)
     if kept:  # a peak is the best that was ever seen
         best = {
@@ -91,7 +92,7 @@ def roofline(*, refresh: bool = False) -> Roofline:
         }
         peaks = {name: peak or None for name, peak in best.items()}
         result = Roofline(max(result.bandwidth_gb_s, kept.bandwidth_gb_s), peaks, threads)
-    if not _is_loaded():
+    if not was_loaded:
         _keep(path, result)
     return result
 

@@ -70,8 +70,7 @@ def test_figures_are_unknown_to_pyplot_so_that_nothing_is_drawn_twice():
     assert plt.get_fignums() == []
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_faces_are_white_in_either_theme(theme):
+def test_faces_are_white_and_opaque_so_that_either_theme_shows_them():
     assert figure().get_facecolor() == (1, 1, 1, 1)
 
 
