@@ -8,6 +8,7 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.machine``     what this machine is and what its peaks are
 ``dlhelpers.claims``      a tip as a claim, its evidence, its verdict, the ledger's row
 ``dlhelpers.pairing``     does this loss want what the model's last layer gives?
+``dlhelpers.lmdb_io``   many small images in one file that is read fast and safely
 ``dlhelpers.data``        real digits and photographs without a network
 ``dlhelpers.training``    a small, seeded training loop
 ``dlhelpers.exercises``   check, hint and solution of the course's exercises
@@ -27,6 +28,7 @@ _SUBMODULES = (
     "exercises",
     "findings",
     "ledger",
+    "lmdb_io",
     "machine",
     "measure",
     "notebook",

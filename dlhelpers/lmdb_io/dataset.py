@@ -1,0 +1,365 @@
+"""Read a database as a map-style dataset."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import operator
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset, default_collate, get_worker_info
+
+from dlhelpers.lmdb_io import decoding, schema
+from dlhelpers.lmdb_io.environments import Environment, open_environment
+
+__all__ = ["LMDBDataset"]
+
+_RESIZES_FIRST = (
+    "Resize",
+    "RandomResizedCrop",
+    "RandomResize",
+    "ScaleJitter",
+    "RandomShortestSide",
+)
+
+
+class LMDBDataset(Dataset):
+    """Images and targets of a database that ``write_lmdb`` has written.
+
+    ``dataset[i]`` is ``(image, target)``: a uint8 RGB tensor [3, H, W] and an int. It opens its
+    file when the first image is read, again in each worker, read-only and without a lock, so that
+    it can be pickled, forked and spawned, and lie in a read-only folder. One that was opened while
+    the file is replaced goes on with the old one.
+
+    With ``decode="pil"`` it stands in for torchvision's ImageFolder: PIL images, ``classes``,
+    ``class_to_idx``, ``targets``, and ``samples`` (with the source's keys in place of paths).
+
+    Args:
+        path: the file, or a folder of shards.
+        transform: from the image to what the model gets; None for none.
+        decode: ``auto`` (the fastest that is installed), ``simplejpeg``, ``opencv``,
+            ``torchvision``, ``torchcodec``; ``pil`` gives PIL images; None the stored bytes.
+        target_transform: from the stored target to what the loss gets; None for none.
+        memory_format: of the tensor. ``auto`` is channels-last, as decoders give it, where the
+            transform begins with a resize, which is fast on it, and contiguous otherwise, which
+            batches are collated from fastest.
+        collate: ``__getitems__`` gives whole batches, (images [B, 3, H, W], targets [B]), decoded
+            straight into one buffer that the next batch uses again: clone what you keep. For
+            ``DataLoader(dataset, collate_fn=dataset.collate_fn)``; images must have one size.
+        checksum: compares each record's checksum when it is read.
+
+    Attributes:
+        path, transform, target_transform, decode: as given.
+        classes: names of the classes, in order of their numbers; None without.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DatabaseError: it is truncated, of something else, of another version; or shards are
+            missing or do not belong together.
+        ImportError: the decoder is not installed.
+        ValueError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        transform: Callable[[Any], Any] | None = None,
+        decode: str | None = "auto",
+        *,
+        target_transform: Callable[[Any], Any] | None = None,
+        memory_format: Literal["auto", "contiguous", "channels_last"] = "auto",
+        collate: bool = False,
+        checksum: bool = True,
+    ) -> None:
+        self.path = Path(path).expanduser().resolve()
+        self.transform, self.target_transform = transform, target_transform
+        self.decode = decode
+        if decode not in (None, "pil"):
+            decoding.load_decoder(decode)  # says at once what is missing
+        if memory_format not in ("auto", "contiguous", "channels_last"):
+            raise ValueError(
+                f"memory_format must be auto, contiguous or channels_last, got {memory_format!r}"
+            )
+        if collate and decode in (None, "pil") and transform is None:
+            raise ValueError(f"collate=True needs tensors, decode={decode!r} gives none")
+        self._channels_last = memory_format == "channels_last" or (
+            memory_format == "auto" and not collate and _resizes_first(transform)
+        )
+        self._planar_batch = memory_format == "contiguous"
+        self._collates, self._check = collate, checksum
+        self._files = [_File(path) for path in _shards(self.path)]
+        self._metas = [file.meta for file in self._files]
+        _check_shards(self.path, self._metas)
+        self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
+        self.classes: list[str] | None = self._metas[0]["classes"]
+        self._buffer: torch.Tensor | None = None
+
+    # ---- reading ----
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        file, position = self._locate(index)
+        environment = file.open()
+        with environment.begin() as txn:
+            record = file.read(txn, position, self._check)
+            image = self._image(record, file.path, position)
+        return self._transformed(image, record.target)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """Return the samples of a batch, read in one transaction for each file."""
+        if self._collates:
+            return self._batch(indices)
+        places = [self._locate(index) for index in indices]
+        transactions = self._begin(places)
+        try:
+            samples = []
+            for file, position in places:
+                record = file.read(transactions[file], position, self._check)
+                image = self._image(record, file.path, position)
+                samples.append(self._transformed(image, record.target))
+            return samples
+        finally:
+            for txn in transactions.values():
+                txn.abort()
+
+    def find(self, key: str) -> int:
+        """Return the index of a source key, such as ``china/0000001.jpg``.
+
+        Raises:
+            KeyError: there is none.
+        """
+        data = schema.index_key(schema.encode_key(key))
+        for file, end, meta in zip(self._files, self._ends, self._metas, strict=True):
+            environment = file.open()
+            with environment.begin(db=environment.index, buffers=False) as txn:
+                if value := txn.get(data):
+                    return schema.read_index(data, value)[0] + end - meta["count"]
+        raise KeyError(f"{self.path} has no key {key!r}; .samples lists all of them")
+
+    @staticmethod
+    def collate_fn(batch: Any) -> Any:
+        """For DataLoader: leave whole batches (``collate=True``) as they are, collate others."""
+        return batch if isinstance(batch, tuple) else default_collate(batch)
+
+    # ---- as ImageFolder has it ----
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Class name -> number."""
+        return {name: number for number, name in enumerate(self.classes or [])}
+
+    @cached_property
+    def samples(self) -> list[tuple[str, Any]]:
+        """(source key, target) of every record, read from the index alone."""
+        found: list[tuple[str, Any]] = []
+        for file, meta in zip(self._files, self._metas, strict=True):
+            part: list[Any] = [None] * meta["count"]
+            environment = file.open()
+            for key, value in environment.items(environment.index):
+                position, target, source_key = schema.read_index(key, value)
+                if position < len(part):
+                    part[position] = (source_key, target)
+            if None in part:
+                raise schema.DatabaseError(
+                    f"{file.path}: the index misses record {part.index(None)}; verify_lmdb tells "
+                    "what is damaged"
+                )
+            found += part
+        return found
+
+    @cached_property
+    def targets(self) -> list[Any]:
+        """The target of every record; no image is read for it."""
+        return [target for _, target in self.samples]
+
+    # ---- private ----
+
+    def _locate(self, index: int) -> tuple[_File, int]:
+        count = self._ends[-1]
+        number = operator.index(index)
+        if not -count <= number < count:
+            raise IndexError(f"index {number} is out of range, {self.path} has {count} images")
+        number %= count
+        if len(self._files) == 1:
+            return self._files[0], number
+        shard = bisect.bisect_right(self._ends, number)
+        return self._files[shard], number - self._ends[shard] + self._metas[shard]["count"]
+
+    def _begin(self, places: list[tuple[_File, int]]) -> dict[_File, Any]:
+        return {file: file.open().begin() for file, _ in dict.fromkeys(places)}
+
+    def _image(self, record: schema.Record, path: Path, position: int) -> Any:
+        if self.decode is None:
+            return bytes(record.image)
+        pixels = self._pixels(record, path, position)
+        if self.decode == "pil":
+            return pixels
+        if self._channels_last:
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+        return torch.from_numpy(decoding.planar(pixels))
+
+    def _pixels(self, record: schema.Record, path: Path, position: int) -> Any:
+        """Return pixels [H, W, 3], or a PIL image."""
+        try:
+            if self.decode == "pil":
+                return decoding.open_pil(record.image)
+            return decoding.load_decoder(self.decode)(record.image)
+        except Exception as error:  # decoders raise a dozen kinds
+            raise schema.DatabaseError(
+                f"{path}, record {position}, key {record.key!r}: the image cannot be decoded "
+                f"({error}); its bytes are as they were stored if verify_lmdb finds nothing"
+            ) from error
+
+    def _transformed(self, image: Any, target: Any) -> tuple[Any, Any]:
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target
+
+    def _batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
+        places = [self._locate(index) for index in indices]
+        transactions = self._begin(places)
+        out: torch.Tensor | None = None
+        targets = []
+        try:
+            for number, (file, position) in enumerate(places):
+                record = file.read(transactions[file], position, self._check)
+                if self.transform is None:
+                    image = torch.from_numpy(self._pixels(record, file.path, position))
+                    if self._planar_batch:
+                        image = image.permute(2, 0, 1)
+                    target = record.target
+                    if self.target_transform is not None:
+                        target = self.target_transform(target)
+                else:
+                    image = self._image(record, file.path, position)
+                    image, target = self._transformed(image, record.target)
+                if out is None:
+                    out = self._batch_buffer(len(places), image)
+                if image.shape != out.shape[1:]:
+                    raise ValueError(
+                        f"record {position} has the shape {tuple(image.shape)}, the first of its "
+                        f"batch {tuple(out.shape[1:])}: collate=True needs images of one size, "
+                        "from a transform or write_lmdb(..., resize=(height, width))"
+                    )
+                if self._planar_batch and self.transform is None:
+                    decoding.planar(image.permute(1, 2, 0).numpy(), out[number].numpy())
+                else:
+                    out[number] = image
+                targets.append(target)
+        finally:
+            for txn in transactions.values():
+                txn.abort()
+        if self.transform is None and not self._planar_batch:
+            out = out.permute(0, 3, 1, 2)
+        return out, default_collate(targets)
+
+    def _batch_buffer(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        """Return room for a batch: here the same each time, in a worker fresh shared memory."""
+        shape = (count, *like.shape)
+        if get_worker_info() is not None:
+            size = like.element_size() * like.numel() * count
+            storage = torch.UntypedStorage._new_shared(size)
+            return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)
+        buffer = self._buffer
+        if (
+            buffer is None
+            or buffer.dtype != like.dtype
+            or buffer.shape[1:] != like.shape
+            or len(buffer) < count
+        ):
+            buffer = self._buffer = torch.empty(shape, dtype=like.dtype)
+        return buffer[:count]
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_here = ("samples", "targets", "_buffer")
+        return {k: v for k, v in self.__dict__.items() if k not in left_here} | {"_buffer": None}
+
+    def __repr__(self) -> str:
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return (
+            f"LMDBDataset({str(self.path)!r}: {len(self)} images{classes}, decode={self.decode!r})"
+        )
+
+
+class _File:
+    """One file of a dataset: opened when it is read, in each process anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._environment: Environment | None = None
+        environment = open_environment(path)
+        self._stored = environment.get_entry(schema.META)
+        self.meta = schema.unpack_meta(self._stored, path)
+
+    def open(self) -> Environment:
+        environment = self._environment
+        if environment is not None and environment.pid == os.getpid():
+            return environment
+        environment = open_environment(self.path)
+        if environment.get_entry(schema.META) != self._stored:
+            raise schema.DatabaseError(
+                f"{self.path} was replaced after this dataset was made: make a new LMDBDataset"
+            )
+        self._environment = environment
+        return environment
+
+    def read(self, txn: Any, position: int, check: bool) -> schema.Record:
+        view = txn.get(b"%012d" % position)
+        if view is None:
+            raise schema.DatabaseError(
+                f"{self.path}: record {position} is missing of {self.meta['count']}: verify_lmdb "
+                "tells what else is damaged"
+            )
+        try:
+            return schema.unpack_record(view, position, check)
+        except schema.DatabaseError as error:
+            raise schema.DatabaseError(f"{self.path}: {error}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_environment": None}
+
+
+def _resizes_first(transform: Any) -> bool:
+    """Whether a torchvision transform begins with a resize."""
+    steps = getattr(transform, "transforms", None)
+    first = steps[0] if isinstance(steps, (list, tuple)) and steps else transform
+    return type(first).__name__ in _RESIZES_FIRST
+
+
+def _shards(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(path.glob("shard-*-of-*.lmdb"))
+    if not found:
+        raise schema.DatabaseError(
+            f"{path} is a folder without shards (shard-00000-of-00002.lmdb, ...): give a file "
+            "that write_lmdb has written, or a folder that write_lmdb(..., shard=) has"
+        )
+    return found
+
+
+def _check_shards(path: Path, metas: Sequence[dict[str, Any]]) -> None:
+    if not path.is_dir():
+        return
+    world = metas[0]["shard"][1]
+    there = [meta["shard"] for meta in metas]
+    missing = sorted(set(range(world)) - {rank for rank, _ in there})
+    if missing or any(w != world for _, w in there) or len(there) != world:
+        raise schema.DatabaseError(
+            f"{path} holds the shards {there} as (rank, world), missing are the ranks {missing}: "
+            "wait until every rank has finished, or write them again"
+        )
+    for name in ("classes", "settings"):
+        if len({repr(meta[name]) for meta in metas}) > 1:
+            raise schema.DatabaseError(
+                f"{path}: the shards differ in their {name}: write them from one source"
+            )

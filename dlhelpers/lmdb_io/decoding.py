@@ -1,0 +1,172 @@
+"""How do encoded bytes become pixels?
+
+Every decoder gives the same RGB pixels within its own rounding: EXIF rotation is not applied (as
+in torchvision's ImageFolder), grey images get three equal channels, transparency is dropped. What
+a fast decoder does not know (CMYK, WebP, 16 bits), PIL decodes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from dlhelpers.lmdb_io.encoding import RAW, image_format
+
+__all__ = ["DECODERS", "decoders", "load_decoder", "open_pil", "planar"]
+
+Decoder = Callable[[Any], np.ndarray]
+
+# name -> module; in the order in which "auto" chooses: the fastest first, as benchmarks/io.py and
+# notebook 02 measure them
+DECODERS = {
+    "simplejpeg": "simplejpeg",
+    "opencv": "cv2",
+    "torchvision": "torchvision",
+    "torchcodec": "torchcodec",
+    "pil": "PIL",
+}
+_INSTALL = {
+    "simplejpeg": "simplejpeg",
+    "opencv": "opencv-python-headless",
+    "torchcodec": "torchcodec",
+}
+
+
+def decoders() -> tuple[str, ...]:
+    """Return the decoders that are installed, the one that ``auto`` takes first.
+
+    >>> "pil" in decoders()
+    True
+    """
+    return tuple(name for name, module in DECODERS.items() if find_spec(module))
+
+
+@cache
+def load_decoder(name: str) -> Decoder:
+    """Return a function from encoded bytes to uint8 RGB pixels [H, W, 3].
+
+    Args:
+        name: ``auto`` or one of :func:`decoders`.
+
+    Raises:
+        ValueError: there is no such decoder.
+        ImportError: it is not installed; says what to install.
+    """
+    if name == "auto":
+        return load_decoder(decoders()[0])
+    if name not in DECODERS:
+        raise ValueError(f"decode must be auto, {', '.join(DECODERS)} or None, got {name!r}")
+    try:
+        jpeg = _JPEG[name]()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            f"decode={name!r} needs the package {_INSTALL.get(name, name)} ({error}): pip install "
+            f'{_INSTALL.get(name, name)}, or decode="auto" for the fastest one that is here'
+        ) from None
+
+    def decode(data: Any) -> np.ndarray:
+        kind = image_format(data)
+        if kind == "jpeg":
+            try:
+                pixels = jpeg(data)
+            except (ValueError, RuntimeError):  # CMYK, or damaged: PIL has the last word
+                pixels = None
+            if pixels is not None:
+                return pixels
+        elif kind == "raw":
+            return _raw(data)
+        return _pil(data)
+
+    return decode
+
+
+def open_pil(data: Any) -> Any:
+    """Return a PIL image in mode RGB, as ImageFolder's default loader gives it."""
+    from PIL import Image
+
+    if image_format(data) == "raw":
+        return Image.fromarray(_raw(data))
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def planar(pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Return pixels [H, W, 3] as a contiguous array [3, H, W], in ``out`` where given."""
+    if out is None:
+        out = np.empty((3, *pixels.shape[:2]), np.uint8)
+    if (split := _splitter()) is not None:
+        split(pixels, [out[0], out[1], out[2]])
+    else:
+        np.copyto(out, pixels.transpose(2, 0, 1))
+    return out
+
+
+@cache
+def _splitter() -> Any:
+    """OpenCV's split, which separates channels several times faster than NumPy and torch."""
+    try:
+        import cv2
+    except ImportError:
+        return None
+    return cv2.split
+
+
+def _raw(data: Any) -> np.ndarray:
+    _, height, width = RAW.unpack_from(data)
+    pixels = np.frombuffer(data, np.uint8, offset=RAW.size).reshape(height, width, 3)
+    return pixels.copy()  # the map is read-only, and goes with its transaction
+
+
+def _pil(data: Any) -> np.ndarray:
+    return np.array(open_pil(data))
+
+
+def _simplejpeg() -> Decoder:
+    from simplejpeg import decode_jpeg
+
+    return decode_jpeg
+
+
+def _opencv() -> Decoder:
+    import cv2
+
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+    def decode(data: Any) -> np.ndarray:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+
+    return decode
+
+
+def _torchvision() -> Decoder:
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    def decode(data: Any) -> np.ndarray:
+        # a copy of the encoded bytes: torch has no read-only tensors
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+    return decode
+
+
+def _torchcodec() -> Decoder:
+    from torchcodec.decoders import decode_image
+
+    def decode(data: Any) -> np.ndarray:
+        return decode_image(bytes(data)).permute(1, 2, 0).numpy()
+
+    return decode
+
+
+_JPEG: dict[str, Callable[[], Decoder]] = {
+    "simplejpeg": _simplejpeg,
+    "opencv": _opencv,
+    "torchvision": _torchvision,
+    "torchcodec": _torchcodec,
+    "pil": lambda: _pil,
+}

@@ -1,0 +1,188 @@
+"""Which bytes are stored for an image?
+
+Encoded bytes are kept as they are. Only where a resize or another encoding is asked for, or where
+the source gives pixels instead of bytes, is an image decoded and encoded.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["ENCODINGS", "RAW", "Encoding", "image_format"]
+
+ENCODINGS = ("jpeg", "png", "webp", "raw")
+RAW = struct.Struct("<4sII")  # b"RAW\0", height, width
+_QUALITY = {"jpeg": 90, "webp": 90}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is done to each image before it is stored.
+
+    Attributes:
+        encode: ``jpeg``, ``png``, ``webp``, ``raw``, or None to keep the source's own.
+        resize: pixels of the shorter side, or (height, width); None keeps the size.
+        quality: of JPEG (1 to 95) and WebP (1 to 100); None is 90.
+    """
+
+    encode: str | None = None
+    resize: int | tuple[int, int] | None = None
+    quality: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.encode is not None and self.encode not in ENCODINGS:
+            raise ValueError(
+                f"encode must be one of {', '.join(ENCODINGS)}, or None to keep the bytes, "
+                f"got {self.encode!r}"
+            )
+        sides = self.resize if isinstance(self.resize, (tuple, list)) else (self.resize,)
+        if self.resize is not None and not (
+            len(sides) in (1, 2)
+            and all(isinstance(side, int) and 1 <= side <= 65_500 for side in sides)
+        ):
+            raise ValueError(
+                "resize must be the pixels of the shorter side, such as 256, or (height, width), "
+                f"got {self.resize!r}"
+            )
+        if self.quality is not None:
+            most = 100 if self.encode == "webp" else 95
+            if not isinstance(self.quality, int) or not 1 <= self.quality <= most:
+                raise ValueError(
+                    f"quality must be a whole number from 1 to {most}, got {self.quality!r}"
+                )
+            if self.encode in ("png", "raw"):
+                raise ValueError(f"quality={self.quality} means nothing for {self.encode}")
+            if self.encode is None and self.resize is None:
+                raise ValueError(
+                    f"quality={self.quality} would change nothing, since the bytes are kept: "
+                    'give encode="jpeg" or resize= as well'
+                )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON writes them."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    def apply(self, image: Any) -> bytes:
+        """Return the bytes to store.
+
+        Args:
+            image: encoded bytes, a PIL image, or uint8 pixels: a tensor [3, H, W], [1, H, W] or
+                [H, W], or an array [H, W, 3] or [H, W].
+
+        Raises:
+            ValueError: it is no image, or not whole.
+        """
+        if isinstance(image, (bytes, bytearray, memoryview)):
+            data = bytes(image)
+            found = image_format(data)
+            if self.encode is None and self.resize is None:
+                if found == "unknown" or not _looks_whole(data, found):
+                    _decoded(data)  # raises where it really is none
+                return data
+            return self._encode(_decoded(data), found, data)
+        return self._encode(_from_pixels(image), "unknown", None)
+
+    def _encode(self, image: Any, found: str, data: bytes | None) -> bytes:
+        size = self._size(image.width, image.height)
+        target = self.encode or (found if found in ENCODINGS else "png")
+        if data is not None and size == image.size and found == target and self.encode is None:
+            return data  # has that size already: a second encoding would only lose
+        if size != image.size:
+            from PIL import Image
+
+            if image.mode not in ("L", "RGB", "RGBA"):
+                image = image.convert("RGB")
+            image = image.resize(size, Image.Resampling.BILINEAR)
+        if target == "raw":
+            image = image.convert("RGB")
+            return RAW.pack(b"RAW\0", image.height, image.width) + image.tobytes()
+        options: dict[str, Any] = {}
+        if target in _QUALITY:
+            options["quality"] = self.quality or _QUALITY[target]
+            if image.mode not in ("L", "RGB"):
+                image = image.convert("RGB")
+        buffer = io.BytesIO()
+        image.save(buffer, target, **options)
+        return buffer.getvalue()
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Return (width, height) after the resize, rounded as torchvision's Resize rounds."""
+        if self.resize is None:
+            return width, height
+        if not isinstance(self.resize, int):
+            return self.resize[1], self.resize[0]
+        short, long = sorted((width, height))
+        other = int(self.resize * long / short)
+        return (self.resize, other) if width <= height else (other, self.resize)
+
+
+def image_format(data: bytes | memoryview) -> str:
+    """Return ``jpeg``, ``png``, ``webp``, ``bmp``, ``raw`` or ``unknown``, by the first bytes."""
+    head = bytes(data[:12])
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if head.startswith(b"RIFF") and head.endswith(b"WEBP"):
+        return "webp"
+    if head.startswith(b"BM"):
+        return "bmp"
+    return "raw" if head.startswith(b"RAW\0") else "unknown"
+
+
+def _looks_whole(data: bytes, found: str) -> bool:
+    """Whether the end is where the format says; where not, decoding has the last word."""
+    if found == "jpeg":
+        return data.rfind(b"\xff\xd9", len(data) // 2) > 0
+    if found == "png":
+        return b"IEND\xaeB`\x82" in data[-64:]
+    if found == "webp":
+        return int.from_bytes(data[4:8], "little") + 8 <= len(data)
+    if found == "raw":
+        _, height, width = RAW.unpack_from(data.ljust(RAW.size, b"\0"))
+        return len(data) == RAW.size + 3 * height * width
+    return False
+
+
+def _decoded(data: bytes) -> Any:
+    from PIL import Image
+
+    if image_format(data) == "raw":
+        if not _looks_whole(data, "raw"):
+            raise ValueError(f"a raw image of {len(data)} bytes is not whole")
+        _, height, width = RAW.unpack_from(data)
+        return Image.frombytes("RGB", (width, height), data[RAW.size :])
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Exception as error:  # PIL raises a dozen kinds for broken files
+        what = f"{len(data)} bytes starting with {data[:8]!r}" if data else "no bytes at all"
+        raise ValueError(f"not an image that can be decoded ({what}): {error}") from None
+    return image
+
+
+def _from_pixels(pixels: Any) -> Any:
+    """Return a PIL image of a PIL image, a tensor [C, H, W] or an array [H, W, C]."""
+    from PIL import Image
+
+    if isinstance(pixels, Image.Image):
+        return pixels
+    is_tensor = hasattr(pixels, "detach")
+    array = pixels.detach().cpu().numpy() if is_tensor else pixels
+    shape = getattr(array, "shape", ())
+    if is_tensor and len(shape) == 3:
+        array = array.transpose(1, 2, 0)
+    if len(shape) == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if getattr(array, "dtype", None) != "uint8" or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)
+    ):
+        raise ValueError(
+            "an image must be encoded bytes, a PIL image, a uint8 tensor [3, H, W] or a uint8 "
+            f"array [H, W, 3], got {type(pixels).__name__} of shape {tuple(shape)}, dtype "
+            f"{getattr(pixels, 'dtype', 'none')}: leave ToTensor and Normalize to the reader"
+        )
+    return Image.fromarray(array)

@@ -1,0 +1,314 @@
+"""Is every record of a database as it was written?
+
+LMDB trusts its file: a broken page can end the process. So a child process does the reading, and
+what becomes of it is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.environments import Environment
+
+__all__ = ["DatabaseInfo", "VerifyReport", "find_problems", "info_lmdb", "verify_lmdb"]
+
+_SILENCE_S = 120.0  # a child that says nothing for so long hangs on a broken page
+_EVERY = 256  # records between two lines of the child
+_MOST = 1000  # problems that are listed
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """A database whose every record is as it was written.
+
+    Attributes:
+        path: the database.
+        count: records that were read.
+        image_bytes: of their images.
+    """
+
+    path: Path
+    count: int
+    image_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.path}: all {self.count} records are as they were written"
+
+
+@dataclass(frozen=True, repr=False)
+class DatabaseInfo:
+    """What a database says of itself.
+
+    Attributes:
+        path: file or folder of shards.
+        count: images.
+        classes: their names; None without.
+        image_bytes, file_bytes: of the images, and of the files.
+        settings: encode, resize and quality of the conversion.
+        skipped: (what, why) of all that the conversion left out.
+        library: versions that wrote it.
+    """
+
+    path: Path
+    count: int
+    classes: tuple[str, ...] | None
+    image_bytes: int
+    file_bytes: int
+    settings: dict[str, Any]
+    skipped: tuple[tuple[str, str], ...]
+    library: str
+
+    def __repr__(self) -> str:
+        classes = "none" if self.classes is None else f"{len(self.classes)}"
+        shown = ", ".join((self.classes or ())[:5]) + (
+            ", ..." if len(self.classes or ()) > 5 else ""
+        )
+        settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v is not None)
+        lines = [
+            str(self.path),
+            f"  images    {self.count}, {self.image_bytes / 1e6:.1f} MB in a file of "
+            f"{self.file_bytes / 1e6:.1f} MB",
+            f"  classes   {classes}" + (f": {shown}" if shown else ""),
+            f"  stored    {settings or 'bytes as the source had them'}",
+            f"  written   by {self.library}",
+            f"  skipped   {len(self.skipped)}",
+        ]
+        return "\n".join(lines + [f"    {what}: {why}" for what, why in self.skipped])
+
+
+def verify_lmdb(path: str | os.PathLike[str], *, progress: bool = True) -> VerifyReport:
+    """Read every record and compare checksums, count, order and index.
+
+    Args:
+        path: the file, or a folder of shards.
+        progress: shows a bar.
+
+    Returns:
+        A VerifyReport where everything is as it was written.
+
+    Raises:
+        DatabaseError: something is not; names each record that is damaged. Also where LMDB itself
+            crashes on the file, which a child process suffers in place of this one.
+        FileNotFoundError: there is no such file.
+    """
+    from dlhelpers.lmdb_io.dataset import _check_shards, _shards
+
+    path = Path(path).expanduser()
+    files = _shards(path)
+    count = image_bytes = 0
+    problems: list[str] = []
+    seen: list[dict[str, Any]] = []
+    for file in files:
+        if not file.exists():
+            Environment(file)  # says how to mend it
+        found, facts = _in_a_child(file, progress)
+        prefix = f"{file.name}: " if len(files) > 1 else ""
+        problems += [prefix + problem for problem in found]
+        if facts:
+            count, image_bytes = count + facts["count"], image_bytes + facts["image_bytes"]
+            seen.append(facts)
+    if not problems:
+        _check_shards(path, seen)
+        problems += _keys_in_two_shards(files)
+    if problems:
+        shown = "\n  ".join(problems[:_MOST])
+        raise schema.DatabaseError(
+            f"{path} is damaged, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}\n"
+            "convert its source again, or copy the file again"
+        )
+    return VerifyReport(path, count, image_bytes)
+
+
+def find_problems(path: Path) -> list[str]:
+    """Return what is wrong with one file, whole or under way, found in a child process."""
+    return _in_a_child(path, progress=False)[0]
+
+
+def info_lmdb(path: str | os.PathLike[str]) -> DatabaseInfo:
+    """Return what a database says of itself; no image is read.
+
+    Raises:
+        DatabaseError, FileNotFoundError: as LMDBDataset.
+    """
+    from dlhelpers.lmdb_io.dataset import LMDBDataset
+
+    dataset = LMDBDataset(path, decode=None)
+    metas = dataset._metas
+    skipped: list[tuple[str, str]] = []
+    for file in dataset._files:
+        environment = file.open()
+        skipped += [tuple(json.loads(v)) for _, v in environment.items(environment.skipped)]
+    return DatabaseInfo(
+        path=dataset.path,
+        count=len(dataset),
+        classes=None if dataset.classes is None else tuple(dataset.classes),
+        image_bytes=sum(meta["image_bytes"] for meta in metas),
+        file_bytes=sum(file.path.stat().st_size for file in dataset._files),
+        settings=metas[0]["settings"],
+        skipped=tuple(skipped),
+        library=metas[0]["library"],
+    )
+
+
+def _keys_in_two_shards(files: list[Path]) -> list[str]:
+    if len(files) < 2:
+        return []
+    owner: dict[bytes, str] = {}
+    problems = []
+    for file in files:
+        environment = Environment(file)
+        for key, _ in environment.items(environment.index):
+            if key in owner:
+                problems.append(f"key {key[:60]!r} is in {owner[key]} and in {file.name}")
+            owner[key] = file.name
+        environment.close()
+    return problems
+
+
+def _in_a_child(path: Path, progress: bool) -> tuple[list[str], dict[str, Any] | None]:
+    """Run :func:`_main` on a file; return problems and the meta entry."""
+    from tqdm.auto import tqdm
+
+    root = str(Path(__file__).resolve().parents[2])
+    known = os.environ.get("PYTHONPATH")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, known)))}
+    command = [sys.executable, "-m", "dlhelpers.lmdb_io.verifying", str(path)]
+    problems: list[str] = []
+    meta, at, ended = None, 0, False
+    with (
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as child,
+        tqdm(desc="verify", unit="img", disable=None if progress else True) as bar,
+    ):
+        for line in _lines(child):
+            kind, value = json.loads(line)
+            if kind == "at":
+                bar.update(value - at)
+                at = value
+            elif kind == "meta":
+                meta = value
+                bar.total = value["count"]
+            elif kind == "problem":
+                problems.append(value)
+            else:
+                ended = True
+        errors = child.stderr.read()
+    if not ended:
+        problems.append(_last_words(child.returncode, at, errors))
+    return problems, meta
+
+
+def _lines(child: Any) -> Iterator[str]:
+    """Yield the child's lines; end it where it hangs."""
+    if os.name == "nt":  # pipes cannot be waited for there
+        yield from child.stdout
+        return
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        while True:
+            if not selector.select(_SILENCE_S):
+                child.kill()
+                return
+            if not (line := child.stdout.readline()):
+                return
+            yield line
+
+
+def _last_words(status: int, at: int, errors: str) -> str:
+    where = f"at or behind record {at}"
+    if status == -signal.SIGKILL:
+        return f"LMDB hangs on the file {where}"
+    if status < 0:
+        return f"LMDB crashes on a broken page {where} ({signal.Signals(-status).name})"
+    last = errors.strip().splitlines()[-1:] or [f"exit status {status}"]
+    return f"reading failed {where}: {last[0]}"
+
+
+def _check(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (kind, value): ``meta``, ``at``, ``problem``, at last ``end``."""
+    try:
+        environment = Environment(path)
+        stored = environment.get_entry(schema.META) or environment.get_entry(schema.STATE)
+        meta = schema.unpack_meta(stored, path)
+    except schema.DatabaseError as error:
+        yield "problem", str(error)
+        yield "end", None
+        return
+    yield "meta", meta
+    count = meta["count"]
+    index = environment.begin(db=environment.index, buffers=False)
+    with environment.begin() as txn, index:
+        for position in range(count):
+            if position % _EVERY == 0:
+                yield "at", position
+            view = txn.get(schema.position_key(position))
+            if view is None:
+                yield "problem", f"record {position} is missing"
+                continue
+            try:
+                key, entry = _entry(schema.unpack_record(view, position), position)
+            except schema.DatabaseError as error:
+                yield "problem", str(error)
+                continue
+            if index.get(key) != entry:
+                yield "problem", f"record {position}: its key is wrong or missing in the index"
+    yield "at", count
+    for database, name in ((environment.records, "records"), (environment.index, "index")):
+        stored = environment.count(database)
+        if stored != count:
+            yield "problem", f"the {name} hold {stored} entries, expected were {count}"
+    yield from _walk(environment, count, meta.get("skipped"))
+    yield "end", None
+
+
+def _walk(environment: Environment, count: int, skipped: int | None) -> Iterator[tuple[str, Any]]:
+    """Go through all entries in order, as a listing does."""
+    for number, key in enumerate(environment.keys(environment.records)):
+        if key != schema.position_key(number) or number >= count:
+            yield "problem", f"the records' order is broken at entry {number}, key {key[:20]!r}"
+            break
+    before = b""
+    for key, value in environment.items(environment.index):
+        if key <= before:
+            yield "problem", f"the index's order is broken at {key[:60]!r}"
+            break
+        before = key
+        try:
+            schema.read_index(key, value)
+        except schema.DatabaseError as error:
+            yield "problem", str(error)
+    found = 0
+    for _, value in environment.items(environment.skipped):
+        found += 1
+        try:
+            _what, _why = json.loads(value)
+        except ValueError:
+            yield "problem", f"entry {found} of the skipped images is damaged"
+    if skipped is not None and found != skipped:
+        yield "problem", f"{found} skipped images are listed, {skipped} are counted"
+
+
+def _entry(record: schema.Record, position: int) -> tuple[bytes, bytes]:
+    key = schema.encode_key(record.key)
+    target = schema.encode_target(record.target)
+    return schema.index_key(key), schema.index_entry(position, key, target)
+
+
+def _main(path: str) -> None:
+    for event in _check(Path(path)):
+        print(json.dumps(event), flush=event[0] != "at" or event[1] % (8 * _EVERY) == 0)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
