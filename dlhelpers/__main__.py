@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"python -m dlhelpers {options.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print("; ".join(["stopped", *getattr(stopped, "__notes__", ())]), file=sys.stderr)
         return 130
 
 
@@ -54,12 +55,101 @@ def _parser() -> argparse.ArgumentParser:
     )
     selftest.set_defaults(run=_selftest)
 
+    _add_lmdb(commands.add_parser("lmdb", help="write, verify or describe an image database"))
+
     machine = commands.add_parser("machine", help="what this machine is")
     machine.add_argument("--roofline", action="store_true", help="measure its peaks as well")
     machine.set_defaults(run=_machine)
 
     commands.add_parser("report", help="the ledger as a page; `report --help` for more")
     return parser
+
+
+def _add_lmdb(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    write = actions.add_parser("write", help="convert an image folder into one LMDB file")
+    write.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
+    write.add_argument("path", metavar="DST", help="the file; appears whole or not at all")
+    write.add_argument("--workers", type=int, default=0, help="processes that encode (%(default)s)")
+    write.add_argument("--encode", choices=("jpeg", "png", "webp", "raw"), help="store this format")
+    write.add_argument(
+        "--resize", type=_size, metavar="SIDE|HxW", help="the shorter side in pixels, or both"
+    )
+    write.add_argument("--quality", type=int, help="of JPEG and WebP (90)")
+    write.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
+    write.add_argument("--skip-errors", action="store_true", help="list what cannot be stored")
+    write.add_argument(
+        "--shard",
+        metavar="RANK/WORLD|torchrun",
+        help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
+    )
+    write.add_argument("--quiet", action="store_true", help="show no bar")
+    write.set_defaults(run=_lmdb_write)
+
+    verify = actions.add_parser("verify", help="compare every record with its checksum")
+    verify.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
+    verify.add_argument("--quiet", action="store_true", help="show no bar")
+    verify.set_defaults(run=_lmdb_verify)
+
+    info = actions.add_parser("info", help="what a database holds and how it was made")
+    info.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
+    info.set_defaults(run=_lmdb_info)
+
+
+def _lmdb_write(options: argparse.Namespace) -> int:
+    from dlhelpers import lmdb_io
+
+    report = lmdb_io.write_lmdb(
+        options.source,
+        options.path,
+        workers=options.workers,
+        encode=options.encode,
+        resize=options.resize,
+        quality=options.quality,
+        resume=options.resume,
+        on_error="skip" if options.skip_errors else "raise",
+        shard=_shard(options.shard),
+        progress=not options.quiet,
+    )
+    print(report)
+    return 0
+
+
+def _lmdb_verify(options: argparse.Namespace) -> int:
+    from dlhelpers import lmdb_io
+
+    print(lmdb_io.verify_lmdb(options.path, progress=not options.quiet))
+    return 0
+
+
+def _lmdb_info(options: argparse.Namespace) -> int:
+    from dlhelpers import lmdb_io
+
+    print(lmdb_io.info_lmdb(options.path))
+    return 0
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    sides = [int(side) for side in text.lower().split("x")]
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    if text == "torchrun":
+        missing = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"--shard torchrun needs {' and '.join(missing)} in the environment: start it as "
+                "torchrun --nproc-per-node 2 -m dlhelpers lmdb write SRC DST --shard torchrun"
+            )
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, separator, world = text.partition("/")
+    if not (separator and rank.isdigit() and world.isdigit()):
+        raise ValueError(f"--shard must be RANK/WORLD, such as 0/2, or torchrun, got {text!r}")
+    return int(rank), int(world)
 
 
 def _photos(options: argparse.Namespace) -> int:
