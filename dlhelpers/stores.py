@@ -1,0 +1,402 @@
+"""What does the container cost, if the images in it are the same?
+
+The same encoded images as small files, and packed into the formats that the tips name. Reading one
+image takes time for
+
+    open + read + decode + collate
+
+of which a container changes the first two only. `split_time` measures all four, so that the most
+that any container can win, open + read, is seen beside what it leaves as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import itertools
+import mmap
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["STORES", "Split", "Store", "evict", "make_store", "resident_share", "split_time"]
+
+
+class Store:
+    """Encoded images in one kind of container.
+
+    Attributes:
+        name: of the kind.
+        package: what must be installed to use it; empty for nothing beyond this package's needs.
+        only_in_order: whether it can only be read from its beginning.
+        path: the file or folder.
+    """
+
+    name: str
+    package = ""
+    only_in_order = False
+
+    def __init__(self, path: Path, count: int) -> None:
+        self.path, self._count = path, count
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        """Write the images in their order."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> bytes:
+        """Return the encoded image of an index.
+
+        Raises:
+            TypeError: the container can only be read in order.
+        """
+        return self.read(self.open(index))
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self.__getitem__, range(len(self)))
+
+    def open(self, index: int) -> Any:
+        """Return whatever :meth:`read` needs; the first of the four stages."""
+        if self.only_in_order:
+            raise TypeError(f"{self.name} can only be read in order: iterate over the store")
+        return index
+
+    def read(self, opened: Any) -> bytes:
+        """Return the encoded image; the second stage."""
+        raise NotImplementedError
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.stat().st_size for file in _files(self.path))
+
+
+def make_store(
+    name: str, images: Sequence[bytes], targets: Sequence[int], folder: str | os.PathLike[str]
+) -> Store:
+    """Write images into a container in ``folder`` and open it; one that is there is replaced.
+
+    Args:
+        name: one of :data:`STORES`.
+        images: encoded, one after the other.
+        targets: their classes.
+        folder: where the container shall lie.
+
+    Raises:
+        ValueError: there is no such container, or the lengths differ.
+        ImportError: its package is not installed.
+
+    >>> import tempfile
+    >>> store = make_store("memmap", [b"one", b"three"], [0, 1], tempfile.mkdtemp())
+    >>> len(store), store[1]
+    (2, b'three')
+    """
+    if name not in STORES:
+        raise ValueError(f"there is no store {name!r}; there are {', '.join(STORES)}")
+    if len(images) != len(targets):
+        raise ValueError(f"{len(images)} images and {len(targets)} targets do not belong together")
+    kind = STORES[name]
+    path = Path(folder) / f"{name}{kind.suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        kind.write(path, images, targets)
+        return kind(path, len(images))
+    except ImportError as error:
+        raise ImportError(
+            f"the store {name!r} needs {kind.package} ({error}): pip install {kind.package}"
+        ) from None
+
+
+class _Files(Store):
+    name, suffix = "files", ""
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+            folder = path / f"{target}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{number:07d}.jpg").write_bytes(image)
+
+    def __init__(self, path: Path, count: int) -> None:
+        super().__init__(path, count)
+        self._paths = sorted(map(str, path.glob("*/*.jpg")), key=os.path.basename)
+
+    def open(self, index: int) -> Any:
+        return open(self._paths[index], "rb")
+
+    def read(self, opened: Any) -> bytes:
+        with opened:
+            return opened.read()
+
+
+class _Lmdb(Store):
+    name, suffix = "lmdb", ".lmdb"
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        from dlhelpers.lmdb_io import write_lmdb
+
+        items = [(f"{n:07d}", i, t) for n, (i, t) in enumerate(zip(images, targets, strict=True))]
+        write_lmdb(items, path, progress=False)
+
+    def __init__(self, path: Path, count: int) -> None:
+        from dlhelpers.lmdb_io import LMDBDataset
+
+        super().__init__(path, count)
+        self._dataset = LMDBDataset(path, decode=None)
+
+    def read(self, opened: Any) -> bytes:
+        return self._dataset[opened][0]
+
+
+class _Memmap(Store):
+    name, suffix = "memmap", ".npy"
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        np.save(path, np.frombuffer(b"".join(images), np.uint8))
+        ends = [0, *itertools.accumulate(map(len, images))]
+        np.save(path.with_suffix(".ends.npy"), np.array(ends))
+
+    def __init__(self, path: Path, count: int) -> None:
+        super().__init__(path, count)
+        self._bytes = np.load(path, mmap_mode="r")
+        self._ends = np.load(path.with_suffix(".ends.npy")).tolist()
+
+    def read(self, opened: Any) -> bytes:
+        return self._bytes[self._ends[opened] : self._ends[opened + 1]].tobytes()
+
+
+class _Hdf5(Store):
+    name, suffix, package = "hdf5", ".h5", "h5py"
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            kind = h5py.vlen_dtype(np.uint8)
+            stored = file.create_dataset("images", len(images), dtype=kind)
+            for number, image in enumerate(images):
+                stored[number] = np.frombuffer(image, np.uint8)
+            file["targets"] = np.array(targets)
+
+    def __init__(self, path: Path, count: int) -> None:
+        import h5py
+
+        super().__init__(path, count)
+        self._images = h5py.File(path)["images"]
+
+    def read(self, opened: Any) -> bytes:
+        return self._images[opened].tobytes()
+
+
+class _Pth(Store):
+    name, suffix = "pth", ".pth"
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        tensors = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
+        torch.save({"images": tensors, "targets": torch.tensor(targets)}, path)
+
+    def __init__(self, path: Path, count: int) -> None:
+        super().__init__(path, count)
+        self._images = torch.load(path, mmap=True)["images"]
+
+    def read(self, opened: Any) -> bytes:
+        return self._images[opened].numpy().tobytes()
+
+
+class _TFRecord(Store):
+    name, suffix, package, only_in_order = "tfrecord", ".tfrecord", "tfrecord", True
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        from tfrecord import TFRecordWriter
+
+        writer = TFRecordWriter(str(path))
+        for image, target in zip(images, targets, strict=True):
+            writer.write({"image": (image, "byte"), "target": (target, "int")})
+        writer.close()
+
+    def __init__(self, path: Path, count: int) -> None:
+        import tfrecord
+
+        super().__init__(path, count)
+        self._loader = tfrecord.tfrecord_loader
+
+    def __iter__(self) -> Iterator[bytes]:
+        for row in self._loader(str(self.path), None, {"image": "byte"}):
+            yield bytes(row["image"])
+
+
+class _WebDataset(Store):
+    name, suffix, package, only_in_order = "webdataset", ".tar", "webdataset", True
+
+    @classmethod
+    def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        with tarfile.open(path, "w") as tar:
+            for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+                for ending, data in (("jpg", image), ("cls", b"%d" % target)):
+                    entry = tarfile.TarInfo(f"{number:07d}.{ending}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+
+    def __init__(self, path: Path, count: int) -> None:
+        import webdataset
+
+        super().__init__(path, count)
+        self._samples = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (sample["jpg"] for sample in self._samples)
+
+
+STORES: Mapping[str, type[Store]] = {
+    kind.name: kind for kind in (_Files, _Lmdb, _Memmap, _Hdf5, _Pth, _TFRecord, _WebDataset)
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the time of one image goes; medians over batches.
+
+    Attributes:
+        open_us, read_us, decode_us, collate_us: microseconds for each image.
+    """
+
+    open_us: float
+    read_us: float
+    decode_us: float
+    collate_us: float
+
+    @property
+    def total_us(self) -> float:
+        """All four together."""
+        return self.open_us + self.read_us + self.decode_us + self.collate_us
+
+    @property
+    def store_share(self) -> float:
+        """What the container is responsible for, from 0 to 1."""
+        return (self.open_us + self.read_us) / self.total_us
+
+    def as_dict(self) -> dict[str, float]:
+        """Return stage -> microseconds."""
+        return {
+            "open": self.open_us,
+            "read": self.read_us,
+            "decode": self.decode_us,
+            "collate": self.collate_us,
+        }
+
+
+def split_time(
+    store: Store,
+    decode: Callable[[bytes], Any],
+    order: Sequence[int],
+    *,
+    batch_size: int = 32,
+) -> Split:
+    """Measure the four stages of reading images in an order, batch by batch, in this process.
+
+    Args:
+        store: a container that is read at random.
+        decode: from encoded bytes to uint8 pixels [H, W, 3], all of one size.
+        order: indices, a few batches of them.
+        batch_size: images that are collated into one tensor.
+
+    Raises:
+        ValueError: fewer indices than a batch.
+    """
+    if len(order) < batch_size:
+        raise ValueError(f"{len(order)} indices are less than one batch of {batch_size}")
+    rows = []
+    for first in range(0, len(order) - batch_size + 1, batch_size):
+        times = [0.0] * 4
+        pixels = []
+        for index in order[first : first + batch_size]:
+            marks = [perf_counter()]
+            opened = store.open(index)
+            marks.append(perf_counter())
+            data = store.read(opened)
+            marks.append(perf_counter())
+            pixels.append(torch.from_numpy(decode(data)))
+            marks.append(perf_counter())
+            for stage, (begin, end) in enumerate(itertools.pairwise(marks)):
+                times[stage] += end - begin
+        begin = perf_counter()
+        torch.stack(pixels)
+        times[3] = perf_counter() - begin
+        rows.append([1e6 * seconds / batch_size for seconds in times])
+    return Split(*(median(column) for column in zip(*rows, strict=True)))
+
+
+def evict(path: str | os.PathLike[str]) -> float | None:
+    """Ask the system to drop a file, or a folder's files, from the page cache.
+
+    Close every memory map of it before: mapped pages stay, and so does what lies in memory anyway
+    (tmpfs).
+
+    Returns:
+        As :func:`resident_share`: 0 where the next read comes from the disk. None where this
+        system has no such call.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return None
+    for file in _files(Path(path)):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return resident_share(path)
+
+
+def resident_share(path: str | os.PathLike[str]) -> float | None:
+    """Return which share of a file's pages, or of a folder's files, is in memory now.
+
+    After :func:`evict` and a read it says how much of the file that read has touched, the
+    system's read-ahead included. None where this system does not tell.
+    """
+    here = there = 0
+    for file in _files(Path(path)):
+        with open(file, "rb") as opened:
+            pages = _resident_pages(opened.fileno())
+        if pages is None:
+            return None
+        here, there = here + sum(pages), there + len(pages)
+    return here / max(there, 1)
+
+
+def _resident_pages(descriptor: int) -> list[int] | None:
+    """Return 1 for each page of a file that is in memory, by mincore."""
+    size = os.fstat(descriptor).st_size
+    if not size:
+        return []
+    count = -(-size // mmap.PAGESIZE)
+    vector = (ctypes.c_ubyte * count)()
+    with mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY) as pages:
+        address = ctypes.c_char.from_buffer(pages)
+        call = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
+        status = (
+            -1
+            if call is None
+            else call(ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(size), vector)
+        )
+        del address
+    return None if status else [byte & 1 for byte in vector]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [file for file in path.rglob("*") if file.is_file()]
+    return [path]
