@@ -8,8 +8,8 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.machine``     what this machine is and what its peaks are
 ``dlhelpers.claims``      a tip as a claim, its evidence, its verdict, the ledger's row
 ``dlhelpers.pairing``     does this loss want what the model's last layer gives?
-``dlhelpers.lmdb_io``   many small images in one file that is read fast and safely
-``dlhelpers.stores``    the same images in other containers, and what each costs
+``dlhelpers.lmdb_io``     many small images in one file that is read fast and safely
+``dlhelpers.stores``      the same images in other containers, and what each costs
 ``dlhelpers.data``        real digits and photographs without a network
 ``dlhelpers.training``    a small, seeded training loop
 ``dlhelpers.exercises``   check, hint and solution of the course's exercises

@@ -1,33 +1,21 @@
-"""What does the container cost, if the images in it are the same?
-
-The same encoded images as small files, and packed into the formats that the tips name. Reading one
-image takes time for
-
-    open + read + decode + collate
-
-of which a container changes the first two only. `split_time` measures all four, so that the most
-that any container can win, open + read, is seen beside what it leaves as it was.
-"""
+"""Seven containers of encoded images behind one face."""
 
 from __future__ import annotations
 
-import ctypes
 import io
 import itertools
-import mmap
 import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["STORES", "Split", "Store", "evict", "make_store", "resident_share", "split_time"]
+from dlhelpers.stores.pagecache import files_of
+
+__all__ = ["STORES", "Store", "make_store"]
 
 
 class Store:
@@ -79,7 +67,7 @@ class Store:
     @property
     def stored_bytes(self) -> int:
         """Bytes of all its files."""
-        return sum(file.stat().st_size for file in _files(self.path))
+        return sum(file.stat().st_size for file in files_of(self.path))
 
 
 def make_store(
@@ -266,137 +254,3 @@ class _WebDataset(Store):
 STORES: Mapping[str, type[Store]] = {
     kind.name: kind for kind in (_Files, _Lmdb, _Memmap, _Hdf5, _Pth, _TFRecord, _WebDataset)
 }
-
-
-@dataclass(frozen=True)
-class Split:
-    """Where the time of one image goes; medians over batches.
-
-    Attributes:
-        open_us, read_us, decode_us, collate_us: microseconds for each image.
-    """
-
-    open_us: float
-    read_us: float
-    decode_us: float
-    collate_us: float
-
-    @property
-    def total_us(self) -> float:
-        """All four together."""
-        return self.open_us + self.read_us + self.decode_us + self.collate_us
-
-    @property
-    def store_share(self) -> float:
-        """What the container is responsible for, from 0 to 1."""
-        return (self.open_us + self.read_us) / self.total_us
-
-    def as_dict(self) -> dict[str, float]:
-        """Return stage -> microseconds."""
-        return {
-            "open": self.open_us,
-            "read": self.read_us,
-            "decode": self.decode_us,
-            "collate": self.collate_us,
-        }
-
-
-def split_time(
-    store: Store,
-    decode: Callable[[bytes], Any],
-    order: Sequence[int],
-    *,
-    batch_size: int = 32,
-) -> Split:
-    """Measure the four stages of reading images in an order, batch by batch, in this process.
-
-    Args:
-        store: a container that is read at random.
-        decode: from encoded bytes to uint8 pixels [H, W, 3], all of one size.
-        order: indices, a few batches of them.
-        batch_size: images that are collated into one tensor.
-
-    Raises:
-        ValueError: fewer indices than a batch.
-    """
-    if len(order) < batch_size:
-        raise ValueError(f"{len(order)} indices are less than one batch of {batch_size}")
-    rows = []
-    for first in range(0, len(order) - batch_size + 1, batch_size):
-        times = [0.0] * 4
-        pixels = []
-        for index in order[first : first + batch_size]:
-            marks = [perf_counter()]
-            opened = store.open(index)
-            marks.append(perf_counter())
-            data = store.read(opened)
-            marks.append(perf_counter())
-            pixels.append(torch.from_numpy(decode(data)))
-            marks.append(perf_counter())
-            for stage, (begin, end) in enumerate(itertools.pairwise(marks)):
-                times[stage] += end - begin
-        begin = perf_counter()
-        torch.stack(pixels)
-        times[3] = perf_counter() - begin
-        rows.append([1e6 * seconds / batch_size for seconds in times])
-    return Split(*(median(column) for column in zip(*rows, strict=True)))
-
-
-def evict(path: str | os.PathLike[str]) -> float | None:
-    """Ask the system to drop a file, or a folder's files, from the page cache.
-
-    Close every memory map of it before: mapped pages stay, and so does what lies in memory anyway
-    (tmpfs).
-
-    Returns:
-        As :func:`resident_share`: 0 where the next read comes from the disk. None where this
-        system has no such call.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return None
-    for file in _files(Path(path)):
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return resident_share(path)
-
-
-def resident_share(path: str | os.PathLike[str]) -> float | None:
-    """Return which share of a file's pages, or of a folder's files, is in memory now.
-
-    After :func:`evict` and a read it says how much of the file that read has touched, the
-    system's read-ahead included. None where this system does not tell.
-    """
-    here = there = 0
-    for file in _files(Path(path)):
-        with open(file, "rb") as opened:
-            pages = _resident_pages(opened.fileno())
-        if pages is None:
-            return None
-        here, there = here + sum(pages), there + len(pages)
-    return here / max(there, 1)
-
-
-def _resident_pages(descriptor: int) -> list[int] | None:
-    """Return 1 for each page of a file that is in memory, by mincore."""
-    size = os.fstat(descriptor).st_size
-    if not size:
-        return []
-    count = -(-size // mmap.PAGESIZE)
-    vector = (ctypes.c_ubyte * count)()
-    with mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY) as pages:
-        address = ctypes.c_char.from_buffer(pages)
-        call = getattr(ctypes.CDLL(None, use_errno=True), "mincore", None)
-        status = (
-            -1
-            if call is None
-            else call(ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(size), vector)
-        )
-        del address
-    return None if status else [byte & 1 for byte in vector]
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return [file for file in path.rglob("*") if file.is_file()]
-    return [path]
