@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from dlhelpers import plots
 from dlhelpers.measure import Estimate
+from dlhelpers.plots import style
 
 positive = st.floats(1e-3, 1e3)
 
@@ -53,14 +54,14 @@ def figure():
 
 def test_a_picture_carries_its_alt_text_escaped():
     alt = 'a "quoted" <text> & more'
-    picture = plots._picture(plots.describe(figure(), alt))
+    picture = style.picture(plots.describe(figure(), alt))
     assert f'alt="{html.escape(alt)}"' in picture
     assert picture.count("<img") == 1
     assert len(picture) < 40_000
 
 
 def test_without_alt_text_title_and_axes_serve():
-    assert plots._alt(figure()) == "t; x (s); y (m)"
+    assert style.alt_text(figure()) == "t; x (s); y (m)"
 
 
 def test_figures_are_unknown_to_pyplot_so_that_nothing_is_drawn_twice():
@@ -99,7 +100,7 @@ def test_the_pair_panel_says_loss_and_pull_of_both():
     panel = plots.pair_panel(2.0, F.cross_entropy, lambda z, y: F.cross_entropy(z.softmax(1), y))
     # by hand: ln(1 + e^-2) and e^-2 / (1 + e^-2)
     assert f"right pair: loss {math.log1p(math.exp(-2)):.3f}, pull {1 / (1 + math.e**2):.3f}" in (
-        plots._alt(panel)
+        style.alt_text(panel)
     )
 
 
@@ -123,7 +124,7 @@ def test_an_interval_without_an_end_still_leaves_a_picture():
     drawn = plots.intervals(
         {"too few pairs": Estimate(1.0, 0.0, math.inf, 3)}, title="t", xlabel="ratio", baseline=1.0
     )
-    assert "<img" in plots._picture(drawn)
+    assert "<img" in style.picture(drawn)
     left, right = drawn.axes[0].get_xlim()
     low, high = drawn.axes[0].lines[1].get_xdata()
     assert 0 < low < left < right < high < math.inf
@@ -166,9 +167,26 @@ def test_a_title_anywhere_serves_as_alt_text(location):
     from matplotlib.figure import Figure
 
     drawn = Figure()
-    assert len(plots._alt(drawn)) > 20
+    assert len(style.alt_text(drawn)) > 20
     drawn.subplots().set_title("the answer", loc=location)
-    assert plots._alt(drawn) == "the answer"
+    assert style.alt_text(drawn) == "the answer"
 
 
 LABELS = {"title": "t", "xlabel": "x (s)", "ylabel": "y (m)"}
+
+
+def test_stacked_parts_lie_end_to_end_in_their_colours():
+    rows = {"files": {"open": 5.0, "read": 6.0}, "packed": {"open": 1.0, "read": 7.0}}
+    drawn = plots.splits(rows, title="t", xlabel="time (us)", marks={"files": 20.0})
+    axes = drawn.axes[0]
+    bars = [(b.get_x(), b.get_width(), round(b.get_y() + 0.31, 6)) for b in axes.patches]
+    assert bars[:4] == [(0.0, 5.0, 0.0), (5.0, 6.0, 0.0), (0.0, 1.0, 1.0), (1.0, 7.0, 1.0)]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["open", "read"]
+    assert axes.lines[0].get_xdata().tolist() == [20.0, 20.0]
+
+
+def test_a_mark_without_a_row_is_refused():
+    with pytest.raises(ValueError, match=r"marks \['b'\] belong to no row of \['a'\]"):
+        plots.splits({"a": {"x": 1.0}}, title="t", xlabel="x", marks={"b": 1.0})
+    with pytest.raises(ValueError, match="more than 6 colours"):
+        plots.splits({"a": dict.fromkeys("abcdefg", 1.0)}, title="t", xlabel="x")

@@ -1,0 +1,29 @@
+"""How does every figure of the course look?
+
+One axes and one message a figure: the title is the answer, axes carry units, the baseline is grey,
+the treatment blue, what fails orange (Okabe & Ito's colours, told apart by colour-blind readers).
+Faces are opaque white, so that a figure reads the same in JupyterLab's light and dark theme. Each
+figure carries alt text, which `use_style` puts into the notebook beside the picture.
+
+Source: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/.
+"""
+
+from dlhelpers.plots.figures import curves, dots, heatmap, intervals, splits
+from dlhelpers.plots.panels import pair_panel
+from dlhelpers.plots.strips import strip_svg
+from dlhelpers.plots.style import BASELINE, FAILING, TREATMENT, describe, use_style
+
+__all__ = [
+    "BASELINE",
+    "FAILING",
+    "TREATMENT",
+    "curves",
+    "describe",
+    "dots",
+    "heatmap",
+    "intervals",
+    "pair_panel",
+    "splits",
+    "strip_svg",
+    "use_style",
+]

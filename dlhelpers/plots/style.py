@@ -1,0 +1,120 @@
+"""Colours, axes and alt text, alike for all figures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "BASELINE",
+    "COLOURS",
+    "FAILING",
+    "STYLE",
+    "TREATMENT",
+    "alt_text",
+    "describe",
+    "log_axis",
+    "new_axes",
+    "picture",
+    "use_style",
+]
+
+BASELINE, TREATMENT, FAILING = "#6b6b6b", "#0072b2", "#d55e00"
+COLOURS = (TREATMENT, FAILING, "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+STYLE = {
+    "figure.facecolor": "white",
+    "figure.figsize": (7.0, 3.6),
+    "figure.dpi": 80,
+    "savefig.facecolor": "white",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "lines.linewidth": 2.0,
+}
+
+
+def use_style() -> None:
+    """Give matplotlib the course's style; show figures in a notebook as pictures with alt text.
+
+    Registers a formatter for the figures of the running IPython, pyplot's included.
+    """
+    import matplotlib
+    from IPython import get_ipython
+    from matplotlib.figure import Figure
+
+    shell = get_ipython()
+    if shell is not None and "inline" in os.environ.get("MPLBACKEND", ""):
+        # else pyplot's first figure would activate it, and it puts its own formatters in
+        shell.enable_matplotlib("inline")
+    matplotlib.rcParams.update(STYLE, **{"axes.prop_cycle": matplotlib.cycler(color=COLOURS)})
+    if shell is None:
+        return
+    formatters = shell.display_formatter.formatters
+    formatters["text/html"].for_type(Figure, picture)
+    formatters["text/plain"].for_type(Figure, lambda figure, p, cycle: p.text(alt_text(figure)))
+    # the inline backend would store the picture a second time
+    formatters["image/png"].for_type(Figure, lambda figure: None)
+
+
+def describe(figure: Figure, alt: str) -> Figure:
+    """Attach alt text to a figure; return the figure."""
+    figure._dlhelpers_alt = " ".join(alt.split())
+    return figure
+
+
+def alt_text(figure: Figure) -> str:
+    """Return the alt text given by :func:`describe`, else titles and labels."""
+    given = getattr(figure, "_dlhelpers_alt", "")
+    parts = [figure.get_suptitle()]
+    for axes in figure.axes:
+        parts += [axes.get_title(loc=loc) for loc in ("left", "center", "right")]
+        parts += [axes.get_xlabel(), axes.get_ylabel()]
+    return given or "; ".join(filter(None, parts)) or "a figure without title or labels"
+
+
+def picture(figure: Figure) -> str:
+    """Return an ``img`` element with the figure as PNG and its alt text."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.1)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt_text(figure))}" src="data:image/png;base64,{data}">'
+
+
+def new_axes(title: str, xlabel: str, ylabel: str, alt: str, **subplots: Any) -> Any:
+    """Return (figure, axes) that pyplot knows nothing of, so that nothing is drawn twice."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(layout="constrained", **subplots)
+        axes = figure.subplots()
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title)
+    return describe(figure, alt or f"{title}; {xlabel}; {ylabel}"), axes
+
+
+def log_axis(axes: Any, values: Sequence[float]) -> None:
+    """A log axis around 1 with plain numbers on it; an end that is not known leaves the picture."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    known = (abs(math.log(v)) for v in values if 0 < v < math.inf)
+    reach = max(*known, math.log(1.05), 0.0) * 1.15
+    axes.set_xscale("log")
+    axes.set_xlim(math.exp(-reach), math.exp(reach))
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
