@@ -11,7 +11,18 @@ file out of memory, so that the next read comes from the disk.
 """
 
 from dlhelpers.stores.containers import STORES, Store, make_store
-from dlhelpers.stores.pagecache import evict, resident_share
-from dlhelpers.stores.splitting import Split, split_time
+from dlhelpers.stores.pagecache import evict, private_growth, resident_share
+from dlhelpers.stores.timing import Split, loader_time, next_batch, split_time
 
-__all__ = ["STORES", "Split", "Store", "evict", "make_store", "resident_share", "split_time"]
+__all__ = [
+    "STORES",
+    "Split",
+    "Store",
+    "evict",
+    "loader_time",
+    "make_store",
+    "next_batch",
+    "private_growth",
+    "resident_share",
+    "split_time",
+]

@@ -1,8 +1,9 @@
-"""Where does the time of one image go?"""
+"""Where does the time of one image go, here and with workers?"""
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -10,11 +11,12 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
     from dlhelpers.stores.containers import Store
 
-__all__ = ["Split", "split_time"]
+__all__ = ["Split", "loader_time", "next_batch", "split_time"]
 
 
 @dataclass(frozen=True)
@@ -89,3 +91,70 @@ def split_time(
         times[3] = perf_counter() - begin
         rows.append([1e6 * seconds / batch_size for seconds in times])
     return Split(*(median(column) for column in zip(*rows, strict=True)))
+
+
+def next_batch(
+    read: Callable[[int], Any], order: Sequence[int], *, size: int = 32
+) -> Callable[[], None]:
+    """Return a callable that reads the next ``size`` items of an order, over and over.
+
+    What ``measure.compare`` calls: each call is the same work on other images, so that no cache
+    but the system's helps.
+
+    >>> seen = []
+    >>> step = next_batch(seen.append, [4, 2, 7], size=2)
+    >>> step(), step(), seen
+    (None, None, [4, 2, 7, 4])
+    """
+    endless = itertools.cycle(order)
+
+    def step() -> None:
+        for index in itertools.islice(endless, size):
+            read(index)
+
+    return step
+
+
+def loader_time(
+    store: Store,
+    decode: Callable[[bytes], Any],
+    order: Sequence[int],
+    *,
+    workers: int,
+    batch_size: int = 32,
+) -> float:
+    """Return microseconds for each image through a DataLoader, its start not counted.
+
+    Args:
+        store, decode, batch_size: as in :func:`split_time`.
+        order: indices; read once to start the workers and once more for the time.
+        workers: processes; 0 reads here.
+    """
+    loader = DataLoader(
+        _Decoded(store, decode),
+        batch_size=batch_size,
+        sampler=order,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    for _ in loader:
+        pass
+    begin = perf_counter()
+    for _ in loader:
+        pass
+    return 1e6 * (perf_counter() - begin) / len(order)
+
+
+class _Decoded(Dataset):
+    """Decoded images of a store, opened anew in each process: HDF5 and LMDB ask for that."""
+
+    def __init__(self, store: Store, decode: Callable[[bytes], Any]) -> None:
+        self._store, self._decode, self._pid = store, decode, os.getpid()
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self._pid != os.getpid():
+            self._store, self._pid = (
+                type(self._store)(self._store.path, len(self._store)),
+                os.getpid(),
+            )
+        return torch.from_numpy(self._decode(self._store[index]))
