@@ -2,6 +2,7 @@
 
 import copy
 import math
+import zlib
 
 import pytest
 import torch
@@ -72,7 +73,95 @@ def chooses(**changes):
     return choose_loss
 
 
+def unpadded(position):
+    return b"%d" % position
+
+
+def padded_to_four(position):
+    return b"%04d" % position
+
+
+def starts_at_its_own_end(blob, ends, i):
+    return blob[ends[i] : ends[i + 1]]
+
+
+def wraps_around(blob, ends, i):
+    return blob[ends[i - 1] : ends[i]]
+
+
+def needs_a_next_one(blob, ends, i):
+    return blob[[0, *ends][i] : [0, *ends][i + 1]] if i + 1 < len(ends) else b""
+
+
+def skips_the_empty(blob, ends, i):
+    starts = [0, *ends]
+    return blob[starts[i] : starts[i + 1]] or blob[starts[i + 1] : starts[i + 2]]
+
+
+def crc_of_the_whole(record):
+    return zlib.crc32(record) == int.from_bytes(record[:4], "little")
+
+
+def big_endian(record):
+    return zlib.crc32(record[4:]) == int.from_bytes(record[:4], "big")
+
+
+def looks_at_three_bytes(record):
+    return zlib.crc32(record[4:]).to_bytes(4, "little")[:3] == record[:3]
+
+
+def adds_up(record):
+    return sum(record) % 65536 == SUM_OF_THE_INTACT_RECORD
+
+
+DATA = b"some encoded image"
+SUM_OF_THE_INTACT_RECORD = sum(zlib.crc32(DATA).to_bytes(4, "little") + DATA)
+
+
+def removes_in_place(state):
+    state["env"] = None
+    return state
+
+
+def rounds_down(count, rank, world):
+    size = count // world
+    return range(rank * size, (rank + 1) * size)
+
+
+def rounds_down_with_the_rest_at_the_end(count, rank, world):
+    size = count // world
+    return range(rank * size, count if rank == world - 1 else (rank + 1) * size)
+
+
+def every_third(count, rank, world):
+    return range(rank, count, world)
+
+
 MISTAKES = [
+    ("02.1", lambda s, r: s / r, "equal shares"),
+    ("02.1", lambda s, r: s / (s + r), "equal shares"),
+    ("02.1", lambda s, r: 1 + min(s / r, 1) ** 2 if r else 1.0, "decoding dominates"),
+    ("02.1", lambda s, r: (s + r) / r, "nothing but the store"),
+    ("02.2", str, "bytes"),
+    ("02.2", unpadded, "nine before ten"),
+    ("02.2", padded_to_four, "a million images"),
+    ("02.3", starts_at_its_own_end, "the second image"),
+    ("02.3", wraps_around, "the first image"),
+    ("02.3", needs_a_next_one, "the last image"),
+    ("02.3", skips_the_empty, "an empty image"),
+    ("02.4", crc_of_the_whole, "an intact record"),
+    ("02.4", big_endian, "an intact record"),
+    ("02.4", lambda record: 1, "an intact record"),
+    ("02.4", lambda record: True, "one bit of the data flipped"),
+    ("02.4", looks_at_three_bytes, "one bit of the checksum flipped"),
+    ("02.4", adds_up, "two bytes swapped"),
+    ("02.5", lambda state: dict(state), "the environment"),
+    ("02.5", lambda state: {}, "all the rest"),
+    ("02.5", removes_in_place, "the parent"),
+    ("02.6", lambda count, rank, world: range(count), "ten images, two ranks"),
+    ("02.6", rounds_down, "seven images, three ranks"),
+    ("02.6", every_third, "neighbours stay together"),
+    ("02.6", rounds_down_with_the_rest_at_the_end, "equal work"),
     ("01.1", no_mean, "four samples"),
     ("01.1", no_reduction, "one number"),
     ("01.1", overflows, "huge logits"),
