@@ -10,7 +10,7 @@ that any container can win, open + read, is seen beside what it leaves as it was
 file out of memory, so that the next read comes from the disk.
 """
 
-from dlhelpers.stores.containers import STORES, Store, make_store
+from dlhelpers.stores.containers import STORES, Store, installed, make_store
 from dlhelpers.stores.pagecache import evict, private_growth, resident_share
 from dlhelpers.stores.timing import Split, loader_time, next_batch, split_time
 
@@ -19,6 +19,7 @@ __all__ = [
     "Split",
     "Store",
     "evict",
+    "installed",
     "loader_time",
     "make_store",
     "next_batch",

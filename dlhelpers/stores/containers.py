@@ -7,6 +7,7 @@ import itertools
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from dlhelpers.stores.pagecache import files_of
 
-__all__ = ["STORES", "Store", "make_store"]
+__all__ = ["STORES", "Store", "installed", "make_store"]
 
 
 class Store:
@@ -64,10 +65,23 @@ class Store:
         """Return the encoded image; the second stage."""
         raise NotImplementedError
 
+    def reopened(self) -> Store:
+        """Return the same container opened anew, with nothing of it mapped into memory yet."""
+        return type(self)(self.path, len(self))
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of all its files."""
         return sum(file.stat().st_size for file in files_of(self.path))
+
+
+def installed() -> tuple[str, ...]:
+    """Return the names of the stores whose packages are here.
+
+    >>> installed()[:3]
+    ('files', 'lmdb', 'memmap')
+    """
+    return tuple(n for n, kind in STORES.items() if not kind.package or find_spec(kind.package))
 
 
 def make_store(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dlhelpers.lmdb_io.decoding import load_decoder
+
 if TYPE_CHECKING:
     from dlhelpers.stores.containers import Store
 
@@ -117,7 +119,7 @@ def next_batch(
 
 def loader_time(
     store: Store,
-    decode: Callable[[bytes], Any],
+    decoder: str,
     order: Sequence[int],
     *,
     workers: int,
@@ -126,12 +128,13 @@ def loader_time(
     """Return microseconds for each image through a DataLoader, its start not counted.
 
     Args:
-        store, decode, batch_size: as in :func:`split_time`.
+        store, batch_size: as in :func:`split_time`.
+        decoder: a name that ``lmdb_io.load_decoder`` knows, such as ``pil``.
         order: indices; read once to start the workers and once more for the time.
         workers: processes; 0 reads here.
     """
     loader = DataLoader(
-        _Decoded(store, decode),
+        _Decoded(store, decoder),
         batch_size=batch_size,
         sampler=order,
         num_workers=workers,
@@ -148,13 +151,14 @@ def loader_time(
 class _Decoded(Dataset):
     """Decoded images of a store, opened anew in each process: HDF5 and LMDB ask for that."""
 
-    def __init__(self, store: Store, decode: Callable[[bytes], Any]) -> None:
-        self._store, self._decode, self._pid = store, decode, os.getpid()
+    def __init__(self, store: Store, decoder: str) -> None:
+        self._kind, self._path, self._count = type(store), store.path, len(store)
+        self._decoder, self._store, self._pid = decoder, store, os.getpid()
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self._pid != os.getpid():
-            self._store, self._pid = (
-                type(self._store)(self._store.path, len(self._store)),
-                os.getpid(),
-            )
-        return torch.from_numpy(self._decode(self._store[index]))
+        if self._store is None or self._pid != os.getpid():
+            self._store, self._pid = self._kind(self._path, self._count), os.getpid()
+        return torch.from_numpy(load_decoder(self._decoder)(self._store[index]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_store": None}
