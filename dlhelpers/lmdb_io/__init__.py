@@ -23,20 +23,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dlhelpers.lmdb_io.dataset import LMDBDataset
 
-from dlhelpers.lmdb_io.decoding import decoders
+from dlhelpers.lmdb_io.decoding import decoders, load_decoder
 from dlhelpers.lmdb_io.schema import DatabaseError
 from dlhelpers.lmdb_io.sources import SourceError
-from dlhelpers.lmdb_io.verifying import VerifyReport, info_lmdb, verify_lmdb
-from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
+from dlhelpers.lmdb_io.verifying import info_lmdb, verify_lmdb
+from dlhelpers.lmdb_io.writing import write_lmdb
 
 __all__ = [
     "DatabaseError",
     "LMDBDataset",
     "SourceError",
-    "VerifyReport",
-    "WriteReport",
     "decoders",
     "info_lmdb",
+    "load_decoder",
     "verify_lmdb",
     "write_lmdb",
 ]

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import lmdb
 import torch
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
@@ -313,7 +314,13 @@ class _File:
         return environment
 
     def read(self, txn: Any, position: int, check: bool) -> schema.Record:
-        view = txn.get(b"%012d" % position)
+        try:
+            view = txn.get(b"%012d" % position)
+        except lmdb.Error as error:
+            raise schema.DatabaseError(
+                f"{self.path}: record {position} cannot be read ({error}): verify_lmdb tells what "
+                "else is damaged"
+            ) from None
         if view is None:
             raise schema.DatabaseError(
                 f"{self.path}: record {position} is missing of {self.meta['count']}: verify_lmdb "
@@ -350,8 +357,8 @@ def _shards(path: Path) -> list[Path]:
 def _check_shards(path: Path, metas: Sequence[dict[str, Any]]) -> None:
     if not path.is_dir():
         return
-    world = metas[0]["shard"][1]
-    there = [meta["shard"] for meta in metas]
+    there = [tuple(meta["shard"] or (0, 1)) for meta in metas]
+    world = there[0][1]
     missing = sorted(set(range(world)) - {rank for rank, _ in there})
     if missing or any(w != world for _, w in there) or len(there) != world:
         raise schema.DatabaseError(

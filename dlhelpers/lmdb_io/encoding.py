@@ -90,11 +90,11 @@ class Encoding:
         target = self.encode or (found if found in ENCODINGS else "png")
         if data is not None and size == image.size and found == target and self.encode is None:
             return data  # has that size already: a second encoding would only lose
+        if image.mode not in ("L", "RGB"):  # before the resize, as after ImageFolder's loader
+            image = image.convert("RGB")
         if size != image.size:
             from PIL import Image
 
-            if image.mode not in ("L", "RGB", "RGBA"):
-                image = image.convert("RGB")
             image = image.resize(size, Image.Resampling.BILINEAR)
         if target == "raw":
             image = image.convert("RGB")
@@ -102,8 +102,6 @@ class Encoding:
         options: dict[str, Any] = {}
         if target in _QUALITY:
             options["quality"] = self.quality or _QUALITY[target]
-            if image.mode not in ("L", "RGB"):
-                image = image.convert("RGB")
         buffer = io.BytesIO()
         image.save(buffer, target, **options)
         return buffer.getvalue()
@@ -136,7 +134,8 @@ def image_format(data: bytes | memoryview) -> str:
 def _looks_whole(data: bytes, found: str) -> bool:
     """Whether the end is where the format says; where not, decoding has the last word."""
     if found == "jpeg":
-        return data.rfind(b"\xff\xd9", len(data) // 2) > 0
+        scan = _first_scan(data)
+        return scan > 0 and data.rfind(b"\xff\xd9", scan) > 0
     if found == "png":
         return b"IEND\xaeB`\x82" in data[-64:]
     if found == "webp":
@@ -145,6 +144,24 @@ def _looks_whole(data: bytes, found: str) -> bool:
         _, height, width = RAW.unpack_from(data.ljust(RAW.size, b"\0"))
         return len(data) == RAW.size + 3 * height * width
     return False
+
+
+def _first_scan(data: bytes) -> int:
+    """Return where a JPEG's first scan begins, 0 where there is no frame or no scan.
+
+    Goes from segment to segment, so that a thumbnail within one is not taken for the image.
+    """
+    at, has_frame = 2, False
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xDA:
+            return at if has_frame else 0
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        has_frame |= 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0
 
 
 def _decoded(data: bytes) -> Any:

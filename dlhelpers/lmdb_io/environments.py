@@ -92,7 +92,7 @@ class Environment:
                 self._env.open_db(name, create=False)
                 for name in (schema.RECORDS, schema.INDEX, schema.SKIPPED)
             )
-        except lmdb.Error:  # not found, or of another kind
+        except lmdb.Error:  # not found, of another kind, or broken
             raise schema.DatabaseError(
                 f"{self.path} is an LMDB file, but none that write_lmdb has written (it holds no "
                 "records of its schema): convert its source with write_lmdb"

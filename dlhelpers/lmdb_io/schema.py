@@ -93,7 +93,10 @@ def encode_key(key: str) -> bytes:
     """
     if not isinstance(key, str) or not key:
         raise ValueError(f"a key must be a text that is not empty, got {key!r}: give str(key)")
-    data = key.encode("utf-8", "surrogateescape")
+    try:
+        data = key.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"key {key[:40]!r} is no text that UTF-8 can write ({error})") from None
     if len(data) > _LONGEST_SOURCE_KEY:
         raise ValueError(f"key {key[:40]!r}... has {len(data)} bytes, 65535 are allowed")
     return data

@@ -45,6 +45,7 @@ class Source:
         problems: (what, why) that was wrong before any image was looked at.
         ignored: files that are no images by their name.
         restarts: whether :meth:`tasks` can be called twice.
+        hides: whether an item's identity says nothing of its content.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Source:
     problems: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     restarts = True
+    hides = False
 
     def tasks(self) -> Iterator[Any]:
         """Yield one picklable task for each item, in order."""
@@ -66,8 +68,8 @@ class Source:
         """Return what a message calls the item."""
         raise NotImplementedError
 
-    def identity(self, task: Any) -> bytes | None:
-        """Return the identity without loading, None where only loading would tell."""
+    def identity(self, task: Any) -> bytes:
+        """Return the identity, also of an item that cannot be loaded."""
         raise NotImplementedError
 
 
@@ -99,6 +101,7 @@ def _is_plain_image_folder(source: Any) -> bool:
     default = (getattr(loader, "__module__", ""), getattr(loader, "__name__", ""))
     return (
         default == ("torchvision.datasets.folder", "default_loader")
+        and type(source).__getitem__.__qualname__ == "DatasetFolder.__getitem__"
         and getattr(source, "transforms", "") is None
         and hasattr(source, "samples")
     )
@@ -179,7 +182,7 @@ class _Folder(Source):
     def name(self, task: Any) -> str:
         return task[1]
 
-    def identity(self, task: Any) -> bytes | None:
+    def identity(self, task: Any) -> bytes:
         path, key, target = task
         try:
             return _file_identity(key, target, os.stat(path))
@@ -196,6 +199,7 @@ def _file_identity(key: str, target: int, stat: os.stat_result) -> bytes:
 
 class _Dataset(Source):
     kind = "dataset"
+    hides = True
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -211,13 +215,13 @@ class _Dataset(Source):
         item = self._dataset[task]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise ValueError(f"a dataset must give (image, target), got {_shown(item)}")
-        return Loaded(str(task), item[1], item[0], b"%d" % task)
+        return Loaded(str(task), item[1], item[0], self.identity(task))
 
     def name(self, task: Any) -> str:
         return f"item {task}"
 
-    def identity(self, task: Any) -> bytes | None:
-        return None
+    def identity(self, task: Any) -> bytes:
+        return b"%d" % task
 
 
 class _Triples(Source):
@@ -244,7 +248,7 @@ class _Triples(Source):
         is_triple = isinstance(item, (tuple, list)) and len(item) == 3
         return f"item {number}" + (f", key {item[0]!r}" if is_triple else "")
 
-    def identity(self, task: Any) -> bytes | None:
+    def identity(self, task: Any) -> bytes:
         try:
             return self.load(task).identity
         except ValueError:
@@ -257,7 +261,12 @@ class _Triples(Source):
 def _content_identity(key: str, image: Any, target: Any) -> bytes:
     import zlib
 
-    content = image if isinstance(image, (bytes, bytearray, memoryview)) else repr(image).encode()
+    if hasattr(image, "detach"):  # a tensor
+        image = image.detach().cpu().numpy()
+    # pixels of an array or PIL image; what is neither will be refused
+    content = image.tobytes() if hasattr(image, "tobytes") else image
+    if not isinstance(content, (bytes, bytearray, memoryview)):
+        content = type(content).__name__.encode()
     return f"{key!r}|{zlib.crc32(content)}|{target!r}".encode()
 
 

@@ -12,6 +12,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,14 @@ from typing import Any
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment
 
-__all__ = ["DatabaseInfo", "VerifyReport", "find_problems", "info_lmdb", "verify_lmdb"]
+__all__ = [
+    "DatabaseInfo",
+    "VerifyReport",
+    "find_problems",
+    "info_lmdb",
+    "peek_state",
+    "verify_lmdb",
+]
 
 _SILENCE_S = 120.0  # a child that says nothing for so long hangs on a broken page
 _EVERY = 256  # records between two lines of the child
@@ -134,6 +142,15 @@ def find_problems(path: Path) -> list[str]:
     return _in_a_child(path, progress=False)[0]
 
 
+def peek_state(path: Path) -> dict[str, Any] | str:
+    """Return the state of a conversion under way, or why it cannot be read.
+
+    A child process looks, since a file that was cut when the machine went down crashes its reader.
+    """
+    problems, state = _in_a_child(path, progress=False, entry=schema.STATE)
+    return "; ".join(problems) if problems or state is None else state
+
+
 def info_lmdb(path: str | os.PathLike[str]) -> DatabaseInfo:
     """Return what a database says of itself; no image is read.
 
@@ -175,60 +192,70 @@ def _keys_in_two_shards(files: list[Path]) -> list[str]:
     return problems
 
 
-def _in_a_child(path: Path, progress: bool) -> tuple[list[str], dict[str, Any] | None]:
-    """Run :func:`_main` on a file; return problems and the meta entry."""
+def _in_a_child(
+    path: Path, progress: bool, entry: bytes = b""
+) -> tuple[list[str], dict[str, Any] | None]:
+    """Run :func:`_main` on a file; return problems and the meta entry, or the given entry."""
     from tqdm.auto import tqdm
 
     root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, known)))}
-    command = [sys.executable, "-m", "dlhelpers.lmdb_io.verifying", str(path)]
+    code = "import sys; from dlhelpers.lmdb_io.verifying import _main; _main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, os.fspath(path), entry.decode()]
     problems: list[str] = []
     meta, at, ended = None, 0, False
     with (
+        tempfile.TemporaryFile() as errors_file,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=errors_file, env=environment
         ) as child,
         tqdm(desc="verify", unit="img", disable=None if progress else True) as bar,
     ):
-        for line in _lines(child):
-            kind, value = json.loads(line)
-            if kind == "at":
-                bar.update(value - at)
-                at = value
-            elif kind == "meta":
-                meta = value
-                bar.total = value["count"]
-            elif kind == "problem":
-                problems.append(value)
-            else:
-                ended = True
-        errors = child.stderr.read()
+        try:
+            for line in _lines(child):
+                kind, value = json.loads(line)
+                if kind == "at":
+                    bar.update(value - at)
+                    at = value
+                elif kind == "meta":
+                    meta = value
+                    bar.total = value["count"]
+                elif kind == "problem":
+                    problems.append(value)
+                else:
+                    ended = True
+        finally:
+            if not ended:
+                child.kill()
+                child.wait()
+        errors_file.seek(0)
+        errors = errors_file.read().decode(errors="replace")
     if not ended:
         problems.append(_last_words(child.returncode, at, errors))
     return problems, meta
 
 
-def _lines(child: Any) -> Iterator[str]:
-    """Yield the child's lines; end it where it hangs."""
+def _lines(child: Any) -> Iterator[bytes]:
+    """Yield the child's lines, until its end or until it hangs."""
     if os.name == "nt":  # pipes cannot be waited for there
         yield from child.stdout
         return
+    rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(_SILENCE_S):
-                child.kill()
+        while selector.select(_SILENCE_S):
+            if not (data := os.read(child.stdout.fileno(), 1 << 16)):
+                child.wait()
                 return
-            if not (line := child.stdout.readline()):
-                return
-            yield line
+            *lines, rest = (rest + data).split(b"\n")
+            yield from lines
 
 
 def _last_words(status: int, at: int, errors: str) -> str:
     where = f"at or behind record {at}"
     if status == -signal.SIGKILL:
-        return f"LMDB hangs on the file {where}"
+        return f"LMDB hangs on the file {where}, or reading was killed"
     if status < 0:
         return f"LMDB crashes on a broken page {where} ({signal.Signals(-status).name})"
     last = errors.strip().splitlines()[-1:] or [f"exit status {status}"]
@@ -237,39 +264,49 @@ def _last_words(status: int, at: int, errors: str) -> str:
 
 def _check(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (kind, value): ``meta``, ``at``, ``problem``, at last ``end``."""
+    import lmdb
+
     try:
         environment = Environment(path)
         stored = environment.get_entry(schema.META) or environment.get_entry(schema.STATE)
         meta = schema.unpack_meta(stored, path)
-    except schema.DatabaseError as error:
+    except (schema.DatabaseError, OSError, lmdb.Error) as error:
         yield "problem", str(error)
         yield "end", None
         return
     yield "meta", meta
     count = meta["count"]
-    index = environment.begin(db=environment.index, buffers=False)
-    with environment.begin() as txn, index:
-        for position in range(count):
-            if position % _EVERY == 0:
-                yield "at", position
-            view = txn.get(schema.position_key(position))
-            if view is None:
-                yield "problem", f"record {position} is missing"
-                continue
-            try:
-                key, entry = _entry(schema.unpack_record(view, position), position)
-            except schema.DatabaseError as error:
-                yield "problem", str(error)
-                continue
-            if index.get(key) != entry:
-                yield "problem", f"record {position}: its key is wrong or missing in the index"
+    for position in range(count):
+        if position % _EVERY == 0:
+            yield "at", position
+        try:
+            _check_record(environment, position)
+        except schema.DatabaseError as error:
+            yield "problem", str(error)
+        except lmdb.Error as error:  # ends its transaction, so that each record has its own
+            yield "problem", f"record {position} cannot be read: {error}"
     yield "at", count
     for database, name in ((environment.records, "records"), (environment.index, "index")):
         stored = environment.count(database)
         if stored != count:
             yield "problem", f"the {name} hold {stored} entries, expected were {count}"
-    yield from _walk(environment, count, meta.get("skipped"))
+    try:
+        yield from _walk(environment, count, meta.get("skipped"))
+    except lmdb.Error as error:
+        yield "problem", f"the entries cannot be listed: {error}"
     yield "end", None
+
+
+def _check_record(environment: Environment, position: int) -> None:
+    with environment.begin() as txn:
+        view = txn.get(schema.position_key(position))
+        if view is None:
+            raise schema.DatabaseError(f"record {position} is missing")
+        key, entry = _entry(schema.unpack_record(view, position), position)
+        if txn.get(key, db=environment.index) != entry:
+            raise schema.DatabaseError(
+                f"record {position}: its key is wrong or missing in the index"
+            )
 
 
 def _walk(environment: Environment, count: int, skipped: int | None) -> Iterator[tuple[str, Any]]:
@@ -279,8 +316,10 @@ def _walk(environment: Environment, count: int, skipped: int | None) -> Iterator
             yield "problem", f"the records' order is broken at entry {number}, key {key[:20]!r}"
             break
     before = b""
-    for key, value in environment.items(environment.index):
-        if key <= before:
+    for number, (key, value) in enumerate(environment.items(environment.index)):
+        if number % (1 << 16) == 0:
+            yield "at", count  # still alive
+        if number and key <= before:
             yield "problem", f"the index's order is broken at {key[:60]!r}"
             break
         before = key
@@ -293,7 +332,7 @@ def _walk(environment: Environment, count: int, skipped: int | None) -> Iterator
         found += 1
         try:
             _what, _why = json.loads(value)
-        except ValueError:
+        except (TypeError, ValueError):
             yield "problem", f"entry {found} of the skipped images is damaged"
     if skipped is not None and found != skipped:
         yield "problem", f"{found} skipped images are listed, {skipped} are counted"
@@ -305,10 +344,16 @@ def _entry(record: schema.Record, position: int) -> tuple[bytes, bytes]:
     return schema.index_key(key), schema.index_entry(position, key, target)
 
 
-def _main(path: str) -> None:
-    for event in _check(Path(path)):
-        print(json.dumps(event), flush=event[0] != "at" or event[1] % (8 * _EVERY) == 0)
+def _peek(path: Path, entry: bytes) -> Iterator[tuple[str, Any]]:
+    try:
+        stored = Environment(path, whole=False).get_entry(entry)
+        yield "meta", schema.unpack_meta(stored, path)
+    except (schema.DatabaseError, OSError) as error:
+        yield "problem", str(error)
+    yield "end", None
 
 
-if __name__ == "__main__":
-    _main(sys.argv[1])
+def _main(path: str, entry: str) -> None:
+    events = _peek(Path(path), entry.encode()) if entry else _check(Path(path))
+    for event in events:
+        print(json.dumps(event), flush=True)

@@ -1,0 +1,354 @@
+"""One run of a conversion: the growing file, and how far the source was read.
+
+The file grows as ``.NAME.part`` beside its target. Each commit holds the records, their index and
+the state (how far the source was read, and a digest of it) in one transaction, so that a kill at
+any moment leaves the last commit. At the end the file is synced and renamed over its target, which
+readers see either as it was or whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.encoding import Encoding
+from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
+from dlhelpers.lmdb_io.sources import Source, SourceError
+
+__all__ = ["Conversion"]
+
+_COMMIT_BYTES = 16 << 20  # a commit holds so much at most, or what came in a second
+_COMMIT_S = 1.0
+
+
+class Conversion:
+    """One run of write_lmdb: the growing file and how far the source was read."""
+
+    def __init__(
+        self,
+        source: Source,
+        target: Path,
+        encoding: Encoding,
+        workers: int,
+        on_error: str,
+        shard: tuple[int, int] | None,
+    ) -> None:
+        self.source, self.target, self.workers = source, target, workers
+        self.partial = target.with_name(f".{target.name}.part")
+        self.loader = Loader(source, encoding)
+        self.skips, self.shard = on_error == "skip", shard
+        self._start_afresh()
+        self.env: Any = None
+
+    def _start_afresh(self) -> None:
+        self.count = self.image_bytes = self.done = 0
+        self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
+        self.skipped: list[tuple[str, str]] = []
+        self.digest = b""
+
+    # ---- the file ----
+
+    def open(self, resume: bool, map_size: int) -> None:
+        """Open the partial file, going on with an interrupted one where it fits."""
+        if not resume or not self._take_up(map_size):
+            self._remove_partial()
+            self._open_env(map_size)
+
+    def _open_env(self, map_size: int) -> None:
+        import lmdb
+
+        # the commits' order is kept without a sync: a kill loses none, see _take_up for a crash
+        self.env = lmdb.open(
+            str(self.partial),
+            subdir=False,
+            lock=False,
+            sync=False,
+            metasync=False,
+            readahead=False,
+            meminit=False,
+            map_size=map_size,
+            max_dbs=3,
+            mode=0o644,
+        )
+        self.map_size = max(map_size, self.env.info()["map_size"])
+        self.records, self.index, self.skips_db = (
+            self.env.open_db(name) for name in (schema.RECORDS, schema.INDEX, schema.SKIPPED)
+        )
+
+    def close(self) -> None:
+        """Close the partial file; it stays."""
+        if self.env is not None:
+            self.env.close()
+            self.env = None
+
+    def _remove_partial(self) -> None:
+        with suppress(FileNotFoundError):
+            self.partial.unlink()
+
+    def _take_up(self, map_size: int) -> bool:
+        """Go on behind the last commit of an interrupted conversion; False where it differs."""
+        if not self.partial.exists():
+            return False
+        why = self._read_state(map_size) or self._differs()
+        if not why:
+            return True
+        self.close()
+        self._start_afresh()
+        warnings.warn(
+            f"{self.target.name}: cannot go on with the interrupted conversion, {why}: "
+            "starting afresh",
+            stacklevel=4,
+        )
+        if not self.source.restarts:
+            self._remove_partial()
+            raise SourceError(
+                f"the source is an iterator that gives its items only once, and {why}: call "
+                "write_lmdb again with a new iterator"
+            )
+        return False
+
+    def _read_state(self, map_size: int) -> str:
+        """Open the partial file and read its state; return why that cannot be done."""
+        from dlhelpers.lmdb_io.verifying import find_problems, peek_state
+
+        state = peek_state(self.partial)
+        if isinstance(state, str):
+            return state
+        facts = self._facts()
+        for name in facts:
+            if state[name] != facts[name]:
+                return f"its {name} were {state[name]!r}, now they are {facts[name]!r}"
+        if not state["boot"] or state["boot"] != _boot_id():
+            # the machine went down: what was written last may never have reached the disk
+            problems = find_problems(self.partial)
+            if problems:
+                return f"the file was damaged when the machine went down ({problems[0]})"
+        self._open_env(map_size)
+        self.count, self.done = state["count"], state["done"]
+        self.image_bytes, self.digest = state["image_bytes"], bytes.fromhex(state["digest"])
+        self.resumed_from = self.kept = self.count
+        with self.env.begin(db=self.skips_db) as txn:
+            self.skipped = [tuple(json.loads(value)) for _, value in txn.cursor()]
+        return ""
+
+    def _differs(self) -> str:
+        """Compare the part of the source that is done with what it was; return what differs."""
+        digest, last = b"", None
+        self._tasks = self._own_tasks()
+        for number in range(self.done):
+            task = next(self._tasks, None)
+            if task is None:
+                return f"the source has only {number} of {self.done} items left"
+            digest, last = _chain(digest, self.source.identity(task)), task
+        if digest != self.digest:
+            return "the source has changed"
+        if self.source.hides and self.count:  # only loading can tell
+            item = self.loader[last]
+            with self.env.begin(db=self.records, buffers=True) as txn:
+                view = txn.get(schema.position_key(self.count - 1))
+                same = not item.why and bytes(view) == schema.pack_record(
+                    self.count - 1, item.key, item.target, item.image
+                )
+            if not same and not (item.why and self.skipped):
+                return "the dataset gives other images now"
+        return ""
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "source": self.source.kind,
+            "settings": self.loader.encoding.as_dict(),
+            "shard": None if self.shard is None else list(self.shard),
+            "classes": self.source.classes,
+        }
+
+    # ---- the records ----
+
+    def run(self, progress: bool) -> None:
+        """Convert what is left of the source."""
+        from tqdm.auto import tqdm
+
+        if not self.resumed_from and not self.done:
+            self._tasks = self._own_tasks()
+        total = self._own_count()
+        batch: list[Item] = []
+        size, since = 0, time.monotonic()
+        with tqdm(
+            total=total,
+            initial=self.done,
+            desc=self.target.name,
+            unit="img",
+            disable=None if progress else True,
+        ) as bar:
+            begin, begin_bytes = time.monotonic(), self.image_bytes
+            for items in load_chunks(self.loader, self._tasks, self.workers):
+                batch += items
+                size += sum(len(item.image) for item in items)
+                now = time.monotonic()
+                if size >= _COMMIT_BYTES or now - since >= _COMMIT_S:
+                    self._commit(batch)
+                    speed = (self.image_bytes - begin_bytes) / 1e6 / max(now - begin, 1e-9)
+                    bar.set_postfix_str(f"{speed:.1f} MB/s", refresh=False)
+                    bar.update(len(batch))
+                    batch, size, since = [], 0, now
+            self._commit(batch)
+            bar.update(len(batch))
+
+    def _own_tasks(self) -> Iterator[Any]:
+        """Return the tasks of this shard, in order."""
+        tasks = self.source.tasks()
+        if self.shard is None:
+            return tasks
+        rank, world = self.shard
+        if self.source.count is None:
+            return islice(tasks, rank, None, world)
+        return islice(tasks, *_part(self.source.count, rank, world))
+
+    def _own_count(self) -> int | None:
+        if self.source.count is None or self.shard is None:
+            return self.source.count
+        first, last = _part(self.source.count, *self.shard)
+        return last - first
+
+    def _commit(self, batch: list[Item]) -> None:
+        """Store a batch and the state in one transaction; the map grows until it fits."""
+        import lmdb
+
+        before = (self.count, self.done, self.image_bytes, self.digest, len(self.skipped))
+        stop: SourceError | None = None
+        while True:
+            need = sum(len(item.image) + 8192 for item in batch)
+            used = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+            if used + 2 * need + (1 << 20) > self.map_size:
+                self._grow(used + 2 * need)
+            try:
+                with self.env.begin(write=True) as txn:
+                    for item in batch:
+                        stop = self._put(txn, item)
+                        if stop:
+                            break
+                    self._put_state(txn)
+                break
+            except lmdb.MapFullError:
+                self.count, self.done, self.image_bytes, self.digest, skipped = before
+                del self.skipped[skipped:]
+                self._grow(self.map_size)
+        self.kept = self.count
+        if stop:
+            raise stop
+
+    def _grow(self, need: int) -> None:
+        self.map_size = max(2 * self.map_size, 2 * need)
+        self.env.set_mapsize(self.map_size)
+
+    def _put(self, txn: Any, item: Item) -> SourceError | None:
+        """Store one item, or note why not; return the error to stop with."""
+        why = item.why
+        if not why:
+            key = schema.index_key(item.key)
+            entry = schema.index_entry(self.count, item.key, item.target)
+            if not txn.put(key, entry, overwrite=False, db=self.index):
+                first = json.loads(txn.get(key, db=self.index))[0]
+                why = f"its key {item.name!r} is taken by record {first}: keys must be unique"
+        if why and not self.skips:
+            kept = f"{self.count} images before it are kept: resume=True goes on behind them"
+            return SourceError(f'{item.name}: {why}; on_error="skip" leaves it out. {kept}')
+        if why:
+            value = json.dumps([item.name, why]).encode()
+            txn.put(schema.position_key(self.done), value, db=self.skips_db)
+            self.skipped.append((item.name, why))
+        else:
+            record = schema.pack_record(self.count, item.key, item.target, item.image)
+            txn.put(schema.position_key(self.count), record, append=True, db=self.records)
+            self.count += 1
+            self.image_bytes += len(item.image)
+        self.done += 1
+        self.digest = _chain(self.digest, item.identity)
+        return None
+
+    def _put_state(self, txn: Any) -> None:
+        state = self._facts() | {
+            "format": schema.FORMAT,
+            "version": schema.VERSION,
+            "count": self.count,
+            "image_bytes": self.image_bytes,
+            "done": self.done,
+            "digest": self.digest.hex(),
+            "boot": _boot_id(),
+        }
+        txn.put(schema.STATE, schema.pack_meta(state))
+
+    # ---- the end ----
+
+    def finish(self) -> None:
+        """Write the meta entry, bring all of it to the disk, and rename."""
+        import lmdb
+
+        from dlhelpers import __version__
+
+        expected = self._own_count()
+        if expected is not None and self.done != expected:
+            raise SourceError(
+                f"the source said that it has {expected} items and gave {self.done}: nothing was "
+                "replaced"
+            )
+        if not self.count and self.shard is None:
+            reasons = f": {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
+            raise SourceError(f"the source holds no image that could be stored{reasons}")
+        meta = self._facts() | {
+            "format": schema.FORMAT,
+            "version": schema.VERSION,
+            "count": self.count,
+            "image_bytes": self.image_bytes,
+            "skipped": len(self.skipped) + len(self.source.problems),
+            "digest": self.digest.hex(),
+            "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
+        }
+        with self.env.begin(write=True) as txn:
+            for number, problem in enumerate(self.source.problems):
+                key = schema.position_key(self.done + number)
+                txn.put(key, json.dumps(problem).encode(), db=self.skips_db)
+            txn.put(schema.META, schema.pack_meta(meta))
+            txn.delete(schema.STATE)
+        size = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        self.close()
+        with open(self.partial, "r+b") as file:
+            if os.fstat(file.fileno()).st_size < size:
+                file.truncate(size)  # pages freed at the end are never written
+            os.fsync(file.fileno())
+        os.replace(self.partial, self.target)
+        _sync_folder(self.target.parent)
+
+
+def _chain(digest: bytes, identity: bytes) -> bytes:
+    return hashlib.blake2b(digest + identity, digest_size=16).digest()
+
+
+def _part(count: int, rank: int, world: int) -> tuple[int, int]:
+    """Return first and last + 1 of a rank's contiguous part."""
+    return count * rank // world, count * (rank + 1) // world
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows has no such call
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
