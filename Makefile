@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := dali,engines,quant,codecs,profiling,dev
+EXTRAS := dali,engines,quant,codecs,stores,profiling,dev
 NBVAL := $(BIN)/python -m pytest --nbval -p no:cacheprovider
 # notebooks settle claims while they are tested: their ledger is not the learner's
 TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json

@@ -181,7 +181,7 @@ def test_stacked_parts_lie_end_to_end_in_their_colours():
     axes = drawn.axes[0]
     bars = [(b.get_x(), b.get_width(), round(b.get_y() + 0.31, 6)) for b in axes.patches]
     assert bars[:4] == [(0.0, 5.0, 0.0), (5.0, 6.0, 0.0), (0.0, 1.0, 1.0), (1.0, 7.0, 1.0)]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["open", "read"]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["open", "read"]
     assert axes.lines[0].get_xdata().tolist() == [20.0, 20.0]
 
 

@@ -217,10 +217,5 @@ def splits(
         axes.barh(0, 0, color=colour, label=part)
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(False, axis="y")
-    axes.legend(
-        frameon=False,
-        ncols=len(parts),
-        loc="upper left",
-        bbox_to_anchor=(0, -0.25 - 0.6 / len(rows)),
-    )
+    figure.legend(frameon=False, ncols=len(parts), loc="outside lower left")
     return figure

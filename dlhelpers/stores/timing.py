@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -95,20 +96,24 @@ def split_time(
     return Split(*(median(column) for column in zip(*rows, strict=True)))
 
 
-def next_batch(
-    read: Callable[[int], Any], order: Sequence[int], *, size: int = 32
-) -> Callable[[], None]:
-    """Return a callable that reads the next ``size`` items of an order, over and over.
+def next_batch(read: Callable[[int], Any], count: int, *, size: int = 32) -> Callable[[], None]:
+    """Return a callable that reads ``size`` items in random order, the next ones at each call.
 
-    What ``measure.compare`` calls: each call is the same work on other images, so that no cache
-    but the system's helps.
+    What ``measure.compare`` calls. Each such callable goes through its own order of all items, as
+    an epoch does, so that none follows in the tracks of another and finds its data in the
+    processor's caches.
+
+    Args:
+        read: called with an index from 0 to ``count - 1``; its result is dropped.
+        count: number of items.
+        size: items read at each call.
 
     >>> seen = []
-    >>> step = next_batch(seen.append, [4, 2, 7], size=2)
-    >>> step(), step(), seen
-    (None, None, [4, 2, 7, 4])
+    >>> step = next_batch(seen.append, 6, size=3)
+    >>> step(), step(), sorted(seen)
+    (None, None, [0, 1, 2, 3, 4, 5])
     """
-    endless = itertools.cycle(order)
+    endless = itertools.cycle(random.Random().sample(range(count), count))
 
     def step() -> None:
         for index in itertools.islice(endless, size):
