@@ -112,7 +112,9 @@ def run_all(page, timeout_s: float = 150) -> None:
           const code = window.jupyterapp.shell.currentWidget.content.widgets
             .map(w => w.model)
             .filter(m => m.type === 'code' && m.sharedModel.getSource().trim());
-          return code.some(m => m.outputs.toJSON().some(o => o.output_type === 'error'))
+          const planned = m => (m.getMetadata('tags') || []).includes('raises-exception');
+          return code.some(m => !planned(m)
+              && m.outputs.toJSON().some(o => o.output_type === 'error'))
             || code.every(m => m.executionCount !== null && m.executionState !== 'running');
         }""",
         timeout=timeout_s * 1000,
@@ -122,13 +124,20 @@ def run_all(page, timeout_s: float = 150) -> None:
 
 
 def errors(page) -> list[str]:
-    """Errors of cells, and tracebacks inside widgets, which no cell model knows."""
+    """Unplanned errors of cells, and tracebacks inside widgets, which no cell model knows."""
     found = page.evaluate(
         """() => window.jupyterapp.shell.currentWidget.content.widgets
           .filter(w => w.model.type === 'code')
+          .filter(w => !(w.model.getMetadata('tags') || []).includes('raises-exception'))
           .flatMap(w => w.model.outputs.toJSON())
           .filter(o => o.output_type === 'error')
           .map(o => o.ename + ': ' + o.evalue)"""
     )
-    stderr = page.locator("[data-mime-type='application/vnd.jupyter.stderr']").all_inner_texts()
+    stderr = page.evaluate(
+        """() => window.jupyterapp.shell.currentWidget.content.widgets
+          .filter(w => !(w.model.getMetadata('tags') || []).includes('raises-exception'))
+          .flatMap(w => [...w.node.querySelectorAll(
+            "[data-mime-type='application/vnd.jupyter.stderr']")])
+          .map(element => element.innerText)"""
+    )
     return found + [text for text in stderr if "Traceback" in text]

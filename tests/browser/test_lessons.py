@@ -81,6 +81,26 @@ def test_pairing_runs_takes_an_answer_and_moves_its_slider(page, address):
     keep_screenshot(page, "01_slider")
 
 
+def test_lmdb_io_runs_and_its_widget_measures_what_is_chosen(page, address):
+    lab_session.open_notebook(page, address, "02_lmdb_io.ipynb")
+    lab_session.run_all(page, timeout_s=300)
+    assert lab_session.errors(page) == []
+
+    choice = page.locator(".widget-dropdown select").first  # the store
+    choice.scroll_into_view_if_needed()
+    panel = page.locator(".jp-OutputArea-output img").last
+    before = panel.get_attribute("src")
+    choice.select_option("memmap")
+    page.wait_for_function(
+        "([before]) => [...document.querySelectorAll('.jp-OutputArea-output img')]"
+        ".at(-1).src !== before",
+        arg=[before],
+        timeout=60_000,
+    )
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, "02_widget")
+
+
 def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
     notebook = "window.jupyterapp.shell.currentWidget"
