@@ -69,7 +69,8 @@ def test_versions_agree():
 
 def test_importing_the_package_loads_neither_torch_nor_matplotlib():
     code = (
-        "import sys, dlhelpers, dlhelpers.claims, dlhelpers.report, dlhelpers.measure;"
+        "import sys, dlhelpers, dlhelpers.claims, dlhelpers.report, dlhelpers.measure,"
+        "dlhelpers.lmdb_io;"
         "dir(dlhelpers);"
         "sys.exit(' '.join({'torch', 'matplotlib'} & set(sys.modules)) or 0)"
     )
@@ -84,7 +85,20 @@ def test_submodules_load_on_first_use():
     assert "has no attribute 'nothing'" in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["data"], ["data", "photos"], ["measure"], ["report"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["data"],
+        ["data", "photos"],
+        ["lmdb"],
+        ["lmdb", "write"],
+        ["lmdb", "verify"],
+        ["lmdb", "info"],
+        ["measure"],
+        ["report"],
+    ],
+)
 def test_every_command_explains_itself(command):
     done = subprocess.run(
         [sys.executable, "-m", "dlhelpers", *command, "--help"],
