@@ -28,6 +28,7 @@ __all__ = ["Conversion"]
 
 _COMMIT_BYTES = 16 << 20  # a commit holds so much at most, or what came in a second
 _COMMIT_S = 1.0
+_SMALLEST_MAP = 1 << 18  # LMDB needs some pages of its own before the first record
 
 
 class Conversion:
@@ -75,11 +76,11 @@ class Conversion:
             metasync=False,
             readahead=False,
             meminit=False,
-            map_size=map_size,
+            map_size=max(map_size, _SMALLEST_MAP),
             max_dbs=3,
             mode=0o644,
         )
-        self.map_size = max(map_size, self.env.info()["map_size"])
+        self.map_size = self.env.info()["map_size"]
         self.records, self.index, self.skips_db = (
             self.env.open_db(name) for name in (schema.RECORDS, schema.INDEX, schema.SKIPPED)
         )

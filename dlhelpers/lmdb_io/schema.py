@@ -121,12 +121,24 @@ def encode_target(target: Any) -> bytes:
     if hasattr(target, "item") and not getattr(target, "shape", ()):
         target = target.item()
     try:
+        if isinstance(target, (Mapping, list, tuple)):
+            _need_text_keys(target)  # json would turn {1: 2} into {"1": 2} and say nothing
         return json.dumps(target, separators=(",", ":"), ensure_ascii=True).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"target {str(target)[:60]!r} of type {type(target).__name__} cannot be stored "
             f"({error}): give an int, or numbers, texts, lists and dicts (tensor.tolist())"
         ) from None
+
+
+def _need_text_keys(value: Any) -> None:
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"a dict needs texts as keys, not {odd[0]!r}")
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for inner in value:
+            _need_text_keys(inner)
 
 
 def pack_record(position: int, key: bytes, target: bytes, image: bytes) -> bytes:

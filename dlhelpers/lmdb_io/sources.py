@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,10 +86,11 @@ def open_source(source: Any) -> Source:
         return _Folder.of_image_folder(source)  # its files, instead of what it decodes of them
     if isinstance(source, (list, tuple)):
         return _Triples(source)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        return _Dataset(source)
-    if isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
-        return _Triples(source)
+    if not isinstance(source, (bytes, bytearray, Mapping)):
+        if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+            return _Dataset(source)
+        if isinstance(source, Iterable):
+            return _Triples(source)
     raise TypeError(
         "source must be an image folder, a map-style dataset of (image, target), or an iterable "
         f"of (key, bytes, target), got {type(source).__name__}"

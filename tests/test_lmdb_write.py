@@ -1,0 +1,647 @@
+"""What write_lmdb stores, from which sources, compared with torchvision and PIL."""
+
+import contextlib
+import io
+import itertools
+import os
+import shutil
+import stat
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import Resize
+from torchvision.transforms.functional import pil_to_tensor
+
+from dlhelpers import data
+from dlhelpers.lmdb_io import (
+    LMDBDataset,
+    SourceError,
+    converting,
+    info_lmdb,
+    schema,
+    sources,
+    verify_lmdb,
+    write_lmdb,
+)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("write") / "photos"
+    return data.photos(root, count=40, size=64, progress=False)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """Photographs that are not square, and one that is upright."""
+    root = tmp_path_factory.mktemp("wide")
+    photographs = data._photographs()
+    for number, (name, image) in enumerate(photographs.items()):
+        (root / name).mkdir()
+        image.save(root / name / "wide.jpg", quality=95)
+        image.crop((10 * number, 0, 200, 427)).save(root / name / "high.jpg", quality=95)
+    return root
+
+
+def write(source, path, **options):
+    return write_lmdb(source, path, **{"progress": False} | options)
+
+
+def stored(path):
+    """Everything that a reader sees: keys, targets, bytes."""
+    dataset = LMDBDataset(path, decode=None)
+    return [(key, target, dataset[i][0]) for i, ((key, _), target) in enumerate(_pairs(dataset))]
+
+
+def _pairs(dataset):
+    return zip(dataset.samples, dataset.targets, strict=True)
+
+
+def jpeg(seed=0, size=(48, 40), mode="RGB", **options):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "jpeg", **options)
+    return buffer.getvalue()
+
+
+def pixels_of(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def triples(count):
+    return [(f"k{i}", jpeg(i), i) for i in range(count)]
+
+
+# ---- sources ----
+
+
+def test_a_folder_has_the_order_classes_and_targets_of_torchvisions_image_folder(tmp_path, photos):
+    root = shutil.copytree(photos, tmp_path / "src")
+    first = next(iter(sorted(root.glob("*/*.jpg"))))
+    for name in ("deep/er/b.JPEG", "deep/a.jpg", "B.jpg", "a b.jpg", "0.png", "é.jpg", "deep.jpg"):
+        file = root / "china" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(first, file)
+    shutil.copytree(root / "flower", root / "Flower")
+    (root / "china" / "note.txt").write_text("no image")
+    report = write(root, tmp_path / "db")
+    expected = ImageFolder(root)
+    found = LMDBDataset(tmp_path / "db", decode="pil")
+    assert found.classes == expected.classes
+    assert found.class_to_idx == expected.class_to_idx
+    assert found.targets == expected.targets
+    assert [(str(root / key), target) for key, target in found.samples] == expected.samples
+    assert report.ignored == ("china/note.txt", "photos.json")
+    assert "2 files are no images by name" in str(report)
+
+
+def test_bytes_are_kept_as_they_are(tmp_path, photos):
+    report = write(photos, tmp_path / "db")
+    files = [Path(path) for path, _ in ImageFolder(photos).samples]
+    assert [item for _, _, item in stored(tmp_path / "db")] == [f.read_bytes() for f in files]
+    assert report.image_bytes == sum(f.stat().st_size for f in files)
+    assert report.count == 40
+
+
+def test_an_image_folder_object_is_read_as_its_files(tmp_path, photos):
+    write(photos, tmp_path / "a")
+    write(ImageFolder(photos), tmp_path / "b")
+    assert stored(tmp_path / "a") == stored(tmp_path / "b")
+    assert LMDBDataset(tmp_path / "b").classes == ["china", "flower"]
+
+
+def test_an_image_folder_with_a_transform_or_own_reading_gives_what_it_gives(tmp_path, photos):
+    class Mirrored(ImageFolder):
+        def __getitem__(self, index):
+            image, target = super().__getitem__(index)
+            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), target
+
+    for number, source in enumerate((ImageFolder(photos, Resize(20)), Mirrored(photos))):
+        write(source, tmp_path / f"{number}")
+        found = LMDBDataset(tmp_path / f"{number}", decode="pil")
+        assert all(
+            np.array_equal(np.asarray(found[i][0]), np.asarray(source[i][0])) for i in range(40)
+        )
+        assert found.classes == source.classes
+
+
+class Items:
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_pixels_come_back_as_they_were_from_every_kind_of_dataset_item(tmp_path):
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (20, 30, 3), np.uint8)
+    grey = array[..., 0]
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    source = Items(
+        (array, 0),
+        (tensor, 1),
+        (Image.fromarray(array), 2),
+        (grey, 3),
+        (tensor[:1], 4),
+        (torch.from_numpy(grey.copy()), 5),
+        (grey[..., None], 6),
+        (Image.fromarray(array).convert("RGBA"), 7),
+    )
+    three = np.repeat(grey[..., None], 3, 2)
+    expected = [array, array, array, three, three, three, three, array]
+    for encode in (None, "png", "raw"):
+        write(source, tmp_path / "db", encode=encode)
+        found = LMDBDataset(tmp_path / "db")
+        for number, pixels in enumerate(expected):
+            image, target = found[number]
+            assert torch.equal(image, torch.from_numpy(pixels).permute(2, 0, 1))
+            assert target == number
+
+
+def test_encoded_bytes_of_a_dataset_are_kept(tmp_path):
+    source = Items((jpeg(1), 5), (bytearray(jpeg(2)), 6), (memoryview(jpeg(3)), 7))
+    write(source, tmp_path / "db")
+    assert stored(tmp_path / "db") == [("0", 5, jpeg(1)), ("1", 6, jpeg(2)), ("2", 7, jpeg(3))]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, lambda x: (item for item in x)])
+def test_an_iterable_gives_keys_bytes_and_targets(tmp_path, kind):
+    items = triples(5)
+    write(kind(items), tmp_path / "db")
+    assert stored(tmp_path / "db") == [(k, t, b) for k, b, t in items]
+    assert LMDBDataset(tmp_path / "db").classes is None
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Items((torch.rand(3, 8, 8), 0)), r"uint8 tensor \[3, H, W\].*float32: leave ToTensor"),
+        (Items((torch.zeros(4, 8, 8, dtype=torch.uint8), 0)), r"shape \(4, 8, 8\)|shape \(8, 8, 4"),
+        (Items((np.zeros((8, 8, 2), np.uint8), 0)), "must be encoded bytes, a PIL image"),
+        (Items(("a.jpg", 0)), "got str"),
+        (Items((jpeg(), 0, 1)), r"item 0: a dataset must give \(image, target\), got tuple of 3"),
+        (Items(jpeg()), r"a dataset must give \(image, target\), got bytes"),
+        ([("a", jpeg())], r"an item must be \(key, bytes, target\), got tuple of 2"),
+        (["a.jpg"], r"an item must be \(key, bytes, target\), got str"),
+        ([(7, jpeg(), 0)], r"a key must be a text that is not empty, got 7: give str\(key\)"),
+        ([("", jpeg(), 0)], "a key must be a text that is not empty"),
+        ([("k" * 70_000, jpeg(), 0)], "has 70000 bytes, 65535 are allowed"),
+        ([("\ud800", jpeg(), 0)], "is no text that UTF-8 can write"),
+        ([("a", jpeg(), object())], "of type object cannot be stored.*give an int"),
+        ([("a", jpeg(), torch.zeros(2))], "of type Tensor cannot be stored"),
+        ([("a", jpeg(), {1: "one"})], "cannot be stored.*texts as keys"),
+        ([("a", b"", 0)], "no bytes at all"),
+        ([], "the source holds no image"),
+    ],
+)
+def test_what_cannot_be_stored_is_named(tmp_path, source, message):
+    with pytest.raises(SourceError, match=message):
+        write(source, tmp_path / "db")
+    assert not (tmp_path / "db").exists()
+
+
+@pytest.mark.parametrize("source", [5, None, b"folder", {"a": 1}])
+def test_what_is_no_source_is_refused(tmp_path, source):
+    with pytest.raises(TypeError, match=f"got {type(source).__name__}"):
+        write(source, tmp_path / "db")
+
+
+def test_a_dataset_that_ends_early_replaces_nothing(tmp_path):
+    class Short(Items):
+        def __len__(self):
+            return 9
+
+    with pytest.raises(SourceError, match="item 2: IndexError"):
+        write(Short((jpeg(), 0), (jpeg(), 0)), tmp_path / "db")
+
+    class Liar(list):
+        def __len__(self):
+            return 9
+
+    with pytest.raises(SourceError, match="has 9 items and gave 3: nothing was replaced"):
+        write(Liar(triples(3)), tmp_path / "db")
+    assert not (tmp_path / "db").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": -1}, "workers must be a whole number"),
+        ({"map_size": 0}, "map_size must be a number of bytes"),
+        ({"on_error": "ignore"}, 'on_error must be "raise" or "skip"'),
+        ({"shard": (2, 2)}, "shard must be"),
+        ({"encode": "gif"}, "encode must be one of"),
+        ({"resize": 0}, "resize must be"),
+        ({"resize": (1, 2, 3)}, "resize must be"),
+        ({"quality": 50}, "would change nothing"),
+        ({"quality": 96, "encode": "jpeg"}, "from 1 to 95, got 96"),
+        ({"quality": 50, "encode": "png"}, "means nothing for png"),
+    ],
+)
+def test_an_option_out_of_range_is_named(tmp_path, photos, options, message):
+    with pytest.raises(ValueError, match=message):
+        write(photos, tmp_path / "db", **options)
+
+
+# ---- resize and encodings ----
+
+
+@pytest.mark.parametrize("size", [50, 300, 427, 500, (40, 70)])
+@pytest.mark.parametrize("encode", ["png", "raw"])
+def test_resize_equals_torchvisions_exactly_where_the_encoding_loses_nothing(
+    tmp_path, wide, size, encode
+):
+    write(wide, tmp_path / "db", resize=size, encode=encode)
+    found, expected = LMDBDataset(tmp_path / "db"), ImageFolder(wide, Resize(size))
+    for number in range(len(expected)):
+        assert torch.equal(found[number][0], pil_to_tensor(expected[number][0]))
+
+
+def test_resize_of_a_jpeg_equals_torchvisions_within_its_rounding(tmp_path, wide):
+    write(wide, tmp_path / "db", resize=150, quality=95)
+    found, expected = LMDBDataset(tmp_path / "db"), ImageFolder(wide, Resize(150))
+    for number in range(len(expected)):
+        image = expected[number][0]
+        again = io.BytesIO()
+        image.save(again, "jpeg", quality=95)
+        assert stored(tmp_path / "db")[number][2] == again.getvalue()
+        difference = found[number][0].int() - pil_to_tensor(image).int()
+        assert difference.abs().float().mean() < 5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "I;16", "CMYK"])
+def test_every_colour_mode_is_resized_as_after_image_folders_loader(tmp_path, mode):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
+    image = Image.fromarray(pixels, "RGBA")
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0])
+    elif mode != "RGBA":
+        image = image.convert("RGB").convert(mode) if mode != "LA" else image.convert("LA")
+    folder = tmp_path / "src" / "a"
+    folder.mkdir(parents=True)
+    image.save(folder / ("a.tif" if mode == "CMYK" else "a.png"))
+    for encode, resize in itertools.product((None, "png", "raw"), (None, 20)):
+        write(tmp_path / "src", tmp_path / "db", resize=resize, encode=encode)
+        transform = Resize(resize) if resize else None
+        expected = ImageFolder(tmp_path / "src", transform)[0][0]
+        assert torch.equal(LMDBDataset(tmp_path / "db")[0][0], pil_to_tensor(expected))
+
+
+def test_an_image_of_the_size_asked_for_is_not_encoded_again(tmp_path, photos):
+    write(photos, tmp_path / "db", resize=64)
+    files = [Path(path) for path, _ in ImageFolder(photos).samples]
+    assert [item for _, _, item in stored(tmp_path / "db")] == [f.read_bytes() for f in files]
+
+
+def test_quality_is_what_pil_makes_of_it(tmp_path, photos):
+    source = ImageFolder(photos)
+    for encode, quality in itertools.product(("jpeg", "webp"), (None, 30)):
+        write(photos, tmp_path / "db", encode=encode, quality=quality)
+        again = io.BytesIO()
+        source[3][0].save(again, encode, quality=quality or 90)
+        assert stored(tmp_path / "db")[3][2] == again.getvalue()
+
+
+def test_a_raw_image_is_its_header_and_its_pixels(tmp_path, photos):
+    write(photos, tmp_path / "db", encode="raw")
+    image = np.asarray(ImageFolder(photos)[7][0])
+    header = b"RAW\0" + struct.pack("<II", 64, 64)
+    assert stored(tmp_path / "db")[7][2] == header + image.tobytes()
+    write([("raw", header + image.tobytes(), 0)], tmp_path / "again")
+    assert stored(tmp_path / "again")[0][2] == header + image.tobytes()
+
+
+# ---- commits, map, workers ----
+
+
+def test_a_tiny_map_grows_by_itself_over_many_commits(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(converting, "_COMMIT_BYTES", 5_000)
+    commits = []
+    commit = converting.Conversion._commit
+
+    def counted(self, batch):
+        commits.append(len(batch))
+        commit(self, batch)
+
+    monkeypatch.setattr(converting.Conversion, "_commit", counted)
+    write(photos, tmp_path / "a", map_size=1)
+    assert len([size for size in commits if size]) >= 3
+    assert sum(commits) == 40
+    monkeypatch.undo()
+    write(photos, tmp_path / "b")
+    assert stored(tmp_path / "a") == stored(tmp_path / "b")
+
+
+def test_one_record_larger_than_the_map_is_stored(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
+    write(Items((pixels, 0)), tmp_path / "db", encode="raw", map_size=1 << 16)
+    assert verify_lmdb(tmp_path / "db", progress=False).image_bytes == 900 * 900 * 3 + 12
+
+
+def test_a_map_that_was_reckoned_too_small_loses_and_doubles_nothing(tmp_path, monkeypatch):
+    grown = []
+    grow = converting.Conversion._grow
+
+    def late(self, need):  # the reckoning beforehand does nothing, MapFullError has to
+        if need == self.map_size:
+            grown.append(need)
+            grow(self, need)
+
+    monkeypatch.setattr(converting.Conversion, "_grow", late)
+    items = [*triples(300), ("k0", jpeg(), 0)]
+    report = write(items, tmp_path / "db", map_size=1 << 17, on_error="skip")
+    assert grown
+    assert report.count == 300
+    assert len(report.skipped) == 1
+    assert stored(tmp_path / "db") == [(k, t, b) for k, b, t in items[:-1]]
+
+
+@pytest.mark.parametrize("options", [{}, {"resize": 32}])
+def test_two_workers_store_the_same_bytes_as_none(tmp_path, photos, options):
+    write(photos, tmp_path / "a", **options)
+    write(photos, tmp_path / "b", workers=2, **options)
+    assert stored(tmp_path / "a") == stored(tmp_path / "b")
+
+
+def test_workers_take_datasets_and_generators_and_name_what_is_broken(tmp_path):
+    write(Items(*[(jpeg(i), i) for i in range(40)]), tmp_path / "a", workers=2)
+    assert [target for _, target, _ in stored(tmp_path / "a")] == list(range(40))
+    items = triples(40)
+    items[20] = ("k20", b"broken", 20)
+    report = write(iter(items), tmp_path / "b", workers=2, on_error="skip")
+    assert [target for _, target, _ in stored(tmp_path / "b")] == [*range(20), *range(21, 40)]
+    assert report.skipped[0][0] == "k20" or "k20" in report.skipped[0][0]
+
+
+# ---- keys and targets ----
+
+
+def test_keys_that_lmdb_finds_too_long_are_stored_found_and_told_apart(tmp_path):
+    long = ["p/" * 300 + end for end in ("a.jpg", "b.jpg")] + ["x" * 511, "x" * 512, "é" * 30_000]
+    write([(key, jpeg(i), i) for i, key in enumerate(long)], tmp_path / "db")
+    dataset = LMDBDataset(tmp_path / "db")
+    assert dataset.samples == [(key, i) for i, key in enumerate(long)]
+    assert [dataset.find(key) for key in long] == list(range(5))
+    with pytest.raises(KeyError, match="has no key"):
+        dataset.find("p/" * 300)
+    assert verify_lmdb(tmp_path / "db", progress=False).count == 5
+    with pytest.raises(SourceError, match="taken by record 0"):
+        write([(long[0], jpeg(), 0), (long[0], jpeg(), 1)], tmp_path / "twice")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no file names beside Unicode")
+def test_file_names_that_are_no_utf8_survive(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/src/caf\xe9"
+    os.makedirs(folder)
+    for name in (b"\xff\xfe.jpg", b"gr\xfcn.jpg"):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(jpeg())
+    write(tmp_path / "src", tmp_path / "db")
+    expected = ImageFolder(tmp_path / "src")
+    dataset = LMDBDataset(tmp_path / "db", decode="pil")
+    assert dataset.classes == expected.classes
+    assert [(str(tmp_path / "src" / k), t) for k, t in dataset.samples] == expected.samples
+    assert dataset.find(os.fsdecode(b"caf\xe9/gr\xfcn.jpg")) == 0
+    assert verify_lmdb(tmp_path / "db", progress=False).count == 2
+    info_lmdb(tmp_path / "db")
+
+
+def test_targets_are_what_json_holds(tmp_path):
+    targets = [
+        0, -3, 2**70, 1.5, "a text", "\ud800 é", None, True, [1, [2.5, "x"]],
+        {"boxes": [[1, 2, 3, 4]], "labels": ["cat"]},
+    ]  # fmt: skip
+    scalars = [np.int64(3), torch.tensor(4), np.float32(0.5), np.bool_(True), (1, 2)]
+    given = [*targets, *scalars]
+    write([(f"{i}", jpeg(i), t) for i, t in enumerate(given)], tmp_path / "db")
+    dataset = LMDBDataset(tmp_path / "db", decode=None)
+    expected = [*targets, 3, 4, 0.5, True, [1, 2]]
+    assert dataset.targets == expected
+    assert [dataset._files[0].read(t, i, True).target for t in [dataset._files[0].open().begin()]
+            for i in range(len(given))] == expected  # fmt: skip
+    assert verify_lmdb(tmp_path / "db", progress=False).count == len(given)
+
+
+keys = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1200)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**12 - 1), keys, json_values, st.binary(max_size=3000))
+def test_a_record_gives_back_what_was_packed(position, key, target, image):
+    packed = schema.pack_record(
+        position, schema.encode_key(key), schema.encode_target(target), image
+    )
+    record = schema.unpack_record(memoryview(packed), position)
+    assert (record.key, record.target, bytes(record.image)) == (key, target, image)
+    assert type(record.target) is type(target)
+    assert schema.position_key(position) == str(position).rjust(12, "0").encode()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 10**6), st.integers(1, 255))
+def test_a_record_with_any_byte_changed_is_refused(image, place, flip):
+    packed = bytearray(schema.pack_record(3, b"key", b"7", image))
+    packed[place % len(packed)] ^= flip
+    with pytest.raises(schema.DatabaseError, match="record 3 is damaged"):
+        schema.unpack_record(memoryview(packed), 3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(min_size=1, max_size=1500), st.integers(0, 10**12 - 1), json_values)
+def test_an_index_entry_gives_back_key_and_target(data, position, target):
+    key = schema.decode_key(data)
+    assert schema.encode_key(key) == data
+    entry = schema.index_entry(position, data, schema.encode_target(target))
+    name = schema.index_key(data)
+    assert len(name) <= 511
+    assert schema.read_index(name, entry) == (position, target, key)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.text(), json_values), st.integers(0, 10**6), st.integers(1, 255))
+def test_a_meta_entry_comes_back_and_a_changed_byte_is_noticed(facts, place, flip):
+    meta = facts | {"format": schema.FORMAT, "version": schema.VERSION}
+    packed = bytearray(schema.pack_meta(meta))
+    assert schema.unpack_meta(bytes(packed), "x") == meta
+    packed[place % len(packed)] ^= flip
+    with contextlib.suppress(schema.DatabaseError):
+        assert schema.unpack_meta(bytes(packed), "x") == meta  # the checksum's letters' case
+
+
+# ---- bad images, keys, folders ----
+
+
+def broken_files():
+    whole = jpeg(5, (200, 150))
+    thumbnail = jpeg(6, (64, 64))
+    exif = b"Exif\0\0" + thumbnail
+    with_thumbnail = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:]
+    png = io.BytesIO()
+    Image.fromarray(pixels_of(whole)).save(png, "png")
+    webp = io.BytesIO()
+    Image.fromarray(pixels_of(whole)).save(webp, "webp")
+    return {
+        "empty.jpg": b"",
+        "text.jpg": b"this is no image",
+        "half.jpg": whole[: len(whole) // 2],
+        "header.jpg": whole[:20],
+        "magic.jpg": b"\xff\xd8\xff" + bytes(500) + b"\xff\xd9",
+        "behind-thumbnail.jpg": with_thumbnail[: len(exif) + 200],
+        "half.png": png.getvalue()[: len(png.getvalue()) // 2],
+        "half.webp": webp.getvalue()[: len(webp.getvalue()) // 2],
+        "half.bmp": b"BM" + bytes(100),
+        "page.png": b"<html>404</html>",
+    }
+
+
+@pytest.mark.parametrize("name", broken_files())
+def test_a_broken_file_stops_the_conversion_and_is_named(tmp_path, photos, name):
+    root = shutil.copytree(photos, tmp_path / "src")
+    (root / "china" / name).write_bytes(broken_files()[name])
+    with pytest.raises(SourceError, match=rf"china/{name}: .*on_error=\"skip\" leaves it out"):
+        write(root, tmp_path / "db")
+    assert not (tmp_path / "db").exists()
+
+
+def test_skipped_files_are_listed_and_counted_and_the_others_are_all_there(tmp_path, photos):
+    root = shutil.copytree(photos, tmp_path / "src")
+    bad = broken_files()
+    for name, content in bad.items():
+        (root / "china" / name).write_bytes(content)
+    (root / "china" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    for workers in (0, 2):
+        report = write(root, tmp_path / "db", on_error="skip", workers=workers)
+        assert {what for what, _ in report.skipped} == {f"china/{n}" for n in (*bad, "gone.jpg")}
+        assert report.count == 40
+        assert "11 skipped" in str(report)
+        info = info_lmdb(tmp_path / "db")
+        assert sorted(info.skipped) == sorted(report.skipped)
+        assert stored(tmp_path / "db") == [
+            (os.path.relpath(path, photos), target, Path(path).read_bytes())
+            for path, target in ImageFolder(photos).samples
+        ]
+        assert verify_lmdb(tmp_path / "db", progress=False).count == 40
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path, photos):
+    root = shutil.copytree(photos, tmp_path / "src")
+    (root / "china" / "0000000.jpg").chmod(0)
+    with pytest.raises(SourceError, match=r"china/0000000.jpg: .*Permission denied"):
+        write(root, tmp_path / "db")
+
+
+def test_a_jpeg_with_bytes_behind_its_end_is_whole(tmp_path):
+    write([("a", jpeg() + b"trailer" * 100, 0), ("b", jpeg(mode="CMYK"), 1)], tmp_path / "db")
+    assert LMDBDataset(tmp_path / "db")[0][0].shape == (3, 40, 48)
+
+
+def test_any_error_of_a_datasets_own_code_is_a_listed_skip(tmp_path):
+    class Fails(Items):
+        def __getitem__(self, index):
+            if index == 1:
+                raise RuntimeError("no such blob")
+            return super().__getitem__(index)
+
+    source = Fails(*[(jpeg(i), i) for i in range(3)])
+    with pytest.raises(SourceError, match="item 1: RuntimeError: no such blob"):
+        write(source, tmp_path / "db")
+    report = write(source, tmp_path / "db", on_error="skip")
+    assert report.skipped == (("item 1", "RuntimeError: no such blob"),)
+
+
+def test_two_images_with_one_key_are_named_or_listed(tmp_path):
+    items = [*triples(3), ("k1", jpeg(9), 9), ("k4", jpeg(4), 4)]
+    with pytest.raises(SourceError, match="key 'k1' is taken by record 1: keys must be unique"):
+        write(items, tmp_path / "db")
+    report = write(items, tmp_path / "db", on_error="skip")
+    assert [why for _, why in report.skipped] == [
+        "its key 'k1' is taken by record 1: keys must be unique"
+    ]
+    assert [(k, t) for k, t, _ in stored(tmp_path / "db")] == [
+        ("k0", 0), ("k1", 1), ("k2", 2), ("k4", 4),
+    ]  # fmt: skip
+
+
+def test_a_class_folder_without_images_is_named_or_kept_as_a_class(tmp_path, photos):
+    root = shutil.copytree(photos, tmp_path / "src")
+    (root / "bird").mkdir()
+    (root / "bird" / "readme.md").write_text("soon")
+    with pytest.raises(SourceError, match="bird/: the class folder holds no image"):
+        write(root, tmp_path / "db")
+    report = write(root, tmp_path / "db", on_error="skip")
+    assert report.skipped == (("bird/", "the class folder holds no image"),)
+    dataset = LMDBDataset(tmp_path / "db")
+    assert dataset.classes == ["bird", "china", "flower"]
+    assert set(dataset.targets) == {1, 2}
+    assert len(info_lmdb(tmp_path / "db").skipped) == 1
+    assert verify_lmdb(tmp_path / "db", progress=False).count == 40
+
+
+def test_a_source_folder_that_is_none_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        write(tmp_path / "nowhere", tmp_path / "db")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="is a file, expected a folder"):
+        write(tmp_path / "file", tmp_path / "db")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.jpg").write_bytes(jpeg())
+    with pytest.raises(SourceError, match="holds no class folders"):
+        write(tmp_path / "flat", tmp_path / "db")
+
+
+# ---- the target ----
+
+
+def test_only_the_file_is_left_readable_and_not_executable(tmp_path, photos):
+    write(photos, tmp_path / "new" / "folder" / "db")
+    assert os.listdir(tmp_path / "new" / "folder") == ["db"]
+    mode = stat.S_IMODE(os.stat(tmp_path / "new" / "folder" / "db").st_mode)
+    assert not mode & 0o111
+    assert mode & 0o400
+
+
+def test_a_target_that_is_a_folder_or_of_something_else_is_not_touched(tmp_path, photos):
+    with pytest.raises(IsADirectoryError, match=r"is a folder, expected .*images\.lmdb"):
+        write(photos, tmp_path)
+    for content in (b"", b"precious", bytes(20_000)):
+        (tmp_path / "file").write_bytes(content)
+        with pytest.raises(FileExistsError, match=r"no whole database of write_lmdb.*nothing was"):
+            write(photos, tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == content
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_an_old_database_is_replaced_by_a_whole_one(tmp_path, photos):
+    write(triples(3), tmp_path / "db")
+    write(photos, tmp_path / "db")
+    assert len(LMDBDataset(tmp_path / "db")) == 40
+
+
+def test_nothing_is_pickled(tmp_path, photos):
+    names = list(Path(sources.__file__).parent.glob("*.py"))
+    assert not [p.name for p in names if "import pickle" in p.read_text()]
+
+
+def test_a_fresh_conversion_warns_of_nothing(tmp_path, photos):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(photos, tmp_path / "db", resume=True)
+        write(photos, tmp_path / "db", workers=1)
