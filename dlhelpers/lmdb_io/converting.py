@@ -138,7 +138,9 @@ class Conversion:
         self.image_bytes, self.digest = state["image_bytes"], bytes.fromhex(state["digest"])
         self.resumed_from = self.kept = self.count
         with self.env.begin(db=self.skips_db) as txn:
-            self.skipped = [tuple(json.loads(value)) for _, value in txn.cursor()]
+            # those behind it are the source's own problems, listed at the end
+            end = schema.position_key(self.done)
+            self.skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if key < end]
         return ""
 
     def _differs(self) -> str:
@@ -317,8 +319,8 @@ class Conversion:
             for number, problem in enumerate(self.source.problems):
                 key = schema.position_key(self.done + number)
                 txn.put(key, json.dumps(problem).encode(), db=self.skips_db)
+            # the state stays: a kill before the file is renamed costs nothing then
             txn.put(schema.META, schema.pack_meta(meta))
-            txn.delete(schema.STATE)
         size = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
         self.close()
         with open(self.partial, "r+b") as file:

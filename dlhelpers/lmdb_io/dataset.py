@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from dlhelpers.lmdb_io import decoding, schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
+from dlhelpers.lmdb_io.shards import check_shards, shard_files
 
 __all__ = ["LMDBDataset"]
 
@@ -93,9 +94,9 @@ class LMDBDataset(Dataset):
         )
         self._planar_batch = memory_format == "contiguous"
         self._collates, self._check = collate, checksum
-        self._files = [_File(path) for path in _shards(self.path)]
+        self._files = [_File(path) for path in shard_files(self.path)]
         self._metas = [file.meta for file in self._files]
-        _check_shards(self.path, self._metas)
+        check_shards(self.path, self._metas)
         self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
         self.classes: list[str] | None = self._metas[0]["classes"]
         self._buffer: torch.Tensor | None = None
@@ -340,33 +341,3 @@ def _resizes_first(transform: Any) -> bool:
     steps = getattr(transform, "transforms", None)
     first = steps[0] if isinstance(steps, (list, tuple)) and steps else transform
     return type(first).__name__ in _RESIZES_FIRST
-
-
-def _shards(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    found = sorted(path.glob("shard-*-of-*.lmdb"))
-    if not found:
-        raise schema.DatabaseError(
-            f"{path} is a folder without shards (shard-00000-of-00002.lmdb, ...): give a file "
-            "that write_lmdb has written, or a folder that write_lmdb(..., shard=) has"
-        )
-    return found
-
-
-def _check_shards(path: Path, metas: Sequence[dict[str, Any]]) -> None:
-    if not path.is_dir():
-        return
-    there = [tuple(meta["shard"] or (0, 1)) for meta in metas]
-    world = there[0][1]
-    missing = sorted(set(range(world)) - {rank for rank, _ in there})
-    if missing or any(w != world for _, w in there) or len(there) != world:
-        raise schema.DatabaseError(
-            f"{path} holds the shards {there} as (rank, world), missing are the ranks {missing}: "
-            "wait until every rank has finished, or write them again"
-        )
-    for name in ("classes", "settings"):
-        if len({repr(meta[name]) for meta in metas}) > 1:
-            raise schema.DatabaseError(
-                f"{path}: the shards differ in their {name}: write them from one source"
-            )

@@ -1,11 +1,12 @@
 """What stands where in a database, byte by byte.
 
-One LMDB file (``subdir=False``) with three named databases and one entry beside them:
+One LMDB file (``subdir=False``) with three named databases and two entries beside them:
 
     records   position, 12 ASCII digits  ->  record
     index     source key                 ->  JSON [position, target] or [position, target, key]
     skipped   source position, 12 digits ->  JSON [source key, why]
     meta      CRC-32 in 8 hexadecimal digits, a blank, and a JSON object: count, classes, settings
+    state     the same: items of the source that are done, and their digest
 
 A record is a header, the source key, the target and the image, one behind the other:
 
@@ -20,8 +21,8 @@ A record is a header, the source key, the target and the image, one behind the o
 Numbers are little-endian. Nothing is pickled. A raw image is the four bytes ``RAW`` and zero, its
 height and width as uint32, and height x width x 3 bytes RGB. LMDB allows keys of 511 bytes: of a
 longer source key the index holds the first 446 bytes, a zero and the SHA-256 in hexadecimal digits,
-and its JSON holds the whole key. While a conversion is under way the entry ``state`` stands where
-``meta`` will stand, so that an unfinished file is never taken for a whole one.
+and its JSON holds the whole key. The entry ``state`` says how far the source was read; ``meta`` is
+written last, so that an unfinished file is never taken for a whole one.
 """
 
 from __future__ import annotations

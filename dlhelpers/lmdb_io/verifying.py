@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
-from dlhelpers.lmdb_io.environments import Environment
+from dlhelpers.lmdb_io.environments import Environment, open_environment
+from dlhelpers.lmdb_io.shards import check_shards, shard_files
 
 __all__ = [
     "DatabaseInfo",
@@ -109,10 +110,8 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool = True) -> Verif
             crashes on the file, which a child process suffers in place of this one.
         FileNotFoundError: there is no such file.
     """
-    from dlhelpers.lmdb_io.dataset import _check_shards, _shards
-
     path = Path(path).expanduser()
-    files = _shards(path)
+    files = shard_files(path)
     count = image_bytes = 0
     problems: list[str] = []
     seen: list[dict[str, Any]] = []
@@ -126,7 +125,7 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool = True) -> Verif
             count, image_bytes = count + facts["count"], image_bytes + facts["image_bytes"]
             seen.append(facts)
     if not problems:
-        _check_shards(path, seen)
+        check_shards(path, seen)
         problems += _keys_in_two_shards(files)
     if problems:
         shown = "\n  ".join(problems[:_MOST])
@@ -157,20 +156,21 @@ def info_lmdb(path: str | os.PathLike[str]) -> DatabaseInfo:
     Raises:
         DatabaseError, FileNotFoundError: as LMDBDataset.
     """
-    from dlhelpers.lmdb_io.dataset import LMDBDataset
-
-    dataset = LMDBDataset(path, decode=None)
-    metas = dataset._metas
-    skipped: list[tuple[str, str]] = []
-    for file in dataset._files:
-        environment = file.open()
+    path = Path(path).expanduser().resolve()
+    files = shard_files(path)
+    metas, skipped = [], []
+    for file in files:
+        environment = open_environment(file)
+        metas.append(schema.unpack_meta(environment.get_entry(schema.META), file))
         skipped += [tuple(json.loads(v)) for _, v in environment.items(environment.skipped)]
+    check_shards(path, metas)
+    classes = metas[0]["classes"]
     return DatabaseInfo(
-        path=dataset.path,
-        count=len(dataset),
-        classes=None if dataset.classes is None else tuple(dataset.classes),
+        path=path,
+        count=sum(meta["count"] for meta in metas),
+        classes=None if classes is None else tuple(classes),
         image_bytes=sum(meta["image_bytes"] for meta in metas),
-        file_bytes=sum(file.path.stat().st_size for file in dataset._files),
+        file_bytes=sum(file.stat().st_size for file in files),
         settings=metas[0]["settings"],
         skipped=tuple(skipped),
         library=metas[0]["library"],
