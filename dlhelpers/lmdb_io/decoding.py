@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,8 @@ __all__ = ["DECODERS", "decoders", "load_decoder", "open_pil", "planar"]
 
 Decoder = Callable[[Any], np.ndarray]
 
-# name -> module; in the order in which "auto" chooses: the fastest first, as benchmarks/io.py and
-# notebook 02 measure them
-DECODERS = {
-    "simplejpeg": "simplejpeg",
-    "opencv": "cv2",
-    "torchvision": "torchvision",
-    "torchcodec": "torchcodec",
-    "pil": "PIL",
-}
+# in the order in which "auto" chooses: the fastest first, as benchmarks/io.py measures them
+DECODERS = ("simplejpeg", "opencv", "torchvision", "torchcodec", "pil")
 _INSTALL = {
     "simplejpeg": "simplejpeg",
     "opencv": "opencv-python-headless",
@@ -37,13 +30,19 @@ _INSTALL = {
 }
 
 
+@cache
 def decoders() -> tuple[str, ...]:
-    """Return the decoders that are installed, the one that ``auto`` takes first.
+    """Return the decoders that are installed and load, the one that ``auto`` takes first.
 
     >>> "pil" in decoders()
     True
     """
-    return tuple(name for name, module in DECODERS.items() if find_spec(module))
+    found = []
+    for name in DECODERS:
+        with suppress(ImportError):
+            load_decoder(name)
+            found.append(name)
+    return tuple(found)
 
 
 @cache
@@ -158,7 +157,10 @@ def _torchcodec() -> Decoder:
     from torchcodec.decoders import decode_image
 
     def decode(data: Any) -> np.ndarray:
-        return decode_image(bytes(data)).permute(1, 2, 0).numpy()
+        encoded = bytes(data)
+        if b"Exif\0" in encoded[:65_536]:
+            raise ValueError("it would turn the image as EXIF says")  # PIL does not
+        return decode_image(encoded).permute(1, 2, 0).numpy()
 
     return decode
 

@@ -183,12 +183,11 @@ def _keys_in_two_shards(files: list[Path]) -> list[str]:
     owner: dict[bytes, str] = {}
     problems = []
     for file in files:
-        environment = Environment(file)
-        for key, _ in environment.items(environment.index):
+        environment = open_environment(file)
+        for key in environment.keys(environment.index):
             if key in owner:
                 problems.append(f"key {key[:60]!r} is in {owner[key]} and in {file.name}")
             owner[key] = file.name
-        environment.close()
     return problems
 
 
