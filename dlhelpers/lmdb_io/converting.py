@@ -47,6 +47,7 @@ class Conversion:
         self.partial = target.with_name(f".{target.name}.part")
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
+        self.pending_bytes = 0  # what the commit under way needs at most
         self._start_afresh()
         self.env: Any = None
 
@@ -228,7 +229,7 @@ class Conversion:
         before = (self.count, self.done, self.image_bytes, self.digest, len(self.skipped))
         stop: SourceError | None = None
         while True:
-            need = sum(len(item.image) + 8192 for item in batch)
+            need = self.pending_bytes = sum(len(item.image) + 8192 for item in batch)
             used = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
             if used + 2 * need + (1 << 20) > self.map_size:
                 self._grow(used + 2 * need)

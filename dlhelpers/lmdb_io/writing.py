@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,16 +196,32 @@ def _translated_errors(conversion: Conversion) -> Iterator[None]:
 
 def _raise_clearly(error: Exception, conversion: Conversion) -> NoReturn:
     kept = f"{conversion.kept} images are kept: resume=True goes on behind them"
-    text, code = str(error), getattr(error, "errno", None)
-    if code == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
-        code, what = errno.ENOSPC, "the disk is full: free some space"
-    elif code == errno.EFBIG or os.strerror(errno.EFBIG) in text:
-        code, what = errno.EFBIG, "the file is larger than the limit for files here (ulimit -f)"
-    elif isinstance(error, OSError):
+    code, text = getattr(error, "errno", None), str(error)
+    if code is None:  # LMDB's own errors have only a text
+        known = (errno.ENOSPC, errno.EFBIG)
+        code = next((number for number in known if os.strerror(number) in text), errno.EIO)
+        if code == errno.EIO:  # also what LMDB makes of a page that fitted only in part
+            code = _reason_of_short_write(conversion)
+    elif code not in (errno.ENOSPC, errno.EFBIG):
         raise error
-    else:
-        code, what = errno.EIO, text
+    what = {
+        errno.ENOSPC: "the disk is full: free some space",
+        errno.EFBIG: "the file is larger than the limit for files here: raise it (ulimit -f)",
+    }.get(code, text)
     raise OSError(code, f"{conversion.partial}: {what}. {kept}") from error
+
+
+def _reason_of_short_write(conversion: Conversion) -> int:
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        limit = -1
+    else:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if 0 <= limit < conversion.partial.stat().st_size + conversion.pending_bytes:
+        return errno.EFBIG
+    free = shutil.disk_usage(conversion.partial.parent).free
+    return errno.ENOSPC if free < conversion.pending_bytes else errno.EIO
 
 
 def _validate(
