@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -270,6 +271,45 @@ def test_batches_of_workers_can_be_kept(database):
     kept = [images for images, _ in loader]
     plain = LMDBDataset(database)
     assert torch.equal(torch.cat(kept), torch.stack([plain[i][0] for i in range(COUNT)]))
+
+
+@pytest.mark.parametrize("collate", [False, True])
+@pytest.mark.parametrize("threads", [2, 5, 64])
+def test_threads_read_the_same_batch_as_one(database, collate, threads):
+    alone = LMDBDataset(database, collate=collate)
+    shared = LMDBDataset(database, collate=collate, threads=threads)
+    for indices in ([3], [7, 2], list(range(COUNT))[::-1]):
+        wanted = alone.collate_fn(alone.__getitems__(indices))
+        found = shared.collate_fn(shared.__getitems__(indices))
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+
+
+def test_threads_work_at_the_same_time(database):
+    meet = threading.Barrier(2, timeout=30)  # one thread alone would wait for ever
+    dataset = LMDBDataset(database, lambda image: meet.wait() and image, threads=2)
+    assert len(dataset.__getitems__(range(8))) == 8
+
+
+def test_an_error_in_a_thread_reaches_the_reader(database):
+    def fails(image):
+        raise KeyError("in a transform")
+
+    for collate in (False, True):
+        with pytest.raises(KeyError, match="in a transform"):
+            LMDBDataset(database, fails, threads=3, collate=collate).__getitems__(range(9))
+    with pytest.raises(ValueError, match="threads must be a whole number, 1 or more, got 0"):
+        LMDBDataset(database, threads=0)
+
+
+@pytest.mark.parametrize("start", multiprocessing.get_all_start_methods())
+def test_threads_work_in_workers_too(database, start):
+    dataset = LMDBDataset(database, collate=True, threads=2)
+    wanted = torch.cat([dataset.__getitems__(range(i, i + 8))[0].clone() for i in range(0, 40, 8)])
+    loader = DataLoader(
+        dataset, 8, num_workers=1, multiprocessing_context=start, collate_fn=dataset.collate_fn
+    )
+    assert torch.equal(torch.cat([images for images, _ in loader]), wanted)
 
 
 def test_images_of_two_sizes_cannot_be_one_batch(tmp_path, photos):

@@ -6,16 +6,17 @@ import bisect
 import itertools
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import lmdb
 import torch
-from torch.utils.data import Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, default_collate
 
 from dlhelpers.lmdb_io import decoding, schema
+from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 
@@ -53,6 +54,9 @@ class LMDBDataset(Dataset):
         collate: ``__getitems__`` gives whole batches, (images [B, 3, H, W], targets [B]), decoded
             straight into one buffer that the next batch uses again: clone what you keep. For
             ``DataLoader(dataset, collate_fn=dataset.collate_fn)``; images must have one size.
+        threads: that share the images of a batch in this process, each on a core of its own, since
+            decoders let go of Python's lock. Faster than as many workers where images are large,
+            which workers have to hand over; random transforms draw in the threads' order.
         checksum: compares each record's checksum when it is read.
 
     Attributes:
@@ -76,6 +80,7 @@ class LMDBDataset(Dataset):
         target_transform: Callable[[Any], Any] | None = None,
         memory_format: Literal["auto", "contiguous", "channels_last"] = "auto",
         collate: bool = False,
+        threads: int = 1,
         checksum: bool = True,
     ) -> None:
         self.path = Path(path).expanduser().resolve()
@@ -87,6 +92,8 @@ class LMDBDataset(Dataset):
             raise ValueError(
                 f"memory_format must be auto, contiguous or channels_last, got {memory_format!r}"
             )
+        if not isinstance(threads, int) or threads < 1:
+            raise ValueError(f"threads must be a whole number, 1 or more, got {threads!r}")
         if collate and decode in (None, "pil") and transform is None:
             raise ValueError(f"collate=True needs tensors, decode={decode!r} gives none")
         self._channels_last = memory_format == "channels_last" or (
@@ -99,7 +106,7 @@ class LMDBDataset(Dataset):
         check_shards(self.path, self._metas)
         self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
         self.classes: list[str] | None = self._metas[0]["classes"]
-        self._buffer: torch.Tensor | None = None
+        self._buffer, self._threads = BatchBuffer(), Threads(threads)
 
     # ---- reading ----
 
@@ -111,7 +118,7 @@ class LMDBDataset(Dataset):
         environment = file.open()
         with environment.begin() as txn:
             record = file.read(txn, position, self._check)
-            image = self._image(record, file.path, position)
+            image = self._image(record, (file, position))
         return self._transformed(image, record.target)
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
@@ -119,17 +126,15 @@ class LMDBDataset(Dataset):
         if self._collates:
             return self._batch(indices)
         places = [self._locate(index) for index in indices]
-        transactions = self._begin(places)
-        try:
-            samples = []
-            for file, position in places:
-                record = file.read(transactions[file], position, self._check)
-                image = self._image(record, file.path, position)
-                samples.append(self._transformed(image, record.target))
-            return samples
-        finally:
-            for txn in transactions.values():
-                txn.abort()
+        samples: list[Any] = [None] * len(places)
+
+        def read(numbers: Sequence[int]) -> None:
+            for number, record in self._records(places, numbers):
+                image = self._image(record, places[number])
+                samples[number] = self._transformed(image, record.target)
+
+        self._threads.share(read, range(len(places)))
+        return samples
 
     def find(self, key: str) -> int:
         """Return the index of a source key, such as ``china/0000001.jpg``.
@@ -194,20 +199,32 @@ class LMDBDataset(Dataset):
         shard = bisect.bisect_right(self._ends, number)
         return self._files[shard], number - self._ends[shard] + self._metas[shard]["count"]
 
-    def _begin(self, places: list[tuple[_File, int]]) -> dict[_File, Any]:
-        return {file: file.open().begin() for file, _ in dict.fromkeys(places)}
+    def _records(
+        self, places: Sequence[_Place], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, schema.Record]]:
+        """Yield some of a batch's records, read in one transaction for each file."""
+        transactions: dict[_File, Any] = {}
+        try:
+            for number in numbers:
+                file, position = places[number]
+                if file not in transactions:
+                    transactions[file] = file.open().begin()
+                yield number, file.read(transactions[file], position, self._check)
+        finally:
+            for txn in transactions.values():
+                txn.abort()
 
-    def _image(self, record: schema.Record, path: Path, position: int) -> Any:
+    def _image(self, record: schema.Record, place: _Place) -> Any:
         if self.decode is None:
             return bytes(record.image)
-        pixels = self._pixels(record, path, position)
+        pixels = self._pixels(record, place)
         if self.decode == "pil":
             return pixels
         if self._channels_last:
             return torch.from_numpy(pixels).permute(2, 0, 1)
         return torch.from_numpy(decoding.planar(pixels))
 
-    def _pixels(self, record: schema.Record, path: Path, position: int) -> Any:
+    def _pixels(self, record: schema.Record, place: _Place) -> Any:
         """Return pixels [H, W, 3], or a PIL image."""
         try:
             if self.decode == "pil":
@@ -215,8 +232,8 @@ class LMDBDataset(Dataset):
             return decoding.load_decoder(self.decode)(record.image)
         except Exception as error:  # decoders raise a dozen kinds
             raise schema.DatabaseError(
-                f"{path}, record {position}, key {record.key!r}: the image cannot be decoded "
-                f"({error}); its bytes are as they were stored if verify_lmdb finds nothing"
+                f"{place[0].path}, record {place[1]}, key {record.key!r}: the image cannot be "
+                f"decoded ({error}); its bytes are as they were stored if verify_lmdb finds nothing"
             ) from error
 
     def _transformed(self, image: Any, target: Any) -> tuple[Any, Any]:
@@ -228,62 +245,43 @@ class LMDBDataset(Dataset):
 
     def _batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
         places = [self._locate(index) for index in indices]
-        transactions = self._begin(places)
-        out: torch.Tensor | None = None
-        targets = []
-        try:
-            for number, (file, position) in enumerate(places):
-                record = file.read(transactions[file], position, self._check)
-                if self.transform is None:
-                    image = torch.from_numpy(self._pixels(record, file.path, position))
-                    if self._planar_batch:
-                        image = image.permute(2, 0, 1)
-                    target = record.target
-                    if self.target_transform is not None:
-                        target = self.target_transform(target)
-                else:
-                    image = self._image(record, file.path, position)
-                    image, target = self._transformed(image, record.target)
+        targets: list[Any] = [None] * len(places)
+        whole_pixels = self.transform is None and not self._planar_batch
+        out: Any = None
+
+        def read(numbers: Sequence[int]) -> None:
+            nonlocal out
+            for number, record in self._records(places, numbers):
+                image, targets[number] = self._for_batch(record, places[number])
                 if out is None:
-                    out = self._batch_buffer(len(places), image)
+                    out = self._buffer.room(len(places), image)
                 if image.shape != out.shape[1:]:
                     raise ValueError(
-                        f"record {position} has the shape {tuple(image.shape)}, the first of its "
-                        f"batch {tuple(out.shape[1:])}: collate=True needs images of one size, "
-                        "from a transform or write_lmdb(..., resize=(height, width))"
+                        f"record {places[number][1]} has the shape {tuple(image.shape)}, the "
+                        f"first of its batch {tuple(out.shape[1:])}: collate=True needs images of "
+                        "one size, from a transform or write_lmdb(..., resize=(height, width))"
                     )
-                if self._planar_batch and self.transform is None:
+                if self.transform is None and self._planar_batch:
                     decoding.planar(image.permute(1, 2, 0).numpy(), out[number].numpy())
                 else:
                     out[number] = image
-                targets.append(target)
-        finally:
-            for txn in transactions.values():
-                txn.abort()
-        if self.transform is None and not self._planar_batch:
-            out = out.permute(0, 3, 1, 2)
-        return out, default_collate(targets)
 
-    def _batch_buffer(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """Return room for a batch: here the same each time, in a worker fresh shared memory."""
-        shape = (count, *like.shape)
-        if get_worker_info() is not None:
-            size = like.element_size() * like.numel() * count
-            storage = torch.UntypedStorage._new_shared(size)
-            return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)
-        buffer = self._buffer
-        if (
-            buffer is None
-            or buffer.dtype != like.dtype
-            or buffer.shape[1:] != like.shape
-            or len(buffer) < count
-        ):
-            buffer = self._buffer = torch.empty(shape, dtype=like.dtype)
-        return buffer[:count]
+        read(range(1))  # the first image says how large the batch is
+        self._threads.share(read, range(1, len(places)))
+        return out.permute(0, 3, 1, 2) if whole_pixels else out, default_collate(targets)
+
+    def _for_batch(self, record: schema.Record, place: _Place) -> tuple[torch.Tensor, Any]:
+        """Return (image, target); without a transform the pixels as the decoder lays them."""
+        if self.transform is not None:
+            return self._transformed(self._image(record, place), record.target)
+        pixels = torch.from_numpy(self._pixels(record, place))
+        target = record.target
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        return pixels.permute(2, 0, 1) if self._planar_batch else pixels, target
 
     def __getstate__(self) -> dict[str, Any]:
-        left_here = ("samples", "targets", "_buffer")
-        return {k: v for k, v in self.__dict__.items() if k not in left_here} | {"_buffer": None}
+        return {k: v for k, v in self.__dict__.items() if k not in ("samples", "targets")}
 
     def __repr__(self) -> str:
         classes = f", {len(self.classes)} classes" if self.classes else ""
@@ -341,3 +339,6 @@ def _resizes_first(transform: Any) -> bool:
     steps = getattr(transform, "transforms", None)
     first = steps[0] if isinstance(steps, (list, tuple)) and steps else transform
     return type(first).__name__ in _RESIZES_FIRST
+
+
+_Place = tuple[_File, int]  # a file and a position in it
