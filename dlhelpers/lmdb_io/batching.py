@@ -59,9 +59,8 @@ class Threads:
             return
         if self._pool is None or self._pid != os.getpid():
             self._pool, self._pid = ThreadPoolExecutor(self.count - 1), os.getpid()
-        others = [
-            self._pool.submit(function, numbers[i :: self.count]) for i in range(1, self.count)
-        ]
+        parts = [numbers[first :: self.count] for first in range(self.count)]
+        others = [self._pool.submit(function, part) for part in parts[1:]]
         try:
             function(parts[0])
         finally:
