@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import struct
+import sys
 import warnings
 from pathlib import Path
 
@@ -402,9 +403,9 @@ def test_keys_that_lmdb_finds_too_long_are_stored_found_and_told_apart(tmp_path)
         write([(long[0], jpeg(), 0), (long[0], jpeg(), 1)], tmp_path / "twice")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no file names beside Unicode")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have Unicode names alone")
 def test_file_names_that_are_no_utf8_survive(tmp_path):
-    folder = os.fsencode(tmp_path) + b"/src/caf\xe9"
+    folder = os.fsencode(tmp_path) + b"/src/stra\xdfe"
     os.makedirs(folder)
     for name in (b"\xff\xfe.jpg", b"gr\xfcn.jpg"):
         with open(folder + b"/" + name, "wb") as file:
@@ -414,7 +415,7 @@ def test_file_names_that_are_no_utf8_survive(tmp_path):
     dataset = LMDBDataset(tmp_path / "db", decode="pil")
     assert dataset.classes == expected.classes
     assert [(str(tmp_path / "src" / k), t) for k, t in dataset.samples] == expected.samples
-    assert dataset.find(os.fsdecode(b"caf\xe9/gr\xfcn.jpg")) == 0
+    assert dataset.find(os.fsdecode(b"stra\xdfe/gr\xfcn.jpg")) == 0
     assert verify_lmdb(tmp_path / "db", progress=False).count == 2
     info_lmdb(tmp_path / "db")
 
