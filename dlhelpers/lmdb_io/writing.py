@@ -90,7 +90,8 @@ def write_lmdb(
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
             resized or encoded.
         encode: stores this format; None keeps encoded bytes as they are, and the format of what
-            is resized. Pixels that come without one are stored as PNG, without loss.
+            is resized. Pixels that come without one are stored as PNG, without loss. What is
+            kept is looked at (format, end), not decoded.
         resize: the shorter side in pixels, as torchvision's Resize does it, or (height, width).
             An image of that size already is kept as it is.
         quality: of JPEG and WebP, 90 where None.
