@@ -133,6 +133,11 @@ def rounds_down_with_the_rest_at_the_end(count, rank, world):
     return range(rank * size, count if rank == world - 1 else (rank + 1) * size)
 
 
+def rounds_up(count, rank, world):
+    size = -(-count // world)
+    return range(min(count, rank * size), min(count, (rank + 1) * size))
+
+
 def every_third(count, rank, world):
     return range(rank, count, world)
 
@@ -143,6 +148,7 @@ MISTAKES = [
     ("02.1", lambda s, r: 1 + min(s / r, 1) ** 2 if r else 1.0, "decoding dominates"),
     ("02.1", lambda s, r: (s + r) / r, "nothing but the store"),
     ("02.2", str, "bytes"),
+    ("02.2", bytes, "bytes"),
     ("02.2", unpadded, "nine before ten"),
     ("02.2", padded_to_four, "a million images"),
     ("02.3", starts_at_its_own_end, "the second image"),
@@ -162,6 +168,7 @@ MISTAKES = [
     ("02.6", rounds_down, "seven images, three ranks"),
     ("02.6", every_third, "neighbours stay together"),
     ("02.6", rounds_down_with_the_rest_at_the_end, "equal work"),
+    ("02.6", rounds_up, "equal work"),
     ("01.1", no_mean, "four samples"),
     ("01.1", no_reduction, "one number"),
     ("01.1", overflows, "huge logits"),

@@ -27,7 +27,7 @@ def _most_is(store_us: float, rest_us: float, wanted: float) -> Callable[[Any], 
 
 
 def _keys_are_bytes(f: Any) -> bool:
-    return isinstance(f(0), bytes)
+    return all(isinstance(f(n), bytes) and 1 <= len(f(n)) <= 511 for n in (0, 600, 10_000))
 
 
 def _in_order(*positions: int) -> Callable[[Any], bool]:
@@ -169,7 +169,7 @@ EXERCISES = (
         cases=(
             Case(
                 "bytes",
-                "LMDB's keys are bytes: str(position).encode(), or b'%d' % position",
+                "LMDB's keys are 1 to 511 bytes: str(position).encode(), or b'%d' % position",
                 _keys_are_bytes,
             ),
             Case(
@@ -179,7 +179,8 @@ EXERCISES = (
             ),
             Case(
                 "a million images",
-                "at a million images the order breaks: pad to more digits, 12 are plenty",
+                "further on the order breaks (with four digits from 10,000 on): pad to 12 digits; "
+                "the most significant digit has to come first",
                 _in_order(0, 99, 100, 9_999, 10_000, 99_999, 100_000, 1_281_166, 10_000_000),
             ),
         ),
@@ -305,7 +306,7 @@ EXERCISES = (
             Case(
                 "equal work",
                 "parts may differ by one image at most: the rest must not pile up at one rank",
-                _shares(11, 4, _is_even),
+                lambda f: _shares(9, 4, _is_even)(f) and _shares(11, 4, _is_even)(f),
             ),
         ),
         hints=(

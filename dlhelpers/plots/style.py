@@ -109,12 +109,14 @@ def new_axes(title: str, xlabel: str, ylabel: str, alt: str, **subplots: Any) ->
 
 def log_axis(axes: Any, values: Sequence[float]) -> None:
     """A log axis around 1 with plain numbers on it; an end that is not known leaves the picture."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     known = (abs(math.log(v)) for v in values if 0 < v < math.inf)
     reach = max(*known, math.log(1.05), 0.0) * 1.15
     axes.set_xscale("log")
     axes.set_xlim(math.exp(-reach), math.exp(reach))
-    axes.xaxis.set_major_locator(MaxNLocator(7))
+    ticks = [m * 10.0**e for e in range(-3, 4) for m in (1, 2, 5)]
+    inside = [tick for tick in ticks if abs(math.log(tick)) <= reach]
+    axes.xaxis.set_major_locator(FixedLocator(inside) if len(inside) > 2 else MaxNLocator(7))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
