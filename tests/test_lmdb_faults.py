@@ -266,6 +266,44 @@ def test_an_iterator_goes_on_behind_what_it_gives_again(photos, tmp_path, monkey
     assert report.count == COUNT
 
 
+def test_a_dataset_that_gives_other_images_now_starts_afresh(photos, tmp_path, monkeypatch):
+    class Changing:
+        shift = 0
+
+        def __len__(self):
+            return COUNT
+
+        def __getitem__(self, index):
+            return ImageFolder(photos)[(index + self.shift) % COUNT]
+
+    interrupted(Changing(), tmp_path / "db", monkeypatch)
+    other = Changing()
+    other.shift = 1
+    with pytest.warns(UserWarning, match="gives other images now: starting afresh"):
+        report = write_lmdb(other, tmp_path / "db", progress=False, resume=True)
+    assert report.resumed_from == 0
+    interrupted(Changing(), tmp_path / "db", monkeypatch)
+    assert write_lmdb(Changing(), tmp_path / "db", progress=False, resume=True).resumed_from >= 100
+
+
+def test_the_file_is_on_the_disk_before_it_has_its_name(photos, tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(handle):
+        order.append(("sync", os.fstat(handle).st_size > 100_000))
+        fsync(handle)
+
+    def renamed(source, target):
+        order.append(("rename", True))
+        replace(source, target)
+
+    monkeypatch.setattr(converting.os, "fsync", synced)
+    monkeypatch.setattr(converting.os, "replace", renamed)
+    write_lmdb(photos, tmp_path / "db", progress=False)
+    assert order[-3:] == [("sync", True), ("rename", True), ("sync", False)]
+
+
 def test_after_a_crash_of_the_machine_only_a_sound_part_is_taken_up(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(converting, "_boot_id", lambda: "before")
     interrupted(photos, tmp_path / "db", monkeypatch)
