@@ -425,6 +425,11 @@ def spans(path, stored):
     return found
 
 
+def batched(path):
+    dataset = LMDBDataset(path, collate=True)
+    return lambda position: dataset.__getitems__([position])
+
+
 def flips_in_records(photos, whole, tmp_path, count, seed):
     write_lmdb(photos, tmp_path / "db", progress=False)
     content, places = (tmp_path / "db").read_bytes(), spans(tmp_path / "db", whole)
@@ -437,8 +442,9 @@ def flips_in_records(photos, whole, tmp_path, count, seed):
         path.write_bytes(damaged)
         said = problems(path)
         assert f"record {position} is damaged" in said, (number, said)
-        with pytest.raises(DatabaseError, match=f"record {position} is damaged"):
-            LMDBDataset(path)[position]
+        for read in (LMDBDataset(path).__getitem__, batched(path)):
+            with pytest.raises(DatabaseError, match=f"record {position} is damaged"):
+                read(position)
         path.unlink()
 
 

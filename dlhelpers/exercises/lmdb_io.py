@@ -10,6 +10,7 @@ from typing import Any
 
 from dlhelpers.exercises import Case, Exercise
 from dlhelpers.lmdb_io.schema import position_key
+from dlhelpers.lmdb_io.shards import part
 
 __all__ = ["EXERCISES"]
 
@@ -104,11 +105,6 @@ def _leaves_the_parent(f: Any) -> bool:
     state = _state()
     before = dict(state)
     return f(state) is not state and state == before
-
-
-def part(count: int, rank: int, world: int) -> range:
-    """Return the positions that one of ``world`` ranks converts: its contiguous share."""
-    return range(count * rank // world, count * (rank + 1) // world)
 
 
 def _shares(count: int, world: int, test: Callable[[list[list[int]]], bool]) -> Any:

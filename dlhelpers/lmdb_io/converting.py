@@ -22,6 +22,7 @@ from typing import Any
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
+from dlhelpers.lmdb_io.shards import part
 from dlhelpers.lmdb_io.sources import Source, SourceError
 
 __all__ = ["Conversion"]
@@ -214,13 +215,13 @@ class Conversion:
         rank, world = self.shard
         if self.source.count is None:
             return islice(tasks, rank, None, world)
-        return islice(tasks, *_part(self.source.count, rank, world))
+        own = part(self.source.count, rank, world)
+        return islice(tasks, own.start, own.stop)
 
     def _own_count(self) -> int | None:
         if self.source.count is None or self.shard is None:
             return self.source.count
-        first, last = _part(self.source.count, *self.shard)
-        return last - first
+        return len(part(self.source.count, *self.shard))
 
     def _commit(self, batch: list[Item]) -> None:
         """Store a batch and the state in one transaction; the map grows until it fits."""
@@ -334,11 +335,6 @@ class Conversion:
 
 def _chain(digest: bytes, identity: bytes) -> bytes:
     return hashlib.blake2b(digest + identity, digest_size=16).digest()
-
-
-def _part(count: int, rank: int, world: int) -> tuple[int, int]:
-    """Return first and last + 1 of a rank's contiguous part."""
-    return count * rank // world, count * (rank + 1) // world
 
 
 def _sync_folder(folder: Path) -> None:

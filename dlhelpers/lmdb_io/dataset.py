@@ -50,7 +50,7 @@ class LMDBDataset(Dataset):
         target_transform: from the stored target to what the loss gets; None for none.
         memory_format: of the tensor. ``auto`` is channels-last, as decoders give it, where the
             transform begins with a resize, which is fast on it, and contiguous otherwise, which
-            batches are collated from fastest.
+            batches are collated from fastest. Batches of ``collate`` stay as decoders give them.
         collate: ``__getitems__`` gives whole batches, (images [B, 3, H, W], targets [B]), decoded
             straight into one buffer that the next batch uses again: clone what you keep. For
             ``DataLoader(dataset, collate_fn=dataset.collate_fn)``; images must have one size.
@@ -245,6 +245,8 @@ class LMDBDataset(Dataset):
 
     def _batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
         places = [self._locate(index) for index in indices]
+        if not places:
+            raise ValueError("a batch needs one index at least, got none")
         targets: list[Any] = [None] * len(places)
         whole_pixels = self.transform is None and not self._planar_batch
         out: Any = None
@@ -314,7 +316,7 @@ class _File:
 
     def read(self, txn: Any, position: int, check: bool) -> schema.Record:
         try:
-            view = txn.get(b"%012d" % position)
+            view = txn.get(schema.position_key(position))
         except lmdb.Error as error:
             raise schema.DatabaseError(
                 f"{self.path}: record {position} cannot be read ({error}): verify_lmdb tells what "

@@ -128,7 +128,7 @@ class Environment:
             self._env.close()
 
 
-def open_environment(path: Path, *, whole: bool = True) -> Environment:
+def open_environment(path: Path) -> Environment:
     """Return the environment of a file in this process, opened if it is not yet.
 
     It stays open as long as somebody holds it.
@@ -144,7 +144,7 @@ def open_environment(path: Path, *, whole: bool = True) -> Environment:
             return found
         if found is not None:  # inherited through a fork
             found.close()
-        environment = Environment(path, whole=whole)
+        environment = Environment(path)
         _shared[key] = environment
         return environment
 

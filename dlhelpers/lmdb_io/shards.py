@@ -8,7 +8,16 @@ from typing import Any
 
 from dlhelpers.lmdb_io.schema import DatabaseError
 
-__all__ = ["check_shards", "shard_files"]
+__all__ = ["check_shards", "part", "shard_files"]
+
+
+def part(count: int, rank: int, world: int) -> range:
+    """Return the positions that one of ``world`` ranks converts: its contiguous share.
+
+    >>> [list(part(7, rank, 3)) for rank in range(3)]
+    [[0, 1], [2, 3], [4, 5, 6]]
+    """
+    return range(count * rank // world, count * (rank + 1) // world)
 
 
 def shard_files(path: Path) -> list[Path]:
