@@ -272,6 +272,17 @@ def test_a_batch_is_decoded_into_the_same_memory_again(database):
     assert not torch.equal(first, kept)  # as the docstring says: clone what you keep
 
 
+def test_threads_of_the_caller_have_a_buffer_each(database):
+    batched, plain = LMDBDataset(database, collate=True), LMDBDataset(database)
+
+    def right(first):
+        images, _ = batched.__getitems__([first, first + 1])
+        return torch.equal(images, torch.stack([plain[first][0], plain[first + 1][0]]))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(right, list(range(COUNT - 1)) * 10))
+
+
 def test_batches_of_workers_can_be_kept(database):
     batched = LMDBDataset(database, collate=True)
     loader = DataLoader(batched, 4, num_workers=2, collate_fn=batched.collate_fn)
@@ -520,6 +531,16 @@ def test_shards_of_two_sources_are_refused(photos, tmp_path):
         LMDBDataset(tmp_path)
 
 
+def test_shards_of_a_source_that_grew_in_between_are_refused(photos, tmp_path):
+    samples = [(f"{n}", encoded(photograph(photos), "png"), 0) for n in range(6)]
+    write_lmdb(samples[:4], tmp_path, shard=(0, 2), progress=False)
+    write_lmdb(samples, tmp_path, shard=(1, 2), progress=False)
+    with pytest.raises(DatabaseError, match="the shards differ in their total"):
+        LMDBDataset(tmp_path)
+    with pytest.raises(DatabaseError, match="the shards differ in their total"):
+        verify_lmdb(tmp_path, progress=False)
+
+
 def test_one_key_in_two_shards_is_found(tmp_path):
     image = encoded(Image.new("L", (8, 8)), "png")
     for rank in range(2):
@@ -601,6 +622,20 @@ def test_a_readers_own_memory_does_not_grow_with_the_dataset(tmp_path):
         grown.append(int(done.stdout))
     data_bytes = 2700 * 30_012
     assert grown[1] - grown[0] < data_bytes / 5
+
+
+def test_a_decoder_that_is_too_old_is_passed_over(monkeypatch):
+    cv2 = pytest.importorskip("cv2", reason="OpenCV (extra codecs)")
+    monkeypatch.delattr(cv2, "IMREAD_COLOR_RGB")
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    for cached in (decoding.load_decoder, decoding.decoders):
+        cached.cache_clear()
+    try:
+        assert decoders()[0] == "torchvision"
+        assert load_decoder("auto") is load_decoder("torchvision")
+    finally:
+        for cached in (decoding.load_decoder, decoding.decoders):
+            cached.cache_clear()
 
 
 def test_auto_is_the_first_decoder_that_is_installed():

@@ -637,6 +637,38 @@ def test_an_old_database_is_replaced_by_a_whole_one(tmp_path, photos):
     assert len(LMDBDataset(tmp_path / "db")) == 40
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_eight_bits_are_refused_and_not_cut(tmp_path, mode):
+    deep = Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
+    deep = deep if mode == "I;16" else deep.convert("I").convert(mode)
+    with pytest.raises(SourceError, match=f"mode '{mode}' has more than 8 bits"):
+        write([("deep", deep, 0)], tmp_path / "db")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
+def test_a_link_as_target_is_followed(tmp_path, photos):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "db")
+    write(photos, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert os.listdir(tmp_path / "elsewhere") == ["db"]
+    assert len(LMDBDataset(tmp_path / "link")) == 40
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, photos, monkeypatch):
+    walk = os.walk
+
+    def refused(top, onerror, **options):
+        onerror(PermissionError(13, "Permission denied", f"{top}/private"))
+        return walk(top, **options)
+
+    monkeypatch.setattr(sources.os, "walk", refused)
+    with pytest.raises(SourceError, match=r"china/private: cannot be listed: Permission denied"):
+        write(photos, tmp_path / "db")
+    report = write(photos, tmp_path / "db", on_error="skip")
+    assert (report.count, len(report.skipped)) == (40, 2)
+
+
 def test_nothing_is_pickled(tmp_path, photos):
     names = list(Path(sources.__file__).parent.glob("*.py"))
     assert not [p.name for p in names if "import pickle" in p.read_text()]

@@ -7,6 +7,7 @@ decode lies where it is needed; worker processes have to hand it over first.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -18,10 +19,11 @@ __all__ = ["BatchBuffer", "Threads"]
 
 
 class BatchBuffer:
-    """Room for one batch at a time: the same memory again here, in a worker fresh shared memory."""
+    """Room for one batch at a time: in each thread the same memory again, in a worker fresh
+    shared memory."""
 
     def __init__(self) -> None:
-        self._kept: torch.Tensor | None = None
+        self._local = threading.local()
 
     def room(self, count: int, like: torch.Tensor) -> torch.Tensor:
         """Return a tensor of ``count`` times the shape and dtype of one image."""
@@ -29,15 +31,18 @@ class BatchBuffer:
         if get_worker_info() is not None:  # what is sent may not be written again
             storage = torch.UntypedStorage._new_shared(like.element_size() * like.numel() * count)
             return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape)
-        kept = self._kept
+        kept = getattr(self._local, "kept", None)
         if kept is None or kept.dtype != like.dtype or kept.shape[1:] != like.shape:
             kept = None
         if kept is None or len(kept) < count:
-            kept = self._kept = torch.empty(shape, dtype=like.dtype)
+            kept = self._local.kept = torch.empty(shape, dtype=like.dtype)
         return kept[:count]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": None}
+        return {"_local": None}  # the memory stays where it is
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._local = threading.local()
 
 
 class Threads:

@@ -173,6 +173,7 @@ class Conversion:
             "settings": self.loader.encoding.as_dict(),
             "shard": None if self.shard is None else list(self.shard),
             "classes": self.source.classes,
+            "total": None if self.shard is None else self.source.count,
         }
 
     # ---- the records ----

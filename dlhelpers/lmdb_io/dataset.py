@@ -52,7 +52,8 @@ class LMDBDataset(Dataset):
             transform begins with a resize, which is fast on it, and contiguous otherwise, which
             batches are collated from fastest. Batches of ``collate`` stay as decoders give them.
         collate: ``__getitems__`` gives whole batches, (images [B, 3, H, W], targets [B]), decoded
-            straight into one buffer that the next batch uses again: clone what you keep. For
+            straight into one buffer that the next batch uses again, whichever loader asks for it:
+            clone what you keep. For
             ``DataLoader(dataset, collate_fn=dataset.collate_fn)``; images must have one size.
         threads: that share the images of a batch in this process, each on a core of its own, since
             decoders let go of Python's lock. Faster than as many workers where images are large,

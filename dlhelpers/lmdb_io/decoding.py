@@ -56,13 +56,16 @@ def load_decoder(name: str) -> Decoder:
         ValueError: there is no such decoder.
         ImportError: it is not installed; says what to install.
     """
-    if name == "auto":
-        return load_decoder(decoders()[0])
+    if name == "auto":  # loads no more than it needs
+        for candidate in DECODERS[:-1]:
+            with suppress(ImportError):
+                return load_decoder(candidate)
+        return load_decoder(DECODERS[-1])
     if name not in DECODERS:
         raise ValueError(f"decode must be auto, {', '.join(DECODERS)} or None, got {name!r}")
     try:
         jpeg = _JPEG[name]()
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise ImportError(
             f"decode={name!r} needs the package {_INSTALL.get(name, name)} ({error}): pip install "
             f'{_INSTALL.get(name, name)}, or decode="auto" for the fastest one that is here'
@@ -73,7 +76,7 @@ def load_decoder(name: str) -> Decoder:
         if kind == "jpeg":
             try:
                 pixels = jpeg(data)
-            except (ValueError, RuntimeError):  # CMYK, or damaged: PIL has the last word
+            except Exception:  # CMYK, or damaged: PIL has the last word
                 pixels = None
             if pixels is not None:
                 return pixels

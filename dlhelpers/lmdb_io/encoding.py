@@ -186,6 +186,11 @@ def _from_pixels(pixels: Any) -> Any:
     from PIL import Image
 
     if isinstance(pixels, Image.Image):
+        if pixels.mode in ("I", "F") or pixels.mode.startswith("I;16"):
+            raise ValueError(
+                f"a PIL image of mode {pixels.mode!r} has more than 8 bits a channel, of which "
+                "most would be lost: scale it to 8 bits first, or give the bytes of its file"
+            )
         return pixels
     is_tensor = hasattr(pixels, "detach")
     array = pixels.detach().cpu().numpy() if is_tensor else pixels

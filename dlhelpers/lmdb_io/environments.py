@@ -59,7 +59,7 @@ class Environment:
                 subdir=False,
                 readonly=True,
                 lock=False,
-                readahead=False,
+                readahead=_fits_in_memory(size),
                 meminit=False,
                 max_dbs=3,
                 max_spare_txns=8,
@@ -147,6 +147,16 @@ def open_environment(path: Path) -> Environment:
         environment = Environment(path)
         _shared[key] = environment
         return environment
+
+
+def _fits_in_memory(size: int) -> bool:
+    """Whether the system may read ahead: an epoch wants every page, so what is read around one
+    record is wanted soon, as long as memory holds it until then."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return True
+    return size < memory // 2
 
 
 def _file_size(path: Path) -> int:

@@ -53,7 +53,7 @@ def check_shards(path: Path, metas: Sequence[dict[str, Any]]) -> None:
             f"{path} holds the shards {there} as (rank, world), missing are the ranks {missing}: "
             "wait until every rank has finished, or write them again"
         )
-    for name in ("classes", "settings"):
+    for name in ("classes", "settings", "total"):
         if len({repr(meta[name]) for meta in metas}) > 1:
             raise DatabaseError(
                 f"{path}: the shards differ in their {name}: write them from one source"

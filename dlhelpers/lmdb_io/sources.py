@@ -135,10 +135,15 @@ class _Folder(Source):
             )
         samples: list[tuple[str, str, int]] = []
         problems, ignored = [], []
+
+        def unreadable(error: OSError) -> None:
+            problems.append((str(error.filename), f"cannot be listed: {error.strerror}"))
+
         for target, name in enumerate(classes):
             before = len(samples)
             top = os.path.join(root, name)
-            for folder, _, files in sorted(os.walk(top, followlinks=True)):
+            found = os.walk(top, followlinks=True, onerror=unreadable)
+            for folder, _, files in sorted(found):
                 inside = folder[len(top) :].replace(os.sep, "/")
                 for file in sorted(files):
                     key = f"{name}{inside}/{file}"

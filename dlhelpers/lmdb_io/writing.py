@@ -90,14 +90,15 @@ def write_lmdb(
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
             resized or encoded.
         encode: stores this format; None keeps encoded bytes as they are, and the format of what
-            is resized. Pixels that come without one are stored as PNG, without loss. What is
-            kept is looked at (format, end), not decoded.
+            is resized. Pixels that come without one are stored as RGB or grey PNG. What is kept
+            is looked at (format, end), not decoded.
         resize: the shorter side in pixels, as torchvision's Resize does it, or (height, width).
             An image of that size already is kept as it is.
         quality: of JPEG and WebP, 90 where None.
         map_size: bytes of the first memory map; it grows by itself all the same.
         resume: goes on behind an interrupted conversion of the same source and settings; where
-            they differ it starts afresh and warns.
+            they differ it starts afresh and warns. Of a dataset, which has to be loaded to be
+            compared, it looks at the last item that was done.
         on_error: ``raise`` stops at the first image that cannot be stored, what was converted
             stays for ``resume``; ``skip`` leaves it out and lists it.
         shard: (rank, world) writes this rank's part into the folder ``path``, which
@@ -129,7 +130,7 @@ def write_lmdb(
     if opened.problems and on_error == "raise":
         what, why = opened.problems[0]
         raise SourceError(f'{what}: {why}; on_error="skip" keeps the class and goes on')
-    target = _target(Path(path).expanduser(), shard)
+    target = _target(Path(path).expanduser().resolve(), shard)
     target.parent.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(target)
     conversion = Conversion(opened, target, encoding, workers, on_error, shard)
