@@ -203,12 +203,8 @@ def test_the_layout_fits_what_comes_next(database):
     contiguous = (64 * 64, 64, 1)
     last = (1, 3 * 64, 3)
 
-    def layout(*transform, **options):
-        seen = []
-        chain = v2.Compose([seen.append and (lambda x: seen.append(x.stride()) or x)])
-        steps = v2.Compose([*transform, chain]) if transform else None
-        image = LMDBDataset(database, steps, **options)[0][0]
-        return image.stride()
+    def layout(**options):
+        return LMDBDataset(database, **options)[0][0].stride()
 
     assert layout() == contiguous
     assert layout(memory_format="channels_last") == last
@@ -621,7 +617,7 @@ def test_a_readers_own_memory_does_not_grow_with_the_dataset(tmp_path):
         )
         grown.append(int(done.stdout))
     data_bytes = 2700 * 30_012
-    assert grown[1] - grown[0] < data_bytes / 5
+    assert grown[1] - grown[0] < data_bytes / 20
 
 
 def test_a_decoder_that_is_too_old_is_passed_over(monkeypatch):

@@ -155,6 +155,7 @@ def test_a_loader_reads_the_whole_order_here_and_in_a_worker(photos, tmp_path, w
 def test_what_a_spawned_worker_gets_holds_no_open_file(photos, tmp_path):
     store = stores.make_store("memmap", photos, [0] * len(photos), tmp_path)
     sent = pickle.loads(pickle.dumps(timing._Decoded(store, "pil")))
+    assert sent._store is None
     assert np.array_equal(sent[3].numpy(), load_decoder("pil")(photos[3]))
 
 

@@ -26,12 +26,14 @@ class Store:
         name: of the kind.
         package: what must be installed to use it; empty for nothing beyond this package's needs.
         only_in_order: whether it can only be read from its beginning.
+        suffix: of its file; empty for a folder.
         path: the file or folder.
     """
 
     name: str
     package = ""
     only_in_order = False
+    suffix = ""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path, self._count = path, count
