@@ -10,6 +10,8 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.pairing``     does this loss want what the model's last layer gives?
 ``dlhelpers.lmdb_io``     many small images in one file that is read fast and safely
 ``dlhelpers.stores``      the same images in other containers, and what each costs
+``dlhelpers.dali_io``     batches from DALI: torch's loader, torchvision's pixels
+``dlhelpers.stages``      which stage of a pipeline do the others wait for?
 ``dlhelpers.data``        real digits and photographs without a network
 ``dlhelpers.training``    a small, seeded training loop
 ``dlhelpers.exercises``   check, hint and solution of the course's exercises
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 
 _SUBMODULES = (
     "claims",
+    "dali_io",
     "data",
     "exercises",
     "findings",
@@ -36,6 +39,7 @@ _SUBMODULES = (
     "pairing",
     "plots",
     "report",
+    "stages",
     "stores",
     "training",
 )

@@ -61,7 +61,7 @@ class LMDBDataset(Dataset):
         checksum: compares each record's checksum when it is read.
 
     Attributes:
-        path, transform, target_transform, decode: as given.
+        path, transform, target_transform, decode, checksum: as given.
         classes: names of the classes, in order of their numbers; None without.
 
     Raises:
@@ -101,7 +101,7 @@ class LMDBDataset(Dataset):
             memory_format == "auto" and not collate and _resizes_first(transform)
         )
         self._planar_batch = memory_format == "contiguous"
-        self._collates, self._check = collate, checksum
+        self._collates, self.checksum = collate, checksum
         self._files = [_File(path) for path in shard_files(self.path)]
         self._metas = [file.meta for file in self._files]
         check_shards(self.path, self._metas)
@@ -118,7 +118,7 @@ class LMDBDataset(Dataset):
         file, position = self._locate(index)
         environment = file.open()
         with environment.begin() as txn:
-            record = file.read(txn, position, self._check)
+            record = file.read(txn, position, self.checksum)
             image = self._image(record, (file, position))
         return self._transformed(image, record.target)
 
@@ -210,7 +210,7 @@ class LMDBDataset(Dataset):
                 file, position = places[number]
                 if file not in transactions:
                     transactions[file] = file.open().begin()
-                yield number, file.read(transactions[file], position, self._check)
+                yield number, file.read(transactions[file], position, self.checksum)
         finally:
             for txn in transactions.values():
                 txn.abort()

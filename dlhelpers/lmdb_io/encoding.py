@@ -11,7 +11,7 @@ import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["ENCODINGS", "RAW", "Encoding", "image_format"]
+__all__ = ["ENCODINGS", "RAW", "Encoding", "image_format", "jpeg_size"]
 
 ENCODINGS = ("jpeg", "png", "webp", "raw")
 RAW = struct.Struct("<4sII")  # b"RAW\0", height, width
@@ -146,22 +146,37 @@ def _looks_whole(data: bytes, found: str) -> bool:
     return False
 
 
+def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
+    """Return a JPEG's (height, width) from its header, None where it is no JPEG or has no frame."""
+    frame, _ = _frame_and_scan(data) if image_format(data) == "jpeg" else (0, 0)
+    if not frame or frame + 9 > len(data):
+        return None
+    return struct.unpack_from(">HH", data, frame + 5)
+
+
 def _first_scan(data: bytes) -> int:
-    """Return where a JPEG's first scan begins, 0 where there is no frame or no scan.
+    """Return where a JPEG's first scan begins, 0 where there is no frame or no scan."""
+    frame, scan = _frame_and_scan(data)
+    return scan if frame else 0
+
+
+def _frame_and_scan(data: bytes | memoryview) -> tuple[int, int]:
+    """Return where a JPEG's frame header and its first scan begin, 0 where there is none.
 
     Goes from segment to segment, so that a thumbnail within one is not taken for the image.
     """
-    at, has_frame = 2, False
+    at, frame = 2, 0
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == 0xDA:
-            return at if has_frame else 0
+            return frame, at
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
-        has_frame |= 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            frame = at
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 0
+    return frame, 0
 
 
 def _decoded(data: bytes) -> Any:

@@ -12,7 +12,7 @@ from dlhelpers.plots.style import BASELINE, COLOURS, FAILING, TREATMENT, log_axi
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "dots", "heatmap", "intervals", "splits"]
+__all__ = ["curves", "dots", "heatmap", "intervals", "splits", "timeline"]
 
 
 def curves(
@@ -218,4 +218,26 @@ def splits(
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(False, axis="y")
     figure.legend(frameon=False, ncols=len(parts), loc="outside lower left")
+    return figure
+
+
+def timeline(line: Any, *, title: str, alt: str = "", unit_s: float = 1e-3) -> Figure:
+    """Draw who works when: a row for each stage, a box for each batch, gaps where it waits.
+
+    Args:
+        line: a ``stages.Timeline``.
+        title, alt: as in :func:`curves`.
+        unit_s: of the time axis: 1e-3 for milliseconds, 1 for seconds.
+    """
+    unit = {1e-3: "ms", 1.0: "s"}.get(unit_s, f"{unit_s:g} s")
+    size = (7.4, 1.3 + 0.55 * len(line.stages))
+    figure, axes = new_axes(title, f"time ({unit})", "", alt, figsize=size)
+    for span in line.spans:
+        place = line.stages.index(span.stage)
+        left, width = span.start_s / unit_s, (span.end_s - span.start_s) / unit_s
+        colour = COLOURS[span.batch % 2]  # neighbours differ
+        axes.barh(place, width, left=left, color=colour, height=0.7, edgecolor="white")
+        axes.text(left + width / 2, place, f"{span.batch}", ha="center", va="center", color="white")
+    names = [f"{name}, {line.busy_share(name):.0%} busy" for name in line.stages]
+    axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     return figure

@@ -1,0 +1,218 @@
+"""Where do the encoded images come from: a folder, a list of files, or a database?"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dlhelpers.lmdb_io import LMDBDataset, load_decoder
+from dlhelpers.lmdb_io.encoding import jpeg_size
+
+__all__ = ["Files", "ImageError", "Records", "Source", "has_dali", "open_source", "require_dali"]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
+
+
+class ImageError(ValueError):
+    """Images that cannot be read or decoded; says which and why.
+
+    Attributes:
+        images: (name, reason) of each.
+    """
+
+    def __init__(self, images: Sequence[tuple[str, str]]) -> None:
+        self.images = tuple(images)
+        listed = "; ".join(f"{name} ({why})" for name, why in self.images[:5])
+        more = f" and {len(self.images) - 5} more" if len(self.images) > 5 else ""
+        super().__init__(
+            f"{len(self.images)} image(s) cannot be read: {listed}{more}. Mend or remove them, or "
+            'leave them out with DALILoader(..., on_error="skip")'
+        )
+
+
+class Source(Protocol):
+    """Encoded images by index.
+
+    Attributes:
+        kind: ``bytes`` (encoded images, uint8 [B]) or ``pixels`` (uint8 [H, W, 3]).
+        targets: int64 [N].
+        classes: names of the classes, or None.
+    """
+
+    kind: str
+    targets: np.ndarray
+    classes: list[str] | None
+
+    def name(self, index: int) -> str:
+        """Return what the reader knows an image by."""
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Return some images, one array each; called by several threads."""
+
+    def size(self, image: np.ndarray) -> tuple[int, int]:
+        """Return (height, width) of one that was read."""
+
+
+class Files:
+    """Files with targets."""
+
+    kind = "bytes"
+
+    def __init__(self, samples: Sequence[tuple[Any, Any]], classes: list[str] | None) -> None:
+        paths = [os.path.abspath(os.fspath(path)) for path, _ in samples]
+        self._paths, self.classes = np.array(paths, dtype=np.str_), classes
+        self.targets = _as_targets([target for _, target in samples])
+
+    def name(self, index: int) -> str:
+        """Return the path."""
+        return str(self._paths[index])
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Return the bytes of the files."""
+        return [_read(self.name(i)) for i in indices]
+
+    def size(self, image: np.ndarray) -> tuple[int, int]:
+        """Return (height, width), from the header."""
+        return _encoded_size(image)
+
+
+class Records:
+    """The images of a database that ``write_lmdb`` has written, as they are stored."""
+
+    def __init__(self, dataset: LMDBDataset) -> None:
+        self._dataset = LMDBDataset(dataset.path, decode=None, checksum=dataset.checksum)
+        self._decode, self.classes = load_decoder("auto"), dataset.classes
+        self.targets = _as_targets(dataset.targets)
+        stored, _ = self._dataset[0]
+        self.kind = "pixels" if stored.startswith(b"RAW\0") else "bytes"
+
+    def name(self, index: int) -> str:
+        """Return path, position and source key."""
+        return f"{self._dataset.path}, record {index}, key {self._dataset.samples[index][0]!r}"
+
+    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
+        """Return the stored bytes, or pixels where those are stored."""
+        stored = [image for image, _ in self._dataset.__getitems__(indices)]
+        if self.kind == "pixels":
+            return [self._decode(image) for image in stored]
+        return [np.frombuffer(image, np.uint8) for image in stored]
+
+    def size(self, image: np.ndarray) -> tuple[int, int]:
+        """Return (height, width)."""
+        return image.shape[:2] if self.kind == "pixels" else _encoded_size(image)
+
+
+def open_source(source: Any) -> Source:
+    """Return the source that a user has given; see ``image_pipeline``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no image in it.
+        TypeError, ValueError: it is nothing that can be read; targets are no whole numbers.
+    """
+    if isinstance(source, LMDBDataset):
+        for name in ("transform", "target_transform"):
+            if getattr(source, name) is not None:
+                raise ValueError(
+                    f"the LMDBDataset has {name}={getattr(source, name)!r}, which DALI would not "
+                    f"run: give LMDBDataset({str(source.path)!r}) without it"
+                )
+        return Records(source)
+    if isinstance(source, str | os.PathLike):
+        return Files(*_folder(Path(source).expanduser()))
+    samples = getattr(source, "samples", source)
+    if not isinstance(samples, Sequence) or isinstance(samples, bytes):
+        raise TypeError(
+            f"source is of type {type(source).__name__}; expected were a folder with one folder "
+            "for each class, a list of (path, target), an ImageFolder or an LMDBDataset"
+        )
+    if not samples:
+        raise ValueError("source is an empty list: give (path, target) of one image at least")
+    for number, sample in enumerate(samples):
+        if not isinstance(sample, Sequence) or isinstance(sample, str) or len(sample) != 2:
+            raise ValueError(
+                f"source[{number}] is {sample!r}, expected was (path, target), such as "
+                '("photos/cat/1.jpg", 0)'
+            )
+    return Files(samples, getattr(source, "classes", None))
+
+
+def _folder(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
+    if not root.is_dir():
+        kind = "a file" if root.exists() else "not there"
+        wanted = "LMDBDataset(PATH)" if root.suffix in (".lmdb", ".mdb") else "a folder of images"
+        raise FileNotFoundError(f"{root} is {kind}: give {wanted}")
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    samples = [
+        (os.path.join(folder, name), number)
+        for number, label in enumerate(classes)
+        for folder, _, names in sorted(os.walk(root / label, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(_SUFFIXES)
+    ]
+    if not samples:
+        raise FileNotFoundError(
+            f"{root} has no images in {len(classes)} class folders ({', '.join(_SUFFIXES)}): one "
+            "folder for each class is expected, as torchvision's ImageFolder wants it"
+        )
+    return samples, classes
+
+
+def _read(path: str) -> np.ndarray:
+    with open(path, "rb", buffering=0) as file:
+        return np.frombuffer(file.read(), np.uint8)
+
+
+def _encoded_size(image: np.ndarray) -> tuple[int, int]:
+    """Return (height, width) from an encoded image's header."""
+    data = memoryview(image)
+    if (size := jpeg_size(data)) is not None:
+        return size
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        width, height = Image.open(io.BytesIO(data)).size
+    except UnidentifiedImageError:
+        what = f"{len(data)} bytes starting with {bytes(data[:8])!r}" if data else "no bytes at all"
+        raise ValueError(f"not an image that is known ({what})") from None
+    return height, width
+
+
+def _as_targets(targets: Sequence[Any]) -> np.ndarray:
+    wrong = next((t for t in targets if not isinstance(t, int | np.integer)), None)
+    if wrong is not None:
+        raise ValueError(f"targets must be whole numbers (class indices), got {wrong!r}")
+    return np.asarray(targets, dtype=np.int64)
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed; it is not imported."""
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def require_dali() -> None:
+    """Raise where DALI is missing.
+
+    Raises:
+        ImportError: says what to install, or what to use instead.
+    """
+    if has_dali():
+        return
+    instead = (
+        "torchvision runs the same pipeline everywhere: "
+        "ImageFolder(folder, dali_io.torchvision_transform(size, train)) in a DataLoader"
+    )
+    if sys.platform != "linux":
+        raise ImportError(f"NVIDIA DALI exists for Linux only, this is {sys.platform}. {instead}")
+    raise ImportError(
+        f"NVIDIA DALI is not installed: pip install nvidia-dali-cuda130 (no GPU needed). {instead}"
+    )
