@@ -142,6 +142,11 @@ def every_third(count, rank, world):
     return range(rank, count, world)
 
 
+def flips_in_place(images, flags):
+    images[flags] = images[flags].flip(-1)
+    return images
+
+
 MISTAKES = [
     ("02.1", lambda s, r: s / r, "equal shares"),
     ("02.1", lambda s, r: s / (s + r), "equal shares"),
@@ -169,6 +174,48 @@ MISTAKES = [
     ("02.6", every_third, "neighbours stay together"),
     ("02.6", rounds_down_with_the_rest_at_the_end, "equal work"),
     ("02.6", rounds_up, "equal work"),
+    ("03.1", lambda times, overlap: max(times), "one after the other"),
+    ("03.1", lambda times, overlap: sum(times), "side by side"),
+    (
+        "03.1",
+        lambda times, overlap: times[0] if overlap else sum(times),
+        "the last one is the slowest",
+    ),
+    ("03.1", lambda times, overlap: sum(times) / (len(times) if overlap else 1), "side by side"),
+    ("03.2", lambda count, size, drop: count // size + 1, "an even number"),
+    ("03.2", lambda count, size, drop: count // size, "a rest"),
+    ("03.2", lambda count, size, drop: -(-count // size), "a rest is dropped"),
+    ("03.2", lambda count, size, drop: round(count / size), "a rest"),
+    (
+        "03.2",
+        lambda c, size, drop: max(1, c // size if drop else -(-c // size)),
+        "fewer than a batch",
+    ),
+    ("03.3", lambda mean, std: (1 / std, -mean / std), "white"),
+    ("03.3", lambda mean, std: (1 / (255 * std), -mean / (255 * std)), "black"),
+    ("03.3", lambda mean, std: (1 / (255 * std), -mean), "black"),
+    ("03.3", lambda mean, std: (1 / (255 * 0.229), -0.485 / 0.229), "another channel"),
+    ("03.4", lambda images, flags: images.flip(-1), "some"),
+    ("03.4", lambda images, flags: images.flip(-1) if flags.any() else images, "some"),
+    ("03.4", lambda images, flags: images.flip(-2), "all"),
+    ("03.4", flips_in_place, "the batch that was given"),
+    ("03.5", lambda h, w, shorter: (shorter, shorter), "wider than high"),
+    (
+        "03.5",
+        lambda h, w, s: (round(h * s / min(h, w)), round(w * s / min(h, w))),
+        "wider than high",
+    ),
+    ("03.5", lambda h, w, s: (s, w * s // h), "higher than wide"),
+    (
+        "03.5",
+        lambda h, w, s: tuple(sorted((h * s // min(h, w), w * s // min(h, w)))),
+        "higher than wide",
+    ),
+    (
+        "03.5",
+        lambda h, w, s: (h * min(s, h, w) // min(h, w), w * min(s, h, w) // min(h, w)),
+        "scaled up",
+    ),
     ("01.1", no_mean, "four samples"),
     ("01.1", no_reduction, "one number"),
     ("01.1", overflows, "huge logits"),

@@ -19,7 +19,11 @@ from typing import Any
 
 __all__ = ["Case", "Exercise", "Result", "check", "hint", "ids", "solution"]
 
-_MODULES = {"01": "pairing", "02": "lmdb_io"}  # a notebook's number -> its module of exercises
+_MODULES = {
+    "01": "pairing",
+    "02": "lmdb_io",
+    "03": "dali_io",
+}  # a notebook's number -> its module of exercises
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ figure carries alt text, which `use_style` puts into the notebook beside the pic
 Source: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/.
 """
 
-from dlhelpers.plots.figures import curves, dots, heatmap, intervals, splits, timeline
+from dlhelpers.plots.figures import curves, dots, heatmap, intervals, pictures, splits, timeline
 from dlhelpers.plots.panels import pair_panel
 from dlhelpers.plots.strips import strip_svg
 from dlhelpers.plots.style import BASELINE, FAILING, TREATMENT, describe, use_style
@@ -23,6 +23,7 @@ __all__ = [
     "heatmap",
     "intervals",
     "pair_panel",
+    "pictures",
     "splits",
     "strip_svg",
     "timeline",

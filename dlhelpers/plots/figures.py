@@ -7,12 +7,20 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlhelpers.plots.style import BASELINE, COLOURS, FAILING, TREATMENT, log_axis, new_axes
+from dlhelpers.plots.style import (
+    BASELINE,
+    COLOURS,
+    FAILING,
+    TREATMENT,
+    describe,
+    log_axis,
+    new_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "dots", "heatmap", "intervals", "splits", "timeline"]
+__all__ = ["curves", "dots", "heatmap", "intervals", "pictures", "splits", "timeline"]
 
 
 def curves(
@@ -23,6 +31,7 @@ def curves(
     ylabel: str,
     alt: str = "",
     mark_x: float | None = None,
+    measured: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
     """Draw named curves, labelled at the curve itself.
 
@@ -32,6 +41,7 @@ def curves(
         title, xlabel, ylabel: the answer, and the axes with their units.
         alt: what a reader without the picture has to know.
         mark_x: draws a dot on each curve there.
+        measured: name -> (x, y) of single points beside the curves.
 
     Raises:
         ValueError: more than six curves, or one whose sequences differ in length.
@@ -67,6 +77,9 @@ def curves(
         if mark_x is not None:
             nearest = min(range(len(x)), key=lambda i: abs(x[i] - mark_x))
             axes.plot(x[nearest], y[nearest], "o", color=colour, markersize=9)
+    for name, point in (measured or {}).items():
+        axes.plot(*point, "D", color="black", markersize=8)
+        axes.annotate(name, point, textcoords="offset points", xytext=(10, 8), fontweight="bold")
     return figure
 
 
@@ -178,6 +191,28 @@ def heatmap(
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=unit)
     return figure
+
+
+def pictures(images: Mapping[str, Any], *, title: str, alt: str = "") -> Figure:
+    """Draw images side by side, each under its name.
+
+    Args:
+        images: name -> uint8 tensor or array [3, H, W], or [H, W] in grey.
+        title, alt: as in :func:`curves`.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", figsize=(2.4 * len(images), 3.0))
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    row = figure.subplots(1, len(images), squeeze=False)[0]
+    for axes, (name, image) in zip(row, images.items(), strict=True):
+        pixels = np.asarray(image)
+        grey = pixels.ndim == 2
+        axes.imshow(pixels if grey else pixels.transpose(1, 2, 0), cmap="gray" if grey else None)
+        axes.set_title(name, fontsize=10)
+        axes.axis("off")
+    return describe(figure, alt or f"{title}; {', '.join(images)}")
 
 
 def splits(
