@@ -140,7 +140,7 @@ def test_the_train_pipeline_is_its_window_resized_as_torchvision_does(lossless):
     pipeline = image_pipeline(lossless, size=64, batch_size=len(SIZES), train=True, device="cpu")
     images, _ = next(iter(DALILoader(pipeline, shuffle=False, seed=5)))
     rng = np.random.default_rng((5, 0, 0, 0))  # seed, epoch, rank, batch
-    anchors, shapes, flips = pipeline.places(np.array(SIZES), rng)
+    anchors, shapes, flips = pipeline.places(np.array(SIZES), rng).values()
     for number, (path, _) in enumerate(ImageFolder(lossless).samples):
         (top, left), (height, width) = anchors[number].astype(int), shapes[number].astype(int)
         wanted = F.resized_crop(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -390,9 +391,20 @@ def test_close_gives_threads_back_and_the_loader_goes_on(samples):
     whole = numbers(loader)
     next(iter(loader))
     loader.close()
-    gc.collect()
     assert threading.active_count() <= before + 1
     assert numbers(loader) == whole
+
+
+def test_a_loader_that_nobody_holds_any_more_is_gone_at_once(samples):
+    gc.disable()
+    try:
+        loader = loader_of(samples)
+        next(iter(loader))
+        built = weakref.ref(loader._executor)
+        del loader
+        assert built() is None
+    finally:
+        gc.enable()
 
 
 def test_a_program_that_leaves_a_loop_ends(samples):

@@ -9,10 +9,13 @@ runs in DALI's own threads, ahead of the training loop, on the CPU or on a CUDA 
     for images, targets in loader:                 # float32 [N, 3, 224, 224], int64 [N]
         ...
 
-The pixels are torchvision's to within rounding: DALI's resize keeps fractional sizes by default
-(``subpixel_scale``), torchvision rounds them, and so does this pipeline. The order is that of
-torch's DistributedSampler; crops and flips depend on seed and epoch alone. DALI is optional (Linux
-only); :func:`torchvision_transform` is the same pipeline for everywhere else.
+The pixels are torchvision's to within rounding. DALI's own resize and crop keep fractional sizes
+(``subpixel_scale``), or round them to the nearest, and round the crop's corner otherwise, and so
+lie up to a pixel beside torchvision's; here the window is computed by torchvision's rules. The
+order is that of torch's DistributedSampler; crops and flips depend on seed and epoch alone.
+
+DALI is optional (Linux only); :func:`torchvision_transform` is the same pipeline for everywhere
+else.
 
 Source: NVIDIA DALI documentation; torchvision's reference training scripts.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,6 @@ from dlhelpers.dali_io.transforms import MEAN, STD, check_shape, shorter_side
 from dlhelpers.dali_io.windows import centre_windows, random_windows
 
 __all__ = ["ImagePipeline", "image_pipeline"]
-
-_ABSOLUTE = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,30 +44,36 @@ class ImagePipeline:
     threads: int
     prefetch: int
 
-    def places(self, sizes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    def places(self, sizes: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Return what the graph is fed beside the images: where to cut, what to mirror.
 
         Args:
             sizes: int [N, 2], (height, width) of each image.
             rng: of the batch; every image draws the same count of numbers, whatever its size.
+
+        Returns:
+            Name of an input -> float32 [N, 2] in pixels, rows before columns; ``flip`` int32 [N].
         """
         if self.train:
-            anchors, shapes = random_windows(sizes, rng, self.scale, self.ratio)
-            flips = rng.random(len(sizes)) < self.flip
-            return *_floats(anchors, shapes), flips.astype(np.int32)
-        starts, ends = centre_windows(sizes, self.size, self.resize)
+            anchor, shape = random_windows(sizes, rng, self.scale, self.ratio)
+            flip = rng.random(len(sizes)) < self.flip
+            return _floats(anchor=anchor, shape=shape) | {"flip": flip.astype(np.int32)}
+        start, end = centre_windows(sizes, self.size, self.resize)
         # what the resize's filter reaches: one step, or one pixel, beyond the window
-        step = (ends - starts) / self.size
+        step = (end - start) / self.size
         margin = np.maximum(step, 1) + 2
-        first, last = np.floor(starts - margin), np.ceil(ends + margin)
-        anchors, limits = np.maximum(first, 0), np.minimum(last, sizes)
-        # scaling down, what lies beyond the image becomes black where edges.py wants it
-        padded = self._has_edges & (step > 1)
-        first, last = np.where(padded, first, anchors), np.where(padded, last, limits)
-        places = [anchors, limits - anchors, starts - first, ends - first]
-        if self._has_edges:
-            places += [first - anchors, last - first]
-        return tuple(_floats(*places))
+        first, last = np.floor(start - margin), np.ceil(end + margin)
+        anchor, limit = np.maximum(first, 0), np.minimum(last, sizes)
+        if not self._has_edges:
+            return _floats(
+                anchor=anchor, shape=limit - anchor, start=start - anchor, end=end - anchor
+            )
+        # scaling down, what lies beyond the image becomes black, see edges.py
+        first, last = np.where(step > 1, first, anchor), np.where(step > 1, last, limit)
+        return _floats(
+            anchor=anchor, shape=limit - anchor, start=start - first, end=end - first,
+            frame_anchor=first - anchor, frame_shape=last - first,
+        )  # fmt: skip
 
     def gains(self, sizes: np.ndarray) -> np.ndarray | None:
         """Return what the outermost pixels are to be multiplied by, see edges.py; None for 1."""
@@ -88,8 +92,8 @@ class ImagePipeline:
         """Return a built ``nvidia.dali.Pipeline`` with one output, float32 [N, 3, size, size].
 
         Args:
-            feed: called for each batch; returns the images, a list of arrays, and then
-                :meth:`places`; raises StopIteration when there are no more.
+            feed: called for each batch; returns the images, a list of arrays, and then the
+                arrays of :meth:`places`; raises StopIteration when there are no more.
             batch_size: the largest that ``feed`` gives; None for the pipeline's own.
             seed: of random operators in ``augment``.
         """
@@ -111,19 +115,9 @@ class ImagePipeline:
     def _graph(self, feed: Callable[[], tuple[Any, ...]]) -> Any:
         from nvidia.dali import fn, types
 
-        pixels = self.source.kind == "pixels"
-        pairs = 2 if self.train else 6 if self._has_edges else 4
-        images, anchor, shape, *more = fn.external_source(
-            source=feed,
-            num_outputs=1 + pairs + self.train,
-            dtype=[types.UINT8, *[types.FLOAT] * pairs, *[types.INT32] * self.train],
-            ndim=[3 if pixels else 1, *[1] * pairs, *[0] * self.train],
-            layout=["HWC" if pixels else ""],
-        )
-        images = self._decode(images, anchor, shape)
-        if self._has_edges:
-            images = fn.slice(images, *more[2:], out_of_bounds_policy="pad", **_ABSOLUTE)
-        window = {} if self.train else {"roi_start": more[0], "roi_end": more[1]}
+        fed = self._inputs(feed)
+        images = self._decode(fed)
+        window = {} if self.train else {"roi_start": fed["start"], "roi_end": fed["end"]}
         images = fn.resize(
             images, size=(self.size, self.size), subpixel_scale=False, antialias=True, **window
         )
@@ -131,31 +125,52 @@ class ImagePipeline:
             images = self.augment(images)
         return fn.crop_mirror_normalize(
             images,
-            dtype=types.FLOAT,
-            output_layout="CHW",
+            mirror=fed["flip"] if self.train else 0,
             mean=[255 * value for value in self.mean],
             std=[255 * value for value in self.std],
-            mirror=more[0] if self.train else 0,
+            dtype=types.FLOAT,
+            output_layout="CHW",
         )
 
-    def _decode(self, images: Any, anchor: Any, shape: Any) -> Any:
+    def _inputs(self, feed: Callable[[], tuple[Any, ...]]) -> dict[str, Any]:
+        """Return the nodes of what is fed: the images and each of :meth:`places`."""
+        from nvidia.dali import fn, types
+
+        pixels = self.source.kind == "pixels"
+        names = list(self.places(np.ones((1, 2), dtype=np.int64), np.random.default_rng(0)))
+        nodes = fn.external_source(
+            source=feed,
+            num_outputs=1 + len(names),
+            dtype=[types.UINT8] + [types.INT32 if n == "flip" else types.FLOAT for n in names],
+            ndim=[3 if pixels else 1] + [0 if name == "flip" else 1 for name in names],
+            layout=["HWC" if pixels else ""],
+        )
+        return dict(zip(["images", *names], nodes, strict=True))
+
+    def _decode(self, fed: dict[str, Any]) -> Any:
         """Return the part of the images that is needed, uint8 HWC, on the device."""
         from nvidia.dali import fn, types
 
+        images, part = fed["images"], (fed["anchor"], fed["shape"])
+        pixels = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
         on_gpu = self.device.type == "cuda"
         if self.source.kind == "pixels":
-            images = fn.slice(images, anchor, shape, **_ABSOLUTE)
-            return images.gpu() if on_gpu else images
-        return fn.decoders.image_slice(
-            images,
-            anchor,
-            shape,
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-            adjust_orientation=False,  # ImageFolder and PIL leave EXIF's rotation alone as well
-            jpeg_fancy_upsampling=True,  # on the GPU as on the CPU
-            **_ABSOLUTE,
-        )
+            images = fn.slice(images, *part, **pixels)
+            images = images.gpu() if on_gpu else images
+        else:
+            images = fn.decoders.image_slice(
+                images,
+                *part,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,  # ImageFolder and PIL leave EXIF's rotation alone too
+                jpeg_fancy_upsampling=True,  # on the GPU as on the CPU
+                **pixels,
+            )
+        if "frame_shape" not in fed:
+            return images
+        frame = (fed["frame_anchor"], fed["frame_shape"])
+        return fn.slice(images, *frame, out_of_bounds_policy="pad", **pixels)
 
 
 def image_pipeline(
@@ -249,5 +264,5 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _floats(*arrays: np.ndarray) -> Iterator[np.ndarray]:
-    return (array.astype(np.float32) for array in arrays)
+def _floats(**arrays: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -212,6 +212,7 @@ def pictures(images: Mapping[str, Any], *, title: str, alt: str = "") -> Figure:
         axes.imshow(pixels if grey else pixels.transpose(1, 2, 0), cmap="gray" if grey else None)
         axes.set_title(name, fontsize=10)
         axes.axis("off")
+    figure._dlhelpers_format = "jpeg"  # photographs are large as PNG
     return describe(figure, alt or f"{title}; {', '.join(images)}")
 
 

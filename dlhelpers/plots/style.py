@@ -87,11 +87,11 @@ def alt_text(figure: Figure) -> str:
 
 
 def picture(figure: Figure) -> str:
-    """Return an ``img`` element with the figure as PNG and its alt text."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.1)
+    """Return an ``img`` element with the figure and its alt text: a PNG, or what it asks for."""
+    buffer, form = io.BytesIO(), getattr(figure, "_dlhelpers_format", "png")
+    figure.savefig(buffer, format=form, bbox_inches="tight", pad_inches=0.1)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt_text(figure))}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{html.escape(alt_text(figure))}" src="data:image/{form};base64,{data}">'
 
 
 def new_axes(title: str, xlabel: str, ylabel: str, alt: str, **subplots: Any) -> Any:

@@ -101,6 +101,27 @@ def test_lmdb_io_runs_and_its_widget_measures_what_is_chosen(page, address):
     keep_screenshot(page, "02_widget")
 
 
+def test_dali_io_runs_and_its_sliders_move_the_measured_point(page, address):
+    lab_session.open_notebook(page, address, "03_dali_io.ipynb")
+    lab_session.run_all(page, timeout_s=300)
+    assert lab_session.errors(page) == []
+
+    slider = page.locator(".widget-slider .noUi-handle").first  # the time to prepare a batch
+    slider.scroll_into_view_if_needed()
+    panel = page.locator(".jp-OutputArea-output img").last
+    before = panel.get_attribute("src")
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function(
+        "([before]) => [...document.querySelectorAll('.jp-OutputArea-output img')]"
+        ".at(-1).src !== before",
+        arg=[before],
+        timeout=30_000,
+    )
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, "03_widget")
+
+
 def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
     notebook = "window.jupyterapp.shell.currentWidget"
