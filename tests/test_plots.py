@@ -5,7 +5,9 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from dlhelpers import plots
 from dlhelpers.measure import Estimate
 from dlhelpers.plots import style
+from dlhelpers.stages import predict_stages
 
 positive = st.floats(1e-3, 1e3)
 
@@ -190,3 +193,38 @@ def test_a_mark_without_a_row_is_refused():
         plots.splits({"a": {"x": 1.0}}, title="t", xlabel="x", marks={"b": 1.0})
     with pytest.raises(ValueError, match="more than 6 colours"):
         plots.splits({"a": dict.fromkeys("abcdefg", 1.0)}, title="t", xlabel="x")
+
+
+def test_a_timeline_has_a_box_for_each_batch_where_it_was_worked_on():
+    line = predict_stages({"prepare": 0.03, "train": 0.01}, batches=3, depth=2)
+    axes = plots.timeline(line, title="t").axes[0]
+    boxes = [(b.get_x(), b.get_width(), b.get_y() + 0.35) for b in axes.patches]
+    wanted = [(0, 30, 0), (30, 30, 0), (60, 30, 0), (30, 10, 1), (60, 10, 1), (90, 10, 1)]
+    assert boxes == [pytest.approx(box) for box in wanted]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "prepare, 100% busy",
+        "train, 43% busy",
+    ]
+    assert axes.get_xlabel() == "time (ms)"
+    assert plots.timeline(line, title="t", unit_s=1.0).axes[0].get_xlabel() == "time (s)"
+
+
+def test_pictures_keep_black_black_and_white_white():
+    dark = np.full((4, 5), 3, np.uint8)
+    coloured = torch.zeros(3, 4, 5, dtype=torch.uint8)
+    coloured[0] = 200
+    drawn = plots.pictures({"dark": dark, "red": coloured}, title="t", alt="two")
+    first, second = (axes.images[0] for axes in drawn.axes)
+    assert (first.norm.vmin, first.norm.vmax) == (0, 255)
+    assert second.get_array()[0, 0].tolist() == [200, 0, 0]
+    assert [axes.get_title() for axes in drawn.axes] == ["dark", "red"]
+    assert 'alt="two" src="data:image/jpeg' in style.picture(drawn)
+
+
+def test_a_measured_point_lies_beside_the_curves():
+    drawn = plots.curves(
+        {"a": ([0, 1], [1, 2])}, title="t", xlabel="x", ylabel="y", measured={"here": (0.5, 1.7)}
+    )
+    point = drawn.axes[0].lines[-1]
+    assert (point.get_xdata().tolist(), point.get_ydata().tolist()) == ([0.5], [1.7])
+    assert "here" in [text.get_text() for text in drawn.axes[0].texts]

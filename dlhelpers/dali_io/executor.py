@@ -103,7 +103,9 @@ class Executor:
             return self._fed.popleft(), torch.empty(0)  # all of its images were left out
         if self._built.empty():
             raise StopIteration
-        images = self._outputs()
+        (outputs,) = self._built.share_outputs()
+        images = torch.from_dlpack(outputs.as_tensor())  # DALI hands the memory over, uncopied
+        self._built.release_outputs()
         self._built.schedule_run()
         job, gains = self._fed.popleft(), self._gains.popleft()
         if gains is not None:
@@ -134,17 +136,6 @@ class Executor:
         self._clear()
         self._built, self._idle = None, True
         self._readers.shutdown(cancel_futures=True)
-
-    def _outputs(self) -> torch.Tensor:
-        if self._pipeline.device.type == "cpu":
-            (images,) = self._built.share_outputs()
-        else:
-            stream = torch.cuda.current_stream(self._pipeline.device)
-            (images,) = self._built.share_outputs(stream)
-        # no copy: DALI's default executor hands the memory over
-        tensor = torch.from_dlpack(images.as_tensor())
-        self._built.release_outputs()
-        return tensor
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < 2:

@@ -197,7 +197,8 @@ def pictures(images: Mapping[str, Any], *, title: str, alt: str = "") -> Figure:
     """Draw images side by side, each under its name.
 
     Args:
-        images: name -> uint8 tensor or array [3, H, W], or [H, W] in grey.
+        images: name -> uint8 tensor or array [3, H, W], or in grey [H, W]: uint8 from black to
+            white, float from its least to its largest value.
         title, alt: as in :func:`curves`.
     """
     import numpy as np
@@ -208,8 +209,11 @@ def pictures(images: Mapping[str, Any], *, title: str, alt: str = "") -> Figure:
     row = figure.subplots(1, len(images), squeeze=False)[0]
     for axes, (name, image) in zip(row, images.items(), strict=True):
         pixels = np.asarray(image)
-        grey = pixels.ndim == 2
-        axes.imshow(pixels if grey else pixels.transpose(1, 2, 0), cmap="gray" if grey else None)
+        full = {"vmin": 0, "vmax": 255} if pixels.dtype == np.uint8 else {}
+        if pixels.ndim == 2:
+            axes.imshow(pixels, cmap="gray", **full)
+        else:
+            axes.imshow(pixels.transpose(1, 2, 0))
         axes.set_title(name, fontsize=10)
         axes.axis("off")
     figure._dlhelpers_format = "jpeg"  # photographs are large as PNG
