@@ -5,6 +5,8 @@ import io
 import random
 import sys
 from collections import namedtuple
+from contextlib import contextmanager
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -450,6 +452,16 @@ def test_augment_adds_operators_before_normalisation(photos):
 
 
 @needs_dali
+def test_augment_sees_no_black_beyond_the_edge(photos):
+    def negative(images):
+        return 255 - images
+
+    plain = pixels(evaluated(photos, 64, resize=64, augment=lambda images: images))
+    turned = pixels(evaluated(photos, 64, resize=64, augment=negative))
+    assert (255 - turned - plain).abs().max() <= 1.01
+
+
+@needs_dali
 def test_mean_and_std_are_those_given(photos):
     ours = evaluated(photos, 64, mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.allclose(255 * ours, pixels(evaluated(photos, 64)), atol=1e-3)
@@ -506,6 +518,9 @@ def test_set_epoch_reaches_the_loader_or_its_sampler():
     loader.sampler = Sampler()
     CudaPrefetcher(loader, device="cpu").set_epoch(4)
     assert loader.sampler.epoch == 4
+    loader.set_epoch = Sampler().set_epoch  # its own comes first
+    CudaPrefetcher(loader, device="cpu").set_epoch(5)
+    assert (loader.set_epoch.__self__.epoch, loader.sampler.epoch) == (5, 4)
 
 
 def test_the_tensors_of_a_batch_are_mapped_and_all_else_is_kept():
@@ -515,6 +530,60 @@ def test_the_tensors_of_a_batch_are_mapped_and_all_else_is_kept():
     assert isinstance(doubled[4], Pair)
     assert doubled[4].images.item() == 2
     assert isinstance(doubled[1], tuple)
+
+
+class Logged(torch.Tensor):
+    """A tensor that notes where it is sent and who uses it."""
+
+    log: ClassVar[list] = []
+
+    def to(self, device, non_blocking=False):
+        Logged.log.append(f"copy {int(self)} on {Stream.current} non_blocking={non_blocking}")
+        return self
+
+    def record_stream(self, stream):
+        Logged.log.append(f"record {int(self)} on {stream}")
+
+
+class Stream:
+    current = "main"
+
+    def __init__(self, name):
+        self.name = name
+
+    def __str__(self):
+        return self.name
+
+    def wait_stream(self, other):
+        Logged.log.append(f"{self} waits for {other}")
+
+
+def test_the_next_batch_is_copied_on_its_own_stream_before_the_present_one_is_given(monkeypatch):
+    """The order of calls, on a CUDA that only notes them: what a GPU has to do is counted."""
+
+    @contextmanager
+    def stream(used):
+        Stream.current = str(used)
+        yield
+        Stream.current = "main"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    Logged.log.clear()
+    given = [torch.tensor(n).as_subclass(Logged) for n in range(3)]
+    for batch in CudaPrefetcher(given, device="cuda"):
+        Logged.log.append(f"work {int(batch)}")
+
+    def arrival(n):
+        return ["main waits for copies", f"record {n} on main"]
+
+    copies = [f"copy {n} on copies non_blocking=True" for n in range(3)]
+    assert Logged.log == [
+        copies[0], *arrival(0), copies[1], "work 0", *arrival(1), copies[2], "work 1",
+        *arrival(2), "work 2",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

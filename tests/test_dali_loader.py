@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from dlhelpers import dali_io, data
+from dlhelpers import data
 from dlhelpers.dali_io import DALILoader, ImageError, has_dali, image_pipeline
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
 
@@ -195,6 +195,14 @@ def test_peek_follows_set_epoch(samples):
     assert same([loader.peek()], list(other)[:1])
 
 
+def test_a_loop_after_peek_follows_set_epoch(samples):
+    loader, other = loader_of(samples, shuffle=True), loader_of(samples, shuffle=True)
+    loader.peek()
+    for one in (loader, other):
+        one.set_epoch(7)
+    assert same(list(loader), list(other))
+
+
 def test_peek_where_no_batch_is_says_so(samples):
     with pytest.raises(StopIteration):
         loader_of(samples, 3, drop_last=True).peek()
@@ -236,6 +244,45 @@ def test_seed_and_epoch_decide_on_every_pixel(samples):
     assert same(list(again), second)
     assert same(list(again), list(loader))  # epoch 2 of both
     assert not same(list(loader_of(samples, train=True, seed=6)), first)
+
+
+def test_each_epoch_and_each_shard_draws_its_own_crops(samples):
+    """Not only the order changes: the same image is cut otherwise."""
+    ordered = {"train": True, "shuffle": False}
+    loader = loader_of(samples, **ordered)
+    assert not same(list(loader), list(loader))
+    again = loader_of(samples, **ordered)
+    assert same(list(again), list(loader_of(samples, **ordered)))
+    one_image = [samples[3]] * 8
+    shards = [list(loader_of(one_image, shard=(rank, 2), **ordered)) for rank in (0, 1)]
+    assert numbers(shards[0]) == numbers(shards[1])
+    assert not same(*shards)
+
+
+def test_random_operators_of_augment_follow_seed_and_shard(samples):
+    from nvidia.dali import fn
+
+    def noisy(images):
+        return fn.noise.salt_and_pepper(images, prob=0.5)
+
+    def batches(seed, shard):
+        pipeline = image_pipeline(
+            [samples[3]] * 8, size=8, batch_size=4, train=False, device="cpu", augment=noisy
+        )
+        return list(DALILoader(pipeline, seed=seed, shard=shard))
+
+    assert same(batches(1, (0, 2)), batches(1, (0, 2)))
+    assert not same(batches(1, (0, 2)), batches(1, (1, 2)))
+    assert not same(batches(1, (0, 2)), batches(2, (0, 2)))
+
+
+def test_threads_and_prefetch_reach_dali(samples):
+    pipeline = image_pipeline(
+        samples, size=8, batch_size=4, train=True, device="cpu", threads=3, prefetch=5
+    )
+    built = pipeline.build(lambda: None)
+    assert (built.num_threads, built.prefetch_queue_depth) == (3, 5)
+    assert built.max_batch_size == 4
 
 
 def test_threads_and_prefetching_change_no_pixel(samples):
@@ -313,6 +360,37 @@ def test_skip_changes_nothing_about_the_other_images(damaged):
         kept = ~torch.isin(all_targets, torch.tensor(bad))
         assert torch.equal(all_targets[kept], targets)
         assert torch.equal(all_images[kept], images)
+
+
+@pytest.mark.parametrize("bad", [(30,), (2, 13, 30, 31)])
+def test_an_image_that_is_damaged_far_behind_loses_no_batch_before_it(tmp_path, bad):
+    folder = data.photos(tmp_path / "photos", count=40, size=64, progress=False)
+    files = [path for path, _ in ImageFolder(folder).samples]
+    for number in bad:
+        Path(files[number]).write_bytes(b"no image at all")
+    pipeline = image_pipeline(
+        [(file, number) for number, file in enumerate(files)],
+        size=32, batch_size=4, train=False, device="cpu",
+    )  # fmt: skip
+    loader = DALILoader(pipeline, on_error="skip")
+    with pytest.warns(UserWarning, match="is left out"):
+        batches = numbers(loader)
+    assert len(batches) == 10
+    assert list(itertools.chain(*batches)) == [n for n in range(40) if n not in bad]
+    given = []
+    with pytest.raises(ImageError):
+        given.extend(number for _, targets in DALILoader(pipeline) for number in targets.tolist())
+    assert given == list(range(len(given)))
+    assert len(given) <= bad[0]
+
+
+def test_a_loop_after_peek_raised_raises_as_well(damaged):
+    files, _ = damaged
+    loader = damaged_loader(files, train=False)
+    with pytest.raises(ImageError):
+        loader.peek()
+    with pytest.raises(ImageError):
+        list(loader)
 
 
 def test_a_batch_of_nothing_but_damaged_images_is_left_out(damaged):
@@ -441,4 +519,3 @@ def test_the_gpu_pipeline_gives_what_the_cpu_pipeline_gives(tmp_path):
             assert gpu.is_cuda
             assert torch.equal(labels.cpu(), targets)
             assert (gpu.cpu() - cpu).abs().mean() < 0.02  # two JPEG decoders
-    assert dali_io.has_dali()

@@ -142,6 +142,10 @@ def every_third(count, rank, world):
     return range(rank, count, world)
 
 
+def first_decides(times, batches, overlap):
+    return sum(times) + (batches - 1) * (times[0] if overlap else sum(times))
+
+
 def flips_in_place(images, flags):
     images[flags] = images[flags].flip(-1)
     return images
@@ -174,14 +178,10 @@ MISTAKES = [
     ("02.6", every_third, "neighbours stay together"),
     ("02.6", rounds_down_with_the_rest_at_the_end, "equal work"),
     ("02.6", rounds_up, "equal work"),
-    ("03.1", lambda times, overlap: max(times), "one after the other"),
-    ("03.1", lambda times, overlap: sum(times), "side by side"),
-    (
-        "03.1",
-        lambda times, overlap: times[0] if overlap else sum(times),
-        "the last one is the slowest",
-    ),
-    ("03.1", lambda times, overlap: sum(times) / (len(times) if overlap else 1), "side by side"),
+    ("03.1", lambda times, n, overlap: sum(times), "one after the other"),
+    ("03.1", lambda times, n, overlap: n * sum(times), "the slowest stage is the first"),
+    ("03.1", lambda t, n, overlap: n * (max(t) if overlap else sum(t)), "a single batch"),
+    ("03.1", first_decides, "the slowest stage is the last"),
     ("03.2", lambda count, size, drop: count // size + 1, "an even number"),
     ("03.2", lambda count, size, drop: count // size, "a rest"),
     ("03.2", lambda count, size, drop: -(-count // size), "a rest is dropped"),

@@ -1,4 +1,4 @@
-"""The pipeline's arithmetic is that of an event-by-event simulation and of real threads."""
+"""The pipeline's arithmetic is that of an event-by-event simulation; threads keep its rules."""
 
 import heapq
 import threading
@@ -96,18 +96,43 @@ def test_threads_do_every_batch_once_in_order_in_every_stage():
             assert ends["b", k] <= starts["c", k]
 
 
-def test_the_queue_holds_no_more_than_its_depth():
-    made, ahead = [0], []
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_the_queue_holds_as_many_as_its_depth_and_no_more(depth):
+    made, enough, ahead = [], threading.Event(), []
+    most = depth + 2  # one in training, `depth` in the queue, one in hand
 
     def make():
-        made[0] += 1
+        made.append(1)
+        if len(made) >= most:
+            enough.set()
 
     def train():
-        ahead.append(made[0] - len(ahead))
+        if not ahead:  # while the first is trained on, as many are made as find room
+            assert enough.wait(30)
+            threading.Event().wait(0.05)  # one too many would come now
+            ahead.append(len(made))
 
-    run_stages({"make": make, "train": train}, batches=20, depth=2)
-    # one in training, two in the queue, one in hand
-    assert max(ahead) <= 4
+    run_stages({"make": make, "train": train}, batches=20, depth=depth)
+    assert ahead == [most]
+
+
+def test_nothing_is_begun_after_an_error():
+    done = {"read": 0, "train": 0}
+
+    def read():
+        done["read"] += 1
+        if done["read"] == 4:
+            raise OSError("the disk is gone")
+
+    def train():
+        done["train"] += 1
+
+    for depth in (0, 1, 8):
+        done.update(read=0, train=0)
+        with pytest.raises(OSError, match="disk"):
+            run_stages({"read": read, "train": train}, batches=50, depth=depth)
+        assert done["read"] == 4
+        assert done["train"] <= 3
 
 
 def test_what_a_stage_raises_arrives_and_no_thread_stays():

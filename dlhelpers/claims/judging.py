@@ -296,6 +296,11 @@ def _combine(conditions: Sequence[Judged], control: Control | None) -> tuple[Set
         reason += f" · unsettled: {unsettled}" if unsettled else ""
     elif unsettled:
         verdict, reason = "unsettled", f"the interval straddles the threshold: {unsettled}"
+        if any(c.verdict == "unsettled" and c.high == math.inf for c in conditions):
+            reason = (
+                f"too few repetitions for an interval, or it straddles the threshold: {unsettled}"
+            )
+            reason += " (give a larger budget_s, or stop other programs, and run it again)"
     else:
         verdict, reason = ("holds" if holds else "fails"), ""
     return verdict, " · ".join(filter(None, (reason, missing)))

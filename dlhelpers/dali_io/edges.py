@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 import torch
 
-__all__ = ["brighten_edges", "edge_gains"]
+__all__ = ["brighten_edges_", "edge_gains"]
 
 
 def edge_gains(starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, size: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def _gain(step: float) -> float:
     return sum(weights.values()) / sum(weight for i, weight in weights.items() if i >= 0)
 
 
-def brighten_edges(
+def brighten_edges_(
     images: torch.Tensor, gains: np.ndarray, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
     """Multiply the outermost rows and columns of normalised images, in place; return them.

@@ -12,7 +12,7 @@ from weakref import WeakMethod
 import numpy as np
 import torch
 
-from dlhelpers.dali_io.edges import brighten_edges
+from dlhelpers.dali_io.edges import brighten_edges_
 from dlhelpers.dali_io.graph import ImagePipeline
 from dlhelpers.lmdb_io import load_decoder
 
@@ -109,16 +109,17 @@ class Executor:
         self._built.schedule_run()
         job, gains = self._fed.popleft(), self._gains.popleft()
         if gains is not None:
-            brighten_edges(images, gains, self._pipeline.mean, self._pipeline.std)
+            brighten_edges_(images, gains, self._pipeline.mean, self._pipeline.std)
         return job, images
 
     def find_bad(self) -> dict[int, str]:
         """Return index -> reason of images under way that cannot be read; DALI is made anew."""
         self._built = None
         bad: dict[int, str] = {}
+        probe = _Probe(self._pipeline)
         for job in self._fed:
             for part in job.parts():
-                if why := self._try(part):
+                if why := probe.try_(part):
                     bad[int(part.wanted[0])] = why
             if bad:
                 break
@@ -165,21 +166,42 @@ class Executor:
             reading.cancel()
         self._ahead.clear()
 
-    def _try(self, job: Job) -> str:
-        """Return why an image cannot be read, empty where it can."""
+
+class _Probe:
+    """Puts images through a pipeline one at a time, to see which of them it breaks at."""
+
+    def __init__(self, pipeline: ImagePipeline) -> None:
+        self._pipeline, self._built = pipeline, None
+        self._next: list[tuple[Any, ...]] = []
+
+    def try_(self, job: Job) -> str:
+        """Return why the one image of a job cannot be read, empty where it can."""
         try:
             fed = job.read().fed
         except Exception as error:  # whatever a reader raises
             return str(error) or type(error).__name__
-        given = iter([fed])
         try:
-            probe = self._pipeline.build(lambda: next(given), batch_size=1)
-            probe.schedule_run()
-            probe.share_outputs()
-            probe.release_outputs()
+            self._run(fed)
         except Exception as error:  # whatever DALI raises
+            self._built = None
             return f"DALI {_reason(error)}; {_pillow_says(fed[0][0])}"
         return ""
+
+    def _run(self, fed: tuple[Any, ...]) -> None:
+        self._next = [fed]
+        if self._built is None:
+            self._built = self._pipeline.build(self._feed, batch_size=1)
+        else:
+            self._built.reset()
+        self._built.schedule_run()
+        self._built.share_outputs()
+        self._built.release_outputs()
+        self._built.schedule_run()  # finds nothing more, and can be reset
+
+    def _feed(self) -> tuple[Any, ...]:
+        if not self._next:
+            raise StopIteration
+        return self._next.pop()
 
 
 def _reason(error: Exception) -> str:

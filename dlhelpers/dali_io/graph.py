@@ -13,7 +13,7 @@ import torch
 from dlhelpers.dali_io.edges import edge_gains
 from dlhelpers.dali_io.sources import Source, open_source, require_dali
 from dlhelpers.dali_io.transforms import MEAN, STD, check_shape, shorter_side
-from dlhelpers.dali_io.windows import centre_windows, random_windows
+from dlhelpers.dali_io.windows import centre_windows, decoded_parts, random_windows
 
 __all__ = ["ImagePipeline", "image_pipeline"]
 
@@ -59,21 +59,7 @@ class ImagePipeline:
             flip = rng.random(len(sizes)) < self.flip
             return _floats(anchor=anchor, shape=shape) | {"flip": flip.astype(np.int32)}
         start, end = centre_windows(sizes, self.size, self.resize)
-        # what the resize's filter reaches: one step, or one pixel, beyond the window
-        step = (end - start) / self.size
-        margin = np.maximum(step, 1) + 2
-        first, last = np.floor(start - margin), np.ceil(end + margin)
-        anchor, limit = np.maximum(first, 0), np.minimum(last, sizes)
-        if not self._has_edges:
-            return _floats(
-                anchor=anchor, shape=limit - anchor, start=start - anchor, end=end - anchor
-            )
-        # scaling down, what lies beyond the image becomes black, see edges.py
-        first, last = np.where(step > 1, first, anchor), np.where(step > 1, last, limit)
-        return _floats(
-            anchor=anchor, shape=limit - anchor, start=start - first, end=end - first,
-            frame_anchor=first - anchor, frame_shape=last - first,
-        )  # fmt: skip
+        return _floats(**decoded_parts(start, end, sizes, self.size, framed=self._has_edges))
 
     def gains(self, sizes: np.ndarray) -> np.ndarray | None:
         """Return what the outermost pixels are to be multiplied by, see edges.py; None for 1."""
@@ -83,8 +69,9 @@ class ImagePipeline:
 
     @property
     def _has_edges(self) -> bool:
-        """Whether the centre crop can reach an image's edge."""
-        return not self.train and self.resize - self.size < 2
+        """Whether the centre crop can reach an image's edge, which is then to be mended."""
+        # not behind operators of others, which may move the edges or see the black beyond them
+        return not self.train and self.resize - self.size < 2 and self.augment is None
 
     def build(
         self, feed: Callable[[], tuple[Any, ...]], *, batch_size: int | None = None, seed: int = 0
@@ -105,6 +92,7 @@ class ImagePipeline:
             num_threads=self.threads,
             device_id=None if self.device.type == "cpu" else self.device.index or 0,
             prefetch_queue_depth=self.prefetch,
+            exec_dynamic=True,  # gives the memory of its outputs away, see executor.py
             seed=seed,
         )
         with pipeline:
@@ -210,7 +198,7 @@ def image_pipeline(
         flip: probability of the horizontal flip.
         mean, std: for the pixels from 0 to 1, one for each channel.
         augment: from a DALI node (uint8, HWC, after the crop) to one; calls ``fn.*``. Its random
-            operators follow the seed, but not the epoch.
+            operators follow seed and shard, but not the epoch.
         threads: of DALI; None for as many as this process may use cores.
         prefetch: batches that are prepared ahead.
 

@@ -21,6 +21,11 @@ __all__ = ["DALILoader"]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
+def count_batches(count: int, batch_size: int, drop_last: bool) -> int:
+    """Return len() of a DataLoader: rounded down where the last, smaller batch is dropped."""
+    return count // batch_size if drop_last else -(-count // batch_size)
+
+
 class DALILoader:
     """Batches of an image pipeline: ``images`` float32 [N, 3, size, size], ``targets`` int64 [N].
 
@@ -39,10 +44,11 @@ class DALILoader:
         shard: (rank, number of processes): this process gets every so-many-th image, as with
             DistributedSampler, which repeats some so that all get equally many.
         on_error: what an image that cannot be read or decoded does: ``raise`` an ImageError that
-            names it, or ``skip`` it: its batch is smaller, and :attr:`skipped` lists it.
+            names it, or ``skip`` it: its batch is smaller, or missing where nothing is left of it,
+            and :attr:`skipped` lists it.
 
     Attributes:
-        pipeline, batch_size, drop_last: as given.
+        pipeline, batch_size, drop_last, seed: as given.
         epoch: the one that the next loop will go through; set_epoch sets it, each loop adds one.
         skipped: (name, reason) of images that were left out so far.
 
@@ -91,8 +97,7 @@ class DALILoader:
         return self._plan.named(self._plan.bad)
 
     def __len__(self) -> int:
-        count = len(self._sampler)
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        return count_batches(len(self._sampler), self.batch_size, self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next loop goes through, to resume a training, say.
@@ -106,7 +111,7 @@ class DALILoader:
 
     def __iter__(self) -> Iterator[Batch]:
         run, self._running = self._running, None
-        if run is None or run.started or run.epoch != self.epoch:
+        if run is None or run.started or run.over or run.epoch != self.epoch:
             run = self._begin()
         self._running = run
         self.epoch += 1
@@ -137,7 +142,7 @@ class DALILoader:
 
     def _begin(self) -> _Epoch:
         if self._executor is None or self._executor.closed:
-            self._executor = Executor(self.pipeline, self.seed)
+            self._executor = Executor(self.pipeline, self._plan.augment_seed)
         self._sampler.set_epoch(self.epoch)
         order = np.fromiter(self._sampler, dtype=np.int64, count=len(self._sampler))
         return _Epoch(self._plan, self.epoch, order, len(self), self._executor)
@@ -152,6 +157,11 @@ class _Plan:
     rank: int
     skips: bool
     bad: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def augment_seed(self) -> int:
+        """A seed for DALI's own random operators, another one for each process."""
+        return int(np.random.SeedSequence((self.seed, self.rank)).generate_state(1)[0])
 
     def jobs(self, epoch: int, order: np.ndarray, numbers: range) -> Iterator[Job]:
         """Yield some batches of an epoch, those images left out that are known to be bad."""

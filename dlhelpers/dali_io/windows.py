@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-__all__ = ["centre_windows", "random_windows"]
+__all__ = ["centre_windows", "decoded_parts", "random_windows"]
 
 _ATTEMPTS = 10  # as torchvision
 
@@ -81,3 +81,34 @@ def centre_windows(sizes: np.ndarray, size: int, resize: int) -> tuple[np.ndarra
     corner = np.rint((resized - size) / 2)
     step = sizes / resized
     return corner * step, (corner + size) * step
+
+
+def decoded_parts(
+    start: np.ndarray, end: np.ndarray, sizes: np.ndarray, size: int, *, framed: bool
+) -> dict[str, np.ndarray]:
+    """Return which part of each image a resize of its window to ``size`` needs.
+
+    The resize's filter reaches one step beyond the window, or one pixel where it enlarges; two
+    pixels more are for decoders that smooth colours across the edge of what they decode.
+
+    Args:
+        start, end: float [N, 2], of the windows in the images.
+        sizes: int [N, 2], of the images.
+        size: of the result, in pixels.
+        framed: let the part reach beyond the image where that is scaled down, see edges.py.
+
+    Returns:
+        [N, 2] each: ``anchor`` and ``shape`` of the part; ``start`` and ``end`` of the window in
+        it. With ``framed`` also ``frame_anchor`` and ``frame_shape``, what is to be cut out of the
+        part, and ``start`` and ``end`` within that.
+    """
+    step = (end - start) / size
+    margin = np.maximum(step, 1) + 2
+    first, last = np.floor(start - margin), np.ceil(end + margin)
+    anchor, limit = np.maximum(first, 0), np.minimum(last, sizes)
+    part = {"anchor": anchor, "shape": limit - anchor}
+    if not framed:
+        return part | {"start": start - anchor, "end": end - anchor}
+    first, last = np.where(step > 1, first, anchor), np.where(step > 1, last, limit)
+    frame = {"frame_anchor": first - anchor, "frame_shape": last - first}
+    return part | {"start": start - first, "end": end - first} | frame

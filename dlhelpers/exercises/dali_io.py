@@ -8,23 +8,31 @@ from typing import Any
 
 import torch
 
+from dlhelpers.dali_io.loader import count_batches
 from dlhelpers.exercises import Case, Exercise
+from dlhelpers.stages import predict_stages
 
 __all__ = ["EXERCISES"]
 
 
-def batch_time(times: Sequence[float], overlap: bool) -> float:
-    """Return the time for each batch of many: the slowest stage where they overlap, else all."""
-    return max(times) if overlap else sum(times)
+def total_time(times: Sequence[float], batches: int, overlap: bool) -> float:
+    """Return the time until the last batch has left the last stage.
+
+    Side by side, the first batch goes through all stages, and then one leaves the slowest stage
+    every max(times); one after the other, each takes the sum.
+    """
+    if overlap:
+        return sum(times) + (batches - 1) * max(times)
+    return batches * sum(times)
 
 
-def _takes(times: list[float], overlap: bool, wanted: float) -> Callable[[Any], bool]:
-    return lambda f: math.isclose(f(list(times), overlap), wanted)
+def _takes(times: list[float], batches: int, overlap: bool) -> Callable[[Any], bool]:
+    def test(f: Any) -> bool:
+        stages = {str(place): time for place, time in enumerate(times)}
+        line = predict_stages(stages, batches=batches, depth=2 * overlap)
+        return math.isclose(f(list(times), batches, overlap), line.total_s)
 
-
-def batches(count: int, batch_size: int, drop_last: bool) -> int:
-    """Return len() of a DataLoader: rounded down where the last, smaller batch is dropped."""
-    return count // batch_size if drop_last else -(-count // batch_size)
+    return test
 
 
 def _counts(*rows: tuple[int, int, bool, int]) -> Callable[[Any], bool]:
@@ -94,32 +102,38 @@ def _sizes(height: int, width: int, shorter: int) -> Callable[[Any], bool]:
 EXERCISES = (
     Exercise(
         id="03.1",
-        title="Who decides (predict, then run)",
-        task="Write batch_time(times, overlap): the time for each batch, once the pipeline runs.",
+        title="How long it takes (predict, then run)",
+        task="Write total_time(times, batches, overlap): until the last batch has been trained on.",
         cases=(
             Case(
                 "one after the other",
-                "20, 5 and 10 ms without overlap: each batch takes all of them, 35 ms",
-                _takes([20.0, 5.0, 10.0], False, 35.0),
+                "stages of 20, 5 and 10 units without overlap, 4 batches: each batch goes through "
+                "all of them before the next one begins, 35 units each",
+                _takes([20.0, 5.0, 10.0], 4, False),
             ),
             Case(
-                "side by side",
-                "20, 5 and 10 ms with overlap: every 20 ms a batch leaves the slowest stage, and "
-                "the others wait for it",
-                _takes([20.0, 5.0, 10.0], True, 20.0),
+                "a single batch",
+                "one batch has nothing to overlap with: it takes all stages, also with overlap",
+                _takes([20.0, 5.0, 10.0], 1, True),
             ),
             Case(
-                "the last one is the slowest",
-                "5, 10 and 20 ms with overlap: the slowest decides, wherever it stands",
-                _takes([5.0, 10.0, 20.0], True, 20.0),
+                "the slowest stage is the first",
+                "20, 5 and 10 units with overlap, 4 batches: the first batch takes 35, and after "
+                "it one arrives every 20 units",
+                _takes([20.0, 5.0, 10.0], 4, True),
             ),
-            Case("a single stage", "there is nothing to overlap with", _takes([7.0], True, 7.0)),
+            Case(
+                "the slowest stage is the last",
+                "5, 10 and 20 units with overlap: the slowest stage decides, wherever it stands",
+                _takes([5.0, 10.0, 20.0], 7, True),
+            ),
         ),
         hints=(
-            "Without overlap a batch goes through all stages before the next one begins.",
-            "With overlap it is max(times), without sum(times).",
+            "When does the first batch arrive? And how long after it the second one?",
+            "With overlap two terms: what fills the pipeline, once, and what the slowest stage "
+            "takes, for each batch after the first.",
         ),
-        solution=batch_time,
+        solution=total_time,
     ),
     Exercise(
         id="03.2",
@@ -148,10 +162,10 @@ EXERCISES = (
             ),
         ),
         hints=(
-            "// rounds down. What rounds up?",
-            "-(-count // batch_size) rounds up; math.ceil(count / batch_size) does too.",
+            "// rounds down. When is that right, and when is a batch missing?",
+            "Round up where the rest makes a batch: math.ceil, or add batch_size - 1 before //.",
         ),
-        solution=batches,
+        solution=count_batches,
     ),
     Exercise(
         id="03.3",
@@ -189,7 +203,7 @@ EXERCISES = (
             Case(
                 "all",
                 "all four flags are set: every image is mirrored left to right, that is along the "
-                "last dimension",
+                "last dimension; a mask needs as many dimensions as the images",
                 _flips(True, True, True, True),
             ),
             Case(
@@ -205,8 +219,8 @@ EXERCISES = (
             ),
         ),
         hints=(
-            "images.flip(-1) mirrors all of them; torch.where chooses.",
-            "flags has the shape [N]; flags[:, None, None, None] fits images [N, C, H, W].",
+            "Make both versions of every image, and choose between them by a mask.",
+            "torch.where chooses; the mask needs four dimensions, as images have: flags.view(...).",
         ),
         solution=flip_each,
     ),
@@ -238,8 +252,9 @@ EXERCISES = (
             ),
         ),
         hints=(
-            "Which side is the shorter one? It becomes `shorter`, the other keeps the ratio.",
-            "side * shorter // min(height, width), for both sides.",
+            "The shorter side becomes `shorter`, the other keeps the ratio: what does torchvision "
+            "do with its fraction?",
+            "Both sides by one formula: side times shorter over the shorter side, rounded down.",
         ),
         solution=resized,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -138,16 +139,18 @@ def intervals(
             fontsize=9,
             color=BASELINE,
         )
-    for row, item in enumerate(items.values()):
-        value = getattr(item, "value", getattr(item, "speedup", None))
+    values = [getattr(item, "value", getattr(item, "speedup", None)) for item in items.values()]
+    for row, (item, value) in enumerate(zip(items.values(), values, strict=True)):
         ends = [item.low, item.high]
         if baseline == 1.0:  # on a log axis an end that is not known lies far outside
             ends = [min(max(end, 1e-9), 1e9) for end in ends]
         axes.plot(ends, [row, row], color=TREATMENT, linewidth=5, alpha=0.35)
         axes.plot(value, row, "o", color=TREATMENT, markersize=8)
-    axes.set(yticks=range(len(items)), yticklabels=list(items), ylim=(len(items) - 0.5, -0.7))
+    labels = [textwrap.fill(name, 30) for name in items]
+    axes.set(yticks=range(len(items)), yticklabels=labels, ylim=(len(items) - 0.5, -0.7))
     if baseline == 1.0:
-        log_axis(axes, [v for item in items.values() for v in (item.low, item.high)] + [1.0])
+        ends = [v for item in items.values() for v in (item.low, item.high)]
+        log_axis(axes, [*ends, *values, 1.0, threshold or 1.0])
     return figure
 
 
