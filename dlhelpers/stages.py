@@ -14,10 +14,12 @@ Source: Buzacott & Shanthikumar 1993, Stochastic Models of Manufacturing Systems
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from time import perf_counter, sleep
 
 __all__ = ["Span", "Timeline", "predict_stages", "run_stages"]
@@ -64,20 +66,27 @@ class Timeline:
     def batches_per_s(self) -> float:
         """Throughput once the first batch has arrived, the filling of the pipeline not counted."""
         ends = [span.end_s for span in self.spans if span.stage == self.stages[-1]]
-        if len(ends) < 2:
-            return 1 / self.total_s
-        return (len(ends) - 1) / (ends[-1] - ends[0])
+        took = ends[-1] - ends[0] if len(ends) > 1 else self.total_s
+        return max(1, len(ends) - 1) / took if took else math.inf
 
     def busy_share(self, stage: str) -> float:
         """Return which share of its time, first start to last end, a stage works; else it waits."""
-        spans = [span for span in self.spans if span.stage == stage]
-        worked = sum(span.end_s - span.start_s for span in spans)
-        return worked / (spans[-1].end_s - spans[0].start_s)
+        spans = self._of(stage)
+        whole = spans[-1].end_s - spans[0].start_s
+        return self._work_s(stage) / whole if whole else 1.0
 
     @property
     def bottleneck(self) -> str:
-        """The stage that is busy most of its time."""
-        return max(self.stages, key=self.busy_share)
+        """The stage that works longest on all batches together."""
+        return max(self.stages, key=self._work_s)
+
+    def _of(self, stage: str) -> list[Span]:
+        if stage not in self.stages:
+            raise ValueError(f"there is no stage {stage!r}; there are {', '.join(self.stages)}")
+        return [span for span in self.spans if span.stage == stage]
+
+    def _work_s(self, stage: str) -> float:
+        return sum(span.end_s - span.start_s for span in self._of(stage))
 
 
 def predict_stages(
@@ -160,7 +169,7 @@ def _in_threads(
     names: Sequence[str], one: Callable[[str, int], None], batches: int, depth: int
 ) -> None:
     queues: list[queue.Queue[bool]] = [queue.Queue(depth) for _ in names[1:]]
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def stage(place: int) -> None:
         for k in range(batches):
@@ -168,12 +177,13 @@ def _in_threads(
             try:
                 if going and not errors:
                     one(names[place], k)
-            except Exception as error:  # the stage's own
+            except BaseException as error:  # the stage's own, SystemExit as well
                 errors.append(error)
             if place < len(queues):  # also after an error, so that nobody waits for ever
                 queues[place].put(not errors)
 
-    threads = [threading.Thread(target=stage, args=(place,)) for place in range(len(names))]
+    places = range(len(names))
+    threads = [threading.Thread(target=stage, args=(place,), daemon=True) for place in places]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -199,9 +209,15 @@ def _need(stages: Mapping[str, object], batches: int, depth: int) -> None:
 
 
 def _each(name: str, times: object, batches: int) -> list[float]:
-    found = [float(times)] * batches if isinstance(times, int | float) else [*map(float, times)]
+    try:
+        one = isinstance(times, Real) or not hasattr(times, "__len__")
+        found = [float(times)] * batches if one else [*map(float, times)]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"stage {name!r} must take seconds, or a list of seconds, got {times!r}"
+        ) from None
     if len(found) != batches:
         raise ValueError(f"stage {name!r} has {len(found)} times for {batches} batches")
-    if any(not time >= 0 for time in found):
-        raise ValueError(f"stage {name!r} has a time below 0: {min(found)}")
+    if any(not 0 <= time < math.inf for time in found):
+        raise ValueError(f"stage {name!r} must take finite seconds, 0 or more, got {times!r}")
     return found

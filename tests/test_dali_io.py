@@ -86,7 +86,18 @@ def evaluated(source, size=224, **options):
 @needs_dali
 @pytest.mark.parametrize(
     ("size", "resize"),
-    [(224, None), (64, 71), (200, 200), (200, 201), (231, 231), (300, 300), (33, 230), (8, 8)],
+    [
+        (224, None),
+        (64, 71),
+        (200, 200),
+        (200, 201),
+        (231, 231),
+        (300, 300),
+        (33, 230),
+        (8, 8),
+        (1, 1),
+        (2, 2),
+    ],
 )
 def test_the_eval_pipeline_gives_torchvisions_pixels(lossless, size, resize):
     ours = evaluated(lossless, size, resize=resize)
@@ -94,7 +105,7 @@ def test_the_eval_pipeline_gives_torchvisions_pixels(lossless, size, resize):
     reference = torch.stack([image for image, _ in ImageFolder(lossless, transform)])
     largest, mean = apart(ours, reference)
     assert largest <= 2.001
-    assert mean <= 0.3
+    assert mean <= (0.3 if size > 4 else 1)  # in a few pixels rounding does not average out
 
 
 @needs_dali
@@ -150,8 +161,9 @@ def test_the_train_pipeline_is_its_window_resized_as_torchvision_does(lossless):
         )
         wanted = F.horizontal_flip(wanted) if flips[number] else wanted
         off = (pixels(images[number]) - wanted.float()).abs()
-        assert off[:, 1:-1, 1:-1].max() <= 2.001  # the outermost pixels: see edges.py
+        assert off[:, 1:-1, 1:-1].max() <= 2.001
         assert off.mean() <= 0.3
+        assert off.max() <= 30  # the outermost pixels: DALI repeats the edge, see edges.py
 
 
 @needs_dali
@@ -360,6 +372,16 @@ def test_the_size_is_read_from_the_header(form):
     assert sources._encoded_size(encoded) == (53, 37)
 
 
+def test_a_jpeg_without_pixels_is_told():
+    buffer = io.BytesIO()
+    Image.new("RGB", (37, 53)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    size = data.index(bytes([0, 53, 0, 37]))
+    flat = np.frombuffer(data[:size] + bytes(2) + data[size + 2 :], np.uint8)
+    with pytest.raises(ValueError, match="0 x 37"):
+        sources._encoded_size(flat)
+
+
 @settings(max_examples=300, deadline=None)
 @given(cut=st.integers(0, 900), place=st.integers(2, 600), value=st.integers(0, 255))
 def test_a_damaged_header_gives_a_size_or_none_but_no_crash(cut, place, value):
@@ -419,7 +441,10 @@ def test_a_database_with_a_transform_is_refused_since_dali_would_not_run_it(phot
         ("scale", (0.5, 0.1), "scale must be"),
         ("ratio", (0, 1), "ratio must be"),
         ("flip", 2, "flip must be"),
-        ("std", (1, 1, 0), "std above 0"),
+        ("std", (1, 1, 0), "std must be above 0"),
+        ("std", (1, 1), "std must be 3 numbers"),
+        ("mean", 0.5, "mean must be 3 numbers"),
+        ("scale", 1, "scale must be 2 numbers"),
         ("threads", 0, "threads must be"),
         ("prefetch", 0, "prefetch must be"),
         ("device", "tpu", "device must be"),
@@ -430,6 +455,23 @@ def test_an_option_out_of_range_is_told(photos, option, value, says):
     options = {"size": 32, "batch_size": 4, "train": True} | {option: value}
     with pytest.raises(ValueError, match=says):
         image_pipeline(photos, **options)
+
+
+@needs_dali
+def test_whole_numbers_of_numpy_are_whole_numbers(photos):
+    pipeline = image_pipeline(
+        photos, size=np.int64(16), batch_size=np.int32(4), train=True, device="cpu"
+    )
+    images, _ = next(iter(DALILoader(pipeline, seed=np.int64(1), shard=(np.int64(0), 2))))
+    assert images.shape == (4, 3, 16, 16)
+
+
+@needs_dali
+@pytest.mark.parametrize("name", ["transform", "target_transform"])
+def test_an_imagefolder_with_a_transform_is_refused_since_dali_would_not_run_it(photos, name):
+    folder = ImageFolder(photos, **{name: lambda x: x})
+    with pytest.raises(ValueError, match=f"ImageFolder has {name}="):
+        image_pipeline(folder, size=8, batch_size=2, train=True)
 
 
 @needs_dali
@@ -576,6 +618,10 @@ def test_the_next_batch_is_copied_on_its_own_stream_before_the_present_one_is_gi
     for batch in CudaPrefetcher(given, device="cuda"):
         Logged.log.append(f"work {int(batch)}")
 
+    def breaks():
+        yield given[0]
+        raise OSError("the disk is gone")
+
     def arrival(n):
         return ["main waits for copies", f"record {n} on main"]
 
@@ -584,6 +630,10 @@ def test_the_next_batch_is_copied_on_its_own_stream_before_the_present_one_is_gi
         copies[0], *arrival(0), copies[1], "work 0", *arrival(1), copies[2], "work 1",
         *arrival(2), "work 2",
     ]  # fmt: skip
+    batches = iter(CudaPrefetcher(breaks(), device="cuda"))
+    assert next(batches) is not None  # what was there before the error is not lost
+    with pytest.raises(OSError, match="disk"):
+        next(batches)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -4,10 +4,12 @@ import gc
 import itertools
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,46 @@ def test_what_was_taken_before_changes_nothing_after(samples):
     list(one)
     next(iter(other))
     assert same(list(one), list(other))  # epoch 1 of both
+
+
+@pytest.mark.parametrize("where", ["while reading", "in DALI"])
+def test_an_interrupted_loop_gives_no_batch_with_other_targets(samples, where, monkeypatch):
+    loader = loader_of(samples * 4, train=True)
+    batches = iter(loader)
+    next(batches)
+
+    def interrupted(*_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    if where == "while reading":
+        monkeypatch.setattr(Future, "result", interrupted)
+    else:
+        monkeypatch.setattr(loader._executor._built, "share_outputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(batches)
+    with pytest.raises(RuntimeError, match="was interrupted"):
+        next(batches)
+    check = loader_of(samples * 4, train=True)
+    check.set_epoch(1)
+    assert same(list(loader), list(check))
+
+
+def test_a_loop_may_be_shared_by_threads(samples):
+    batches = iter(loader_of(samples * 20))
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda _: numbers(batches), range(4)))
+    assert sorted(n for part in parts for batch in part for n in batch) == sorted(
+        [number for _, number in samples] * 20
+    )
+
+
+def test_a_used_loader_can_be_pickled(samples):
+    loader = loader_of(samples, train=True, seed=3)
+    list(loader)
+    copy = pickle.loads(pickle.dumps(loader))
+    assert copy.epoch == 1
+    assert same(list(copy), list(loader))
 
 
 def test_an_older_loop_says_that_a_newer_one_has_begun(samples):
@@ -426,6 +468,22 @@ def test_a_damaged_record_of_a_database_names_its_key(tmp_path):
         list(DALILoader(pipeline))
 
 
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_no_image_is_blamed_for_an_error_of_augment(samples, on_error):
+    from nvidia.dali import fn
+
+    def too_large(images):
+        return fn.crop(images, crop=(100, 100))
+
+    pipeline = image_pipeline(
+        samples, size=8, batch_size=4, train=False, device="cpu", augment=too_large
+    )
+    loader = DALILoader(pipeline, on_error=on_error)
+    with pytest.raises(RuntimeError, match=r"fn\.crop"):
+        list(loader)
+    assert loader.skipped == []
+
+
 def test_an_error_that_no_image_is_to_blame_for_is_passed_on(samples):
     def unbuildable(images):
         raise KeyError("the augmentation's own")
@@ -443,6 +501,7 @@ def test_an_error_that_no_image_is_to_blame_for_is_passed_on(samples):
     [
         ("shard", (2, 2), "shard must be"),
         ("shard", (-1, 2), "shard must be"),
+        ("shard", 3, "shard must be"),
         ("on_error", "ignore", "on_error must be"),
         ("seed", -1, "seed must be"),
         ("seed", 1.5, "seed must be"),

@@ -1,8 +1,10 @@
 """The pipeline's arithmetic is that of an event-by-event simulation; threads keep its rules."""
 
 import heapq
+import math
 import threading
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +79,31 @@ def test_the_last_stage_waits_for_its_share_of_the_time():
     line = predict_stages({"prepare": 4.0, "train": 1.0}, batches=400, depth=2)
     assert line.busy_share("train") == pytest.approx(0.25, abs=0.01)
     assert line.batches == 400
+
+
+def test_the_bottleneck_is_the_stage_with_most_work_also_where_nobody_waits():
+    for batches, depth in ((1, 2), (4, 2), (12, 12)):
+        line = predict_stages({"prepare": 1, "train": 3}, batches=batches, depth=depth)
+        assert line.bottleneck == "train"
+
+
+def test_numbers_of_numpy_and_stages_that_take_no_time_are_stages_as_well():
+    line = predict_stages({"a": np.float32(0.5), "b": np.int64(1), "c": np.ones(3)}, batches=3)
+    assert line.total_s == 0.5 + 3 + 1
+    nothing = predict_stages({"a": 0.0}, batches=3)
+    assert (nothing.batches_per_s, nothing.busy_share("a")) == (math.inf, 1.0)
+    with pytest.raises(ValueError, match="there is no stage 'b'"):
+        nothing.busy_share("b")
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_an_exit_in_a_stage_ends_all_of_them(error):
+    def leaves():
+        raise error
+
+    for depth in (0, 1):
+        with pytest.raises(error):
+            run_stages({"a": 0.001, "b": leaves, "c": 0.001}, depth=depth)
 
 
 def test_threads_do_every_batch_once_in_order_in_every_stage():
@@ -154,8 +181,11 @@ def test_what_a_stage_raises_arrives_and_no_thread_stays():
     ("stages", "options", "says"),
     [
         ({}, {}, "no stage"),
-        ({"a": -1.0}, {}, "below 0"),
-        ({"a": float("nan")}, {}, "below 0"),
+        ({"a": -1.0}, {}, "0 or more"),
+        ({"a": float("nan")}, {}, "finite"),
+        ({"a": float("inf")}, {}, "finite"),
+        ({"a": None}, {}, "must take seconds"),
+        ({"a": "fast"}, {}, "must take seconds"),
         ({"a": [1.0, 2.0]}, {"batches": 3}, "2 times for 3"),
         ({"a": 1.0}, {"batches": 0}, "batches must be"),
         ({"a": 1.0}, {"depth": -1}, "depth must be"),

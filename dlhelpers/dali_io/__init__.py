@@ -11,7 +11,9 @@ runs in DALI's own threads, ahead of the training loop, on the CPU or on a CUDA 
 
 The pixels are torchvision's to within rounding. DALI's own resize and crop keep fractional sizes
 (``subpixel_scale``), or round them to the nearest, and round the crop's corner otherwise, and so
-lie up to a pixel beside torchvision's; here the window is computed by torchvision's rules. The
+lie up to a pixel beside torchvision's; here the window is computed by torchvision's rules. Only
+the outermost pixels of random crops differ by more: there DALI's resize repeats the crop's edge,
+torchvision's does not (for the eval pipeline :mod:`dlhelpers.dali_io.edges` mends it). The
 order is that of torch's DistributedSampler; crops and flips depend on seed and epoch alone.
 
 DALI is optional (Linux only); :func:`torchvision_transform` is the same pipeline for everywhere

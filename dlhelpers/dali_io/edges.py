@@ -39,16 +39,18 @@ def edge_gains(starts: np.ndarray, ends: np.ndarray, sizes: np.ndarray, size: in
     steps = (ends - starts) / size
     at_edge = np.stack([starts <= 0, ends >= sizes - 1e-6], axis=2) & (steps > 1)[..., None]
     for image, axis, side in np.argwhere(at_edge):
-        gains[image, axis, side] = _gain(float(steps[image, axis]))
+        if size > 1 or side == 0:  # a single pixel is first and last at once
+            gains[image, axis, side] = _gain(float(steps[image, axis]), size)
     return gains
 
 
 @cache
-def _gain(step: float) -> float:
+def _gain(step: float, size: int) -> float:
     """Return all weights / those inside, of the first pixel when ``step`` pixels become one."""
-    centre, reach = step / 2 - 0.5, math.ceil(1.5 * step) + 1
+    centre, reach, length = step / 2 - 0.5, math.ceil(1.5 * step) + 1, size * step
     weights = {i: max(0.0, 1 - abs(i - centre) / step) for i in range(-reach, reach + 1)}
-    return sum(weights.values()) / sum(weight for i, weight in weights.items() if i >= 0)
+    inside = sum(weight for i, weight in weights.items() if 0 <= i < length - 0.5)
+    return sum(weights.values()) / inside
 
 
 def brighten_edges_(

@@ -21,9 +21,10 @@ __all__ = ["Executor", "Job"]
 
 @dataclass(frozen=True)
 class Job:
-    """A batch to be made: indices [N], which of them are wanted, and the seed of the batch."""
+    """A batch to be made: its number in the epoch, indices [N], which are wanted, and its seed."""
 
     pipeline: ImagePipeline
+    number: int
     indices: np.ndarray
     kept: np.ndarray
     seed: tuple[int, ...]
@@ -33,28 +34,19 @@ class Job:
         """Indices of the images that are wanted."""
         return self.indices[self.kept]
 
-    def read(self) -> Read:
-        """Read the images. What is not wanted draws random numbers all the same."""
+    def read(self) -> tuple[Any, ...]:
+        """Return what DALI is fed. What is not wanted draws random numbers all the same."""
         source = self.pipeline.source
         images = source.read(self.wanted.tolist())
         sizes = np.ones((len(self.indices), 2), dtype=np.int64)
-        sizes[self.kept] = np.array([source.size(image) for image in images]).reshape(-1, 2)
+        sizes[self.kept] = [source.size(image) for image in images]
         places = self.pipeline.places(sizes, np.random.default_rng(self.seed))
-        gains = self.pipeline.gains(sizes[self.kept])
-        return Read((images, *(rows[self.kept] for rows in places.values())), gains)
+        return images, self.wanted, *(rows[self.kept] for rows in places.values())
 
     def parts(self) -> Iterator[Job]:
         """Yield the wanted images one by one, each as it is in this batch."""
         for place in np.flatnonzero(self.kept):
             yield replace(self, kept=np.arange(len(self.kept)) == place)
-
-
-@dataclass(frozen=True)
-class Read:
-    """What DALI is fed for a batch, and how its edges are mended afterwards, if at all."""
-
-    fed: tuple[Any, ...]
-    gains: np.ndarray | None
 
 
 class Executor:
@@ -64,9 +56,8 @@ class Executor:
         self._pipeline, self._seed = pipeline, seed
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="dali_io")
         self._jobs: Iterator[Job] = iter(())
-        self._ahead: deque[tuple[Job, Future[Read]]] = deque()  # being read
+        self._ahead: deque[tuple[Job, Future[tuple[Any, ...]]]] = deque()  # being read
         self._fed: deque[Job] = deque()  # in DALI
-        self._gains: deque[np.ndarray | None] = deque()  # of those that have images
         self._built: Any = None
         self._idle = True  # DALI holds no batch and waits for a reset
         self.run = 0  # counts loops, so that one that has ended knows it
@@ -75,7 +66,6 @@ class Executor:
     def start(self, jobs: Iterator[Job]) -> None:
         """Begin with new jobs; what was under way is dropped."""
         self.run += 1
-        self._jobs = iter(())
         self._forget()
         if self._built is not None and not self._idle:
             try:
@@ -90,41 +80,43 @@ class Executor:
             self._built = self._pipeline.build(lambda: feed()(), seed=self._seed)
         else:
             self._built.reset()
-        self._clear()
+        self._fed.clear()
         self._idle, self._jobs = True, jobs
         self._read_ahead()
 
-    def next(self) -> tuple[Job, torch.Tensor]:
-        """Return the next job and its images; StopIteration after the last."""
+    def next(self) -> tuple[int, torch.Tensor, np.ndarray]:
+        """Return number, images and indices of the next batch; StopIteration after the last."""
         if self._idle:
             self._built.schedule_run()  # fills DALI's queue
             self._idle = False
-        if self._fed and not self._fed[0].kept.any():
-            return self._fed.popleft(), torch.empty(0)  # all of its images were left out
         if self._built.empty():
             raise StopIteration
-        (outputs,) = self._built.share_outputs()
-        images = torch.from_dlpack(outputs.as_tensor())  # DALI hands the memory over, uncopied
+        outputs = self._built.share_outputs()
+        images = torch.from_dlpack(outputs[0].as_tensor())  # DALI hands the memory over, uncopied
+        indices, *gains = (np.array(output.as_array()) for output in outputs[1:])
         self._built.release_outputs()
+        number = self._fed.popleft().number
         self._built.schedule_run()
-        job, gains = self._fed.popleft(), self._gains.popleft()
-        if gains is not None:
-            brighten_edges_(images, gains, self._pipeline.mean, self._pipeline.std)
-        return job, images
+        if gains:
+            gain = gains[0].reshape(-1, 2, 2)
+            brighten_edges_(images, gain, self._pipeline.mean, self._pipeline.std)
+        return number, images, indices
 
     def find_bad(self) -> dict[int, str]:
         """Return index -> reason of images under way that cannot be read; DALI is made anew."""
         self._built = None
         bad: dict[int, str] = {}
-        probe = _Probe(self._pipeline)
-        for job in self._fed:
+        # errors of the user's own operators are no image's
+        plain = self._pipeline.augment and (lambda images: images)
+        probe = _Probe(replace(self._pipeline, augment=plain))
+        for job in [*self._fed, *(job for job, _ in self._ahead)]:
             for part in job.parts():
                 if why := probe.try_(part):
                     bad[int(part.wanted[0])] = why
             if bad:
                 break
         self._forget()
-        self._clear()
+        self._fed.clear()
         self._idle = True
         return bad
 
@@ -132,9 +124,8 @@ class Executor:
         """End the loop, and give threads and buffers back."""
         self.run += 1
         self.closed = True
-        self._jobs = iter(())
         self._forget()
-        self._clear()
+        self._fed.clear()
         self._built, self._idle = None, True
         self._readers.shutdown(cancel_futures=True)
 
@@ -143,25 +134,22 @@ class Executor:
             job = next(self._jobs, None)
             if job is None:
                 return
-            self._ahead.append((job, self._readers.submit(job.read)))
+            if job.kept.any():  # else all of its images were left out
+                self._ahead.append((job, self._readers.submit(job.read)))
 
     def _feed(self) -> tuple[Any, ...]:
         """Return the next batch for DALI, which calls this whenever it has room."""
-        while self._ahead:
-            job, reading = self._ahead.popleft()
-            self._read_ahead()
-            self._fed.append(job)
-            if job.kept.any():
-                read = reading.result()
-                self._gains.append(read.gains)
-                return read.fed
-        raise StopIteration
-
-    def _clear(self) -> None:
-        self._fed.clear()
-        self._gains.clear()
+        if not self._ahead:
+            raise StopIteration
+        job, reading = self._ahead[0]
+        fed = reading.result()  # where this raises, the job is still the next one
+        self._ahead.popleft()
+        self._fed.append(job)
+        self._read_ahead()
+        return fed
 
     def _forget(self) -> None:
+        self._jobs = iter(())
         for _, reading in self._ahead:
             reading.cancel()
         self._ahead.clear()
@@ -177,7 +165,7 @@ class _Probe:
     def try_(self, job: Job) -> str:
         """Return why the one image of a job cannot be read, empty where it can."""
         try:
-            fed = job.read().fed
+            fed = job.read()
         except Exception as error:  # whatever a reader raises
             return str(error) or type(error).__name__
         try:

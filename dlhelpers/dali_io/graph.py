@@ -12,7 +12,7 @@ import torch
 
 from dlhelpers.dali_io.edges import edge_gains
 from dlhelpers.dali_io.sources import Source, open_source, require_dali
-from dlhelpers.dali_io.transforms import MEAN, STD, check_shape, shorter_side
+from dlhelpers.dali_io.transforms import MEAN, STD, numbers, shorter_side, whole_number
 from dlhelpers.dali_io.windows import centre_windows, decoded_parts, random_windows
 
 __all__ = ["ImagePipeline", "image_pipeline"]
@@ -45,27 +45,25 @@ class ImagePipeline:
     prefetch: int
 
     def places(self, sizes: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Return what the graph is fed beside the images: where to cut, what to mirror.
+        """Return what the graph is fed of each image: where to cut, whether to mirror.
 
         Args:
             sizes: int [N, 2], (height, width) of each image.
             rng: of the batch; every image draws the same count of numbers, whatever its size.
 
         Returns:
-            Name of an input -> float32 [N, 2] in pixels, rows before columns; ``flip`` int32 [N].
+            Name of an input -> float32 [N, 2] in pixels, rows before columns; ``flip`` int32 [N];
+            ``gain`` float32 [N, 4], what the outermost pixels lack, see edges.py.
         """
         if self.train:
             anchor, shape = random_windows(sizes, rng, self.scale, self.ratio)
             flip = rng.random(len(sizes)) < self.flip
             return _floats(anchor=anchor, shape=shape) | {"flip": flip.astype(np.int32)}
         start, end = centre_windows(sizes, self.size, self.resize)
-        return _floats(**decoded_parts(start, end, sizes, self.size, framed=self._has_edges))
-
-    def gains(self, sizes: np.ndarray) -> np.ndarray | None:
-        """Return what the outermost pixels are to be multiplied by, see edges.py; None for 1."""
-        if not self._has_edges:
-            return None
-        return edge_gains(*centre_windows(sizes, self.size, self.resize), sizes, self.size)
+        parts = decoded_parts(start, end, sizes, self.size, framed=self._has_edges)
+        if self._has_edges:
+            parts["gain"] = edge_gains(start, end, sizes, self.size).reshape(-1, 4)
+        return _floats(**parts)
 
     @property
     def _has_edges(self) -> bool:
@@ -76,11 +74,15 @@ class ImagePipeline:
     def build(
         self, feed: Callable[[], tuple[Any, ...]], *, batch_size: int | None = None, seed: int = 0
     ) -> Any:
-        """Return a built ``nvidia.dali.Pipeline`` with one output, float32 [N, 3, size, size].
+        """Return a built ``nvidia.dali.Pipeline``.
+
+        Its outputs: images float32 [N, 3, size, size] on the device; their indices int64 [N], which
+        go through DALI with them, so that no image can get another one's target; and ``gain``
+        where :meth:`places` has it.
 
         Args:
-            feed: called for each batch; returns the images, a list of arrays, and then the
-                arrays of :meth:`places`; raises StopIteration when there are no more.
+            feed: called for each batch; returns the images, a list of arrays, their indices, and
+                then the arrays of :meth:`places`; raises StopIteration when there are no more.
             batch_size: the largest that ``feed`` gives; None for the pipeline's own.
             seed: of random operators in ``augment``.
         """
@@ -96,14 +98,16 @@ class ImagePipeline:
             seed=seed,
         )
         with pipeline:
-            pipeline.set_outputs(self._graph(feed))
+            fed = self._inputs(feed)
+            passed = [fed[name] for name in ("index", "gain") if name in fed]
+            pipeline.set_outputs(self._graph(fed), *passed)
         pipeline.build()
         return pipeline
 
-    def _graph(self, feed: Callable[[], tuple[Any, ...]]) -> Any:
+    def _graph(self, fed: dict[str, Any]) -> Any:
+        """Return the node of the images, from the nodes of what is fed."""
         from nvidia.dali import fn, types
 
-        fed = self._inputs(feed)
         images = self._decode(fed)
         window = {} if self.train else {"roi_start": fed["start"], "roi_end": fed["end"]}
         images = fn.resize(
@@ -121,19 +125,20 @@ class ImagePipeline:
         )
 
     def _inputs(self, feed: Callable[[], tuple[Any, ...]]) -> dict[str, Any]:
-        """Return the nodes of what is fed: the images and each of :meth:`places`."""
+        """Return the nodes of what is fed: images, indices and each of :meth:`places`."""
         from nvidia.dali import fn, types
 
         pixels = self.source.kind == "pixels"
-        names = list(self.places(np.ones((1, 2), dtype=np.int64), np.random.default_rng(0)))
+        places = self.places(np.ones((1, 2), dtype=np.int64), np.random.default_rng(0))
         nodes = fn.external_source(
             source=feed,
-            num_outputs=1 + len(names),
-            dtype=[types.UINT8] + [types.INT32 if n == "flip" else types.FLOAT for n in names],
-            ndim=[3 if pixels else 1] + [0 if name == "flip" else 1 for name in names],
+            num_outputs=2 + len(places),
+            dtype=[types.UINT8, types.INT64]
+            + [types.INT32 if name == "flip" else types.FLOAT for name in places],
+            ndim=[3 if pixels else 1, 0, *(array.ndim - 1 for array in places.values())],
             layout=["HWC" if pixels else ""],
         )
-        return dict(zip(["images", *names], nodes, strict=True))
+        return dict(zip(["images", "index", *places], nodes, strict=True))
 
     def _decode(self, fed: dict[str, Any]) -> Any:
         """Return the part of the images that is needed, uint8 HWC, on the device."""
@@ -207,31 +212,35 @@ def image_pipeline(
         FileNotFoundError, TypeError, ValueError: source or an option is not what it must be.
     """
     require_dali()
-    check_shape(size, batch_size, resize, scale, ratio, flip)
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(
-            f"mean and std need three numbers each, std above 0, got {mean!r} and {std!r}"
-        )
+    size, batch_size = whole_number("size", size, 1), whole_number("batch_size", batch_size, 1)
+    shorter = whole_number("resize", shorter_side(size, resize), size)
+    low, high = scale = numbers("scale", scale, 2)
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"scale must be shares of the area, 0 < low <= high <= 1, got {scale}")
+    narrow, wide = ratio = numbers("ratio", ratio, 2)
+    if not 0 < narrow <= wide:
+        raise ValueError(f"ratio must be width / height, 0 < low <= high, got {ratio}")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip must be a probability from 0 to 1, got {flip!r}")
+    mean, std = numbers("mean", mean, 3), numbers("std", std, 3)
+    if min(std) <= 0:
+        raise ValueError(f"std must be above 0, got {std}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = cores or 1 if threads is None else threads
-    for name, value in (("threads", threads), ("prefetch", prefetch)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}")
     return ImagePipeline(
         source=open_source(source),
         size=size,
         batch_size=batch_size,
         train=train,
         device=_device(device),
-        resize=shorter_side(size, resize),
-        scale=tuple(scale),
-        ratio=tuple(ratio),
+        resize=shorter,
+        scale=(low, high),
+        ratio=(narrow, wide),
         flip=flip,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
         augment=augment,
-        threads=threads,
-        prefetch=prefetch,
+        threads=whole_number("threads", (cores or 1) if threads is None else threads, 1),
+        prefetch=whole_number("prefetch", prefetch, 1),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch.utils.data import DistributedSampler
 from dlhelpers.dali_io.executor import Executor, Job
 from dlhelpers.dali_io.graph import ImagePipeline
 from dlhelpers.dali_io.sources import ImageError
+from dlhelpers.dali_io.transforms import whole_number
 
 __all__ = ["DALILoader"]
 
@@ -70,13 +72,15 @@ class DALILoader:
             raise TypeError(
                 f"pipeline is of type {type(pipeline).__name__}: give what image_pipeline returns"
             )
-        rank, world = shard
-        if not 0 <= rank < world:
+        try:
+            rank, world = (whole_number("shard", part, 0) for part in shard)
+        except (TypeError, ValueError):
+            rank, world = 0, 0
+        if not rank < world:
             raise ValueError(f"shard must be (rank, processes) with 0 <= rank < N, got {shard!r}")
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be a whole number, 0 or more, got {seed!r}")
+        seed = whole_number("seed", seed, 0)
         self.pipeline, self.batch_size = pipeline, pipeline.batch_size
         self.drop_last, self.seed, self.epoch = drop_last, seed, 0
         self._plan = _Plan(pipeline, seed, rank, skips=on_error == "skip")
@@ -105,9 +109,7 @@ class DALILoader:
         Raises:
             ValueError: it is negative.
         """
-        if not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"epoch must be a whole number, 0 or more, got {epoch!r}")
-        self.epoch = epoch
+        self.epoch = whole_number("epoch", epoch, 0)
 
     def __iter__(self) -> Iterator[Batch]:
         run, self._running = self._running, None
@@ -137,12 +139,15 @@ class DALILoader:
             self._executor.close()
         self._executor = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_executor": None, "_running": None}
+
     def __repr__(self) -> str:
         return f"DALILoader({len(self)} batches, {self.pipeline!r})"
 
     def _begin(self) -> _Epoch:
         if self._executor is None or self._executor.closed:
-            self._executor = Executor(self.pipeline, self._plan.augment_seed)
+            self._executor = Executor(self.pipeline, self._plan.augment_seed(self.epoch))
         self._sampler.set_epoch(self.epoch)
         order = np.fromiter(self._sampler, dtype=np.int64, count=len(self._sampler))
         return _Epoch(self._plan, self.epoch, order, len(self), self._executor)
@@ -158,10 +163,9 @@ class _Plan:
     skips: bool
     bad: dict[int, str] = field(default_factory=dict)
 
-    @property
-    def augment_seed(self) -> int:
-        """A seed for DALI's own random operators, another one for each process."""
-        return int(np.random.SeedSequence((self.seed, self.rank)).generate_state(1)[0])
+    def augment_seed(self, epoch: int) -> int:
+        """Return a seed for DALI's own random operators, another one for each process."""
+        return int(np.random.SeedSequence((self.seed, self.rank, epoch)).generate_state(1)[0])
 
     def jobs(self, epoch: int, order: np.ndarray, numbers: range) -> Iterator[Job]:
         """Yield some batches of an epoch, those images left out that are known to be bad."""
@@ -169,7 +173,7 @@ class _Plan:
             first = number * self.pipeline.batch_size
             indices = order[first : first + self.pipeline.batch_size]
             kept = np.array([index not in self.bad for index in indices.tolist()])
-            yield Job(self.pipeline, indices, kept, (self.seed, epoch, self.rank, number))
+            yield Job(self.pipeline, number, indices, kept, (self.seed, epoch, self.rank, number))
 
     def named(self, bad: dict[int, str]) -> list[tuple[str, str]]:
         """Return (name, reason) of bad images."""
@@ -185,8 +189,10 @@ class _Epoch:
         self.epoch, self.started, self.over = epoch, False, False
         self._plan, self._order, self._executor = plan, order, executor
         self._batches = batches
-        self._given = 0  # batches that the executor has given back
+        self._given = 0  # batches that the executor has given back, or left out
         self._seen: deque[Batch] = deque()  # peeked at
+        self._lock = threading.Lock()
+        self._interrupted = False
         self._start()
 
     def __iter__(self) -> _Epoch:
@@ -196,34 +202,46 @@ class _Epoch:
         return self._batches
 
     def __next__(self) -> Batch:
-        self.started = True
-        return self._seen.popleft() if self._seen else self._next()
+        with self._lock:
+            self.started = True
+            return self._seen.popleft() if self._seen else self._next()
 
     def peek(self) -> Batch:
-        if not self._seen:
-            self._seen.append(self._next())
-        return self._seen[0]
+        with self._lock:
+            if not self._seen:
+                self._seen.append(self._next())
+            return self._seen[0]
 
     def _next(self) -> Batch:
+        if self._interrupted:
+            raise RuntimeError("this loop was interrupted: begin a new one over the DALILoader")
         while not self.over:
             if self._run != self._executor.run:
                 raise RuntimeError(
-                    "this loop has ended, because another one over the same DALILoader has begun: "
-                    "make a DALILoader for each of loops that run at a time"
+                    "this loop has ended, because another one over the same DALILoader has begun "
+                    "or it was closed: make a DALILoader for each of loops that run at a time"
                 )
             try:
-                job, images = self._executor.next()
+                number, images, indices = self._executor.next()
             except StopIteration:
                 self.over = True
                 break
             except Exception as error:
                 self._mend(error)
                 continue
-            self._given += 1
-            if job.kept.any():
-                targets = torch.from_numpy(job.pipeline.source.targets[job.wanted])
-                return images, targets.to(images.device)
+            except BaseException:  # Ctrl-C: nobody knows how far DALI has come
+                self.over = self._interrupted = True
+                self._executor.close()
+                raise
+            self._given = number + 1
+            return images, self._targets(indices, images.device)
         raise StopIteration
+
+    def _targets(self, indices: np.ndarray, device: torch.device) -> torch.Tensor:
+        targets = torch.from_numpy(self._plan.pipeline.source.targets[indices])
+        if device.type == "cpu":
+            return targets
+        return targets.pin_memory().to(device, non_blocking=True)  # the host does not wait
 
     def _start(self) -> None:
         left = range(self._given, self._batches)

@@ -15,7 +15,8 @@ class CudaPrefetcher:
 
     On a CUDA device the next batch is copied on a stream of its own while the caller works on the
     present one. The copy overlaps only from pinned memory: ``DataLoader(..., pin_memory=True)``.
-    On the CPU batches pass through untouched.
+    A DALILoader needs none of this: with ``device="cuda"`` its batches are made on the GPU. On the
+    CPU batches pass through untouched.
 
     Args:
         loader: any iterable of batches: tensors, or tuples, lists and dicts of them.
@@ -53,8 +54,16 @@ class CudaPrefetcher:
         return None
 
     def _copied(self) -> Iterator[Any]:
-        stream, present = torch.cuda.Stream(self.device), None
-        for batch in self.loader:
+        stream, present, error = torch.cuda.Stream(self.device), None, None
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except Exception as raised:  # the loader's own, after the batch that is there
+                error = raised
+                break
             with torch.cuda.stream(stream):
                 following = _map(lambda t: t.to(self.device, non_blocking=True), batch)
             if present is not None:
@@ -65,6 +74,8 @@ class CudaPrefetcher:
             present = _map(lambda t, main=main: _used_by(t, main), following)
         if present is not None:
             yield present
+        if error is not None:
+            raise error
 
 
 def _used_by(tensor: torch.Tensor, stream: Any) -> torch.Tensor:

@@ -66,13 +66,13 @@ class Files:
     kind = "bytes"
 
     def __init__(self, samples: Sequence[tuple[Any, Any]], classes: list[str] | None) -> None:
-        paths = [os.path.abspath(os.fspath(path)) for path, _ in samples]
-        self._paths, self.classes = np.array(paths, dtype=np.str_), classes
+        self._paths = [os.path.abspath(os.fspath(path)) for path, _ in samples]
+        self.classes = classes
         self.targets = _as_targets([target for _, target in samples])
 
     def name(self, index: int) -> str:
         """Return the path."""
-        return str(self._paths[index])
+        return self._paths[index]
 
     def read(self, indices: Sequence[int]) -> list[np.ndarray]:
         """Return the bytes of the files."""
@@ -116,13 +116,13 @@ def open_source(source: Any) -> Source:
         FileNotFoundError: there is no such folder, or no image in it.
         TypeError, ValueError: it is nothing that can be read; targets are no whole numbers.
     """
+    for name in ("transform", "target_transform"):
+        if getattr(source, name, None) is not None:
+            raise ValueError(
+                f"the {type(source).__name__} has {name}={getattr(source, name)!r}, which DALI "
+                f"would not run: give one without it, or its .samples"
+            )
     if isinstance(source, LMDBDataset):
-        for name in ("transform", "target_transform"):
-            if getattr(source, name) is not None:
-                raise ValueError(
-                    f"the LMDBDataset has {name}={getattr(source, name)!r}, which DALI would not "
-                    f"run: give LMDBDataset({str(source.path)!r}) without it"
-                )
         return Records(source)
     if isinstance(source, str | os.PathLike):
         return Files(*_folder(Path(source).expanduser()))
@@ -130,7 +130,8 @@ def open_source(source: Any) -> Source:
     if not isinstance(samples, Sequence) or isinstance(samples, bytes):
         raise TypeError(
             f"source is of type {type(source).__name__}; expected were a folder with one folder "
-            "for each class, a list of (path, target), an ImageFolder or an LMDBDataset"
+            "for each class, a list of (path, target), an ImageFolder or an LMDBDataset (for a "
+            "Subset: [folder.samples[i] for i in subset.indices])"
         )
     if not samples:
         raise ValueError("source is an empty list: give (path, target) of one image at least")
@@ -173,6 +174,8 @@ def _encoded_size(image: np.ndarray) -> tuple[int, int]:
     """Return (height, width) from an encoded image's header."""
     data = memoryview(image)
     if (size := jpeg_size(data)) is not None:
+        if 0 in size:
+            raise ValueError(f"a JPEG whose header says {size[0]} x {size[1]} pixels")
         return size
     from PIL import Image, UnidentifiedImageError
 
@@ -187,7 +190,10 @@ def _encoded_size(image: np.ndarray) -> tuple[int, int]:
 def _as_targets(targets: Sequence[Any]) -> np.ndarray:
     wrong = next((t for t in targets if not isinstance(t, int | np.integer)), None)
     if wrong is not None:
-        raise ValueError(f"targets must be whole numbers (class indices), got {wrong!r}")
+        raise ValueError(
+            f"targets must be whole numbers, the indices of classes, got {wrong!r}: map them, for "
+            "example by {name: n for n, name in enumerate(sorted(set(names)))}"
+        )
     return np.asarray(targets, dtype=np.int64)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["MEAN", "STD", "check_shape", "shorter_side", "torchvision_transform"]
+__all__ = ["MEAN", "STD", "numbers", "shorter_side", "torchvision_transform", "whole_number"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights
 
@@ -52,26 +53,31 @@ def shorter_side(size: int, resize: int | None) -> int:
     return round(size * 256 / 224) if resize is None else resize
 
 
-def check_shape(
-    size: int,
-    batch_size: int,
-    resize: int | None,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip: float,
-) -> None:
-    """Raise a ValueError that names what is out of range."""
-    for name, value in (("size", size), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}")
-    if resize is not None and (not isinstance(resize, int) or resize < size):
-        raise ValueError(
-            f"resize must be a whole number of pixels, {size} (size) or more, got {resize!r}"
-        )
-    low, high = scale
-    if not 0 < low <= high <= 1:
-        raise ValueError(f"scale must be shares of the area, 0 < low <= high <= 1, got {scale!r}")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise ValueError(f"ratio must be width / height, 0 < low <= high, got {ratio!r}")
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip must be a probability from 0 to 1, got {flip!r}")
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return ``value`` as an int; NumPy's integers are whole numbers as well.
+
+    Raises:
+        ValueError: it is no whole number, or below ``least``.
+    """
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or not least <= found < 2**63:
+        raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
+    return found
+
+
+def numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
+    """Return ``count`` numbers as a tuple of floats.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) != count:
+        raise ValueError(f"{name} must be {count} numbers, got {values!r}")
+    return found
