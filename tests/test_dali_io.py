@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import random
 import sys
 from collections import namedtuple
@@ -368,8 +369,7 @@ def test_a_folder_is_read_as_imagefolder_reads_it(photos, tmp_path):
 def test_the_size_is_read_from_the_header(form):
     buffer = io.BytesIO()
     Image.new("RGB", (37, 53)).save(buffer, form)
-    encoded = np.frombuffer(buffer.getvalue(), np.uint8)
-    assert sources._encoded_size(encoded) == (53, 37)
+    assert sources.encoded_size(buffer.getvalue()) == (53, 37)
 
 
 def test_a_jpeg_without_pixels_is_told():
@@ -377,9 +377,21 @@ def test_a_jpeg_without_pixels_is_told():
     Image.new("RGB", (37, 53)).save(buffer, "JPEG")
     data = buffer.getvalue()
     size = data.index(bytes([0, 53, 0, 37]))
-    flat = np.frombuffer(data[:size] + bytes(2) + data[size + 2 :], np.uint8)
     with pytest.raises(ValueError, match="0 x 37"):
-        sources._encoded_size(flat)
+        sources.encoded_size(data[:size] + bytes(2) + data[size + 2 :])
+
+
+def test_sizes_of_files_are_read_once_also_behind_a_large_thumbnail(tmp_path, monkeypatch):
+    Image.new("RGB", (37, 53)).save(tmp_path / "plain.jpg")
+    Image.new("RGB", (20, 30)).save(tmp_path / "long.jpg", comment=b"x" * 20_000)
+    Image.new("RGB", (8, 9)).save(tmp_path / "small.png")
+    samples = [(tmp_path / name, 0) for name in ("plain.jpg", "long.jpg", "small.png")]
+    source = sources.open_source(samples)
+    for _ in range(2):
+        paths, sizes = source.read([2, 0, 1])
+        assert sizes.tolist() == [[9, 8], [53, 37], [30, 20]]
+        assert bytes(paths[0]) == os.fsencode(tmp_path / "small.png")
+        monkeypatch.setattr(sources, "_file_size", None)
 
 
 @settings(max_examples=300, deadline=None)

@@ -36,10 +36,9 @@ class Job:
 
     def read(self) -> tuple[Any, ...]:
         """Return what DALI is fed. What is not wanted draws random numbers all the same."""
-        source = self.pipeline.source
-        images = source.read(self.wanted.tolist())
+        images, found = self.pipeline.source.read(self.wanted.tolist())
         sizes = np.ones((len(self.indices), 2), dtype=np.int64)
-        sizes[self.kept] = [source.size(image) for image in images]
+        sizes[self.kept] = found
         places = self.pipeline.places(sizes, np.random.default_rng(self.seed))
         return images, self.wanted, *(rows[self.kept] for rows in places.values())
 
@@ -172,7 +171,8 @@ class _Probe:
             self._run(fed)
         except Exception as error:  # whatever DALI raises
             self._built = None
-            return f"DALI {_reason(error)}; {_pillow_says(fed[0][0])}"
+            encoded = self._pipeline.source.encoded(int(job.wanted[0]))
+            return f"DALI {_reason(error)}; {_pillow_says(encoded)}"
         return ""
 
     def _run(self, fed: tuple[Any, ...]) -> None:
@@ -201,11 +201,11 @@ def _reason(error: Exception) -> str:
     return "cannot decode it" if failed else f"says {told!r}"
 
 
-def _pillow_says(image: np.ndarray) -> str:
-    if image.ndim == 3:
+def _pillow_says(encoded: bytes | None) -> str:
+    if encoded is None:
         return "it was decoded before"
     try:
-        load_decoder("pil")(image.tobytes())
+        load_decoder("pil")(encoded)
     except Exception as error:  # Pillow raises a dozen kinds
         return f"Pillow: {error}"
     return "Pillow can: convert it, to JPEG or PNG"

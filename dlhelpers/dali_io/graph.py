@@ -152,7 +152,7 @@ class ImagePipeline:
             images = images.gpu() if on_gpu else images
         else:
             images = fn.decoders.image_slice(
-                images,
+                fn.io.file.read(images) if self.source.kind == "paths" else images,
                 *part,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,

@@ -15,7 +15,18 @@ import numpy as np
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
 from dlhelpers.lmdb_io.encoding import jpeg_size
 
-__all__ = ["Files", "ImageError", "Records", "Source", "has_dali", "open_source", "require_dali"]
+__all__ = [
+    "Files",
+    "ImageError",
+    "Records",
+    "Source",
+    "encoded_size",
+    "has_dali",
+    "open_source",
+    "require_dali",
+]
+
+_HEADER = 4096  # bytes of a file in which nearly every JPEG tells its size
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 
@@ -41,7 +52,8 @@ class Source(Protocol):
     """Encoded images by index.
 
     Attributes:
-        kind: ``bytes`` (encoded images, uint8 [B]) or ``pixels`` (uint8 [H, W, 3]).
+        kind: what is read: ``paths`` (DALI opens the files), ``bytes`` (encoded images), each uint8
+            [B], or ``pixels`` (uint8 [H, W, 3]).
         targets: int64 [N].
         classes: names of the classes, or None.
     """
@@ -53,34 +65,42 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Return what the reader knows an image by."""
 
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Return some images, one array each; called by several threads."""
+    def read(self, indices: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return some images, one array each, and their sizes int [N, 2], (height, width).
 
-    def size(self, image: np.ndarray) -> tuple[int, int]:
-        """Return (height, width) of one that was read."""
+        Called by several threads.
+        """
+
+    def encoded(self, index: int) -> bytes | None:
+        """Return the encoded bytes of an image, None where it is stored decoded."""
 
 
 class Files:
-    """Files with targets."""
+    """Files with targets. DALI reads them; here their headers are read, once, for the sizes."""
 
-    kind = "bytes"
+    kind = "paths"
 
     def __init__(self, samples: Sequence[tuple[Any, Any]], classes: list[str] | None) -> None:
         self._paths = [os.path.abspath(os.fspath(path)) for path, _ in samples]
         self.classes = classes
         self.targets = _as_targets([target for _, target in samples])
+        self._sizes = np.zeros((len(samples), 2), dtype=np.int32)  # 0 until the header was read
 
     def name(self, index: int) -> str:
         """Return the path."""
         return self._paths[index]
 
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Return the bytes of the files."""
-        return [_read(self.name(i)) for i in indices]
+    def read(self, indices: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the paths as bytes, and the sizes."""
+        for index in indices:
+            if not self._sizes[index, 0]:
+                self._sizes[index] = _file_size(self._paths[index])
+        paths = [np.frombuffer(os.fsencode(self._paths[i]), np.uint8) for i in indices]
+        return paths, self._sizes[list(indices)]
 
-    def size(self, image: np.ndarray) -> tuple[int, int]:
-        """Return (height, width), from the header."""
-        return _encoded_size(image)
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of the file."""
+        return Path(self._paths[index]).read_bytes()
 
 
 class Records:
@@ -97,16 +117,18 @@ class Records:
         """Return path, position and source key."""
         return f"{self._dataset.path}, record {index}, key {self._dataset.samples[index][0]!r}"
 
-    def read(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Return the stored bytes, or pixels where those are stored."""
+    def read(self, indices: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
+        """Return the stored bytes, or pixels where those are stored, and the sizes."""
         stored = [image for image, _ in self._dataset.__getitems__(indices)]
         if self.kind == "pixels":
-            return [self._decode(image) for image in stored]
-        return [np.frombuffer(image, np.uint8) for image in stored]
+            images = [self._decode(image) for image in stored]
+            return images, np.array([image.shape[:2] for image in images])
+        images = [np.frombuffer(image, np.uint8) for image in stored]
+        return images, np.array([encoded_size(image) for image in stored])
 
-    def size(self, image: np.ndarray) -> tuple[int, int]:
-        """Return (height, width)."""
-        return image.shape[:2] if self.kind == "pixels" else _encoded_size(image)
+    def encoded(self, index: int) -> bytes | None:
+        """Return the stored bytes; None for pixels."""
+        return self._dataset[index][0] if self.kind == "bytes" else None
 
 
 def open_source(source: Any) -> Source:
@@ -165,14 +187,21 @@ def _folder(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
     return samples, classes
 
 
-def _read(path: str) -> np.ndarray:
+def _file_size(path: str) -> tuple[int, int]:
+    """Return (height, width) from a file's header."""
     with open(path, "rb", buffering=0) as file:
-        return np.frombuffer(file.read(), np.uint8)
+        head = file.read(_HEADER)
+        if len(head) == _HEADER and jpeg_size(head) is None:
+            head += file.read()  # a large thumbnail stands before the size, or it is no JPEG
+    return encoded_size(head)
 
 
-def _encoded_size(image: np.ndarray) -> tuple[int, int]:
-    """Return (height, width) from an encoded image's header."""
-    data = memoryview(image)
+def encoded_size(data: bytes) -> tuple[int, int]:
+    """Return (height, width) from an encoded image's header.
+
+    Raises:
+        ValueError: it is no image that Pillow knows, or one without pixels.
+    """
     if (size := jpeg_size(data)) is not None:
         if 0 in size:
             raise ValueError(f"a JPEG whose header says {size[0]} x {size[1]} pixels")
