@@ -189,6 +189,10 @@ def image_pipeline(
     Otherwise: the shorter side resized to ``resize``, the centre cropped. Then normalised. Only the
     part of a JPEG that is needed is decoded, and the eval pipeline resizes that part alone.
 
+    Where there is no GPU, ``DataLoader(LMDBDataset(path, torchvision_transform(size, train),
+    threads=N), ...)`` may be faster, since DALI's resize on the CPU is its slow part:
+    benchmarks/dali.py tells for your machine.
+
     Args:
         source: a folder with one folder for each class; a list of (path, target); whatever has
             such ``samples`` (ImageFolder); or an LMDBDataset, whose stored bytes are decoded by
