@@ -19,11 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
-from dlhelpers.dali_io.transforms import MEAN, STD, shorter_side
+from dlhelpers.dali_io.transforms import MEAN, RATIO, SCALE, STD, shorter_side
 
 BATCH, SIZE = 32, 224
 RESIZE = shorter_side(SIZE, None)
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of the random crop, as torchvision's default
 MEAN_255, STD_255 = [255 * m for m in MEAN], [255 * s for s in STD]
 Epoch = Callable[[], tuple[int, Any]]
 

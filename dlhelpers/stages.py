@@ -53,11 +53,6 @@ class Timeline:
     spans: tuple[Span, ...]
 
     @property
-    def batches(self) -> int:
-        """Number of batches."""
-        return len(self.spans) // len(self.stages)
-
-    @property
     def total_s(self) -> float:
         """Seconds from the first start to the last end."""
         return max(span.end_s for span in self.spans)

@@ -298,6 +298,17 @@ def test_nothing_measured_says_what_is_missing(time_claim):
     assert str(verdict) == "NOT MEASURED · no CUDA device"
 
 
+def test_what_is_unsettled_says_whether_it_has_an_interval(time_claim):
+    few = comparison(1.3, 0.0, math.inf, "undecided")
+    first, second = "batch 1, launch-bound", "batch 64, compute-bound"
+    straddles = f"the interval straddles the threshold: {second}"
+    assert time_claim.judge(by_time(time_claim, few, STRADDLES)).reason == (
+        f"{straddles} · too few repetitions for an interval: {first} (give a larger budget_s, "
+        "or stop other programs, and run it again)"
+    )
+    assert time_claim.judge(by_time(time_claim, FAST, STRADDLES)).reason == straddles
+
+
 def test_a_control_that_is_off_says_so(time_claim):
     verdict = time_claim.judge(by_time(time_claim, FAST, FAST, OFF))
     assert "the control came back faster" in verdict.reason

@@ -295,15 +295,27 @@ def _combine(conditions: Sequence[Judged], control: Control | None) -> tuple[Set
         verdict, reason = "depends", f"holds: {holds} · fails: {fails}"
         reason += f" · unsettled: {unsettled}" if unsettled else ""
     elif unsettled:
-        verdict, reason = "unsettled", f"the interval straddles the threshold: {unsettled}"
-        if any(c.verdict == "unsettled" and c.high == math.inf for c in conditions):
-            reason = (
-                f"too few repetitions for an interval, or it straddles the threshold: {unsettled}"
-            )
-            reason += " (give a larger budget_s, or stop other programs, and run it again)"
+        verdict, reason = "unsettled", _unsettled(conditions)
     else:
         verdict, reason = ("holds" if holds else "fails"), ""
     return verdict, " · ".join(filter(None, (reason, missing)))
+
+
+def _unsettled(conditions: Sequence[Judged]) -> str:
+    """Say why conditions are unsettled: an interval that straddles the threshold, or none."""
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for c in conditions:
+        if c.verdict == "unsettled":
+            names[c.high is not None and math.isfinite(c.high)].append(c.name)
+    reasons = []
+    if names[True]:
+        reasons.append(f"the interval straddles the threshold: {'; '.join(names[True])}")
+    if names[False]:
+        reasons.append(
+            f"too few repetitions for an interval: {'; '.join(names[False])} (give a larger "
+            "budget_s, or stop other programs, and run it again)"
+        )
+    return " · ".join(reasons)
 
 
 def _missing(conditions: Sequence[Judged]) -> str:

@@ -12,7 +12,16 @@ import torch
 
 from dlhelpers.dali_io.edges import edge_gains
 from dlhelpers.dali_io.sources import Source, open_source, require_dali
-from dlhelpers.dali_io.transforms import MEAN, STD, numbers, shorter_side, whole_number
+from dlhelpers.dali_io.transforms import (
+    FLIP,
+    MEAN,
+    RATIO,
+    SCALE,
+    STD,
+    numbers,
+    shorter_side,
+    whole_number,
+)
 from dlhelpers.dali_io.windows import centre_windows, decoded_parts, random_windows
 
 __all__ = ["ImagePipeline", "image_pipeline"]
@@ -174,9 +183,9 @@ def image_pipeline(
     train: bool,
     device: str | torch.device = "auto",
     resize: int | None = None,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.5,
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+    flip: float = FLIP,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     augment: Callable[[Any], Any] | None = None,

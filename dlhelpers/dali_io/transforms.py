@@ -6,9 +6,20 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["MEAN", "STD", "numbers", "shorter_side", "torchvision_transform", "whole_number"]
+__all__ = [
+    "FLIP",
+    "MEAN",
+    "RATIO",
+    "SCALE",
+    "STD",
+    "numbers",
+    "shorter_side",
+    "torchvision_transform",
+    "whole_number",
+]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights
+SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5  # torchvision's own defaults
 
 
 def torchvision_transform(
@@ -16,9 +27,9 @@ def torchvision_transform(
     train: bool,
     *,
     resize: int | None = None,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    flip: float = 0.5,
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
+    flip: float = FLIP,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
 ) -> Any:

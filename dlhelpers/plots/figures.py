@@ -264,20 +264,18 @@ def splits(
     return figure
 
 
-def timeline(line: Any, *, title: str, alt: str = "", unit_s: float = 1e-3) -> Figure:
+def timeline(line: Any, *, title: str, alt: str = "") -> Figure:
     """Draw who works when: a row for each stage, a box for each batch, gaps where it waits.
 
     Args:
         line: a ``stages.Timeline``.
         title, alt: as in :func:`curves`.
-        unit_s: of the time axis: 1e-3 for milliseconds, 1 for seconds.
     """
-    unit = {1e-3: "ms", 1.0: "s"}.get(unit_s, f"{unit_s:g} s")
     size = (7.4, 1.3 + 0.55 * len(line.stages))
-    figure, axes = new_axes(title, f"time ({unit})", "", alt, figsize=size)
+    figure, axes = new_axes(title, "time (ms)", "", alt, figsize=size)
     for span in line.spans:
         place = line.stages.index(span.stage)
-        left, width = span.start_s / unit_s, (span.end_s - span.start_s) / unit_s
+        left, width = 1000 * span.start_s, 1000 * (span.end_s - span.start_s)
         colour = COLOURS[span.batch % 2]  # neighbours differ
         axes.barh(place, width, left=left, color=colour, height=0.7, edgecolor="white")
         axes.text(left + width / 2, place, f"{span.batch}", ha="center", va="center", color="white")

@@ -48,6 +48,16 @@ def keep_screenshot(page, name):
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
+def wait_until_redrawn(page, attribute, before):
+    """Wait until the last figure's alt or src is another one."""
+    page.wait_for_function(
+        "([attribute, before]) => [...document.querySelectorAll('.jp-OutputArea-output img')]"
+        ".at(-1)[attribute] !== before",
+        arg=[attribute, before],
+        timeout=60_000,
+    )
+
+
 def test_start_here_runs_as_the_lab_opens_it(page, address):
     page.goto(f"{address}/?token={lab_session.TOKEN}")
     page.wait_for_url("**/lab/tree/work/00_start_here.ipynb*", timeout=60_000)
@@ -70,12 +80,7 @@ def test_pairing_runs_takes_an_answer_and_moves_its_slider(page, address):
     value = readout.inner_text()
     slider.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function(
-        "([before]) => [...document.querySelectorAll('.jp-OutputArea-output img')]"
-        ".at(-1).alt !== before",
-        arg=[before],
-        timeout=30_000,
-    )
+    wait_until_redrawn(page, "alt", before)
     assert readout.inner_text() != value
     assert lab_session.errors(page) == []
     keep_screenshot(page, "01_slider")
@@ -91,12 +96,7 @@ def test_lmdb_io_runs_and_its_widget_measures_what_is_chosen(page, address):
     panel = page.locator(".jp-OutputArea-output img").last
     before = panel.get_attribute("src")
     choice.select_option("memmap")
-    page.wait_for_function(
-        "([before]) => [...document.querySelectorAll('.jp-OutputArea-output img')]"
-        ".at(-1).src !== before",
-        arg=[before],
-        timeout=60_000,
-    )
+    wait_until_redrawn(page, "src", before)
     assert lab_session.errors(page) == []
     keep_screenshot(page, "02_widget")
 
@@ -112,12 +112,7 @@ def test_dali_io_runs_and_its_sliders_move_the_measured_point(page, address):
     before = panel.get_attribute("src")
     slider.focus()
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function(
-        "([before]) => [...document.querySelectorAll('.jp-OutputArea-output img')]"
-        ".at(-1).src !== before",
-        arg=[before],
-        timeout=30_000,
-    )
+    wait_until_redrawn(page, "src", before)
     assert lab_session.errors(page) == []
     keep_screenshot(page, "03_widget")
 
