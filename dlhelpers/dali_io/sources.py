@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from torchvision.datasets import ImageFolder
 
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
 from dlhelpers.lmdb_io.encoding import jpeg_size
@@ -27,8 +28,6 @@ __all__ = [
 ]
 
 _HEADER = 4096  # bytes of a file in which nearly every JPEG tells its size
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".pbm", ".tif", ".tiff", ".webp")
 
 
 class ImageError(ValueError):
@@ -171,20 +170,11 @@ def _folder(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
         kind = "a file" if root.exists() else "not there"
         wanted = "LMDBDataset(PATH)" if root.suffix in (".lmdb", ".mdb") else "a folder of images"
         raise FileNotFoundError(f"{root} is {kind}: give {wanted}")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    samples = [
-        (os.path.join(folder, name), number)
-        for number, label in enumerate(classes)
-        for folder, _, names in sorted(os.walk(root / label, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(_SUFFIXES)
-    ]
-    if not samples:
-        raise FileNotFoundError(
-            f"{root} has no images in {len(classes)} class folders ({', '.join(_SUFFIXES)}): one "
-            "folder for each class is expected, as torchvision's ImageFolder wants it"
-        )
-    return samples, classes
+    try:
+        folder = ImageFolder(root)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: give a folder with one folder for each class") from None
+    return folder.samples, folder.classes
 
 
 def _file_size(path: str) -> tuple[int, int]:
