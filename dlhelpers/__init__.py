@@ -12,6 +12,7 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.stores``      the same images in other containers, and what each costs
 ``dlhelpers.dali_io``     batches from DALI: torch's loader, torchvision's pixels
 ``dlhelpers.stages``      which stage of a pipeline do the others wait for?
+``dlhelpers.memory``      how many bytes a training step needs, what they are, how to need fewer
 ``dlhelpers.data``        real digits and photographs without a network
 ``dlhelpers.training``    a small, seeded training loop
 ``dlhelpers.exercises``   check, hint and solution of the course's exercises
@@ -35,6 +36,7 @@ _SUBMODULES = (
     "lmdb_io",
     "machine",
     "measure",
+    "memory",
     "notebook",
     "pairing",
     "plots",

@@ -1,7 +1,9 @@
 """Each check passes its solution and tells at least three typical mistakes apart."""
 
 import copy
+import itertools
 import math
+import statistics
 import zlib
 
 import pytest
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from dlhelpers import exercises
 from dlhelpers.exercises import check, hint, ids
+from dlhelpers.memory import estimate
 
 ALL = [id for number in exercises._MODULES for id in ids(number)]
 
@@ -151,6 +154,77 @@ def flips_in_place(images, flags):
     return images
 
 
+def sums_tensors(losses):
+    losses = list(losses)
+    return (sum(losses) / len(losses)).item()
+
+
+def adds_tensors(losses):
+    total = count = 0
+    for loss in losses:
+        total, count = total + loss, count + 1
+    return total.item() / count
+
+
+def sums_twice(losses):
+    return sum(loss.item() for loss in losses) / sum(1 for _ in losses)
+
+
+def mean_of_numbers_as_tensor(losses):
+    return torch.tensor([loss.item() for loss in losses]).mean()
+
+
+def last_loss(losses):
+    for loss in losses:
+        last = loss.item()
+    return last
+
+
+def peak_of(model, sample, n):
+    batch = torch.empty(n, *sample.shape[1:], device="meta")
+    return estimate(model, batch, torch.optim.SGD(model.parameters(), lr=0.1)).peak_bytes
+
+
+def peak_of_expanded(model, sample, n):
+    batch = sample.expand(n, *sample.shape[1:])
+    return estimate(model, batch, torch.optim.SGD(model.parameters(), lr=0.1)).peak_bytes
+
+
+def counts_up(model, sample, limit, peak=peak_of):
+    return next(n for n in itertools.count() if peak(model, sample, n + 1) > limit)
+
+
+def one_too_many(model, sample, limit):
+    return next(n for n in itertools.count(1) if peak_of(model, sample, n) > limit)
+
+
+def strictly_below(model, sample, limit):
+    return next(n for n in itertools.count() if peak_of(model, sample, n + 1) >= limit)
+
+
+def at_least_one(model, sample, limit):
+    return max(1, counts_up(model, sample, limit))
+
+
+def doubles_only(model, sample, limit):
+    return next(
+        (n for n in (2**e for e in itertools.count()) if peak_of(model, sample, 2 * n) > limit), 0
+    ) * (peak_of(model, sample, 1) <= limit)
+
+
+def divides(model, sample, limit):
+    return limit // peak_of(model, sample, 1)
+
+
+def straight_line(model, sample, limit):
+    one, two = peak_of(model, sample, 1), peak_of(model, sample, 2)
+    return max(0, (limit - one) // (two - one) + 1)
+
+
+def expands(model, sample, limit):
+    return counts_up(model, sample, limit, peak_of_expanded)
+
+
 MISTAKES = [
     ("02.1", lambda s, r: s / r, "equal shares"),
     ("02.1", lambda s, r: s / (s + r), "equal shares"),
@@ -216,6 +290,57 @@ MISTAKES = [
         lambda h, w, s: (h * min(s, h, w) // min(h, w), w * min(s, h, w) // min(h, w)),
         "scaled up",
     ),
+    (
+        "04.1",
+        lambda n, a, o: (4 + {"sgd": 0, "momentum": 4, "adamw": 8}[o]) * n + a,
+        "no activations",
+    ),
+    (
+        "04.1",
+        lambda n, a, o: (2 + {"sgd": 0, "momentum": 1, "adamw": 2}[o]) * n + a,
+        "no activations",
+    ),
+    (
+        "04.1",
+        lambda n, a, o: 4 * ((2 + {"sgd": 0, "momentum": 1, "adamw": 2}[o]) * n + a),
+        "plain SGD",
+    ),
+    ("04.1", lambda n, a, o: 4 * n + max(4 * n, a), "plain SGD"),
+    ("04.1", lambda n, a, o: (8 + {"sgd": 0, "momentum": 0, "adamw": 8}[o]) * n + a, "momentum"),
+    ("04.1", lambda n, a, o: (8 + 4 * (o != "sgd")) * n + a, "AdamW"),
+    ("04.2", lambda blocks: blocks // 2, "a square"),
+    ("04.2", math.sqrt, "no square"),
+    ("04.2", lambda blocks: 4 if blocks == 16 else blocks // 3, "one block"),
+    ("04.2", lambda blocks: math.ceil(math.sqrt(blocks)), "no square"),
+    ("04.2", lambda b: min(range(b, 0, -1), key=lambda k: k + -(-b // k)), "no square"),
+    ("04.2", lambda b: min(range(1, b + 1), key=lambda k: k + b / k), "a longest segment"),
+    ("04.2", lambda b: min(range(1, b + 1), key=lambda k: k + b // k), "a square"),
+    ("04.2", lambda blocks: round(math.sqrt(blocks)), "a longest segment"),
+    ("04.2", lambda blocks: math.isqrt(blocks), "three equals"),
+    ("04.2", lambda b: min(range(1, min(10, b + 1)), key=lambda k: k + -(-b // k)), "a long chain"),
+    ("04.3", lambda counts: [1.0] * len(counts), "equal parts"),
+    ("04.3", lambda counts: [n / max(counts) for n in counts], "equal parts"),
+    ("04.3", lambda counts: [1 / sum(counts)] * len(counts), "equal parts"),
+    ("04.3", lambda c: [n / max(c) / len(c) for n in c], "they sum to 1"),
+    ("04.3", lambda counts: [1 / len(counts)] * len(counts), "a smaller last one"),
+    ("04.3", lambda c: [n / sum(c) for n in c if n], "no token in one"),
+    ("04.3", lambda c: [max(n, 1) / sum(max(n, 1) for n in c) for n in c], "no token in one"),
+    ("04.4", lambda losses: sum(loss.item() for loss in losses), "the mean"),
+    ("04.4", last_loss, "the mean"),
+    ("04.4", lambda losses: sum(loss.item() for loss in losses) / len(losses), "a generator"),
+    ("04.4", sums_twice, "a generator"),
+    ("04.4", lambda losses: torch.stack(list(losses)).mean(), "a number"),
+    ("04.4", mean_of_numbers_as_tensor, "a number"),
+    ("04.4", lambda losses: torch.stack(list(losses)).mean().item(), "one graph at a time"),
+    ("04.4", sums_tensors, "one graph at a time"),
+    ("04.4", adds_tensors, "one graph at a time"),
+    ("04.5", one_too_many, "not even one"),
+    ("04.5", at_least_one, "not even one"),
+    ("04.5", divides, "met exactly"),
+    ("04.5", strictly_below, "met exactly"),
+    ("04.5", doubles_only, "between powers of two"),
+    ("04.5", straight_line, "the peak moves"),
+    ("04.5", expands, "a real step"),
     ("01.1", no_mean, "four samples"),
     ("01.1", no_reduction, "one number"),
     ("01.1", overflows, "huge logits"),
@@ -255,6 +380,20 @@ def test_the_mistake_is_named(id, answer, case):
     assert result.failed == case
     assert len(result.message) > 30
     assert case in str(result)
+
+
+@pytest.mark.parametrize(
+    ("id", "answer"),
+    [
+        ("04.3", lambda counts: torch.tensor(counts) / sum(counts)),
+        ("04.4", lambda losses: statistics.fmean(map(torch.Tensor.item, losses))),
+        ("04.4", lambda losses: statistics.fmean([loss.detach().item() for loss in losses])),
+        ("04.5", counts_up),
+    ],
+)
+def test_another_right_answer_passes(id, answer):
+    result = check(id, answer)
+    assert result.passed, str(result)
 
 
 @pytest.mark.parametrize("id", ALL)

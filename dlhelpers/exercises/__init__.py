@@ -23,6 +23,7 @@ _MODULES = {
     "01": "pairing",
     "02": "lmdb_io",
     "03": "dali_io",
+    "04": "memory",
 }  # a notebook's number -> its module of exercises
 
 

@@ -8,6 +8,7 @@ figure carries alt text, which `use_style` puts into the notebook beside the pic
 Source: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/.
 """
 
+from dlhelpers.plots.areas import memory, memory_bars
 from dlhelpers.plots.figures import curves, dots, heatmap, intervals, pictures, splits, timeline
 from dlhelpers.plots.panels import pair_panel
 from dlhelpers.plots.strips import strip_svg
@@ -22,6 +23,8 @@ __all__ = [
     "dots",
     "heatmap",
     "intervals",
+    "memory",
+    "memory_bars",
     "pair_panel",
     "pictures",
     "splits",

@@ -1,0 +1,151 @@
+"""How is a segment computed again in backward as if that were the first time?
+
+torch.utils.checkpoint restores the random state and autocast. What is left is the state of the
+modules: their mode, and the buffers that a forward changes. A recomputation runs on copies of those
+buffers as they were before forward, put in the modules' place and taken away afterwards: nothing is
+counted twice, and no tensor that autograd has saved is written to.
+
+(track_running_stats=False for the time of the recomputation does not do for BatchNorm: it would
+save two tensors fewer than forward did, a CheckpointError.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Pass"]
+
+Key = tuple[str, bool]  # full name of a buffer, is its module training?
+
+
+class Pass:
+    """One forward through one segment, recomputed in each backward through it.
+
+    Args:
+        blocks: (name, module, what to call), called one after the other; only the first can have
+            several arguments.
+        steady: buffers that forwards were seen to leave alone, of which no copies are needed;
+            kept by the caller from pass to pass.
+
+    >>> block, steady = nn.BatchNorm1d(4), set()
+    >>> output = Pass([("norm", block, block)], steady).run(torch.randn(8, 4))
+    >>> output.sum().backward()
+    >>> int(block.num_batches_tracked)
+    1
+    """
+
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module, Any]], steady: set[Key]) -> None:
+        self._blocks = blocks
+        self._steady = steady
+        self._modules = [
+            (f"{name}.{inner}".rstrip("."), module)
+            for name, block, _ in blocks
+            for inner, module in block.named_modules()
+        ]
+        self._parameters = [p for _, block, _ in blocks for p in block.parameters()]
+        self._begun = False
+        self._versions: list[int] = []  # of the parameters, after forward
+        self._training: list[bool] = []  # of the modules, before forward
+        self._before: dict[Key, tuple[Tensor, int, Tensor | None]] = {}  # object, version, copy
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the last block's output.
+
+        Raises:
+            RuntimeError: a block overwrites an argument; or, in backward, a parameter has changed
+                since forward.
+        """
+        leaves, self._spec = tree_flatten((args, kwargs))
+        return checkpoint(self._call, *leaves, use_reentrant=False, preserve_rng_state=True)
+
+    def _call(self, *leaves: Any) -> Any:
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        if self._begun:
+            with self._as_before():
+                for _, _, call in self._blocks:
+                    args, kwargs = (call(*args, **kwargs),), {}
+                return args[0]
+        self._begun = True
+        self._remember()
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        versions = _versions(tensors)
+        for name, _, call in self._blocks:
+            args, kwargs = (call(*args, **kwargs),), {}
+            if _versions(tensors) != versions:
+                raise RuntimeError(
+                    f"block {name!r} overwrites the input of its segment, which backward needs "
+                    "once more: give it inplace=False, or let it work on a clone"
+                )
+        self._learn_steady()
+        self._versions = _versions(self._parameters)
+        return args[0]
+
+    def _remember(self) -> None:
+        self._training = [module.training for _, module in self._modules]
+        for name, module in self._modules:
+            for inner, buffer in module._buffers.items():
+                key = (f"{name}.{inner}", module.training)
+                if buffer is not None:
+                    copied = None if key in self._steady else buffer.detach().clone()
+                    self._before[key] = (buffer, _versions([buffer])[0], copied)
+
+    def _learn_steady(self) -> None:
+        for name, module in self._modules:
+            if getattr(module, "track_running_stats", False):
+                continue  # BatchNorm's statistics change without a new version: never steady
+            for inner, buffer in module._buffers.items():
+                key = (f"{name}.{inner}", module.training)
+                if buffer is None or key not in self._before:
+                    continue
+                old, version, copied = self._before[key]
+                same = buffer is old and _versions([buffer])[0] == version
+                if copied is not None and same and _equal(buffer, copied):
+                    self._steady.add(key)
+                    self._before[key] = (old, version, None)
+                elif copied is None and not same:
+                    self._steady.discard(key)
+                    self._before[key] = (old, version, old.detach().clone())
+                    if _versions([old])[0] != version:
+                        warnings.warn(
+                            f"buffer {key[0]!r} changed in this forward but not in the first: only "
+                            "from the next one on will the recomputation see its value of before",
+                            stacklevel=2,
+                        )
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        if self._versions and _versions(self._parameters) != self._versions:
+            raise RuntimeError(
+                f"a parameter in the segment that begins with {self._blocks[0][0]!r} has changed "
+                "since forward: call backward before optimizer.step"
+            )
+        now = [(module, module.training, module._buffers) for _, module in self._modules]
+        for (name, module), training in zip(self._modules, self._training, strict=True):
+            buffers = {}
+            for inner, buffer in module._buffers.items():
+                copied = self._before.get((f"{name}.{inner}", training), (None, 0, None))[2]
+                buffers[inner] = buffer if copied is None else copied.clone()
+            module.training, module._buffers = training, buffers
+        try:
+            yield
+        finally:
+            for module, training, kept in now:
+                module.training, module._buffers = training, kept
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    from torch._subclasses import FakeTensor
+
+    return isinstance(one, FakeTensor) or torch.equal(one, other)

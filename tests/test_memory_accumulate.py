@@ -1,0 +1,532 @@
+"""Accumulated gradients are those of the whole batch, or the loop says why they are not."""
+
+import copy
+import gc
+import warnings
+import weakref
+from collections import namedtuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from dlhelpers.memory.accumulating import accumulate
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def samples(n, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, 5, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(3, (n,), generator=generator)
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), lr=0.1, **options)
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def whole_gradients(model, inputs, targets, loss=F.cross_entropy):
+    """The oracle: one forward and backward of everything, on a copy."""
+    model = copy.deepcopy(model)
+    value = loss(model(inputs), targets)
+    value.backward()
+    return gradients(model), value.detach()
+
+
+def assert_same(got, wanted, rtol=1e-12):
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=rtol, atol=1e-15)
+
+
+def run(model, optimizer, batch, *, loss=F.cross_entropy, **options):
+    """A loop as a reader writes it; gradients (before their step) and loss of each group."""
+    groups = []
+    total = 0.0
+    for micro in accumulate(optimizer, batch, **options):
+        inputs, targets = micro.batch
+        total = total + micro.backward(loss(model(inputs), targets))
+        if micro.is_last:
+            groups.append((gradients(model), total))
+            total = 0.0
+    return groups
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 25), data=st.data())
+def test_gradient_and_loss_are_those_of_the_whole_batch(n, data):
+    steps = data.draw(st.integers(1, n))
+    model, batch = mlp(), samples(n)
+    wanted, value = whole_gradients(model, *batch)
+    [(got, total)] = run(model, sgd(model), batch, steps=steps)
+    assert_same(got, wanted)
+    torch.testing.assert_close(total, value, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("n", "steps", "sizes"), [(8, 4, [2, 2, 2, 2]), (10, 4, [3, 3, 2, 2]), (3, 1, [3])]
+)
+def test_micro_batches_are_nearly_equal_and_in_order(n, steps, sizes):
+    model, (inputs, targets) = mlp(), samples(n)
+    seen = []
+    for micro in accumulate(sgd(model), (inputs, targets), steps):
+        x, y = micro.batch
+        seen.append((x, len(y), micro.weight, micro.index, micro.of, micro.is_last))
+        micro.backward(F.cross_entropy(model(x), y))
+    assert torch.equal(torch.cat([x for x, *_ in seen]), inputs)
+    assert [row[1:] for row in seen] == [
+        (size, size / n, i, steps, i == steps - 1) for i, size in enumerate(sizes)
+    ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 30), batch_size=st.integers(1, 7), steps=st.integers(1, 5))
+def test_a_loader_is_grouped_and_its_incomplete_last_group_is_exact(n, batch_size, steps):
+    model, (inputs, targets) = mlp(), samples(n)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # all groups see the same weights
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=batch_size)
+    groups = run(model, optimizer, loader, steps=steps)
+    starts = range(0, n, batch_size * steps)
+    assert len(groups) == len(starts)
+    for start, (got, total) in zip(starts, groups, strict=True):
+        part = slice(start, start + batch_size * steps)
+        wanted, value = whole_gradients(model, inputs[part], targets[part])
+        assert_same(got, wanted)
+        torch.testing.assert_close(total, value, rtol=1e-12, atol=0)
+
+
+def test_a_generator_is_read_no_further_than_its_group():
+    model, read = mlp(), []
+
+    def batches():
+        for i in range(5):
+            read.append(i)
+            yield samples(2, seed=i)
+
+    ahead = []
+    for micro in accumulate(sgd(model), batches(), steps=2):
+        ahead.append(len(read))
+        micro.backward(F.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+    assert ahead == [2, 2, 4, 4, 5]
+
+
+def test_batches_of_a_loader_are_dropped_after_their_turn():
+    model, alive = mlp(), []
+    counts = []
+
+    def batches():
+        for i in range(6):
+            inputs, targets = samples(2, seed=i)
+            alive.append(weakref.ref(inputs))
+            yield inputs, targets
+
+    for micro in accumulate(sgd(model), batches(), steps=3):
+        micro.backward(F.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+        gc.collect()
+        counts.append(sum(ref() is not None for ref in alive))
+    assert counts == [3, 2, 1, 3, 2, 1]
+
+
+TOKENS = [[6, 1, 3, 5], [2, 0, 6], [0, 4], [0, 6, 0]]  # targets a sequence; the rest is -100
+
+
+@pytest.mark.parametrize("lengths", TOKENS)
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_tokens_weigh_alike_whatever_the_padding(lengths, as_tensor):
+    model = mlp()
+    inputs, targets = samples(6 * len(lengths))
+    inputs, targets = inputs.view(-1, 6, 5), targets.view(-1, 6).clone()
+    for row, length in enumerate(lengths):
+        targets[row, length:] = -100
+
+    def loss(logits, y):
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-100)
+
+    def count(micro_batch):
+        number = (micro_batch[1] != -100).sum()
+        return number if as_tensor else number.item()
+
+    wanted, value = whole_gradients(model, inputs, targets, loss)
+    batch, steps = (inputs, targets), len(lengths)
+    [(got, total)] = run(model, sgd(model), batch, loss=loss, steps=steps, count=count)
+    assert_same(got, wanted)  # also where one micro-batch has no target, and its mean is NaN
+    torch.testing.assert_close(total, value, rtol=1e-12, atol=0)
+
+
+def test_without_a_count_tokens_weigh_unequally():
+    # the control of the test above: 6 targets and 1 target are not half each
+    model, (inputs, targets) = mlp(), samples(12)
+    targets[7:] = -100
+    wanted, _ = whole_gradients(model, inputs, targets)
+    [(got, _)] = run(model, sgd(model), (inputs, targets), steps=2)
+    assert not torch.allclose(got[0], wanted[0], rtol=1e-2)
+
+
+def test_a_sum_over_micro_batches_is_divided_by_the_whole_group():
+    def summed(output, target):
+        return F.cross_entropy(output, target, reduction="sum", ignore_index=-100)
+
+    model, (inputs, targets) = mlp(), samples(11)
+    targets[:3] = -100  # the whole first micro-batch of [3, 3, 3, 2]
+    wanted, value = whole_gradients(model, inputs, targets)
+    [(got, total)] = run(
+        model,
+        sgd(model),
+        (inputs, targets),
+        loss=summed,
+        reduction="sum",
+        count=lambda batch: (batch[1] != -100).sum(),
+    )
+    assert_same(got, wanted)
+    torch.testing.assert_close(total, value, rtol=1e-12, atol=0)
+
+
+def test_a_dict_stays_a_dict_and_its_other_entries_go_everywhere():
+    model, (inputs, targets) = mlp(), samples(10)
+    wanted, _ = whole_gradients(model, inputs, targets)
+    batch = {"name": "train", "scale": torch.tensor(1.0), "x": inputs, "y": targets}
+    for micro in accumulate(sgd(model), batch, steps=3):
+        assert list(micro.batch) == ["name", "scale", "x", "y"]
+        assert micro.batch["name"] == "train"
+        assert micro.batch["scale"] is batch["scale"]
+        micro.backward(F.cross_entropy(model(micro.batch["x"]), micro.batch["y"]))
+        if micro.is_last:
+            got = gradients(model)
+    assert_same(got, wanted)
+
+
+def test_a_tensor_stays_a_tensor_and_a_named_tuple_named():
+    model, (inputs, targets) = mlp(), samples(4)
+    for micro in accumulate(sgd(model), inputs, steps=2):
+        assert micro.batch.shape == (2, 5)
+        micro.backward(model(micro.batch).mean())
+    pair = namedtuple("pair", "x y")(inputs, targets)
+    for micro in accumulate(sgd(model), pair, steps=2):
+        assert micro.batch.x.shape == (2, 5)
+        micro.backward(F.cross_entropy(model(micro.batch.x), micro.batch.y))
+
+
+def test_the_samples_of_a_nested_batch_are_those_of_its_first_tensor():
+    model, (inputs, targets) = mlp(), samples(5)
+    batches = [("id", {"x": inputs[:4], "y": targets[:4]}), ("id", {"x": inputs[4:]})]
+    weights = []
+    for micro in accumulate(sgd(model), batches, steps=2):
+        weights.append(micro.weight)
+        micro.backward(model(micro.batch[1]["x"]).mean())
+    assert weights == [0.8, 0.2]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, lr=0.01),
+    ],
+    ids=["sgd with momentum", "adamw"],
+)
+def test_three_steps_end_in_the_parameters_of_three_plain_steps(make):
+    model, (inputs, targets) = mlp(), samples(30)
+    plain = copy.deepcopy(model)
+    optimizer, plain_optimizer = make(model.parameters()), make(plain.parameters())
+    for part in torch.arange(30).split(10):
+        run(model, optimizer, (inputs[part], targets[part]), steps=4)
+        plain_optimizer.zero_grad()
+        F.cross_entropy(plain(inputs[part]), targets[part]).backward()
+        plain_optimizer.step()
+    # AdamW divides by the root of the gradient's square: rounding grows where that is small
+    assert_same(model.parameters(), plain.parameters(), rtol=1e-9)
+    assert not torch.allclose(model[0].weight, mlp()[0].weight)
+
+
+class Counting(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+def test_a_group_makes_one_step_and_starts_without_gradients():
+    model = mlp()
+    optimizer = Counting(model.parameters(), lr=0.1)
+    loader = DataLoader(TensorDataset(*samples(22)), batch_size=2)  # 11 batches: 4, 4, 3
+    taken = []
+    for micro in accumulate(optimizer, loader, steps=4):
+        taken.append(optimizer.steps)
+        if micro.index == 0:
+            assert all(p.grad is None for p in model.parameters())
+        micro.backward(F.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+    assert taken == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert optimizer.steps == 3
+
+
+def test_gradients_clipped_at_the_last_micro_batch_are_those_of_the_step():
+    model, batch = mlp(), samples(8)
+    before = [p.detach().clone() for p in model.parameters()]
+    for micro in accumulate(sgd(model), batch, steps=2):
+        micro.backward(100 * F.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+        if micro.is_last:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    pairs = zip(before, model.parameters(), strict=True)
+    moved = torch.cat([(old - new.detach()).flatten() for old, new in pairs])
+    assert moved.norm().item() == pytest.approx(0.1, rel=1e-6)  # learning rate times norm 1
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("leave", ["break", "error"])
+def test_a_loop_left_early_makes_no_step_and_leaves_no_gradient(at, leave):
+    model = mlp()
+    optimizer = Counting(model.parameters(), lr=0.1)
+
+    def loop():
+        for micro in accumulate(optimizer, samples(8), steps=4):
+            micro.backward(F.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+            if micro.index == at and leave == "break":
+                break
+            if micro.index == at:
+                raise KeyError("stop")
+
+    if leave == "break":
+        loop()
+    else:
+        with pytest.raises(KeyError, match="stop"):
+            loop()
+    assert optimizer.steps == 0
+    assert all(p.grad is None for p in model.parameters())
+    assert_same(model.parameters(), mlp().parameters(), rtol=0)
+
+
+@pytest.mark.parametrize("forgotten", [0, 2])  # of three: in the middle, and before the step
+def test_a_forgotten_backward_is_an_error_that_says_what_to_call(forgotten):
+    model = mlp()
+    optimizer = Counting(model.parameters(), lr=0.1)
+
+    def loop():
+        for micro in accumulate(optimizer, samples(6), steps=3):
+            loss = F.cross_entropy(model(micro.batch[0]), micro.batch[1])
+            if micro.index == forgotten:
+                loss.backward()
+            else:
+                micro.backward(loss)
+
+    with pytest.raises(RuntimeError, match=rf"{forgotten + 1} of 3.*call micro.backward\(loss\)"):
+        loop()
+    assert optimizer.steps == 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_second_backward_is_an_error():
+    model = mlp()
+    micro = next(accumulate(sgd(model), samples(6), steps=3))
+    micro.backward(model(micro.batch[0]).mean())
+    with pytest.raises(RuntimeError, match="twice"):
+        micro.backward(model(micro.batch[0]).mean())
+
+
+@pytest.mark.parametrize("wrong", ["shape", "number"])
+def test_a_loss_that_is_not_one_tensor_number_is_refused_and_can_be_mended(wrong):
+    model = mlp()
+    micro = next(accumulate(sgd(model), samples(6), steps=3))
+    output = model(micro.batch[0])
+    bad, says = (output, r"shape \(2, 3\)") if wrong == "shape" else (1.5, r"got 1\.5")
+    with pytest.raises(ValueError, match=rf"one number.*{says}"):
+        micro.backward(bad)
+    assert not micro.backward(output.mean()).requires_grad
+
+
+X, Y = samples(6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"steps": 0}, ValueError, "got 0"),
+        ({"steps": True}, ValueError, "got True"),
+        ({"steps": 2.0}, ValueError, r"got 2\.0"),
+        ({"steps": 7}, ValueError, "6 samples cannot make 7"),
+        ({"reduction": "none"}, ValueError, "'none'"),
+        ({"optimizer": [X]}, TypeError, "list"),
+        ({"batch": 5}, TypeError, "int"),
+        ({"batch": []}, ValueError, "no batch in this list"),
+        ({"batch": iter(())}, ValueError, "no batch"),
+        ({"batch": (X, Y[:4])}, ValueError, r"\[6, 4\]"),
+        ({"batch": {"x": X, "y": Y[:4]}}, ValueError, r"\[6, 4\]"),
+        ({"batch": ((X, Y), (X, Y))}, ValueError, "a list is many batches"),
+        ({"batch": [X, Y]}, ValueError, r"tuple\(batch\)"),  # what a DataLoader gives
+        ({"batch": ["text"]}, ValueError, r"\(str\).*count="),
+        ({"count": lambda batch: -1}, ValueError, "got -1"),
+        ({"count": lambda batch: True}, ValueError, "got True"),
+        ({"count": lambda batch: float("nan")}, ValueError, "got nan"),
+        ({"count": lambda batch: batch[1] != -100}, ValueError, "got tensor"),
+        ({"count": lambda batch: 0}, ValueError, "count 0 in all"),
+    ],
+)
+def test_bad_arguments_are_named_at_the_call(options, error, says):
+    options = {"optimizer": sgd(mlp()), "batch": (X, Y), "steps": 2, **options}
+    with pytest.raises(error, match=says):
+        accumulate(**options)  # not iterated
+
+
+def test_a_list_of_equal_tensors_is_many_batches():
+    micros = accumulate(sgd(mlp()), [X, X[:3]], steps=2)
+    assert next(micros).weight == 6 / 9
+
+
+def warned(model, batch, steps=2, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for micro in accumulate(sgd(model, **options), batch, steps):
+            micro.backward(model(micro.batch).square().mean())
+    return [w for w in caught if "BatchNorm" in str(w.message)]
+
+
+IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net(norm):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+
+def test_batchnorm_in_train_mode_is_inexact_and_warned_of_once_at_the_readers_line():
+    model = net(nn.BatchNorm2d(4))
+    [warning] = warned(model, list(IMAGES.split(2)))  # two groups
+    assert "GroupNorm" in str(warning.message)
+    assert ".eval()" in str(warning.message)
+    assert warning.filename == __file__
+    assert issubclass(warning.category, UserWarning)
+
+
+class Deep(nn.Module):
+    """BatchNorm forty blocks from the loss, in one of two branches of the first."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.norm = norm
+        self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(40))
+
+    def forward(self, x):
+        x = self.first(x)
+        x = x + self.norm(x)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))  # 2**40 paths, fewer than 300 nodes
+        return x
+
+
+class Frozen(nn.BatchNorm2d):
+    def forward(self, x):
+        self.eval()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "times"),
+    [
+        (net(nn.BatchNorm2d(4)), IMAGES, 1),
+        (net(nn.BatchNorm2d(4, affine=False)), IMAGES, 1),
+        (net(nn.BatchNorm2d(4, track_running_stats=False)), IMAGES, 1),
+        (net(nn.BatchNorm2d(4)), IMAGES[:2], 1),  # micro-batches of one image, as [1, N*C, ...]
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()), IMAGES, 1),  # straight after the data
+        (Deep(nn.BatchNorm1d(5)), torch.randn(8, 5), 1),
+        (Deep(nn.Identity()), torch.randn(8, 5), 0),
+        (net(nn.BatchNorm2d(4)).eval(), IMAGES, 0),
+        (net(Frozen(4)), IMAGES, 0),
+        (net(nn.InstanceNorm2d(4)), IMAGES, 0),
+        (net(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)), IMAGES, 0),
+        (net(nn.InstanceNorm2d(4, affine=True)), IMAGES[:2], 0),
+        (net(nn.GroupNorm(2, 4)), IMAGES, 0),
+        (net(nn.LayerNorm([4, 4, 4])), IMAGES, 0),
+    ],
+)
+def test_only_statistics_over_the_micro_batch_are_warned_of(model, batch, times):
+    assert len(warned(model, batch)) == times
+    # and the warning is right: gradients in micro-batches differ from the whole batch's just there
+    model, batch = copy.deepcopy(model).double(), batch.double()
+    model.zero_grad()
+    model(batch).square().mean().backward()
+    wanted = gradients(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for micro in accumulate(optimizer, batch, steps=2):
+            micro.backward(model(micro.batch).square().mean())
+    near = [torch.allclose(a, b, rtol=1e-9) for a, b in zip(gradients(model), wanted, strict=True)]
+    assert all(near) == (times == 0)
+
+
+def test_a_group_of_one_micro_batch_is_exact_also_with_batchnorm():
+    assert not warned(net(nn.BatchNorm2d(4)), IMAGES, steps=1)
+    assert not warned(net(nn.BatchNorm2d(4)), [IMAGES], steps=4)
+
+
+def test_looking_for_batchnorm_recomputes_no_checkpoint():
+    calls = []
+
+    def block(x):
+        calls.append(1)
+        return norm(x)
+
+    norm, first = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+    parameters = [*norm.parameters(), *first.parameters()]
+    micros = accumulate(torch.optim.SGD(parameters, lr=0.1), IMAGES, 2)
+    micro = next(micros)
+    output = checkpoint(block, first(micro.batch), use_reentrant=False)
+    with pytest.warns(UserWarning, match="BatchNorm"):
+        micro.backward(output.square().mean())
+    assert len(calls) == 2  # forward, and once again in the backward
+
+
+class Skipping(torch.amp.GradScaler):
+    updates = 0
+
+    def update(self, new_scale=None):
+        self.updates += 1
+        super().update(new_scale)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_scaler_changes_nothing_but_the_range(enabled):
+    model, batch = mlp(), samples(10)
+    plain = copy.deepcopy(model)
+    run(plain, sgd(plain, momentum=0.9), batch, steps=3)
+    scaler = Skipping("cpu", enabled=enabled)
+    [(got, total)] = run(model, sgd(model, momentum=0.9), batch, steps=3, scaler=scaler)
+    wanted, value = whole_gradients(mlp(), *batch)
+    assert_same(model.parameters(), plain.parameters())
+    assert_same(got, [scaler.get_scale() * g for g in wanted])  # of a scaled loss
+    torch.testing.assert_close(total, value, rtol=1e-12, atol=0)  # the loss itself is not scaled
+    assert scaler.updates == 1
+
+
+def test_a_scaler_skips_the_step_of_a_group_with_an_infinite_gradient():
+    model, (inputs, targets) = mlp(), samples(6)
+    inputs[5] = float("inf")
+    scaler = torch.amp.GradScaler("cpu")
+    run(model, sgd(model), (inputs, targets), steps=3, scaler=scaler)
+    assert_same(model.parameters(), mlp().parameters(), rtol=0)
+    assert scaler.get_scale() == 2.0**15  # half of the first, as its documentation says
+
+
+def test_one_graph_is_alive_at_a_time():
+    model, alive = mlp(), []
+    model[1].register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
+    total, kept = 0.0, []
+    for micro in accumulate(sgd(model), samples(12), steps=4):
+        assert all(ref() is None for ref in alive)
+        inputs, targets = micro.batch
+        total = total + micro.backward(F.cross_entropy(model(inputs), targets))
+        kept.append(micro)  # a micro-batch holds no graph
+    assert len(alive) == 4
+    assert not total.requires_grad
+    assert all(ref() is None for ref in alive)
