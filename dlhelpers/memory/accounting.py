@@ -112,7 +112,7 @@ class Accounting(TorchDispatchMode):
     def add(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Declare what these tensors are."""
         for tensor in tensors:
-            self._see(tensor, kind, born=BEFORE if not self.ops else len(self.ops))
+            self._see(tensor, kind)
 
     def add_model(self, model: nn.Module) -> None:
         """Declare a model's parameters, buffers and gradients, and name its modules."""

@@ -88,7 +88,8 @@ def estimate(
             accounting.add_optimizer(stepper)
         accounting.add("inputs", tensors_in(args))
         with accounting:
-            value = _loss(model, args, loss, dtype)
+            value, targets = _loss(model, args, loss, dtype)
+            accounting.add("inputs", tensors_in(targets))  # the caller of a true step holds them
             value.backward()
             del value
             if stepper is not None:
@@ -102,15 +103,17 @@ def estimate(
     return report_of(ops, storages, totals, measured=False, notes=notes, granularity=_block(device))
 
 
-def _loss(model: nn.Module, args: tuple[Any, ...], loss: Any, dtype: torch.dtype | None) -> Tensor:
+def _loss(
+    model: nn.Module, args: tuple[Any, ...], loss: Any, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
     device = next((t.device.type for t in tensors_in(args)), "cpu")
     with torch.autocast(device, dtype) if dtype is not None else nullcontext():
         output = model(*args)
         if loss is not None:
-            return loss(output)
+            return loss(output), None
         main = next(tensors_in(output if not hasattr(output, "to_tuple") else output.to_tuple()))
         targets = torch.zeros(main.shape[:1] + main.shape[2:], dtype=torch.long, device=main.device)
-        return nn.functional.cross_entropy(main, targets)
+        return nn.functional.cross_entropy(main, targets), targets
 
 
 def _block(device: str) -> int:

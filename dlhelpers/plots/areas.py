@@ -102,8 +102,19 @@ def memory_bars(
             axes.plot(measured[name] / _MIB, place, "D", color="black", markersize=9)
     if limit_bytes is not None:
         axes.axvline(limit_bytes / _MIB, color=FAILING, linewidth=2, linestyle="--")
+        there = (limit_bytes / _MIB, 1.0)
+        axes.annotate(
+            f"limit {limit_bytes / _MIB:,.0f}",
+            there,
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            xytext=(-4, -3),
+            ha="right",
+            va="top",
+            fontsize=10,
+        )
     axes.set(yticks=range(len(reports)), yticklabels=list(reports))
-    axes.set_ylim(len(reports) - 0.5, -0.5)
+    axes.set_ylim(len(reports) - 0.5, -0.5 if limit_bytes is None else -0.8)
     axes.grid(False, axis="y")
     figure.legend(frameon=False, ncols=4, loc="outside lower left", fontsize=10)
     return figure

@@ -81,6 +81,8 @@ def curves(
     for name, point in (measured or {}).items():
         axes.plot(*point, "D", color="black", markersize=8)
         axes.annotate(name, point, textcoords="offset points", xytext=(10, 8), fontweight="bold")
+    if measured:
+        axes.margins(y=0.12)  # room for the names
     return figure
 
 
