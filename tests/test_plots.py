@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from dlhelpers import plots
+from dlhelpers import memory, plots
 from dlhelpers.measure import Estimate
 from dlhelpers.plots import style
 from dlhelpers.stages import predict_stages
@@ -227,3 +227,45 @@ def test_a_measured_point_lies_beside_the_curves():
     point = drawn.axes[0].lines[-1]
     assert (point.get_xdata().tolist(), point.get_ydata().tolist()) == ([0.5], [1.7])
     assert "here" in [text.get_text() for text in drawn.axes[0].texts]
+
+
+def a_step(blocks=2):
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(blocks)))
+    x = torch.ones(4, 16)
+    return memory.measure_peak(lambda: model(x).sum().backward())
+
+
+def test_memory_stacks_the_kinds_up_to_the_peak():
+    report = a_step()
+    axes = plots.memory(report, title="t", alt="a").axes[0]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in axes.collections]
+    drawn = [area.get_label() for area in axes.collections]
+    assert drawn == [kind for kind in memory.KINDS if max(report.timeline[kind])]
+    assert max(tops) == pytest.approx(report.peak_bytes / 2**20)
+    mark = axes.lines[-1]
+    totals = [sum(at) for at in zip(*report.timeline.values(), strict=True)]
+    assert totals[int(mark.get_xdata()[0])] == report.peak_bytes
+    assert mark.get_ydata()[0] == pytest.approx(report.peak_bytes / 2**20)
+
+
+def test_memory_of_a_long_run_still_shows_its_peak():
+    report = a_step(blocks=400)
+    assert len(report.phases) > 800
+    axes = plots.memory(report, title="t").axes[0]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in axes.collections]
+    assert max(tops) == pytest.approx(report.peak_bytes / 2**20)
+
+
+def test_memory_bars_end_at_each_peak_and_mark_what_was_measured():
+    reports = {"small": a_step(1), "large": a_step(3)}
+    axes = plots.memory_bars(
+        reports, title="t", limit_bytes=3 * 2**20, measured={"large": 2 * 2**20}
+    ).axes[0]
+    for place, report in enumerate(reports.values()):
+        bars = [bar for bar in axes.patches if abs(bar.get_y() + 0.31 - place) < 1e-6]
+        end = max(bar.get_x() + bar.get_width() for bar in bars)
+        assert end == pytest.approx(report.peak_bytes / 2**20)
+    point, limit = axes.lines
+    assert (point.get_xdata()[0], point.get_ydata()[0]) == (2, 1)
+    assert set(limit.get_xdata()) == {3}
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["small", "large"]

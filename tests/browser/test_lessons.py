@@ -117,6 +117,21 @@ def test_dali_io_runs_and_its_sliders_move_the_measured_point(page, address):
     keep_screenshot(page, "03_widget")
 
 
+def test_memory_runs_and_its_budget_follows_the_choice(page, address):
+    lab_session.open_notebook(page, address, "04_memory.ipynb")
+    lab_session.run_all(page, timeout_s=300)
+    assert lab_session.errors(page) == []
+
+    choice = page.locator(".widget-dropdown select").last  # the optimizer
+    choice.scroll_into_view_if_needed()
+    panel = page.locator(".jp-OutputArea-output img").last
+    before = panel.get_attribute("src")
+    choice.select_option("SGD")
+    wait_until_redrawn(page, "src", before)
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, "04_widget")
+
+
 def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
     notebook = "window.jupyterapp.shell.currentWidget"
