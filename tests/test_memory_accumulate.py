@@ -285,6 +285,7 @@ def test_gradients_clipped_at_the_last_micro_batch_are_those_of_the_step():
 
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("leave", ["break", "error"])
+@pytest.mark.filterwarnings("ignore:the loop over accumulate was left")
 def test_a_loop_left_early_makes_no_step_and_leaves_no_gradient(at, leave):
     model = mlp()
     optimizer = Counting(model.parameters(), lr=0.1)
@@ -530,3 +531,36 @@ def test_one_graph_is_alive_at_a_time():
     assert len(alive) == 4
     assert not total.requires_grad
     assert all(ref() is None for ref in alive)
+
+
+def test_a_scheduler_steps_after_each_step_of_the_optimizer():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    rates = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for micro in accumulate(optimizer, [torch.ones(1)] * 6, 2, scheduler=scheduler):
+            micro.backward(weight.sum())
+            if micro.is_last:
+                rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.01, 0.001])
+    assert weight.item() == pytest.approx(-0.111)
+
+
+def test_a_break_that_loses_a_whole_group_is_told():
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def leaves_after(index):
+        for micro in accumulate(optimizer, [torch.ones(1)] * 4, 2):
+            micro.backward(weight.sum())
+            if micro.index == index:
+                break
+
+    with pytest.warns(UserWarning, match="left after the last backward of a group"):
+        leaves_after(1)
+    assert (weight.item(), weight.grad) == (0, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        leaves_after(0)

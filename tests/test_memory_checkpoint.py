@@ -716,7 +716,7 @@ def test_it_runs_on_fake_tensors_and_leaves_the_random_state(make):
         (mlp(), "some", "whole number"),
         (mlp(), None, "whole number"),
         (mlp(), "auto", "needs inputs"),
-        (Gpt(), 1, "from 0 to 0, got 1"),
+        (Gpt(), 1, "or 0, got 1"),
         (Mixed(), 9, "from 0 to 7, got 9"),
         (nn.Linear(3, 3), 1, "needs an nn.Sequential"),
         (nn.Sequential(), 1, "needs an nn.Sequential"),
@@ -796,3 +796,31 @@ def test_auto_by_the_real_estimate_is_the_best_of_all():
         for k in (None, *range(1, 13))
     }
     assert peaks[k] == min(peaks.values())
+
+
+def test_parameters_that_were_lent_for_a_forward_are_recomputed_with():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    x, grads = torch.randn(4, 6), []
+    start = {name: torch.randn_like(value) for name, value in model.named_parameters()}
+    for candidate in (model, checkpoint_blocks(model, 2)):
+        lent = {name: value.clone().requires_grad_() for name, value in start.items()}
+        torch.func.functional_call(candidate, lent, (x,)).square().mean().backward()
+        grads.append([value.grad for value in lent.values()])
+        assert all(parameter.grad is None for parameter in candidate.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_list_says_that_its_elements_are_segments():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    with pytest.raises(ValueError, match=r'"auto" or 0, got 4; each element of an nn\.ModuleList'):
+        checkpoint_blocks(Listed(), 4)

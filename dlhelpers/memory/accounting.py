@@ -26,9 +26,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-__all__ = ["BEFORE", "Accounting", "Op", "Storage", "tensors_in"]
+__all__ = ["BEFORE", "Accounting", "Op", "Storage", "tensors_in", "user_code"]
 
 _LIBRARIES = tuple(
     str(Path(sys.modules[name].__file__ or "").parent) for name in ("torch", __package__)
@@ -187,7 +187,7 @@ class Accounting(TorchDispatchMode):
                 storage.saved = True
         kept = self._keep_call(func, args, kwargs) if self._keep_call else None
         self.ops.append(
-            Op(str(func), self._phase(), self._module(), _user_code(sys._getframe(1)), kept)
+            Op(str(func), self._phase(), self._module(), user_code(sys._getframe(1)), kept)
         )
         with self._mark(number):
             result = func(*args, **kwargs)
@@ -247,22 +247,33 @@ class Accounting(TorchDispatchMode):
             storage.saved = True
         return kept, tensor._version
 
+    def _is_here(self) -> bool:
+        """Whether this thread is the one that is followed: hooks are the whole process's."""
+        return any(mode is self for mode in _get_current_dispatch_mode_stack())
+
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        if not self._is_here():
+            return
         if id(module) not in self._names:
             self.add_model(module)
         self._modules.append(self._names[id(module)] or type(module).__name__)
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._is_here():
+            return
         name = self._modules.pop()
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:
                 tensor.grad_fn.metadata.setdefault("dlhelpers.module", name)
 
     def _enter_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.add_optimizer(optimizer)
-        self._in_step += 1
+        if self._is_here():
+            self.add_optimizer(optimizer)
+            self._in_step += 1
 
     def _leave_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_here():
+            return
         self._in_step -= 1
         for tensor in tensors_in(optimizer.state):
             self._see(tensor, "optimizer state", born=max(0, len(self.ops) - 1))
@@ -298,7 +309,7 @@ def _address(whole: torch.UntypedStorage) -> int:
         return 0  # a fake tensor has no memory
 
 
-def _user_code(frame: FrameType | None) -> tuple[str, int]:
+def user_code(frame: FrameType | None) -> tuple[str, int]:
     """Return file and line of the innermost caller that is neither torch nor this package."""
     last = ("", 0)
     while frame is not None:

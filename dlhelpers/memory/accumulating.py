@@ -119,12 +119,15 @@ def accumulate(
     count: Callable[[Any], int | float | Tensor] | None = None,
     reduction: str = "mean",
     scaler: GradScaler | None = None,
+    scheduler: Any = None,
 ) -> Iterator[Micro]:
     """Yield micro-batches; after each group of them make one step, that of the whole batch.
 
     Gradients are None before a group; the step is made when the loop asks for more after
-    ``is_last``. A loop that is left early (break, error) makes no step and leaves no gradients.
-    BatchNorm in train mode mixes the samples: not exact, and a UserWarning says so.
+    ``is_last``. A loop that is left early (break, error) makes no step and leaves no gradients; a
+    UserWarning says so where a whole group is lost. BatchNorm in train mode mixes the samples: not
+    exact, and a UserWarning says so, but for a compiled model. A loss that compares the samples of
+    a batch with each other (contrastive ones) is not exact either.
 
     Args:
         optimizer: over the model's parameters.
@@ -135,11 +138,17 @@ def accumulate(
         count: micro-batch -> what its loss is a mean over, as targets not -100; else its samples.
         reduction: ``mean`` or ``sum``: what the loss does over its micro-batch.
         scaler: scales the loss and makes the step; clip after ``scaler.unscale_(optimizer)``.
+        scheduler: of the learning rate, stepped after each of the optimizer's steps; a step of the
+            scheduler at ``is_last`` would come too early.
 
     Raises:
         TypeError: not an optimizer, or not a batch.
         ValueError: bad steps or reduction; N differs or is less than steps; nothing to count.
         RuntimeError: in the loop, where ``micro.backward`` was forgotten.
+
+    Cost: a loader's batches are fetched a group at a time, as all counts must be known before the
+    first backward: so many are in memory, and a loader that shall work ahead needs
+    ``num_workers * prefetch_factor`` of as many.
 
     >>> model, loss = torch.nn.Linear(8, 2), torch.nn.functional.mse_loss
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -159,7 +168,7 @@ def accumulate(
     first = next(groups, None)  # fetched here, so that a bad batch fails at the call
     if first is None:
         raise ValueError(f"no batch in this {type(batch).__name__}: empty, or read to its end")
-    return _loop(optimizer, chain([first], groups), scaler)
+    return _loop(optimizer, chain([first], groups), scaler, scheduler)
 
 
 def _micro_batches(batch: Any, steps: int) -> Iterator[Any]:
@@ -223,9 +232,12 @@ def _counted(number: Any) -> Any:
 
 
 def _loop(
-    optimizer: Optimizer, groups: Iterator[deque[tuple[Any, float]]], scaler: GradScaler | None
+    optimizer: Optimizer,
+    groups: Iterator[deque[tuple[Any, float]]],
+    scaler: GradScaler | None,
+    scheduler: Any,
 ) -> Iterator[Micro]:
-    inspects = True
+    inspects, micro = True, None
     try:
         for group in groups:
             optimizer.zero_grad(set_to_none=True)
@@ -244,6 +256,16 @@ def _loop(
             else:
                 scaler.step(optimizer)
                 scaler.update()
-    except BaseException:  # GeneratorExit too: a break
+            if scheduler is not None:
+                scheduler.step()
+    except BaseException as error:  # GeneratorExit: a break, or an error in the loop's body
         optimizer.zero_grad(set_to_none=True)
+        is_whole = micro is not None and micro.is_last and micro._went_backward
+        if is_whole and isinstance(error, GeneratorExit):
+            warnings.warn(
+                "the loop over accumulate was left after the last backward of a group, before its "
+                "step: leave it at the next group's index 0, where the step is made",
+                UserWarning,
+                stacklevel=2,
+            )
         raise

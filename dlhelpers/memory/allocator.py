@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +25,7 @@ __all__ = ["CpuRecord", "CudaRecord", "record_of"]
 _NAME = "dlhelpers.op:"
 # what torch's profiler writes past Python's stderr, whatever one does
 _NOISE = re.compile(rb"(CPUAllocator|SyncActivityProfilerHandler|DeviceProperties)\.cpp")
+_ALONE = threading.Lock()
 
 
 class CpuRecord:
@@ -43,6 +44,12 @@ class CpuRecord:
     def __enter__(self) -> CpuRecord:
         from torch.profiler import ProfilerActivity, profile
 
+        if torch._C._autograd._profiler_enabled() or not _ALONE.acquire(blocking=False):
+            raise RuntimeError(
+                "torch's profiler is at work already, here or in another thread: it records one "
+                "run at a time, so stop it, or wait for it, before measure_peak"
+            )
+        self._stack.callback(_ALONE.release)
         self._stack.enter_context(_without_noise())
         self._stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*[Pp]rofiler.*")
@@ -161,23 +168,31 @@ def record_of(device: torch.device) -> CpuRecord | CudaRecord:
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """Hold back what is written to file descriptor 2; give back all but the profiler's lines."""
+    """Pass on at once what is written to file descriptor 2, all but the profiler's lines."""
     try:
         sys.stderr.flush()
         kept = os.dup(2)
     except (OSError, AttributeError, ValueError):
         yield  # a program without a stderr
         return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            if sys.stderr is not None:
-                sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            held.seek(0)
-            for line in held:
-                if not _NOISE.search(line):
-                    os.write(2, line)
+    reading, writing = os.pipe()
+    os.dup2(writing, 2)
+    os.close(writing)
+    pump = threading.Thread(target=_pass_on, args=(reading, kept), daemon=True)
+    pump.start()
+    try:
+        yield
+    finally:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        os.dup2(kept, 2)
+        pump.join(timeout=1.0)  # it lives on only for a child process that was started meanwhile
+
+
+def _pass_on(reading: int, kept: int) -> None:
+    with os.fdopen(reading, "rb", buffering=0) as pipe, os.fdopen(kept, "wb", buffering=0) as to:
+        rest = b""
+        while chunk := pipe.read(1 << 16):
+            *lines, rest = re.split(rb"(?<=[\n\r])", rest + chunk)  # \r ends a progress bar's
+            to.write(b"".join(line for line in lines if not _NOISE.search(line)))
+        to.write(b"" if _NOISE.search(rest) else rest)

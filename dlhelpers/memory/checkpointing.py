@@ -62,8 +62,9 @@ def checkpoint_blocks(
         RuntimeError: in training, where the result would be silently wrong: a block overwrites
             its segment's input, a parameter changes before backward, a part lost or got blocks.
 
-    Cost: one more forward of the checkpointed parts a step; hooks inside them may run twice, and
-    what a forward changes apart from buffers (a Python counter) changes twice.
+    Cost: one more forward of the checkpointed parts a step, and a copy of each buffer that a
+    forward changes; hooks inside them may run twice, and what a forward changes apart from buffers
+    (a Python counter) changes twice.
     Source: arXiv:1604.06174; BatchNorm: pytorch#62471, pytorch#96136, fairscale#1035.
 
     >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
@@ -86,9 +87,9 @@ def checkpoint_blocks(
     elif isinstance(segments, int) and least <= segments <= most:
         chosen = int(segments)
     else:
-        raise ValueError(
-            f'segments must be "auto" or a whole number from {least} to {most}, got {segments!r}'
-        )
+        parted = f"a whole number from {least} to {most}" if most else "0"
+        lists_too = "; each element of an nn.ModuleList is a segment anyway" if lists else ""
+        raise ValueError(f'segments must be "auto" or {parted}, got {segments!r}{lists_too}')
     copied = _sharing_copy(model)
     if chosen is None:
         return copied

@@ -36,9 +36,10 @@ def measure_peak(fn: Callable[[], Any], device: torch.device | str | None = None
     Raises:
         TypeError: fn cannot be called.
         ValueError: the device keeps no record of its memory, or fn called no operator of torch.
-        RuntimeError: torch's profiler is at work already.
+        RuntimeError: torch's profiler is at work already, in this thread or another one.
 
-    Cost: up to twice the time of a run; nothing of it is left afterwards.
+    Cost: a fifth of a second, the run, and 0.3 ms for each of its operators; nothing of it is left
+    afterwards. What other threads allocate meanwhile is not seen, but for autograd's.
 
     >>> model, x = torch.nn.Linear(256, 256), torch.zeros(1024, 256)
     >>> report = measure_peak(lambda: model(x).sum().backward())

@@ -1,7 +1,8 @@
 """How is a segment computed again in backward as if that were the first time?
 
 torch.utils.checkpoint restores the random state and autocast. What is left is the state of the
-modules: their mode, and the buffers that a forward changes. A recomputation runs on copies of those
+modules: their mode, their parameters (``torch.func.functional_call`` lends them others for a
+forward), and the buffers that a forward changes. A recomputation runs on copies of those
 buffers as they were before forward, put in the modules' place and taken away afterwards: nothing is
 counted twice, and no tensor that autograd has saved is written to.
 
@@ -50,7 +51,8 @@ class Pass:
             for name, block, _ in blocks
             for inner, module in block.named_modules()
         ]
-        self._parameters = [p for _, block, _ in blocks for p in block.parameters()]
+        self._own = [dict(module._parameters) for _, module in self._modules]
+        self._parameters = [p for own in self._own for p in own.values() if p is not None]
         self._begun = False
         self._versions: list[int] = []  # of the parameters, after forward
         self._training: list[bool] = []  # of the modules, before forward
@@ -127,18 +129,21 @@ class Pass:
                 f"a parameter in the segment that begins with {self._blocks[0][0]!r} has changed "
                 "since forward: call backward before optimizer.step"
             )
-        now = [(module, module.training, module._buffers) for _, module in self._modules]
-        for (name, module), training in zip(self._modules, self._training, strict=True):
+        now = [(m, m.training, m._buffers, m._parameters) for _, m in self._modules]
+        before = zip(self._modules, self._training, self._own, strict=True)
+        for (name, module), training, parameters in before:
             buffers = {}
             for inner, buffer in module._buffers.items():
                 copied = self._before.get((f"{name}.{inner}", training), (None, 0, None))[2]
                 buffers[inner] = buffer if copied is None else copied.clone()
             module.training, module._buffers = training, buffers
+            module._parameters = dict(parameters)
         try:
             yield
         finally:
-            for module, training, kept in now:
-                module.training, module._buffers = training, kept
+            for module, training, buffers, parameters in now:
+                module.training, module._buffers = training, buffers
+                module._parameters = parameters
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -6,9 +6,11 @@ operator, shapes, library and machine, so it is measured once for each and kept.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,6 +23,14 @@ from dlhelpers.memory.accounting import tensors_in
 from dlhelpers.memory.allocator import record_of
 
 __all__ = ["Call", "Scratch", "call_of"]
+
+
+# float32 in any layout that a matrix library takes as it is
+_PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
+_SMALL = 64 << 20  # bytes of arguments that a trial is always worth
+_BLOCK = 64 << 10  # bytes that even the smallest convolution may take
+_A_FEW_NUMBERS = 64  # bytes: Python's numbers become tensors
+_TRIALS_S = 5.0  # seconds for all trials of one estimate
 
 
 @dataclass(frozen=True)
@@ -36,9 +46,22 @@ class _Shape:
     def nbytes(self) -> int:
         return self.dtype.itemsize * prod(self.size)
 
-    def make(self) -> Tensor:
+    def make(self, random: bool) -> Tensor:
         made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        return made.zero_() if 0 not in self.stride else made
+        if 0 in self.stride:
+            return made
+        return made.normal_() if random and made.is_floating_point() else made.zero_()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its elements fill a stretch of memory, in whatever order."""
+        steps = sorted((step, n) for n, step in zip(self.size, self.stride, strict=True) if n != 1)
+        expected = 1
+        for step, n in steps:
+            if step != expected:
+                return False
+            expected *= n
+        return True
 
 
 @dataclass(frozen=True)
@@ -64,16 +87,42 @@ class Call:
     @property
     def at_most(self) -> int:
         """Bytes inside the kernel that were never seen exceeded: what is worth a trial."""
+        shapes, name = self.shapes, str(self.func)
         if self.func.is_view or self.func.namespace == "prim":
             return 0
-        sizes = [shape.nbytes for shape in self.shapes]
+        is_plain = len({s.dtype for s in shapes}) < 2 and all(s.is_dense for s in shapes)
+        if is_plain and (torch.Tag.pointwise in self.func.tags or name in _PRODUCTS):
+            return _A_FEW_NUMBERS
+        sizes = [shape.nbytes for shape in shapes]
         bound = 3 * sum(sizes)
-        if "convolution" in str(
-            self.func
-        ):  # may unfold its input, once for each weight of a kernel
-            weight = self.args[2 if "backward" in str(self.func) else 1]
-            bound += 2 * prod(weight.size[2:]) * max(sizes)
+        if "convolution" in name:
+            # may unfold its input, once for each weight of a kernel
+            weight = self.args[2 if "backward" in name else 1]
+            bound += 2 * prod(weight.size[2:]) * max(sizes) + _BLOCK
+            if weight.size[1] == 1:  # a depthwise one's weights, in blocks of channels
+                bound += 300 * weight.nbytes
         return bound
+
+    def with_batch(self, n: int) -> Call | None:
+        """Return the call for a batch of n instead; None where it is not plain what that is."""
+        shapes, name = self.shapes, str(self.func)
+        batch = shapes[0].size[0] if shapes and shapes[0].size else 0
+        if batch <= n or not all(s.is_dense or 0 in s.stride for s in shapes):
+            return None
+        weight = None
+        if "convolution" in name:  # may have as many rows as the batch
+            weight = self.args[2 if "backward" in name else 1]
+
+        def smaller(value: Any) -> Any:
+            if not isinstance(value, _Shape) or value is weight or value.size[:1] != (batch,):
+                return value
+            if (
+                len(value.size) < 2 and value.dtype.is_floating_point
+            ):  # of the channels; int: targets
+                return value
+            return dataclasses.replace(value, size=(n, *value.size[1:]))
+
+        return Call(self.func, *tree_map(smaller, (self.args, self.kwargs)))
 
     def _both(self) -> Any:
         return (self.args, self.kwargs)
@@ -101,7 +150,8 @@ class Scratch:
         from dlhelpers.data import cache_dir
         from dlhelpers.machine import describe
 
-        self._at_most = (describe().ram_bytes or 4 << 30) // 8  # for one operator's arguments
+        self._at_most = (describe().ram_bytes or 4 << 30) // 16  # for one operator's arguments
+        self._until = time.monotonic() + _TRIALS_S
         build = (torch.__version__, torch.get_num_threads(), torch.backends.mkldnn.enabled)
         name = hashlib.sha256(repr((describe().key, build)).encode()).hexdigest()[:12]
         self._path = cache_dir() / f"scratch-{name}.json"
@@ -114,10 +164,16 @@ class Scratch:
 
     def bytes_of(self, call: Call) -> int:
         """Return how many bytes more than its outputs the operator takes while it runs."""
+        size = sum(shape.nbytes for shape in call.shapes)
+        if size > _SMALL and (found := self._from_smaller(call)) is not None:
+            return found
         key = hashlib.sha256(call.key.encode()).hexdigest()[:20]
         if key not in self._known:
-            if sum(shape.nbytes for shape in call.shapes) > self._at_most:
+            if size > self._at_most:
                 self.untried[str(call.func)] = "its arguments are too large for a trial here"
+                return 0
+            if time.monotonic() > self._until:
+                self.untried[str(call.func)] = f"trials took more than {_TRIALS_S:g} s already"
                 return 0
             try:
                 self._known[key] = _measured(call)
@@ -126,6 +182,26 @@ class Scratch:
                 return 0
             self._new += 1
         return self._known[key]
+
+    def workspace_of(self, call: Call) -> int:
+        """Return the bytes that oneDNN's recurrent layer keeps for backward; a fake one none."""
+        key = f"workspace {call.key}"
+        if key not in self._known:
+            args = tree_map(lambda x: x.make(False) if isinstance(x, _Shape) else x, call.args)
+            self._known[key] = _workspace(args[:7], args[7:]).nbytes
+            self._new += 1
+        return self._known[key]
+
+    def _from_smaller(self, call: Call) -> int | None:
+        """Follow the straight line through two small batches, which a kernel's buffers lie on."""
+        few, more = call.with_batch(2), call.with_batch(4)
+        if few is None or more is None or few.key == call.key:
+            return None
+        if sum(shape.nbytes for shape in more.shapes) > 4 * _SMALL:
+            return None
+        batch = call.shapes[0].size[0]
+        at_2, at_4 = self.bytes_of(few), self.bytes_of(more)
+        return max(0, at_2 + (at_4 - at_2) * (batch - 2) // 2)
 
     def keep(self) -> None:
         """Write what is new to the cache; a folder that cannot be written costs only time."""
@@ -140,14 +216,28 @@ class Scratch:
             pass
 
 
+def _workspace(tensors: tuple[Tensor, ...], flags: tuple[Any, ...]) -> Tensor:
+    """Run oneDNN's recurrent layer forward; return what it keeps for backward."""
+    with torch.enable_grad():  # without gradients it keeps nothing
+        needing = [tensor.detach().requires_grad_() for tensor in tensors]
+        return torch.ops.aten.mkldnn_rnn_layer.default(*needing, *flags)[-1].detach()
+
+
 def _measured(call: Call) -> int:
-    args, kwargs = tree_map(
-        lambda x: x.make() if isinstance(x, _Shape) else x, (call.args, call.kwargs)
-    )
-    device = next((tensor.device for tensor in tensors_in((args, kwargs))), torch.device("cpu"))
-    record = record_of(device)
-    with torch.no_grad(), torch.random.fork_rng(), record, record.mark(0):
-        made = call.func(*args, **kwargs)
+    random = "linalg" in str(call.func)  # an algorithm that ends early on zeros
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        args, kwargs = tree_map(
+            lambda x: x.make(random) if isinstance(x, _Shape) else x, (call.args, call.kwargs)
+        )
+        if str(call.func) == "aten.mkldnn_rnn_layer_backward.default":
+            reverse, *sizes, has_biases, train, bidirectional, batches, first = args[13:22]
+            flags = (reverse, batches, *sizes, has_biases, bidirectional, first, train)
+            args = (*args[:22], _workspace(args[:7], flags))  # crashes on one that is not filled
+        device = next((tensor.device for tensor in tensors_in((args, kwargs))), torch.device("cpu"))
+        record = record_of(device)
+        with torch.no_grad(), record, record.mark(0):
+            made = call.func(*args, **kwargs)
     given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs))}
     outputs = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors_in(made)}
     new = sum(whole.nbytes() for whole in outputs.values() if whole.data_ptr() not in given)
