@@ -87,7 +87,9 @@ def estimate(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes, numbers = _Fakes(mode), _Numbers()
     model, args, kwargs = fakes.model(model), fakes.value(args), fakes.value(kwargs)
-    with mode, numbers, _explained():
+    # under ``with torch.device("meta")`` what the model makes itself would be of that device
+    is_meta = torch.get_default_device().type == "meta"
+    with mode, numbers, _explained(), torch.device("cpu") if is_meta else nullcontext():
         if checkpoint is not None:
             from dlhelpers.memory.checkpointing import checkpoint_blocks
 
@@ -279,7 +281,8 @@ class _Fakes:
             return self._memo[id(real)]
         if real.device.type == "meta":
             with self._mode:
-                made = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype)
+                sizes = real.shape, real.stride()
+                made = torch.empty_strided(*sizes, dtype=real.dtype, device="cpu")
         else:
             made = self._mode.from_tensor(real.detach(), static_shapes=True)
         if isinstance(real, nn.Parameter):
