@@ -13,6 +13,7 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.dali_io``     batches from DALI: torch's loader, torchvision's pixels
 ``dlhelpers.stages``      which stage of a pipeline do the others wait for?
 ``dlhelpers.memory``      how many bytes a training step needs, what they are, how to need fewer
+``dlhelpers.shufflenet``  what each layer costs, and ShuffleNetV2's four guidelines
 ``dlhelpers.data``        real digits and photographs without a network
 ``dlhelpers.training``    a small, seeded training loop
 ``dlhelpers.exercises``   check, hint and solution of the course's exercises
@@ -41,6 +42,7 @@ _SUBMODULES = (
     "pairing",
     "plots",
     "report",
+    "shufflenet",
     "stages",
     "stores",
     "training",

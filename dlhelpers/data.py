@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
 
-__all__ = ["cache_dir", "cifar10", "data_dir", "digits", "imagenette", "photos"]
+__all__ = [
+    "cache_dir",
+    "cifar10",
+    "data_dir",
+    "digits",
+    "imagenette",
+    "photos",
+    "published_latencies",
+]
 
 _MANIFEST = "photos.json"
 
@@ -75,6 +83,48 @@ def digits(split: Literal["train", "test", "all"] = "train") -> tuple[Tensor, Te
         rows = parts[0] if split == "train" else parts[1]
     images = torch.tensor(bunch.images[rows], dtype=torch.float32)[:, None] / 16
     return images, torch.tensor(bunch.target[rows], dtype=torch.int64)
+
+
+def published_latencies(cpu: Literal["i7", "i9"]) -> dict[str, Any]:
+    """Return a published table of image models on a CPU, a column to a name.
+
+    Args:
+        cpu: ``i9`` (i9-10940X) or ``i7`` (i7-12700H).
+
+    Returns:
+        ``model`` (names), and arrays of float64: ``seconds`` of one image, ``multiply_adds``,
+        ``activations`` (elements) and ``params``. A row with an empty field is left out.
+
+    Raises:
+        ValueError: another CPU.
+        FileNotFoundError: the table is not here; it comes with the repository, not the package.
+
+    Source: huggingface/pytorch-image-models, folder results, Apache-2.0.
+    """
+    import csv
+
+    import numpy as np
+
+    if cpu not in ("i7", "i9"):
+        raise ValueError(f'cpu must be "i7" or "i9", got {cpu!r}')
+    path = data_dir() / "published" / f"timm_{cpu}.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: it lies in the repository's data/published; DLHELPERS_DATA may "
+            "name the folder that holds published/"
+        )
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if all(row.values())]
+    columns = {  # of the file, and what one unit there is
+        "seconds": ("infer_step_time", 1e-3),
+        "multiply_adds": ("infer_gmacs", 1e9),
+        "activations": ("infer_macts", 1e6),
+        "params": ("param_count", 1e6),
+    }
+    table: dict[str, Any] = {"model": [row["model"] for row in rows]}
+    for name, (column, unit) in columns.items():
+        table[name] = np.array([float(row[column]) * unit for row in rows])
+    return table
 
 
 def photos(

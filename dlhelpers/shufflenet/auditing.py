@@ -1,0 +1,236 @@
+"""Which layers of a model break the four guidelines, and what does each cost?
+
+Costs are predicted: the bytes that keeping the guideline would save, at this machine's bandwidth,
+whether or not the operator has arithmetic to hide them behind.
+
+Source: Ma et al. 2018, arXiv:1807.11164, section 2.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dlhelpers.findings import Finding, Findings
+from dlhelpers.roofline import Roofline
+from dlhelpers.shufflenet.costs import (
+    LayerCost,
+    LayerCosts,
+    layer_costs,
+    mac_lower_bound,
+    memory_access_cost,
+)
+from dlhelpers.shufflenet.formulas import is_element_wise
+
+__all__ = ["audit"]
+
+
+def audit(
+    model: nn.Module, inputs: Any, *, least: float = 0.0, peaks: Roofline | None = None
+) -> Findings:
+    """Name what breaks G1 to G4, the most expensive first.
+
+    G1: a pointwise convolution whose channels in and out differ. G2: a convolution in groups, one
+    that is not depthwise. G3: a tensor that two convolutions or more work on, each by itself (what
+    is cut up in series cannot be told from depth). G4: element-wise operators, normalisation and
+    depthwise convolutions, by module.
+
+    Args:
+        model: in the mode that is to be audited; ``eval()`` for inference.
+        inputs: as for ``layer_costs``.
+        least: share of the predicted time; a finding that costs less is left out.
+        peaks: as for ``layer_costs``.
+
+    Returns:
+        Findings of severity ``suspicion``: a guideline may be broken for good reasons. Each says
+        what it is predicted to cost. Empty if nothing costs that much.
+
+    Raises:
+        ValueError: least is not between 0 and 1; or as ``layer_costs``.
+
+    >>> peaks = Roofline(10.0, {"fp32": 100.0}, 1)
+    >>> wide = nn.Sequential(nn.Conv2d(8, 96, 1), nn.ReLU())
+    >>> [finding.name for finding in audit(wide, torch.zeros(1, 8, 32, 32), peaks=peaks)]
+    ['element-wise (G4)', 'unequal-channels (G1)']
+    """
+    if not 0 <= least <= 1:
+        raise ValueError(f"least is a share of the time, between 0 and 1; got {least!r}")
+    costs = layer_costs(model, inputs, policy="all", peaks=peaks)
+    peaks = costs.roofline
+    total = costs.predicted_s or math.inf
+    found = [
+        (seconds, finding)
+        for rule in (_unequal_channels, _groups, _fragments, _element_wise)
+        for seconds, finding in rule(costs, peaks)
+        if seconds > 0 and seconds >= least * total
+    ]
+    found.sort(key=lambda pair: -pair[0])
+    findings = Findings(
+        Finding(
+            name=finding.name,
+            severity="suspicion",
+            what=f"{finding.what}: {_us(seconds)} of {_us(total)} predicted, {seconds / total:.0%}",
+            why=finding.why,
+            remedy=finding.remedy,
+            where=finding.where,
+        )
+        for seconds, finding in found
+    )
+    findings.scope = f"nothing breaks G1 to G4 for {least:.1%} of the predicted time or more"
+    return findings
+
+
+def _us(seconds: float) -> str:
+    return f"{1e6 * seconds:,.0f} µs"
+
+
+def _convolutions(costs: LayerCosts) -> Iterator[tuple[LayerCost, int, int, int, int, int]]:
+    """Give (layer, c1, c2, output pixels with the batch, kernel elements, groups) of each one."""
+    for layer in costs.layers:
+        if layer.operator != "convolution":
+            continue
+        _, args, kwargs = layer.call
+        groups = args[8] if len(args) > 8 else kwargs["groups"]
+        x, weight = layer.shapes[0], layer.shapes[1]
+        output = layer.shapes[-1]
+        pixels = output[0] * math.prod(output[2:])
+        yield layer, x[1], output[1], pixels, math.prod(weight[2:]), groups
+
+
+def _unequal_channels(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+    for layer, c1, c2, pixels, kernel, groups in _convolutions(costs):
+        if kernel != 1 or groups != 1 or c1 == c2:
+            continue
+        moved = memory_access_cost(c1, c2, pixels)
+        least = mac_lower_bound(pixels * c1 * c2, pixels)
+        equal = round(math.sqrt(c1 * c2))
+        yield (
+            _seconds(moved.elements - least, layer, peaks),
+            Finding(
+                "unequal-channels (G1)",
+                "suspicion",
+                f"a 1x1 convolution from {c1} to {c2} channels moves {moved.elements:,} elements, "
+                f"{moved.elements / least:.2f} times the least for its multiply-adds",
+                "for equal multiply-adds memory access is least with as many channels in as out",
+                f"nn.Conv2d({equal}, {equal}, 1)  # as many multiply-adds",
+                layer.module,
+            ),
+        )
+
+
+def _groups(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+    for layer, c1, c2, pixels, kernel, groups in _convolutions(costs):
+        if groups == 1 or groups == c1:
+            continue
+        multiply_adds = pixels * kernel * c1 * c2 // groups
+        dense = pixels * (c1 + c2 / groups) + kernel * c1 * c2 / groups  # of equation 2, g = 1
+        here = pixels * (c1 + c2) + kernel * c1 * c2 / groups
+        narrow = max(1, c2 // groups)
+        yield (
+            _seconds(here - dense, layer, peaks),
+            Finding(
+                "groups (G2)",
+                "suspicion",
+                f"a convolution from {c1} to {c2} channels in {groups} groups moves {here:,.0f} "
+                f"elements for {multiply_adds / 1e6:,.1f} M multiply-adds",
+                "with as many multiply-adds and the same input, memory access grows with groups",
+                f"nn.Conv2d({c1}, {narrow}, {_side(kernel)})  # as many multiply-adds, no groups",
+                layer.module,
+            ),
+        )
+
+
+def _side(kernel: int) -> int:
+    return round(math.sqrt(kernel))
+
+
+def _fragments(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+    sharing: dict[int, list[LayerCost]] = defaultdict(list)
+    for layer, *_ in _convolutions(costs):
+        sharing[id(layer.call[1][0])].append(layer)
+    overhead = None
+    for layers in sharing.values():
+        if len(layers) < 2:
+            continue
+        overhead = overhead or _overhead_s()
+        c1, pixels = layers[0].shapes[0][1], math.prod(layers[0].shapes[0][2:])
+        again = _seconds((len(layers) - 1) * math.prod(layers[0].shapes[0]), layers[0], peaks)
+        names = ", ".join(layer.module for layer in layers)
+        yield (
+            (len(layers) - 1) * overhead + again,
+            Finding(
+                "fragments (G3)",
+                "suspicion",
+                f"{len(layers)} convolutions work on the same {c1} channels of {pixels:,} pixels",
+                "each reads the input again and is launched by itself; small ones leave a parallel "
+                "device idle",
+                f"nn.Conv2d({c1}, ...)  # one convolution for {len(layers)}, split after it",
+                names,
+            ),
+        )
+
+
+def _element_wise(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+    by_module: dict[str, list[LayerCost]] = defaultdict(list)
+    depthwise = {
+        id(layer)
+        for layer, c1, _, _, _, groups in _convolutions(costs)
+        if groups == c1 and groups > 1
+    }
+    for layer in costs.layers:
+        func = layer.call[0]
+        norm = "norm" in layer.operator
+        if norm or is_element_wise(func) or id(layer) in depthwise:
+            by_module[layer.module].append(layer)
+    for module, layers in by_module.items():
+        seconds = sum(_seconds(layer.elements, layer, peaks) for layer in layers)
+        flops = sum(layer.flops for layer in layers) / max(1, costs.flops)
+        moved = sum(layer.nbytes for layer in layers)
+        names = ", ".join(dict.fromkeys(layer.operator for layer in layers))
+        is_depthwise = any(id(layer) in depthwise for layer in layers)
+        yield (
+            seconds,
+            Finding(
+                "depthwise (G4)" if is_depthwise else "element-wise (G4)",
+                "suspicion",
+                f"{names} {'(depthwise) ' if is_depthwise else ''}moves {moved / 2**20:,.2f} MiB "
+                f"for {flops:.1%} of the FLOPs",
+                "it reads and writes every element for next to no arithmetic, so memory decides",
+                _remedy(layers, is_depthwise),
+                module,
+            ),
+        )
+
+
+def _remedy(layers: list[LayerCost], is_depthwise: bool) -> str:
+    if is_depthwise:
+        return "# fewer channels here: expand less before the depthwise convolution"
+    if any("batch_norm" in layer.operator for layer in layers):
+        return "torch.nn.utils.fuse_conv_bn_eval(conv, bn)  # folds it away for inference"
+    if any(layer.operator.startswith("add") for layer in layers):
+        return "y = torch.cat((kept, branch(rest)), 1)  # a split and a concatenation, no sum"
+    return "nn.Identity()  # where two follow each other, or after a depthwise convolution"
+
+
+def _seconds(elements: float, layer: LayerCost, peaks: Roofline) -> float:
+    """Return what moving so many elements takes."""
+    size = layer.nbytes / max(1, layer.elements)
+    return max(0.0, elements) * size / (1e9 * peaks.bandwidth_gb_s)
+
+
+def _overhead_s() -> float:
+    """Return the least time of a call of a convolution, whatever it computes."""
+    convolution, x = nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 1, 1)
+    best = math.inf
+    with torch.inference_mode():
+        for _ in range(100):
+            start = time.perf_counter()
+            convolution(x)
+            best = min(best, time.perf_counter() - start)
+    return best

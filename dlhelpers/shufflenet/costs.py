@@ -1,0 +1,413 @@
+"""What does each layer of a model cost? Multiply-adds, FLOPs, bytes, and the time they imply.
+
+A 1x1 convolution from c1 to c2 channels over hw pixels does B = hw c1 c2 multiply-adds and reads or
+writes at least so many elements, the memory access cost (MAC):
+
+    MAC = hw (c1 + c2) + c1 c2  >=  2 sqrt(hw B) + B / hw        (equal only where c1 = c2)
+
+An operator that moves b bytes and does f FLOPs takes at least max(b / bandwidth, f / peak) seconds.
+
+Source: Ma et al. 2018, arXiv:1807.11164, equations 1 and 2; Williams et al. 2009 (roofline),
+doi:10.1145/1498765.1498785.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dlhelpers.roofline import Roofline, roofline
+from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, moves_no_bytes
+
+__all__ = [
+    "LayerCost",
+    "LayerCosts",
+    "MemoryAccess",
+    "layer_costs",
+    "mac_lower_bound",
+    "memory_access_cost",
+]
+
+Policy = Literal["conv+linear", "all"]
+
+
+class MemoryAccess(NamedTuple):
+    """What a layer reads and writes at least once."""
+
+    elements: int
+    bytes: int
+
+
+def memory_access_cost(
+    c1: int,
+    c2: int,
+    hw: int,
+    *,
+    kernel: int = 1,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> MemoryAccess:
+    """Return what a convolution with stride 1 and same size reads and writes: equations 1 and 2.
+
+    Input hw c1, output hw c2, weights kernel^2 c1 c2 / groups; each once, as with a cache that
+    holds all of them.
+
+    Args:
+        c1, c2: channels in and out.
+        hw: pixels, height times width.
+        kernel: side of a square kernel.
+        groups: divides c1 and c2.
+        dtype: of all three.
+
+    Raises:
+        ValueError: a size is not positive, or groups does not divide the channels.
+
+    >>> memory_access_cost(128, 128, 56 * 56)
+    MemoryAccess(elements=819200, bytes=3276800)
+    """
+    if min(c1, c2, hw, kernel, groups) < 1 or c1 % groups or c2 % groups:
+        raise ValueError(
+            f"sizes must be 1 or more and groups divide both channels, got c1={c1}, c2={c2}, "
+            f"hw={hw}, kernel={kernel}, groups={groups}"
+        )
+    elements = hw * (c1 + c2) + kernel**2 * c1 * c2 // groups
+    return MemoryAccess(elements, elements * dtype.itemsize)
+
+
+def mac_lower_bound(flops: float, hw: int) -> float:
+    """Return the fewest elements that a 1x1 convolution can read and write: equation 1's bound.
+
+    Args:
+        flops: B as the paper counts it, **multiply-adds**: hw c1 c2.
+        hw: pixels.
+
+    >>> mac_lower_bound(56 * 56 * 128 * 128, 56 * 56)
+    819200.0
+    """
+    return 2 * math.sqrt(hw * flops) + flops / hw
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One operator of a forward pass.
+
+    Attributes:
+        module: qualified name of the module that called it.
+        operator: the dispatcher's name.
+        multiply_adds: pairs of a product and a sum, as the paper's FLOPs and thop's MACs.
+        flops: products and sums, each for itself: two to a multiply-add.
+        elements, nbytes: read and written, each tensor once.
+        predicted_s: max(nbytes / bandwidth, flops of policy "all" / peak) on this machine.
+        bound: what decides that: ``memory`` or ``arithmetic``.
+        formula: whether the policy has one for this operator; without one its multiply_adds and
+            flops are 0 and mean nothing.
+        shapes: of the tensors read, then of those written.
+    """
+
+    module: str
+    operator: str
+    multiply_adds: int
+    flops: int
+    elements: int
+    nbytes: int
+    predicted_s: float
+    bound: str
+    formula: bool
+    shapes: tuple[tuple[int, ...], ...] = field(repr=False, default=())
+    call: Any = field(repr=False, compare=False, default=None)
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte: below the roofline's ridge memory decides."""
+        return self.flops / self.nbytes if self.nbytes else 0.0
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """The operators of a forward pass, in order, and their sums.
+
+    Attributes:
+        layers: one entry for each operator that moves bytes.
+        policy: what is counted.
+        parameters: of the model.
+        activations: elements that convolutions and matrix products write.
+        without_formula: operator -> bytes it moved, for those that the policy cannot count.
+        left_out: operator -> bytes it moved, for those that the policy leaves out by its rule.
+    """
+
+    layers: tuple[LayerCost, ...]
+    policy: Policy
+    parameters: int
+    activations: int
+    without_formula: Mapping[str, int]
+    left_out: Mapping[str, int]
+    roofline: Roofline = field(repr=False)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Sum over the layers."""
+        return sum(layer.multiply_adds for layer in self.layers)
+
+    @property
+    def flops(self) -> int:
+        """Sum over the layers."""
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Sum over the layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def predicted_s(self) -> float:
+        """Sum over the layers: one after the other, without overheads."""
+        return sum(layer.predicted_s for layer in self.layers)
+
+    def by_operator(self) -> dict[str, int]:
+        """Return operator -> FLOPs."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            found[layer.operator] = found.get(layer.operator, 0) + layer.flops
+        return found
+
+    def _rows(self, most: int) -> list[list[str]]:
+        first = sorted(self.layers, key=lambda layer: -layer.predicted_s)[:most]
+        return [
+            [
+                layer.module,
+                layer.operator,
+                f"{layer.multiply_adds / 1e6:,.2f}" if layer.formula else "?",
+                f"{layer.flops / 1e6:,.2f}" if layer.formula else "?",
+                f"{layer.nbytes / 2**20:,.2f}",
+                f"{layer.intensity:,.1f}",
+                f"{1e6 * layer.predicted_s:,.1f}",
+                layer.bound,
+            ]
+            for layer in first
+        ]
+
+    def _notes(self) -> list[str]:
+        total = (
+            f"in all {self.multiply_adds / 1e6:,.1f} M multiply-adds, {self.flops / 1e6:,.1f} M "
+            f"FLOPs (policy {self.policy}), {self.nbytes / 2**20:,.1f} MiB moved, at least "
+            f"{1e3 * self.predicted_s:,.2f} ms"
+        )
+        notes = [total]
+        for names, what in (
+            (self.left_out, "left out by the policy"),
+            (self.without_formula, "WITHOUT A FORMULA"),
+        ):
+            if names:
+                moved = ", ".join(f"{name} ({n / 2**20:,.1f} MiB)" for name, n in names.items())
+                notes.append(f"{what}: {moved}")
+        return notes
+
+    def __str__(self) -> str:
+        head, rows = list(_COLUMNS), self._rows(20)
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                text.ljust(w) if i < 2 else text.rjust(w)
+                for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [head, *rows]
+        ]
+        rest = len(self.layers) - len(rows)
+        return "\n".join(lines + ([f"... and {rest} more"] if rest else []) + self._notes())
+
+    def _repr_html_(self) -> str:
+        import html
+
+        def cells(row: list[str], tag: str) -> str:
+            return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
+
+        rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in self._rows(20))
+        rest = max(0, len(self.layers) - 20)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        more = f"<p>The 20 longest of {len(self.layers)}.</p>" if rest else ""
+        return f"<table><tr>{cells(list(_COLUMNS), 'th')}</tr>{rows}</table>{more}{notes}"
+
+
+_COLUMNS = (
+    "module",
+    "operator",
+    "M multiply-adds",
+    "M FLOPs",
+    "MiB",
+    "FLOP/byte",
+    "predicted µs",
+    "bound by",
+)
+
+
+def layer_costs(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    policy: Policy = "conv+linear",
+    peaks: Roofline | None = None,
+) -> LayerCosts:
+    """Count what each operator of a forward pass does, moves, and takes at least.
+
+    The pass runs on tensors without data: no memory, and the model is left as it is.
+
+    Args:
+        model: in the mode (train or eval) that is to be counted.
+        inputs: a tensor, or a tuple of positional arguments.
+        policy: ``conv+linear``: convolutions, matrix products and attention alone, exactly as
+            ``torch.utils.flop_counter``. ``all``: everything with arithmetic, by these rules, in
+            FLOPs: 1 for each element that an element-wise operator writes (an exponential counts as
+            one); BatchNorm 2 for each element in eval mode, 7 in train mode; other norms 7; softmax
+            5; pooling and reductions 1 for each element that they look at.
+        peaks: of the machine to predict for; this one's by default, measured once.
+
+    Raises:
+        TypeError: the inputs hold no tensor.
+        ValueError: another policy, or a size in the model depends on data.
+
+    >>> costs = layer_costs(nn.Conv2d(16, 32, 1, bias=False), torch.zeros(1, 16, 8, 8))
+    >>> costs.multiply_adds, costs.flops, costs.layers[0].elements
+    (32768, 65536, 3584)
+    """
+    if policy not in ("conv+linear", "all"):
+        raise ValueError(f'policy must be "conv+linear" or "all", got {policy!r}')
+    peaks = peaks or _peaks(torch.get_num_threads())
+    counter = _Counter(model)
+    counter.run(inputs if isinstance(inputs, tuple) else (inputs,))
+    layers, unknown, left_out, activations = [], {}, {}, 0
+    for module, func, args, kwargs, out, shapes, elements, nbytes in counter.calls:
+        name = func._schema.name.removeprefix("aten::")
+        own = conv_linear_flops(func, args, kwargs, out)
+        everything = flops_of(func, args, kwargs, out)
+        if own:
+            activations += sum(tensor.numel() for tensor in _tensors(out))
+        counted = own if policy == "conv+linear" else everything
+        if everything is None:
+            unknown[name] = unknown.get(name, 0) + nbytes
+        elif policy == "conv+linear" and own is None:
+            left_out[name] = left_out.get(name, 0) + nbytes
+        by_memory = nbytes / (1e9 * peaks.bandwidth_gb_s)
+        by_arithmetic = (everything or 0) / (1e9 * (peaks.gflops["fp32"] or math.inf))
+        layers.append(
+            LayerCost(
+                module=module,
+                operator=name,
+                multiply_adds=(own or 0) // 2,
+                flops=counted or 0,
+                elements=elements,
+                nbytes=nbytes,
+                predicted_s=max(by_memory, by_arithmetic),
+                bound="memory" if by_memory >= by_arithmetic else "arithmetic",
+                formula=counted is not None,
+                shapes=shapes,
+                call=(func, args, kwargs),
+            )
+        )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return LayerCosts(tuple(layers), policy, parameters, activations, unknown, left_out, peaks)
+
+
+@functools.cache
+def _peaks(threads: int) -> Roofline:
+    """Return this machine's, once in this process even where it is too busy to keep them."""
+    return roofline()
+
+
+class _Counter(TorchDispatchMode):
+    """Note each operator of a forward pass over fake tensors, and the module at work."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._at: list[str] = []
+        self.calls: list[tuple[Any, ...]] = []
+
+    def run(self, args: tuple[Any, ...]) -> None:
+        from torch._subclasses.fake_tensor import (
+            DynamicOutputShapeException,
+            FakeTensorMode,
+            UnsupportedFakeTensorException,
+        )
+        from torch.nn.modules.module import (
+            register_module_forward_hook,
+            register_module_forward_pre_hook,
+        )
+
+        if next(_tensors(args), None) is None:
+            raise TypeError(f"inputs must hold a tensor, got {[type(a).__name__ for a in args]}")
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes: dict[int, Tensor] = {}
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, Tensor) or id(value) in fakes:
+                return fakes.get(id(value), value)
+            if value.device.type == "meta":  # without a device of its own: the CPU's operators
+                with mode:
+                    sizes = value.shape, value.stride()
+                    made = torch.empty_strided(*sizes, dtype=value.dtype, device="cpu")
+            else:
+                made = mode.from_tensor(value.detach(), static_shapes=True)
+            return fakes.setdefault(id(value), made)
+
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        state = {name: fake(tensor) for name, tensor in named}
+        args = torch.utils._pytree.tree_map(fake, args)
+        hooks = (
+            register_module_forward_pre_hook(lambda m, _: self._at.append(self._name(m))),
+            register_module_forward_hook(lambda m, _, out: self._leave(), always_call=True),
+        )
+        try:
+            with torch.no_grad(), mode, self:
+                torch.func.functional_call(self._model, state, args)
+        except (DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+            raise ValueError(
+                f"a size in this model depends on data, which is not looked at here: {error}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _name(self, module: nn.Module) -> str:
+        return self._names.get(id(module), type(module).__name__)
+
+    def _leave(self) -> None:
+        self._at.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        read, written = list(_tensors((args, kwargs))), list(_tensors(out))
+        if not moves_no_bytes(func) and written:
+            elements = [_touched(tensor) for tensor in (*read, *written)]
+            sizes = [tensor.element_size() for tensor in (*read, *written)]
+            nbytes = sum(n * size for n, size in zip(elements, sizes, strict=True))
+            shapes = tuple(tuple(tensor.shape) for tensor in (*read, *written))
+            at = self._at[-1] if self._at else ""
+            self.calls.append((at, func, args, kwargs, out, shapes, sum(elements), nbytes))
+        return out
+
+
+def _touched(tensor: Tensor) -> int:
+    """Return the elements in memory behind a tensor: an expanded dimension is read once."""
+    return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step) or 0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, tuple | list):
+        for inner in value:
+            yield from _tensors(inner)

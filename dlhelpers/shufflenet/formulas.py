@@ -1,0 +1,112 @@
+"""How many FLOPs does one operator do? torch's own formulas, and rules for what it leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+__all__ = ["conv_linear_flops", "flops_of", "is_element_wise", "moves_no_bytes"]
+
+aten = torch.ops.aten
+
+# FLOPs for each element of the first input
+_PER_ELEMENT_READ = {
+    "softmax": 5,  # maximum, difference, exponential, sum, quotient
+    "_softmax": 5,
+    "_log_softmax": 5,
+    "native_layer_norm": 7,  # mean 1, variance 3, normalise 2, scale and shift 1 + 1 in pairs
+    "native_group_norm": 7,
+    "mean": 1,
+    "sum": 1,
+    "amax": 1,
+    "amin": 1,
+    "argmax": 1,
+    "max": 1,
+    "min": 1,
+    "var": 3,
+    "var_mean": 4,
+    "cumsum": 1,
+    "linalg_vector_norm": 2,
+    "_adaptive_avg_pool2d": 1,
+    "_adaptive_avg_pool3d": 1,
+    "adaptive_max_pool2d": 1,
+}
+_BATCH_NORM = {"_native_batch_norm_legit", "_native_batch_norm_legit_functional"}
+# data is moved, nothing is computed
+_MOVES = {
+    *("cat", "stack", "clone", "copy_", "_to_copy", "contiguous", "fill_", "zero_", "zeros"),
+    *("zeros_like", "ones", "ones_like", "full", "full_like", "index", "index_select", "gather"),
+    *("embedding", "slice_scatter", "select_scatter", "scatter", "constant_pad_nd", "roll"),
+    *("repeat", "flip", "arange", "pixel_shuffle", "channel_shuffle", "im2col", "new_zeros"),
+    *("index_put", "index_put_", "masked_fill", "where", "tril", "triu", "one_hot", "new_ones"),
+    *("reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "scalar_tensor", "lift_fresh"),
+    *("_unsafe_view", "resize_", "set_", "bernoulli_", "rand", "randn", "randint", "new_full"),
+}
+_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "as_strided_", "lift_fresh"}
+_NOTHING |= {"detach", "alias"}
+
+
+def moves_no_bytes(func: Any) -> bool:
+    """Whether the operator changes no memory: a view, or memory that is not filled yet."""
+    name = func._schema.name.removeprefix("aten::")
+    return func.is_view or func.namespace == "prim" or name in _NOTHING
+
+
+def is_element_wise(func: Any) -> bool:
+    """Whether each element of the output is made of one of each input."""
+    return torch.Tag.pointwise in func.tags or "hardswish" in func._schema.name  # has no tag
+
+
+def conv_linear_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return FLOPs as ``torch.utils.flop_counter`` counts them; None for what it does not."""
+    formula = flop_registry.get(func._overloadpacket)
+    return None if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
+    """Return FLOPs by the rules of policy ``all``; None where no rule knows the operator."""
+    own = conv_linear_flops(func, args, kwargs, out)
+    if own is not None:
+        return own
+    name = func._schema.name.removeprefix("aten::")
+    first = out if isinstance(out, Tensor) else out[0]
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        return sdpa_flop_count(*(args[i].shape for i in range(3)))
+    if name == "_native_multi_head_attention":  # a whole layer in eval mode, its projections too
+        return _attention_layer(args[0], args[1])
+    if name == "native_batch_norm" or name.startswith(("_native_batch_norm", "cudnn_batch_norm")):
+        return args[0].numel() * (7 if _trains(func, args, kwargs) else 2)
+    if name in ("avg_pool2d", "max_pool2d_with_indices", "avg_pool3d", "avg_pool1d"):
+        return first.numel() * _window(args[1], args[0].dim() - 2)
+    if name in _PER_ELEMENT_READ:
+        return _PER_ELEMENT_READ[name] * args[0].numel()
+    if name in _MOVES:
+        return 0
+    if is_element_wise(func):
+        return first.numel()
+    return None
+
+
+def _attention_layer(query: Tensor, key: Tensor) -> int:
+    (batch, length, width), others = query.shape, key.shape[1]
+    projections = 2 * width**2 * (2 * length + 2 * others)
+    return batch * (projections + 2 * 2 * length * others * width)
+
+
+def _trains(func: Any, args: Any, kwargs: Any) -> bool:
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return bool(given.get("training", given.get("train", "no_training" not in str(func))))
+
+
+def _window(kernel: Any, dimensions: int) -> int:
+    sizes = [kernel] if isinstance(kernel, int) else list(kernel)
+    if len(sizes) == 1:
+        sizes *= dimensions
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
