@@ -225,7 +225,72 @@ def expands(model, sample, limit):
     return counts_up(model, sample, limit, peak_of_expanded)
 
 
+def no_division(c1, c2, kernel, hw, groups):
+    return hw * c2 * kernel**2 * c1
+
+
+def side_not_square(c1, c2, kernel, hw, groups):
+    return hw * c2 * kernel * c1 // groups
+
+
+def divides_twice(c1, c2, kernel, hw, groups):
+    return hw * (c2 // groups) * kernel**2 * (c1 // groups)
+
+
+def two_flops(c1, c2, kernel, hw, groups):
+    return 2 * hw * c2 * kernel**2 * c1 // groups
+
+
+def sums_what_is_close(flops, nbytes, gflops, gb_s):
+    both = flops / gflops / 1e9, nbytes / gb_s / 1e9
+    return sum(both) if max(both) < 9 * min(both) else max(both)
+
+
+def shuffles_back(x, groups):
+    c = x.shape[1]
+    return x.unflatten(1, (c // groups, groups)).transpose(1, 2).flatten(1, 2)
+
+
+def shuffles_pixels(x, groups):
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, w, h).transpose(1, 2).reshape(n, c, h, w).transpose(2, 3)
+
+
 MISTAKES = [
+    ("05.1", two_flops, "1x1"),
+    ("05.1", side_not_square, "3x3"),
+    ("05.1", no_division, "groups"),
+    ("05.1", divides_twice, "groups"),
+    ("05.2", lambda c1, c2, hw, g: hw * (c1 + c2), "equal channels"),
+    ("05.2", lambda c1, c2, hw, g: 2 * hw * c1 + c1 * c2 // g, "unequal channels"),
+    ("05.2", lambda c1, c2, hw, g: hw * (c1 + c2) + c1 * c2, "groups"),
+    ("05.2", lambda c1, c2, hw, g: (hw * (c1 + c2) + c1 * c2) // g, "groups"),
+    ("05.3", lambda x, groups: x, "two groups of three"),
+    ("05.3", lambda x, groups: x.flip(1), "two groups of three"),
+    ("05.3", shuffles_back, "two groups of three"),
+    ("05.3", lambda x, groups: shuffles_back(x, x.shape[1] // 2), "three groups of two"),
+    ("05.3", shuffles_pixels, "two groups of three"),
+    (
+        "05.3",
+        lambda x, groups: torch.stack(x.chunk(groups, 1), 2).flatten(1, 2)[..., :3],
+        "unequal height and width",
+    ),
+    ("05.4", lambda c, g: c * g, "four groups"),
+    ("05.4", lambda c, g: g * round(2 * c / g), "one group"),
+    (
+        "05.4",
+        lambda c, g: int(c * math.sqrt(g)) // g * g if g > 2 else round(c * math.sqrt(g)),
+        "no whole root",
+    ),
+    ("05.4", lambda c, g: int(c * math.sqrt(g)), "a multiple of the groups"),
+    ("05.5", lambda f, b, p, w: f / p / 1e9 + b / w / 1e9, "arithmetic decides"),
+    ("05.5", lambda f, b, p, w: f / p / 1e9, "memory decides"),
+    ("05.5", lambda f, b, p, w: max(f / p, b / w), "arithmetic decides"),
+    (
+        "05.5",
+        sums_what_is_close,
+        "side by side",
+    ),
     ("02.1", lambda s, r: s / r, "equal shares"),
     ("02.1", lambda s, r: s / (s + r), "equal shares"),
     ("02.1", lambda s, r: 1 + min(s / r, 1) ** 2 if r else 1.0, "decoding dominates"),

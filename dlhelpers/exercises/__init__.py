@@ -24,6 +24,7 @@ _MODULES = {
     "02": "lmdb_io",
     "03": "dali_io",
     "04": "memory",
+    "05": "shufflenet",
 }  # a notebook's number -> its module of exercises
 
 

@@ -11,6 +11,7 @@ Source: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/colo
 from dlhelpers.plots.areas import memory, memory_bars
 from dlhelpers.plots.figures import curves, dots, heatmap, intervals, pictures, splits, timeline
 from dlhelpers.plots.panels import pair_panel
+from dlhelpers.plots.scatters import roofline, scatter
 from dlhelpers.plots.strips import strip_svg
 from dlhelpers.plots.style import BASELINE, FAILING, TREATMENT, describe, use_style
 
@@ -27,6 +28,8 @@ __all__ = [
     "memory_bars",
     "pair_panel",
     "pictures",
+    "roofline",
+    "scatter",
     "splits",
     "strip_svg",
     "timeline",
