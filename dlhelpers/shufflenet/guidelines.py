@@ -105,12 +105,14 @@ def guideline_networks(
     Args:
         guideline: ``G1`` to ``G4``.
         channels: the numbers of channels that the paper took for its GPU or for its ARM processor.
-        scale: 1, 2 or 4 times as many, as in the tables' columns.
+        scale: so many times as many; 1, 2 and 4 are the tables' columns.
 
     Raises:
         ValueError: there is no such experiment.
     """
-    rows = _rows(guideline, channels, scale)
+    if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"scale must be a whole number, 1 or more, got {scale!r}")
+    rows = _rows(guideline, channels)
     networks = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -122,13 +124,11 @@ def guideline_networks(
     return networks
 
 
-def _rows(guideline: str, channels: str, scale: int) -> tuple[Row, ...]:
+def _rows(guideline: str, channels: str) -> tuple[Row, ...]:
     if guideline not in TABLES:
         raise ValueError(f"guideline must be one of {sorted(TABLES)}, got {guideline!r}")
     if channels not in ("gpu", "arm"):
         raise ValueError(f'channels must be "gpu" or "arm", got {channels!r}')
-    if scale not in (1, 2, 4):
-        raise ValueError(f"scale must be 1, 2 or 4, as in the paper, got {scale!r}")
     return TABLES[guideline][channels]
 
 
@@ -250,13 +250,16 @@ def guideline_table(
     """Measure a guideline's experiment on this machine and put it beside the paper's table.
 
     Args:
-        guideline, channels, scale: as :func:`guideline_networks`.
+        guideline, channels: as :func:`guideline_networks`.
+        scale: 1, 2 or 4, a column of the table.
         budget_s: seconds at most for each row.
 
     Raises:
         ValueError: there is no such experiment.
     """
-    rows = _rows(guideline, channels, scale)
+    if scale not in (1, 2, 4):
+        raise ValueError(f"scale must be 1, 2 or 4, as in the paper's tables, got {scale!r}")
+    rows = _rows(guideline, channels)
     networks = guideline_networks(guideline, channels=channels, scale=scale)
     costs = {name: layer_costs(*pair) for name, pair in networks.items()}
 
