@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dlhelpers import memory, plots
+from dlhelpers.machine import Roofline
 from dlhelpers.measure import Estimate
 from dlhelpers.plots import style
 from dlhelpers.stages import predict_stages
@@ -269,3 +270,39 @@ def test_memory_bars_end_at_each_peak_and_mark_what_was_measured():
     assert (point.get_xdata()[0], point.get_ydata()[0]) == (2, 1)
     assert set(limit.get_xdata()) == {3}
     assert [label.get_text() for label in axes.get_yticklabels()] == ["small", "large"]
+
+
+def test_a_scatter_draws_every_group_and_names_its_points():
+    drawn = plots.scatter(
+        {"a": ([1, 10], [2, 20]), "b": ([3], [4])},
+        names={"here": (3, 4)},
+        diagonal=True,
+        title="t",
+        xlabel="x",
+        ylabel="y",
+        alt="what is seen",
+    )
+    (axes,) = drawn.axes
+    assert [points.get_offsets().tolist() for points in axes.collections] == [
+        [[1, 2], [10, 20]],
+        [[3, 4]],
+    ]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    line = axes.lines[0]
+    assert list(line.get_xdata()) == list(line.get_ydata())
+    assert "here" in [text.get_text() for text in axes.texts]
+    assert plots.style.alt_text(drawn).startswith("what is seen")
+    with pytest.raises(ValueError, match="99 groups"):
+        plots.scatter({str(i): ([1], [1]) for i in range(99)}, title="t", xlabel="x", ylabel="y")
+
+
+def test_the_roof_bends_at_the_ridge_and_layers_lie_where_they_are():
+    peaks = Roofline(10.0, {"fp32": 100.0}, 1)
+    axes = plots.roofline(peaks, {"layer": (2.0, 15.0), "far": (1e4, 99.0)}, title="t").axes[0]
+    roof, *points = axes.lines
+    x, y = roof.get_xdata(), roof.get_ydata()
+    assert (x[1], y[1]) == (10, 100)  # 100 GFLOP/s over 10 GB/s
+    assert y[0] == pytest.approx(10 * x[0])
+    assert y[2] == 100
+    assert x[2] > 1e4
+    assert [(p.get_xdata()[0], p.get_ydata()[0]) for p in points] == [(2.0, 15.0), (1e4, 99.0)]

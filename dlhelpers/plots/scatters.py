@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlhelpers.plots.style import BASELINE, COLOURS, new_axes
+from dlhelpers.plots.style import BASELINE, COLOURS, new_axes, plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,8 +49,10 @@ def scatter(
             max(axes.get_xlim()[1], axes.get_ylim()[1]),
         )
         axes.plot(ends, ends, color=BASELINE, linewidth=1.5, zorder=0)
-    for text, point in (names or {}).items():
-        axes.annotate(text, point, textcoords="offset points", xytext=(6, 4), fontsize=9)
+    for number, (text, point) in enumerate(sorted((names or {}).items(), key=lambda n: n[1])):
+        above = 5 if number % 2 else -11
+        axes.annotate(text, point, textcoords="offset points", xytext=(6, above), fontsize=9)
+    plain_numbers(axes)
     if len(groups) > 1:
         axes.legend(frameon=False)
     return figure
@@ -78,12 +80,20 @@ def roofline(
     axes.annotate(
         f"{top:.0f} GFLOP/s", (right, top), textcoords="offset points", xytext=(-4, 6), ha="right"
     )
-    for colour, (name, (x, y)) in zip(COLOURS * len(points), points.items(), strict=False):
+    for number, (name, (x, y)) in enumerate(points.items()):
+        colour, below = COLOURS[number % len(COLOURS)], -14 if number % 2 else -26
         axes.plot(x, y, "o", color=colour, markersize=9)
         axes.annotate(
-            name, (x, y), textcoords="offset points", xytext=(8, -4), color=colour, fontsize=10
+            name,
+            (x, y),
+            textcoords="offset points",
+            xytext=(0, below),
+            ha="center",
+            color=colour,
+            fontsize=10,
         )
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     low = min([top / 300, *(y / 2 for _, y in points.values())])
     axes.set_ylim(low, top * 2.5)
+    plain_numbers(axes)
     return figure

@@ -107,6 +107,17 @@ def new_axes(title: str, xlabel: str, ylabel: str, alt: str, **subplots: Any) ->
     return describe(figure, alt or f"{title}; {xlabel}; {ylabel}"), axes
 
 
+def plain_numbers(axes: Any) -> None:
+    """Write 0.5, 2, 100 on two log axes, with at most one tick a digit of 1, 2, 5."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        digits = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=digits))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
 def log_axis(axes: Any, values: Sequence[float]) -> None:
     """A log axis around 1 with plain numbers on it; an end that is not known leaves the picture."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator

@@ -75,7 +75,7 @@ def audit(
         Finding(
             name=finding.name,
             severity="suspicion",
-            what=f"{finding.what}: {_us(seconds)} of {_us(total)} predicted, {seconds / total:.0%}",
+            what=f"{finding.what}: {_us(seconds)} of {_us(total)} predicted, {seconds / total:.1%}",
             why=finding.why,
             remedy=finding.remedy,
             where=finding.where,

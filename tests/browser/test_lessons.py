@@ -132,6 +132,21 @@ def test_memory_runs_and_its_budget_follows_the_choice(page, address):
     keep_screenshot(page, "04_widget")
 
 
+def test_shufflenet_runs_and_its_dot_moves_with_the_layer(page, address):
+    lab_session.open_notebook(page, address, "05_shufflenet.ipynb")
+    lab_session.run_all(page, timeout_s=300)
+    assert lab_session.errors(page) == []
+
+    choice = page.locator(".widget-dropdown select").last  # the groups
+    choice.scroll_into_view_if_needed()
+    panel = page.locator(".jp-OutputArea-output img").last
+    before = panel.get_attribute("src")
+    choice.select_option("16")
+    wait_until_redrawn(page, "src", before)
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, "05_widget")
+
+
 def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
     notebook = "window.jupyterapp.shell.currentWidget"
