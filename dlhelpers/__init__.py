@@ -14,6 +14,7 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.stages``      which stage of a pipeline do the others wait for?
 ``dlhelpers.memory``      how many bytes a training step needs, what they are, how to need fewer
 ``dlhelpers.shufflenet``  what each layer costs, and ShuffleNetV2's four guidelines
+``dlhelpers.fusion``      fold BatchNorm wherever that is exact, and say where it is not
 ``dlhelpers.data``        real digits and photographs without a network
 ``dlhelpers.training``    a small, seeded training loop
 ``dlhelpers.exercises``   check, hint and solution of the course's exercises
@@ -33,6 +34,7 @@ _SUBMODULES = (
     "data",
     "exercises",
     "findings",
+    "fusion",
     "ledger",
     "lmdb_io",
     "machine",

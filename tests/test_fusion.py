@@ -1,0 +1,612 @@
+import copy
+import functools
+import io
+import warnings
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx.experimental.optimization import fuse as torch_fuse
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dlhelpers.fusion import (
+    FusionError,
+    RepVGGBlock,
+    fold_after,
+    fold_before,
+    fuse_conv_bn,
+    fusing,
+    reparameterize,
+)
+from dlhelpers.fusion.tracing import is_batch_norm
+
+
+def lived(model, seed=0):
+    """Give every BatchNorm statistics and weights, and every layer a bias, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if is_batch_norm(module):
+                if module.running_mean is not None:
+                    module.running_mean.normal_(0, 0.3, generator=generator)
+                    module.running_var.uniform_(0.3, 2, generator=generator)
+                if module.weight is not None:
+                    module.weight.uniform_(0.5, 1.5, generator=generator)
+                    module.bias.normal_(0, 0.3, generator=generator)
+            elif getattr(module, "bias", None) is not None:
+                module.bias.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def batch_norms(model):
+    return [module for module in model.modules() if is_batch_norm(module)]
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+# ---- the algebra ----
+
+
+@st.composite
+def cases(draw):
+    d = draw(st.integers(1, 3))
+    transposed = draw(st.booleans())
+    groups = draw(st.sampled_from([1, 2, 3]))
+    c1, c2 = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    kernel, stride = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    options = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "dilation": draw(st.integers(1, 2)),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+        "padding": draw(st.integers(0, 1)),
+    }
+    if not transposed:
+        modes = ["zeros", "replicate", "circular"] + ["reflect"] * (d < 3)
+        options["padding_mode"] = draw(st.sampled_from(modes))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    kind = getattr(nn, f"Conv{'Transpose' * transposed}{d}d")
+    torch.manual_seed(draw(st.integers(0, 99)))
+    conv = kind(c1, c2, **options)
+    norm = functools.partial(getattr(nn, f"BatchNorm{d}d"), affine=draw(st.booleans()))
+    return conv, norm, torch.randn(2, c1, *[7] * d), dtype
+
+
+def check_random_case(case):
+    """The fold in the layer's own type is the float64 fold, rounded once."""
+    conv, norm, x, dtype = case
+    for bn, fold, chain in (
+        (lived(norm(conv.out_channels)).eval(), "after", lambda c, b: b(c(x.double()))),
+        (lived(norm(conv.in_channels)).eval(), "before", lambda c, b: c(b(x.double()))),
+    ):
+        layer = conv.to(dtype)
+        exact_layer, exact_bn = copy.deepcopy(layer).double(), copy.deepcopy(bn).double()
+        if fold == "before" and fusing.why_not_before(layer):
+            with pytest.raises(ValueError, match=r"zeros|transposed"):
+                fold_before(bn, layer)
+            continue
+        if fold == "after":
+            folded, exact = fold_after(layer, bn), fold_after(exact_layer, exact_bn)
+        else:
+            folded, exact = fold_before(bn, layer), fold_before(exact_bn, exact_layer)
+        with torch.no_grad():
+            wanted, found = chain(exact_layer, exact_bn), exact(x.double())
+        assert torch.allclose(wanted, found, rtol=1e-10, atol=1e-10)
+        assert folded.weight.dtype == folded.bias.dtype == dtype
+        assert torch.equal(folded.weight.double(), exact.weight.to(dtype).double())
+        assert torch.equal(folded.bias.double(), exact.bias.to(dtype).double())
+        assert type(folded) is type(layer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_every_kind_of_convolution_is_folded_exactly(case):
+    check_random_case(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None)
+@given(cases())
+def test_every_kind_of_convolution_is_folded_exactly_in_600_cases(case):
+    check_random_case(case)
+
+
+@given(st.booleans(), st.booleans())
+def test_linear_layers_are_folded_both_ways(bias, affine):
+    layer = nn.Linear(5, 7, bias=bias).double()
+    behind = lived(nn.BatchNorm1d(7, affine=affine)).double().eval()
+    before = lived(nn.BatchNorm1d(5, affine=affine)).double().eval()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert torch.allclose(fold_after(layer, behind)(x), behind(layer(x)), atol=1e-12)
+    assert torch.allclose(fold_before(before, layer)(x), layer(before(x)), atol=1e-12)
+
+
+def test_folding_keeps_what_a_layer_is():
+    conv = nn.Conv2d(8, 8, 3, bias=False).to(memory_format=torch.channels_last)
+    conv.weight.requires_grad_(False)
+    bn = lived(nn.BatchNorm2d(8)).eval()
+    before = conv.weight.clone(), bn.state_dict()
+    folded = fold_after(conv, bn)
+    assert folded.weight.is_contiguous(memory_format=torch.channels_last)
+    assert (folded.weight.requires_grad, folded.bias.requires_grad) == (False, False)
+    assert fold_after(nn.Conv2d(8, 8, 1, bias=False), bn).bias.requires_grad
+    assert torch.equal(conv.weight, before[0])
+    assert conv.bias is None
+    with pytest.raises(ValueError, match="8 channels behind 4 outputs"):
+        fold_after(nn.Conv2d(8, 4, 1), bn)
+    with pytest.raises(ValueError, match="8 channels before 4 inputs"):
+        fold_before(bn, nn.Conv2d(4, 8, 1))
+    with pytest.raises(ValueError, match="running statistics"):
+        fold_after(conv, nn.BatchNorm2d(8, track_running_stats=False))
+    with pytest.raises(TypeError, match="ReLU is neither"):
+        fold_after(nn.ReLU(), bn)
+
+
+# ---- models ----
+
+
+def fused_all(model, *inputs):
+    lived(model)
+    wanted = copy.deepcopy(model).eval()
+    fused, report = fuse_conv_bn(model, inputs)
+    with torch.no_grad():
+        assert relative(wanted(*inputs), fused(*inputs)) < 1e-4
+    return fused, report
+
+
+def image(*channels, side=9):
+    return torch.randn(2, *channels, *[side] * 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_transposed_convolutions_which_torch_cannot(groups):
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=groups), nn.BatchNorm2d(4))
+    fused, report = fused_all(model, image(4))
+    assert (report.folded, batch_norms(fused)) == (1, [])
+
+
+class Subclassed(nn.Conv3d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "x"),
+    [
+        (nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), torch.randn(2, 3, 9)),
+        (nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), torch.randn(2, 3, 9, 9)),
+        (nn.Conv2d(3, 4, 3), torchvision.ops.FrozenBatchNorm2d(4), torch.randn(2, 3, 9, 9)),
+        (Subclassed(3, 4, 3), nn.BatchNorm3d(4), torch.randn(2, 3, 5, 5, 5)),
+        (nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), torch.randn(2, 3)),
+        (nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4), torch.randn(2, 3, 9, 9)),
+    ],
+)
+def test_every_kind_of_batch_norm_goes(layer, norm, x):
+    fused, report = fused_all(nn.Sequential(layer, norm), x)
+    assert (report.folded, report.found, batch_norms(fused)) == (1, 1, [])
+
+
+def test_a_chain_of_norms_and_one_in_front_go_too():
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU()
+    )
+    fused, report = fused_all(model, image(3))
+    assert (report.folded, batch_norms(fused)) == (3, [])
+    assert {row.into for row in report.rows} == {"1"}
+
+
+def test_zeros_of_padding_keep_the_norm_in_front():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+    _, report = fused_all(model, image(3))  # onnx/tensorflow-onnx#2186
+    assert list(report.left) == ["0"]
+    assert "pads with zeros" in report.left["0"]
+    reflecting = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+    )
+    assert fused_all(reflecting, image(3))[1].folded == 1
+
+
+class Graph(nn.Module):
+    """A model whose forward is given."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def conv(c=4):
+    return nn.Conv2d(c, c, 3, padding=1)
+
+
+def norm(c=4):
+    return nn.BatchNorm2d(c)
+
+
+REFUSED = {
+    "one conv, two norms": (
+        Graph(lambda s, x: s.a(s.c(x)) + s.b(s.c(x)), c=conv(), a=norm(), b=norm()),
+        "called again without it",
+    ),
+    "conv called once more": (
+        Graph(lambda s, x: s.a(s.c(x)) + s.c(x), c=conv(), a=norm()),
+        "called again without it",
+    ),
+    "output used elsewhere": (
+        Graph(lambda s, x: (y := s.c(x)) + s.a(y), c=conv(), a=norm()),
+        "is used elsewhere, too",
+    ),
+    "norm called elsewhere": (
+        Graph(lambda s, x: s.a(s.c(x)) + s.a(x), c=conv(), a=norm()),
+        "called behind c and elsewhere",
+    ),
+    "activation between": (  # opencv/opencv#28689
+        Graph(lambda s, x: s.a(F.relu(s.c(x))), c=conv(), a=norm()),
+        "its input comes from relu",
+    ),
+    "no statistics": (
+        Graph(lambda s, x: s.a(s.c(x)), c=conv(), a=nn.BatchNorm2d(4, track_running_stats=False)),
+        "keeps no running statistics",
+    ),
+    "weight norm": (
+        Graph(lambda s, x: s.a(s.c(x)), c=nn.utils.parametrizations.weight_norm(conv()), a=norm()),
+        "parametrized",
+    ),
+    "spectral norm of old": (
+        Graph(lambda s, x: s.a(s.c(x)), c=nn.utils.spectral_norm(conv()), a=norm()),
+        "has hooks",
+    ),
+    "tensors read": (
+        Graph(lambda s, x: s.a(s.c(x)) * s.a.weight.mean(), c=conv(), a=norm()),
+        "read elsewhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_wrong_is_refused_with_the_reason(name):
+    model, why = REFUSED[name]
+    fused, report = fused_all(copy.deepcopy(model), image(4))
+    assert report.folded == 0
+    assert len(batch_norms(fused)) == report.found
+    assert any(why in reason for reason in report.left.values()), report
+
+
+def test_a_pair_that_is_called_twice_is_folded_once():
+    model = Graph(lambda s, x: s.a(s.c(s.a(s.c(x)))), c=conv(), a=norm())
+    _, report = fused_all(model, image(4))  # torch.fx folds it twice: 18 times off
+    assert report.folded == 1
+
+
+def test_a_shared_module_under_two_names_is_one():
+    first = nn.Sequential(conv(), norm())
+    model = nn.Sequential(first, nn.ReLU(), first)
+    fused, _ = fused_all(model, image(4))
+    assert batch_norms(fused) == []
+
+
+def test_the_axis_of_a_linear_layer_is_looked_at():
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    _, report = fused_all(model, torch.randn(2, 6, 6))  # [N, L, C] with L = C
+    assert "dimension 1 of tensors of [3] dimensions" in report.left["1"]
+    assert fused_all(copy.deepcopy(model), torch.randn(2, 6))[1].folded == 1
+    _, unknown = fuse_conv_bn(model)
+    assert "needs example_inputs" in unknown.left["1"]
+
+
+def test_hooks_stay_and_forbid():
+    seen = []
+    model = nn.Sequential(conv(), norm(), nn.ReLU())
+    model[0].register_forward_hook(lambda m, i, o: seen.append(o.shape))
+    fused, report = fused_all(model, image(4))
+    assert "has hooks" in report.left["1"]
+    seen.clear()
+    fused(image(4))
+    assert len(seen) == 1
+
+
+class KeepsTraining(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_norms_with_a_mind_of_their_own_stay():
+    model = nn.Sequential(conv(), KeepsTraining(4), conv(), OwnForward(4))
+    _, report = fuse_conv_bn(lived(model), image(4))
+    assert "train mode" in report.left["1"]
+    assert "forward of its own" in report.left["3"]
+
+
+def test_what_only_train_mode_calls_is_folded_as_well():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.extra = nn.Sequential(conv(), norm()), nn.Sequential(conv(), norm())
+
+        def forward(self, x):
+            y = self.body(x)
+            return (y, self.extra(y)) if self.training else y
+
+    assert fused_all(Auxiliary(), image(4))[1].folded == 2
+
+
+class Branches(nn.Module):
+    """Control flow on data, which no symbolic trace can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(conv(), norm(), nn.ReLU())
+        self.c, self.n = conv(), norm()
+
+    def forward(self, x):
+        y = self.body(x)
+        return self.n(self.c(y)) if y.sum() > 0 else y
+
+
+def test_what_cannot_be_traced_is_entered_part_by_part():
+    _, report = fused_all(Branches(), image(4))
+    assert report.folded == 1
+    assert "Branches calls it, and cannot be traced" in report.left["n"]
+
+
+def test_a_part_whose_inside_is_reached_past_it_is_left():
+    class Reaches(Branches):
+        def forward(self, x):
+            return self.body.first(x) if x.sum() > 1e9 else self.body(x)
+
+    model = Reaches()
+    model.body = nn.Sequential()
+    for name, module in {"first": conv(), "second": norm()}.items():
+        model.body.add_module(name, module)
+    _, report = fused_all(model, image(4))
+    assert "body.second" in report.left
+
+
+def test_a_module_that_folds_itself_is_asked():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.n = conv(), conv(), norm()
+
+        def forward(self, x):
+            return self.n(self.a(x) + self.b(x)) if hasattr(self, "n") else self.a(x)
+
+        def reparameterize(self):
+            summed = nn.Conv2d(4, 4, 3, padding=1)
+            summed.weight.data = self.a.weight.data + self.b.weight.data
+            summed.bias.data = self.a.bias.data + self.b.bias.data
+            self.a = fold_after(summed, self.n)
+            del self.b, self.n
+
+    fused, report = fused_all(nn.Sequential(Own(), nn.ReLU()), image(4))
+    assert (report.folded, batch_norms(fused)) == (1, [])
+    assert report.rows[0].into == "0.reparameterize()"
+
+
+def test_everything_else_is_kept():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), norm(), nn.PReLU(), nn.Conv2d(4, 2, 1))
+    lived(model)
+    model[3].requires_grad_(False)
+    model[3].register_forward_hook(lambda *_: None)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    fused, report = fuse_conv_bn(model, image(4))
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert model.training
+    assert not fused.training
+    assert dict(fused.named_parameters()).keys() == {
+        "0.weight",
+        "0.bias",
+        "2.weight",
+        *("3.weight", "3.bias"),
+    }
+    assert not fused[3].weight.requires_grad
+    assert fused[3]._forward_hooks
+    assert report.bytes_saved == 4 * (4 * 4) + 8 - 4 * 4  # four vectors and a counter for a bias
+
+
+def test_the_result_is_an_ordinary_module():
+    x = image(4)
+    fused, _ = fused_all(nn.Sequential(conv(), norm(), nn.ReLU()), x)
+    wanted = fused(x)
+    other, _ = fuse_conv_bn(nn.Sequential(conv(), norm(), nn.ReLU()))
+    other.load_state_dict(fused.state_dict())
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    exported = torch.export.export(fused, (x,)).module()
+    for again in (other, loaded, copy.deepcopy(fused), exported):
+        assert torch.allclose(again(x), wanted, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_result_compiles():
+    x = image(4)
+    fused, _ = fused_all(nn.Sequential(conv(), norm(), nn.ReLU()), x)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(fused)(x), fused(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_folded_in_float64_and_rounded_once(dtype):
+    model = lived(nn.Sequential(conv(), norm())).eval()
+    half = copy.deepcopy(model).to(dtype)
+    fused, report = fuse_conv_bn(half, image(4).to(dtype))
+    assert fused[0].weight.dtype == dtype
+    assert report.algebra_error < 1e-12
+    exact = fold_after(copy.deepcopy(half[0]).double(), copy.deepcopy(half[1]).double())
+    assert torch.equal(fused[0].weight, exact.weight.to(dtype))
+
+
+def test_a_mistake_is_caught_and_nothing_wrong_returned(monkeypatch):
+    def forgets_the_bias(layer, bn):  # ultralytics/yolov3#807
+        folded = fold_after(layer, bn)
+        folded.bias = nn.Parameter(folded.bias + 0.1 * layer.bias)
+        return folded
+
+    monkeypatch.setattr(fusing, "fold_after", forgets_the_bias)
+    model = lived(nn.Sequential(conv(), norm()))
+    with pytest.raises(FusionError, match=r"in float64 .* which is no rounding"):
+        fuse_conv_bn(model, image(4))
+    _, unverified = fuse_conv_bn(model, image(4), verify=False)
+    assert unverified.max_rel_error is None
+
+
+def test_errors_are_told_layer_by_layer():
+    deep = nn.Sequential(*(layer for _ in range(4) for layer in (conv(), norm(), nn.ReLU())))
+    _, report = fused_all(deep, image(4))
+    assert all(0 < row.error < 1e-5 for row in report.rows)
+    assert report.max_rel_error < 1e-5
+    assert report.algebra_error < 1e-12
+    assert str(report).startswith("4 of 4 BatchNorms folded; outputs differ by")
+    assert report._repr_html_().count("<tr>") == 5
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(TypeError, match="got int"):
+        fuse_conv_bn(3)
+    with pytest.raises(TypeError, match="fuse it first, then compile"):
+        fuse_conv_bn(torch.compile(nn.Linear(2, 2)))
+
+
+# ---- torchvision's models ----
+
+FEW = [
+    *("alexnet", "vgg11_bn", "resnet18", "mobilenet_v2", "mobilenet_v3_small", "googlenet"),
+    *("shufflenet_v2_x0_5", "mnasnet0_5", "squeezenet1_0", "regnet_y_400mf", "densenet121"),
+    *("efficientnet_b0", "r3d_18", "lraspp_mobilenet_v3_large"),
+    *("fasterrcnn_mobilenet_v3_large_320_fpn",),
+]
+
+
+def holding_batch_norm():
+    found = []
+    for name in torchvision.models.list_models():
+        if name.startswith(("quantized_",)) or name in FEW:
+            continue
+        found.append(name)
+    return found
+
+
+def built(name):
+    options = {"weights": None}
+    if name in torchvision.models.list_models(module=torchvision.models.detection):
+        options |= {"weights_backbone": None, "min_size": 96, "max_size": 128}
+        if name.startswith("ssd"):
+            options = {"weights": None, "weights_backbone": None}
+    elif name in torchvision.models.list_models(module=torchvision.models.segmentation):
+        options |= {"weights_backbone": None}
+    return torchvision.models.get_model(name, **options)
+
+
+def inputs_for(name):
+    if name in torchvision.models.list_models(module=torchvision.models.detection):
+        return ([torch.rand(3, 96, 128)],)
+    if name in torchvision.models.list_models(module=torchvision.models.video):
+        return (torch.rand(1, 3, 16, 64, 64),)
+    side = 299 if name == "inception_v3" else 224 if name.startswith("maxvit") else 96
+    return (torch.rand(1, 3, side, side),)
+
+
+def check_torchvision(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = built(name)
+    if not batch_norms(model):
+        pytest.skip("no BatchNorm")
+    lived(model)
+    fused, report = fuse_conv_bn(model, inputs_for(name))
+    assert report.max_rel_error < 1e-4
+    assert report.algebra_error < 1e-9
+    assert len(batch_norms(fused)) == report.found - report.folded
+    assert all(row.into or row.why for row in report.rows)
+    try:
+        theirs = torch_fuse(copy.deepcopy(model).eval())
+    except Exception:  # all detection models
+        assert report.folded == report.found
+        return
+    kept = sum(isinstance(module, _BatchNorm) for module in theirs.modules())
+    assert report.folded >= report.found - kept
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_torchvisions_models_are_fused_no_less_than_by_torch(name):
+    check_torchvision(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", holding_batch_norm())
+def test_all_of_torchvisions_models_are(name):
+    large = ("regnet_y_128gf", "regnet_y_32gf", "regnet_x_32gf", "vit_", "efficientnet_v2_l")
+    if name.startswith(large):
+        pytest.skip("no BatchNorm, or the same blocks as its smaller relatives")
+    check_torchvision(name)
+
+
+# ---- functions, and branches that become one ----
+
+
+class Functional(nn.Module):
+    def __init__(self, training=False):
+        super().__init__()
+        self.conv, self.training_flag = conv(), training
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+        self.gamma, self.beta = nn.Parameter(torch.rand(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return F.relu(
+            F.batch_norm(
+                y, self.mean, self.var, self.gamma, self.beta, training=self.training_flag, eps=1e-3
+            )
+        )
+
+
+def test_a_batch_norm_that_is_a_function_is_folded_where_the_trace_shows_it():
+    fused, report = fused_all(nn.Sequential(Functional(), nn.ReLU()), image(4))
+    assert (report.folded, report.found) == (1, 1)
+    assert report.rows[0].into == "0.conv"
+    assert "batch_norm" not in fused[0].code
+    training = nn.Sequential(Functional(training=True))
+    _, report = fuse_conv_bn(training, image(4))
+    assert "training=True" in next(iter(report.left.values()))
+
+
+@pytest.mark.parametrize(
+    ("c1", "c2", "stride", "groups"), [(8, 8, 1, 1), (8, 8, 1, 4), (8, 16, 2, 2)]
+)
+def test_a_repvgg_block_becomes_one_convolution(c1, c2, stride, groups):
+    block = lived(RepVGGBlock(c1, c2, stride, groups)).double().eval()
+    x = torch.randn(2, c1, 9, 9, dtype=torch.float64)
+    one = reparameterize(block)
+    assert torch.allclose(F.relu(one(x)), block(x), atol=1e-12)
+    fused, report = fuse_conv_bn(nn.Sequential(block), x)
+    assert report.folded == report.found == len(block.branches)
+    assert sum(isinstance(m, nn.Conv2d) for m in fused.modules()) == 1
+
+
+def test_branches_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="square odd kernels"):
+        reparameterize([nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3)])
+    with pytest.raises(ValueError, match="equal channels and stride 1"):
+        reparameterize([nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(4)])
+    with pytest.raises(ValueError, match="ReLU"):
+        reparameterize([nn.Conv2d(4, 4, 3, padding=1), nn.Sequential(nn.ReLU())])
+    with pytest.raises(ValueError, match="no branch holds a convolution"):
+        reparameterize([nn.BatchNorm2d(4)])
