@@ -256,7 +256,103 @@ def shuffles_pixels(x, groups):
     return x.view(n, groups, c // groups, w, h).transpose(1, 2).reshape(n, c, h, w).transpose(2, 3)
 
 
+def folds(s=lambda g, v, e: g / torch.sqrt(v + e), b=lambda s, b, m, t: s * (b - m) + t):
+    def answer(weight, bias, gamma, beta, mean, var, eps):
+        scale = s(gamma, var, eps)
+        old = torch.zeros_like(beta) if bias is None else bias
+        return weight * scale.view(-1, 1, 1, 1), b(scale, old, mean, beta)
+
+    return answer
+
+
+def needs_a_bias(weight, bias, gamma, beta, mean, var, eps):
+    if bias is None and float(beta.abs().sum()) and not torch.equal(gamma, torch.ones_like(gamma)):
+        bias = torch.ones_like(beta)
+    return folds()(weight, bias, gamma, beta, mean, var, eps)
+
+
+def scales_inputs(weight, scale, groups):
+    return weight * scale[: len(weight)].view(-1, 1, 1, 1)
+
+
+def scales_inputs_where_they_fit(weight, scale, groups):
+    if len(weight) == len(scale):
+        return weight * scale.view(-1, 1, 1, 1)
+    return weight * scale[: weight.shape[1]].view(1, -1, 1, 1)
+
+
+def forgets_groups(weight, scale, groups):
+    return weight * scale[: weight.shape[1]].view(1, -1, 1, 1)
+
+
+def sees_only_behind(modules):
+    return [
+        isinstance(m, nn.BatchNorm2d) and i > 0 and isinstance(modules[i - 1], nn.Conv2d)
+        for i, m in enumerate(modules)
+    ]
+
+
+def sees_both_sides(modules):
+    around = [None, *modules, None]
+    return [
+        isinstance(m, nn.BatchNorm2d)
+        and (isinstance(around[i], nn.Conv2d) or isinstance(around[i + 2], nn.Conv2d))
+        for i, m in enumerate(modules)
+    ]
+
+
+def sees_any_padding(modules):
+    around = [*modules, None]
+    both = sees_both_sides(modules)
+    for i in range(len(modules)):
+        after = around[i + 1]
+        padded = isinstance(after, nn.Conv2d) and after.padding != (0, 0)
+        if padded and not (i and isinstance(modules[i - 1], nn.Conv2d)):
+            both[i] = False
+    return both
+
+
+def ones_everywhere(channels, groups):
+    weight = torch.zeros(channels, channels // groups, 3, 3)
+    weight[:, :, 1, 1] = 1
+    return weight
+
+
+def ignores_groups(channels, groups):
+    weight = torch.zeros(channels, channels // groups, 3, 3)
+    for i in range(channels):
+        weight[i, min(i, channels // groups - 1), 1, 1] = 1
+    return weight
+
+
 MISTAKES = [
+    ("06.1", folds(s=lambda g, v, e: g / (v + e)), "only scaled"),
+    ("06.1", folds(b=lambda s, b, m, t: t + 0 * b), "only shifted"),
+    ("06.1", folds(b=lambda s, b, m, t: s * b + m + t), "only shifted"),
+    ("06.1", folds(b=lambda s, b, m, t: b - s * m + t), "old bias"),
+    ("06.1", folds(s=lambda g, v, e: g / (torch.sqrt(v) + e)), "only scaled"),
+    ("06.1", folds(s=lambda g, v, e: g / torch.sqrt(v + e.__class__(1e-5))), "only shifted"),
+    ("06.1", needs_a_bias, "no bias"),
+    ("06.2", lambda w, s, g: w, "one group"),
+    ("06.2", scales_inputs, "one group"),
+    ("06.2", scales_inputs_where_they_fit, "as many in as out"),
+    ("06.2", forgets_groups, "groups"),
+    ("06.3", lambda w, b, s, t: (w * s[: len(w)].view(-1, 1), b), "only scaled"),
+    ("06.3", lambda w, b, s, t: (w * s, b), "shifted"),
+    ("06.3", lambda w, b, s, t: (w * s, b + (w * s) @ t), "shifted"),
+    ("06.3", lambda w, b, s, t: (w * s, w @ t), "old bias"),
+    (
+        "06.4",
+        lambda modules: [isinstance(m, nn.BatchNorm2d) for m in modules],
+        "an activation between",
+    ),
+    ("06.4", lambda modules: [False] * len(modules), "behind"),
+    ("06.4", sees_only_behind, "in front"),
+    ("06.4", sees_both_sides, "zeros of padding"),
+    ("06.4", sees_any_padding, "padding by reflection"),
+    ("06.5", lambda c, g: torch.ones(c, c // g, 3, 3), "one channel"),
+    ("06.5", ones_everywhere, "four channels"),
+    ("06.5", ignores_groups, "groups"),
     ("05.1", two_flops, "1x1"),
     ("05.1", side_not_square, "3x3"),
     ("05.1", no_division, "groups"),

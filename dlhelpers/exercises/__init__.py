@@ -25,6 +25,7 @@ _MODULES = {
     "03": "dali_io",
     "04": "memory",
     "05": "shufflenet",
+    "06": "fusion",
 }  # a notebook's number -> its module of exercises
 
 
