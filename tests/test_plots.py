@@ -306,3 +306,13 @@ def test_the_roof_bends_at_the_ridge_and_layers_lie_where_they_are():
     assert y[2] == 100
     assert x[2] > 1e4
     assert [(p.get_xdata()[0], p.get_ydata()[0]) for p in points] == [(2.0, 15.0), (1e4, 99.0)]
+
+
+def test_a_chain_has_a_box_for_each_module_in_order():
+    boxes = [(f"m{i}", ("", "gone", "left")[i % 3]) for i in range(14)]
+    axes = plots.chain(boxes, title="t", alt="a").axes[0]
+    drawn = [text for text in axes.texts if text.get_text()]
+    assert [text.get_text() for text in drawn] == [label for label, _ in boxes]
+    assert [text.get_position() for text in drawn][11:13] == [(11, 0), (0, -1)]
+    with pytest.raises(ValueError, match="got 'odd'"):
+        plots.chain([("m", "odd")], title="t")

@@ -65,6 +65,8 @@ class FusionReport:
         return {row.name: row.why for row in self.rows if not row.into}
 
     def _verified(self) -> str:
+        if not self.folded:
+            return "the model is as it was"
         if self.max_rel_error is None:
             return "not verified: give example_inputs"
         text = f"outputs differ by {self.max_rel_error:.1e} of the largest"

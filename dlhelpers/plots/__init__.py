@@ -9,6 +9,7 @@ Source: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/colo
 """
 
 from dlhelpers.plots.areas import memory, memory_bars
+from dlhelpers.plots.chains import chain
 from dlhelpers.plots.figures import curves, dots, heatmap, intervals, pictures, splits, timeline
 from dlhelpers.plots.panels import pair_panel
 from dlhelpers.plots.scatters import roofline, scatter
@@ -19,6 +20,7 @@ __all__ = [
     "BASELINE",
     "FAILING",
     "TREATMENT",
+    "chain",
     "curves",
     "describe",
     "dots",

@@ -147,6 +147,22 @@ def test_shufflenet_runs_and_its_dot_moves_with_the_layer(page, address):
     keep_screenshot(page, "05_widget")
 
 
+def test_fusion_runs_and_both_paths_follow_the_sliders(page, address):
+    lab_session.open_notebook(page, address, "06_fusion.ipynb")
+    lab_session.run_all(page, timeout_s=400)
+    assert lab_session.errors(page) == []
+
+    slider = page.locator(".widget-slider .noUi-handle").last  # the variance
+    slider.scroll_into_view_if_needed()
+    panel = page.locator(".jp-OutputArea-output img").last
+    before = panel.get_attribute("src")
+    slider.focus()
+    page.keyboard.press("ArrowRight")
+    wait_until_redrawn(page, "src", before)
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, "06_widget")
+
+
 def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
     notebook = "window.jupyterapp.shell.currentWidget"

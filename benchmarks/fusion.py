@@ -1,0 +1,192 @@
+"""How many BatchNorms are folded in torchvision's models, by us and by torch.fx, and what is it worth?
+
+A  every torchvision model that holds BatchNorm (with statistics that are not trivial): found,
+   folded here and by torch.fx.experimental.optimization.fuse, what is left and why, the error of
+   the outputs, and in float64
+B  speedup of inference by folding: three networks at batch 1 and 16, in eager mode, in ONNX Runtime
+   and under torch.compile with and without freezing
+
+Prints tables and writes benchmarks/results/fusion.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torch.fx.experimental.optimization import fuse as torch_fuse
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dlhelpers import machine
+from dlhelpers.fusion import fuse_conv_bn
+from dlhelpers.measure import compare
+
+DETECTION = torchvision.models.list_models(module=torchvision.models.detection)
+SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
+VIDEO = torchvision.models.list_models(module=torchvision.models.video)
+
+
+def built(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    options: dict[str, Any] = {"weights": None}
+    side = 299 if name == "inception_v3" else 224 if name.startswith("maxvit") else 96
+    inputs: tuple[Any, ...] = (torch.rand(1, 3, side, side),)
+    if name in DETECTION:
+        options |= {"weights_backbone": None}
+        if not name.startswith("ssd"):
+            options |= {"min_size": 96, "max_size": 128}
+        inputs = ([torch.rand(3, 96, 128)],)
+    elif name in SEGMENTATION:
+        options |= {"weights_backbone": None}
+    elif name in VIDEO:
+        inputs = (torch.rand(1, 3, 16, 64, 64),)
+    model = torchvision.models.get_model(name, **options)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.3, 2, generator=generator)
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0, 0.3, generator=generator)
+    return model, inputs
+
+
+def table_a(names: list[str]) -> list[dict[str, Any]]:
+    print(
+        f"\nA  {'model':38} {'found':>5} {'here':>5} {'torch.fx':>12} {'error':>9} {'float64':>9} left"
+    )
+    rows = []
+    for name in names:
+        model, inputs = built(name)
+        if not any(getattr(m, "running_var", None) is not None for m in model.modules()):
+            continue
+        start = time.perf_counter()
+        _, report = fuse_conv_bn(model, inputs)
+        seconds = time.perf_counter() - start
+        try:
+            theirs = torch_fuse(copy.deepcopy(model).eval())
+            kept = sum(isinstance(module, _BatchNorm) for module in theirs.modules())
+            by_fx: Any = report.found - kept
+        except Exception as error:  # told beside the others
+            by_fx = type(error).__name__
+        left = Counter(why.partition(";")[0] for why in report.left.values())
+        row = {
+            "model": name,
+            "found": report.found,
+            "here": report.folded,
+            "torch.fx": by_fx,
+            "error": report.max_rel_error,
+            "float64": report.algebra_error,
+            "left": dict(left),
+            "seconds": seconds,
+        }
+        rows.append(row)
+        print(
+            f"   {name:38} {report.found:5} {report.folded:5} {by_fx:>12} "
+            f"{report.max_rel_error or 0:9.0e} {report.algebra_error or 0:9.0e} "
+            + "; ".join(f"{n} x {why}" for why, n in left.items()),
+            flush=True,
+        )
+    fewer = [
+        r["model"] for r in rows if isinstance(r["torch.fx"], int) and r["here"] < r["torch.fx"]
+    ]
+    raised = sum(isinstance(r["torch.fx"], str) for r in rows)
+    print(
+        f"{len(rows)} models, {sum(r['found'] for r in rows)} BatchNorms, "
+        f"{sum(r['here'] for r in rows)} folded here; torch.fx raised on {raised}; "
+        f"fewer than torch.fx: {fewer or 'none'}"
+    )
+    return rows
+
+
+def in_onnxruntime(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options)
+    given = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, given)
+
+
+def run_of(model: Any, x: torch.Tensor) -> Callable[[], Any]:
+    def run() -> Any:
+        with torch.no_grad():
+            return model(x)
+
+    return run
+
+
+def table_b(names: list[str], budget_s: float) -> list[dict[str, Any]]:
+    print("\nB  speedup of inference by folding")
+    rows = []
+    for name in names:
+        model, _ = built(name)
+        model.eval()
+        fused, _ = fuse_conv_bn(model)
+        for batch in (1, 16):
+            x = torch.rand(batch, 3, 96, 96)
+            ways: dict[str, Callable[[nn.Module], Callable[[], Any]]] = {
+                "eager": lambda m, x=x: run_of(m, x),
+                "ONNX Runtime": lambda m, x=x: in_onnxruntime(m, x),
+                "compiled": lambda m, x=x: run_of(torch.compile(copy.deepcopy(m)), x),
+                "compiled, freezing": lambda m, x=x: run_of(
+                    torch.compile(copy.deepcopy(m), options={"freezing": True}), x
+                ),
+            }
+            for way, make in ways.items():
+                found = compare(make(model), make(fused), budget_s=budget_s)
+                print(f"   {name:14} batch {batch:2} {way:20} {found}", flush=True)
+                rows.append(
+                    {
+                        "network": name,
+                        "batch": batch,
+                        "way": way,
+                        "speedup": found.speedup,
+                        "low": found.low,
+                        "high": found.high,
+                    }
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a dozen models, no grid of times")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    print(machine.describe().line)
+    everything = [
+        name
+        for name in torchvision.models.list_models()
+        if not name.startswith("quantized_") and "_128gf" not in name and "_32gf" not in name
+    ]
+    few = ["resnet18", "mobilenet_v2", "densenet121", "r3d_18", "fasterrcnn_resnet50_fpn"]
+    result = {
+        "machine": machine.describe().as_dict(),
+        "A": table_a(few if options.quick else everything),
+        "B": [] if options.quick else table_b(["vgg11_bn", "resnet18", "mobilenet_v2"], 3.0),
+    }
+    path = Path(__file__).parent / "results" / "fusion.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1))
+    print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()
