@@ -1,4 +1,4 @@
-"""How many BatchNorms are folded in torchvision's models, by us and by torch.fx, and what is it worth?
+"""How many BatchNorms of torchvision's models are folded, here and by torch.fx; what is it worth?
 
 A  every torchvision model that holds BatchNorm (with statistics that are not trivial): found,
    folded here and by torch.fx.experimental.optimization.fuse, what is left and why, the error of
@@ -64,7 +64,7 @@ def built(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 def table_a(names: list[str]) -> list[dict[str, Any]]:
     print(
-        f"\nA  {'model':38} {'found':>5} {'here':>5} {'torch.fx':>12} {'error':>9} {'float64':>9} left"
+        f"\nA  {'model':38} {'found':>5} {'here':>5} {'torch.fx':>12} {'error':>9} {'float64':>9}"
     )
     rows = []
     for name in names:

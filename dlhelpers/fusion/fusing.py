@@ -183,7 +183,7 @@ def _partner(
     layer = users[0][0] if users[0] else None
     stands = f"its input comes from {calls.between(bn)}"
     if layer is None or not is_layer(layer):
-        return None, False, f"{stands}, and it feeds no layer"
+        return None, False, f"{stands}, and its output goes to {calls.behind(bn)}"
     return layer, True, _why_not_in_front(bn, layer, calls, dims, stands)
 
 

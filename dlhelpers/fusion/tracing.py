@@ -70,13 +70,21 @@ class Calls:
     def between(self, bn: nn.Module) -> str:
         """Say what stands between a BatchNorm and the layers before it."""
         node, root = self.sites[id(bn)][0]
-        before = _first(node)
-        module = _module_of(before, root)
-        if module is not None:
-            return type(module).__name__
-        if before is None or before.op == "placeholder":
-            return "the input"
-        return getattr(before.target, "__name__", str(before.target))
+        return _said(_first(node), root, "the input")
+
+    def behind(self, bn: nn.Module) -> str:
+        """Say what uses a BatchNorm's output first."""
+        node, root = self.sites[id(bn)][0]
+        return _said(next(iter(node.users), None), root, "nothing")
+
+
+def _said(node: fx.Node | None, root: nn.Module, otherwise: str) -> str:
+    module = _module_of(node, root)
+    if module is not None:
+        return type(module).__name__
+    if node is None or node.op == "placeholder":
+        return otherwise
+    return "the output" if node.op == "output" else getattr(node.target, "__name__", node.target)
 
 
 def _first(node: fx.Node) -> fx.Node | None:
