@@ -49,7 +49,10 @@ def built(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     elif name in SEGMENTATION:
         options |= {"weights_backbone": None}
     elif name in VIDEO:
-        inputs = (torch.rand(1, 3, 16, 64, 64),)
+        side = 224 if name == "s3d" else 64
+        inputs = (torch.rand(1, 3, 16, side, side),)
+    elif name.startswith("raft"):
+        inputs = (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     model = torchvision.models.get_model(name, **options)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():

@@ -518,7 +518,10 @@ def inputs_for(name):
     if name in torchvision.models.list_models(module=torchvision.models.detection):
         return ([torch.rand(3, 96, 128)],)
     if name in torchvision.models.list_models(module=torchvision.models.video):
-        return (torch.rand(1, 3, 16, 64, 64),)
+        side = 224 if name == "s3d" else 64
+        return (torch.rand(1, 3, 16, side, side),)
+    if name.startswith("raft"):
+        return torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
     side = 299 if name == "inception_v3" else 224 if name.startswith("maxvit") else 96
     return (torch.rand(1, 3, side, side),)
 
