@@ -467,6 +467,39 @@ def test_a_mistake_is_caught_and_nothing_wrong_returned(monkeypatch):
     assert unverified.max_rel_error is None
 
 
+class Detects(nn.Module):
+    """Its outputs are sorted by values, or empty."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.body, self.threshold = nn.Sequential(conv(), norm()), threshold
+
+    def forward(self, x):
+        scores = self.body(x).flatten()
+        if scores.sum() == float("inf"):
+            return scores
+        return scores[scores > self.threshold]
+
+
+def test_outputs_without_a_number_are_no_proof():
+    _, report = fuse_conv_bn(lived(nn.Sequential(Detects(1e9))), image(4))
+    assert report.folded == 1
+    assert 0 < report.max_rel_error < 1e-5
+    assert "hold no number on this example" in report.notes[0]
+
+
+def test_a_choice_that_rounding_changes_is_no_mistake(monkeypatch):
+    real = fusing._difference
+
+    def as_if_sorted(wanted, found):
+        return 0.5 if isinstance(wanted, torch.Tensor) else real(wanted, found)
+
+    monkeypatch.setattr(fusing, "_difference", as_if_sorted)
+    _, report = fuse_conv_bn(lived(nn.Sequential(conv(), norm())), image(4))
+    assert report.algebra_error < 1e-12
+    assert "sorted or selected" in report.notes[0]
+
+
 def test_errors_are_told_layer_by_layer():
     deep = nn.Sequential(*(layer for _ in range(4) for layer in (conv(), norm(), nn.ReLU())))
     _, report = fused_all(deep, image(4))
