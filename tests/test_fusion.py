@@ -568,7 +568,10 @@ def check_torchvision(name):
     lived(model)
     fused, report = fuse_conv_bn(model, inputs_for(name))
     assert report.max_rel_error < 1e-4
-    assert report.algebra_error < 1e-9
+    if name.startswith("raft"):  # does not run in float64
+        assert report.algebra_error is None
+    else:
+        assert report.algebra_error < 1e-9
     assert len(batch_norms(fused)) == report.found - report.folded
     assert all(row.into or row.why for row in report.rows)
     try:
