@@ -253,7 +253,8 @@ class _Numbers(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
-            answer = True if kind == torch.bool else 0.5 if kind.is_floating_point else 1
+            is_model_s = kind.is_floating_point and not self.is_asked_by_optimizer
+            answer = True if kind == torch.bool else 0.5 if is_model_s else 1
             if not self.is_asked_by_optimizer:
                 place = user_code(sys._getframe(1))
                 answers = self._asked.setdefault(place, [])
@@ -315,7 +316,7 @@ class _Fakes:
             if not isinstance(made, Optimizer):
                 raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {made!r}")
             return made
-        for tensor in tensors_in(optimizer.state):
+        for tensor in tensors_in(list(vars(optimizer).values())):  # a learning rate can be one
             self.tensor(tensor)
         with self._mode:
             return copy.deepcopy(optimizer, self._memo)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from math import prod
@@ -25,8 +26,8 @@ from dlhelpers.memory.allocator import record_of
 __all__ = ["Call", "Scratch", "call_of"]
 
 
-# float32 in any layout that a matrix library takes as it is
 _PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
+_WITHOUT_BOUND = ("upsample", "dist", "linalg")  # theirs grows with the output, or by algorithm
 _SMALL = 64 << 20  # bytes of arguments that a trial is always worth
 _BLOCK = 64 << 10  # bytes that even the smallest convolution may take
 _A_FEW_NUMBERS = 64  # bytes: Python's numbers become tensors
@@ -90,11 +91,16 @@ class Call:
         shapes, name = self.shapes, str(self.func)
         if self.func.is_view or self.func.namespace == "prim":
             return 0
-        is_plain = len({s.dtype for s in shapes}) < 2 and all(s.is_dense for s in shapes)
-        if is_plain and (torch.Tag.pointwise in self.func.tags or name in _PRODUCTS):
+        if self._is_plain:
             return _A_FEW_NUMBERS
-        sizes = [shape.nbytes for shape in shapes]
-        bound = 3 * sum(sizes)
+        if any(word in name for word in _WITHOUT_BOUND):
+            return sys.maxsize
+        # narrow types may be computed in float32
+        sizes = [max(4, shape.dtype.itemsize) * prod(shape.size) for shape in shapes]
+        bound = 3 * sum(sizes) + _A_FEW_NUMBERS
+        if name in _PRODUCTS:  # the output too, and in blocks
+            left, right = shapes[-2:]
+            bound += 8 * prod(left.size[:-1]) * right.size[-1] + _BLOCK
         if "convolution" in name:
             # may unfold its input, once for each weight of a kernel
             weight = self.args[2 if "backward" in name else 1]
@@ -102,6 +108,21 @@ class Call:
             if weight.size[1] == 1:  # a depthwise one's weights, in blocks of channels
                 bound += 300 * weight.nbytes
         return bound
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the kernel takes its arguments as they are: no type or layout to change first."""
+        shapes = self.shapes
+        if len({s.dtype for s in shapes}) > 1 or not all(s.is_dense for s in shapes):
+            return False
+        if str(self.func) in _PRODUCTS:  # a matrix library wants rows or columns in one piece
+            is_known = all(s.dtype in (torch.float32, torch.float64) for s in shapes)
+            return is_known and all(1 in s.stride[-2:] for s in shapes)
+        layouts: dict[tuple[int, ...], tuple[int, ...]] = {}
+        return torch.Tag.pointwise in self.func.tags and all(
+            s.dtype.is_floating_point and layouts.setdefault(s.size, s.stride) == s.stride
+            for s in shapes
+        )
 
     def with_batch(self, n: int) -> Call | None:
         """Return the call for a batch of n instead; None where it is not plain what that is."""
