@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from dlhelpers.memory import KINDS, measure_peak, mib
+from dlhelpers.memory import measure_peak, mib
 
-WRAPPED = 32  # bytes: under a dispatch mode a Python number becomes a tensor of its own
+WRAPPED = 8  # bytes: under a dispatch mode a Python number stays a float64 tensor for an operator
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -144,55 +144,168 @@ def training(make, optimizer="adamw"):
     return step, stepper, nbytes_of(*there, *([] if x.grad is None else [x.grad]))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_peak_is_the_allocators_record_to_the_byte(name):
-    step, stepper, before = training(MODELS[name])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        *((name, "adamw fused") for name in MODELS),
+        *(("mlp", other) for other in ("sgd", "momentum", "adamw")),
+        ("conv net", "sgd"),
+    ],
+)
+def test_the_peak_is_the_allocators_record_to_the_byte(name, optimizer):
+    step, stepper, before = training(MODELS[name], optimizer)
     independent, found = before + allocated_above_the_start(step), []
     for _ in range(2):
         stepper.zero_grad()
         report = measure_peak(step)
         found.append(report.peak_bytes)
         assert report.measured
-    assert found[0] == found[1] == pytest.approx(independent, abs=WRAPPED)
+    assert found[0] == found[1]
+    # the plain AdamW divides by a Python number at its peak
+    assert found[0] - independent in ({0, WRAPPED} if optimizer == "adamw" else {0})
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_optimizers_step_too(optimizer):
-    step, stepper, before = training(mlp, optimizer)
-    independent = before + allocated_above_the_start(step)
-    stepper.zero_grad()
-    assert measure_peak(step).peak_bytes == pytest.approx(independent, abs=WRAPPED)
+def without_gradients(make, mode):
+    model, x = make()
+    model.eval()
+
+    def run():
+        with mode():
+            return model(x)
+
+    return run, [*model.parameters(), *model.buffers(), x]
 
 
-layers = st.lists(
-    st.sampled_from(["linear", "relu", "linear, silu_", "dropout", "norm", "tanh"]),
-    min_size=1,
-    max_size=8,
-)
+def through_autograd_grad():
+    model, x = mlp()
+    parameters = list(model.parameters())
+    return lambda: torch.autograd.grad(model(x).sum(), parameters), [*parameters, x]
 
 
-@settings(max_examples=25, deadline=None)
-@given(layers, st.integers(1, 33), st.integers(1, 64))
-def test_any_chain_of_layers_too(names, batch, width):
-    make = {
-        "linear": lambda: nn.Linear(width, width),
-        "relu": nn.ReLU,
-        "linear, silu_": lambda: nn.Sequential(nn.Linear(width, width), nn.SiLU(inplace=True)),
-        "dropout": nn.Dropout,
-        "norm": lambda: nn.LayerNorm(width),
-        "tanh": nn.Tanh,
-    }
-    model = nn.Sequential(nn.Linear(width, width), *(make[name]() for name in names))
-    x = torch.randn(batch, width)
+def twice_differentiated():
+    w = torch.randn(2000, requires_grad=True)
+
+    def run():
+        (first,) = torch.autograd.grad((w * w * w).sum(), w, create_graph=True)
+        return torch.autograd.grad((first * first).sum(), w)
+
+    return run, [w]
+
+
+def freed_in_the_middle():
+    x = torch.randn(10_000)
+
+    def run():
+        large = x.repeat(3)
+        part = large[:10].clone()
+        del large
+        return part.repeat(500)
+
+    return run, [x]
+
+
+def resized():
+    def run():
+        x = torch.zeros(10)
+        for size in (5000, 20_000, 5, 30_000):
+            x.resize_(size)
+        return x
+
+    return run, []
+
+
+def written_into_an_argument():
+    x = torch.randn(10_000)
+    return lambda: torch.exp(x, out=torch.empty(0)), [x]
+
+
+def with_autocast():
+    model, x = mlp()
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).sum()
+
+    return run, [*model.parameters(), x]
+
+
+def a_model_made_inside():
+    return lambda: nn.Linear(50, 50)(torch.zeros(10, 50)).sum().backward(), []
+
+
+CODE = {
+    "conv net, no_grad": lambda: without_gradients(conv_net, torch.no_grad),
+    "conv net, inference_mode": lambda: without_gradients(conv_net, torch.inference_mode),
+    "lstm, inference_mode": lambda: without_gradients(MODELS["lstm"], torch.inference_mode),
+    "encoder, no_grad": lambda: without_gradients(MODELS["encoder"], torch.no_grad),
+    "autograd.grad": through_autograd_grad,
+    "create_graph": twice_differentiated,
+    "freed in the middle": freed_in_the_middle,
+    "resized": resized,
+    "out=": written_into_an_argument,
+    "autocast": with_autocast,
+    "a model made inside": a_model_made_inside,
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_so_it_is_for_code_that_trains_nothing(name):
+    run, there = CODE[name]()
+    run()
+    independent = nbytes_of(*there) + allocated_above_the_start(run)
+    assert measure_peak(run).peak_bytes == measure_peak(run).peak_bytes == independent
+
+
+FLAT = {
+    "linear": lambda width: nn.Linear(width, width),
+    "relu": lambda width: nn.ReLU(),
+    "linear, silu_": lambda width: nn.Sequential(nn.Linear(width, width), nn.SiLU(inplace=True)),
+    "dropout": lambda width: nn.Dropout(),
+    "norm": nn.LayerNorm,
+    "tanh": lambda width: nn.Tanh(),
+}
+IMAGES = {
+    "conv": lambda width: nn.Conv2d(width, width, 3, padding=1),
+    "depthwise": lambda width: nn.Conv2d(width, width, 5, padding=2, groups=width),
+    "norm": nn.BatchNorm2d,
+    "conv, relu_": lambda width: nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(inplace=True)),
+    "gelu": lambda width: nn.GELU(),
+    "pool": lambda width: nn.AvgPool2d(3, stride=1, padding=1),
+}
+
+
+def names_of(layers):
+    return st.lists(st.sampled_from(list(layers)), min_size=1, max_size=6)
+
+
+def assert_exact_in_training(first, layers, x):
+    model = nn.Sequential(first, *layers)
 
     def run():
         model.zero_grad()
-        model(x).square().sum().backward()
+        model(x).sum().backward()
 
-    before = nbytes_of(*model.parameters(), x)
+    before = nbytes_of(*model.parameters(), *model.buffers(), x)
+    run()
+    model.zero_grad()
     independent = before + allocated_above_the_start(run)
     model.zero_grad()
-    assert measure_peak(run).peak_bytes == pytest.approx(independent, abs=WRAPPED)
+    assert measure_peak(run).peak_bytes == independent
+
+
+@settings(max_examples=8, deadline=None)
+@given(names_of(FLAT), st.integers(1, 33), st.integers(1, 64))
+def test_any_chain_of_layers_too(names, batch, width):
+    layers = (FLAT[name](width) for name in names)
+    assert_exact_in_training(nn.Linear(width, width), layers, torch.randn(batch, width))
+
+
+@settings(max_examples=8, deadline=None)
+@given(names_of(IMAGES), st.integers(1, 4), st.integers(2, 9), st.integers(4, 12))
+def test_any_chain_of_convolutions_too(names, batch, width, side):
+    layers = (IMAGES[name](width) for name in names)
+    x = torch.randn(batch, 3, side, side)
+    assert_exact_in_training(nn.Conv2d(3, width, 3, padding=1), layers, x)
 
 
 def test_every_kind_is_what_one_counts_by_hand():
@@ -231,12 +344,48 @@ def test_every_kind_is_what_one_counts_by_hand():
     assert (max(totals), len(totals)) == (report.peak_bytes, len(report.phases))
 
 
-def test_tensor_bytes_leave_out_what_kernels_take():
-    step, _, _ = training(conv_net)
+def test_a_conv_nets_kinds_are_counted_by_hand_too():
+    n, side, width = 4, 32, 8
+    model = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+    x = torch.randn(n, 3, side, side)
+    stepper = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step():
+        stepper.zero_grad()
+        model(x).sum().backward()
+        stepper.step()
+
+    step()
+    stepper.zero_grad()
     report = measure_peak(step)
-    lines = [report.timeline[kind] for kind in KINDS if kind != "kernel buffers"]
-    assert report.tensor_bytes == max(sum(at) for at in zip(*lines, strict=True))
-    assert report.tensor_bytes <= report.peak_bytes
+    weights = 4 * (width * 3 * 9 + width + 2 * width)
+    image = 4 * n * width * side * side
+    assert report.at_end["parameters"] == weights + 4 * 2 * width + 8  # BatchNorm's buffers
+    assert report.at_end["gradients"] == report.at_end["optimizer state"] == weights
+    assert report.at_end["inputs"] == 4 * n * 3 * side * side
+    # outputs of convolution and ReLU, each channel's mean and deviation, the loss's gradient
+    assert max(report.timeline["activations"]) == 2 * image + 4 * 2 * width + 4
+    # forward, BatchNorm's own output; backward, what flows: never more than two images
+    assert image <= max(report.timeline["temporaries"]) <= 2 * image + weights + 64
+
+
+@pytest.mark.filterwarnings("ignore:TF32")  # said by the switch, whatever one switches
+def test_tensor_bytes_leave_out_what_kernels_take():
+    rows, width = 64, 256
+    square = torch.randn(rows, width, dtype=torch.bfloat16)  # a kernel may convert and block it
+    with torch.no_grad():
+        report = measure_peak(lambda: square @ square.t())
+        other = torch.randn(1, 3, 33, 33)
+        layer = nn.Conv2d(3, 16, 5, stride=2, dilation=2)
+        ways = []
+        for enabled in (True, False):
+            with torch.backends.mkldnn.flags(enabled=enabled):
+                ways.append(measure_peak(lambda: layer(other)))
+    assert report.tensor_bytes == 2 * (rows * width + rows * rows)
+    sizes = (3 * 33 * 33, 16 * 3 * 25 + 16, 16 * 13 * 13)
+    assert {way.tensor_bytes for way in ways} == {4 * sum(sizes)}
+    assert ways[0].peak_bytes != ways[1].peak_bytes  # one unfolds, the other reorders
+    assert all(way.peak_bytes - way.tensor_bytes == way.at_peak["kernel buffers"] for way in ways)
 
 
 def test_what_was_there_before_and_what_is_left_is_counted():
@@ -292,6 +441,7 @@ def everything_that_hooks():
         len(optimizers._global_optimizer_post_hooks),
         len(_get_current_dispatch_mode_stack()),
         torch._C._autograd._profiler_enabled(),
+        torch._C._autograd._top_saved_tensors_default_hooks(True),
         threading.active_count(),
     )
 
@@ -394,6 +544,38 @@ def test_one_run_at_a_time():
     assert "in another thread" in errors[0]
 
 
+def test_a_measurement_inside_a_measurement_is_refused_and_harms_nothing():
+    model, x = mlp()
+    before = everything_that_hooks()
+    with pytest.raises(RuntimeError, match="one run at a time, so stop it, or wait for it"):
+        measure_peak(lambda: measure_peak(lambda: model(x)))
+    assert everything_that_hooks() == before
+    assert measure_peak(lambda: model(x)).phase == "forward"
+
+
+def test_the_readers_own_hooks_stay_and_an_exception_is_the_one_that_was_raised():
+    model, x = mlp()
+    seen, error = [], OddError("mine")
+    mine = [
+        model.register_forward_hook(lambda *_: seen.append("forward")),
+        model[0].weight.register_post_accumulate_grad_hook(lambda _: seen.append("gradient")),
+    ]
+
+    def run():
+        model(x).sum().backward()
+        raise error
+
+    with pytest.raises(OddError) as caught:
+        measure_peak(run)
+    assert caught.value is error
+    assert seen == ["forward", "gradient"]
+    model(x).sum().backward()
+    assert seen == ["forward", "gradient"] * 2
+    for hook in mine:
+        hook.remove()
+    assert not model[0].weight._post_accumulate_grad_hooks
+
+
 def test_modules_that_work_in_another_thread_do_not_disturb():
     model, x = mlp()
     other = nn.Sequential(nn.Linear(3, 3))
@@ -412,7 +594,11 @@ def test_modules_that_work_in_another_thread_do_not_disturb():
     [
         ((3,), TypeError, "fn must be a function without arguments, got int"),
         ((lambda: 3,), ValueError, "called no operator of torch"),
-        ((lambda: torch.zeros(3), "meta"), ValueError, "'meta' has no record of its memory here"),
+        (
+            (lambda: torch.zeros(3), "meta"),
+            ValueError,
+            "'meta' has no record of its memory here: use 'cpu', or 'cuda'",
+        ),
         pytest.param(
             (lambda: torch.zeros(3), "cuda"),
             ValueError,

@@ -232,7 +232,8 @@ def _explained() -> Iterator[None]:
 class _Numbers(TorchDispatchMode):
     """Let ``item()`` give some number where a fake tensor has none, and note who asked.
 
-    An optimizer asks for its step's number, which changes no tensor's size.
+    An optimizer asks for its step's number, which changes no tensor's size; ASGD also whether it
+    averages already, and is played as if it did, which takes more.
     """
 
     def __init__(self) -> None:
@@ -253,8 +254,7 @@ class _Numbers(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
-            is_model_s = kind.is_floating_point and not self.is_asked_by_optimizer
-            answer = True if kind == torch.bool else 0.5 if is_model_s else 1
+            answer = True if kind == torch.bool else 0.5 if kind.is_floating_point else 1
             if not self.is_asked_by_optimizer:
                 place = user_code(sys._getframe(1))
                 answers = self._asked.setdefault(place, [])

@@ -31,6 +31,7 @@ _WITHOUT_BOUND = ("upsample", "dist", "linalg")  # theirs grows with the output,
 _SMALL = 64 << 20  # bytes of arguments that a trial is always worth
 _BLOCK = 64 << 10  # bytes that even the smallest convolution may take
 _A_FEW_NUMBERS = 64  # bytes: Python's numbers become tensors
+_TILE = 60 * 60  # elements: a copy that transposes works in such squares
 _TRIALS_S = 5.0  # seconds for all trials of one estimate
 
 
@@ -92,7 +93,8 @@ class Call:
         if self.func.is_view or self.func.namespace == "prim":
             return 0
         if self._is_plain:
-            return _A_FEW_NUMBERS
+            tile = _TILE * shapes[0].dtype.itemsize if "clone" in name else 0
+            return tile + _A_FEW_NUMBERS
         if any(word in name for word in _WITHOUT_BOUND):
             return sys.maxsize
         # narrow types may be computed in float32
@@ -106,7 +108,7 @@ class Call:
             weight = self.args[2 if "backward" in name else 1]
             bound += 2 * prod(weight.size[2:]) * max(sizes) + _BLOCK
             if weight.size[1] == 1:  # a depthwise one's weights, in blocks of channels
-                bound += 300 * weight.nbytes
+                bound += 300 * max(4, weight.dtype.itemsize) * prod(weight.size)
         return bound
 
     @property
