@@ -567,10 +567,10 @@ def check_torchvision(name):
         pytest.skip("no BatchNorm")
     lived(model)
     fused, report = fuse_conv_bn(model, inputs_for(name))
-    if not report.notes:
-        assert report.max_rel_error < 1e-4
-    elif not any("sorted or selected" in note for note in report.notes):
-        assert report.max_rel_error < 1e-3  # of layers behind a detector's choice of boxes
+    detects = name in torchvision.models.list_models(module=torchvision.models.detection)
+    if not any("sorted or selected" in note for note in report.notes):
+        # a detector takes exponentials, and chooses boxes: that amplifies rounding
+        assert report.max_rel_error < (1e-2 if detects else 1e-4)
     if name.startswith("raft"):  # does not run in float64
         assert report.algebra_error is None
     else:
