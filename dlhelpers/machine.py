@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dlhelpers.roofline import Roofline, roofline
+from dlhelpers.tables import facts_table
 
 __all__ = ["Machine", "Roofline", "describe", "last_level_cache_bytes", "roofline"]
 
@@ -256,15 +257,3 @@ def _cache_bytes() -> dict[str, int]:
             scale = {"K": 2**10, "M": 2**20, "G": 2**30}[size[2]]
             caches[f"L{level}{'d' if kind == 'Data' else ''}"] = int(size[1]) * scale
     return caches
-
-
-def facts_table(rows: list[tuple[str, str]]) -> str:
-    """Return rows of (name, value) as an HTML table."""
-    import html
-
-    body = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-        for name, value in rows
-    )
-    return f"<table><tbody>{body}</tbody></table>"

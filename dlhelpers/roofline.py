@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.tables import facts_table
+
 __all__ = ["Roofline", "roofline"]
 
 
@@ -58,8 +60,6 @@ class Roofline:
         return "\n".join(f"{name:20} {value}" for name, value in self._rows())
 
     def _repr_html_(self) -> str:
-        from dlhelpers.machine import facts_table
-
         return facts_table(self._rows())
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import functools
 import io
 import warnings
@@ -22,7 +23,13 @@ from dlhelpers.fusion import (
     fusing,
     reparameterize,
 )
+from dlhelpers.fusion.folding import why_not_before
 from dlhelpers.fusion.tracing import is_batch_norm
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
 
 
 def lived(model, seed=0):
@@ -88,7 +95,7 @@ def check_random_case(case):
     ):
         layer = conv.to(dtype)
         exact_layer, exact_bn = copy.deepcopy(layer).double(), copy.deepcopy(bn).double()
-        if fold == "before" and fusing.why_not_before(layer):
+        if fold == "before" and why_not_before(layer):
             with pytest.raises(ValueError, match=r"zeros|transposed"):
                 fold_before(bn, layer)
             continue
@@ -488,16 +495,120 @@ def test_outputs_without_a_number_are_no_proof():
     assert "hold no number on this example" in report.notes[0]
 
 
+class Returns(nn.Module):
+    """A convolution, a norm, and what is made of them."""
+
+    def __init__(self, made, **modules):
+        super().__init__()
+        self.c, self.n, self.made = conv(), norm(), made
+
+    def forward(self, x):
+        return self.made(self.n(self.c(x)))
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...]
+
+
+class Named(dict):
+    """As transformers' outputs: a mapping of a type of its own."""
+
+
+CONTAINERS = {
+    "dataclass": lambda y: Answer(y, (y.exp(),)),
+    "mapping": lambda y: Named(logits=y, hidden=(y.exp(),)),
+    "nested": lambda y: [{"logits": (y, [y.exp()])}],
+    "complex": lambda y: torch.complex(y, y.exp()),
+    "half": lambda y: y.half(),
+    "with NaNs and infinities": lambda y: torch.cat([y, y * float("nan"), y * float("inf")]),
+}
+
+
+def with_a_wrong_bias(layer, bn):
+    folded = fold_after(layer, bn)
+    folded.bias = nn.Parameter(folded.bias + 0.1)
+    return folded
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_outputs_are_compared_in_whatever_they_come(kind, monkeypatch):
+    model = lived(Returns(CONTAINERS[kind]))
+    _, report = fuse_conv_bn(model, image(4))
+    assert report.max_rel_error < 1e-2
+    assert report.algebra_error < 1e-12
+    monkeypatch.setattr(fusing, "fold_after", with_a_wrong_bias)
+    with pytest.raises(FusionError, match="in float64"):
+        fuse_conv_bn(model, image(4))
+
+
+def test_whole_numbers_are_compared_too(monkeypatch):
+    model = lived(Returns(lambda y: y.argmax(1)))
+    _, report = fuse_conv_bn(model, image(4))
+    assert report.algebra_error == 0
+    assert fusing._difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == float("inf")
+    assert fusing._difference(torch.tensor([True]), torch.tensor([False])) == float("inf")
+    monkeypatch.setattr(fusing, "fold_after", with_a_wrong_bias)
+    model.made = lambda y: (10 * y).int()
+    with pytest.raises(FusionError, match="differ in sizes, whole numbers or NaNs"):
+        fuse_conv_bn(model, image(4))
+
+
+def test_a_nan_in_one_of_them_is_no_agreement():
+    one, nan = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    assert fusing._difference(one, nan) == fusing._difference(nan, one) == float("inf")
+    assert fusing._difference(nan, nan.clone()) == 0
+    assert fusing._difference(nan, torch.tensor([1.5, float("nan"), 1.0])) == 0.5
+    infinite = torch.tensor([float("inf"), 2.0])
+    assert fusing._difference(infinite, torch.tensor([float("inf"), 1.0])) == 0.5
+    assert fusing._difference(infinite, -infinite) == float("inf")
+    assert fusing._difference((one, one), one) == float("inf")
+    assert fusing._difference(one, one[:2]) == float("inf")
+    assert fusing._difference({"a": 3}, {"a": 3}) is None
+
+
+def test_nothing_to_compare_is_no_agreement():
+    class Folds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.n = conv(), norm()
+
+        def forward(self, x):
+            self.n(self.c(x)) if hasattr(self, "n") else self.c(x)
+
+        def fuse(self):
+            self.c = fold_after(self.c, self.n)
+            del self.n
+
+    model = lived(Folds())
+    _, report = fuse_conv_bn(model, image(4))
+    assert (report.folded, report.rows[0].into) == (1, "fuse()")
+    assert report.max_rel_error is report.algebra_error is None
+    assert "NOT VERIFIED" in report.notes[-1]
+    assert "not verified: give example_inputs that yield a number" in str(report)
+
+
 def test_a_choice_that_rounding_changes_is_no_mistake(monkeypatch):
     real = fusing._difference
 
     def as_if_sorted(wanted, found):
-        return 0.5 if isinstance(wanted, torch.Tensor) else real(wanted, found)
+        return 0.5 if isinstance(wanted, torch.Tensor) else real(wanted, found)  # not a layer's
 
     monkeypatch.setattr(fusing, "_difference", as_if_sorted)
     _, report = fuse_conv_bn(lived(nn.Sequential(conv(), norm())), image(4))
     assert report.algebra_error < 1e-12
     assert "sorted or selected" in report.notes[0]
+
+
+def test_the_error_of_a_layer_is_that_of_all_that_it_took_in():
+    model = nn.Sequential(norm(), nn.Conv2d(4, 4, 3), norm(), norm(), nn.ReLU(), norm(), conv())
+    _, report = fused_all(model, image(4))
+    assert [row.into for row in report.rows] == ["1", "1", "1", ""]
+    assert all(0 < row.error < 1e-5 for row in report.rows[:3])
+    assert report.rows[3].error is None
+    before = nn.Sequential(norm(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    assert 0 < fused_all(before, image(4))[1].rows[0].error < 1e-5
 
 
 def test_errors_are_told_layer_by_layer():
@@ -628,6 +739,72 @@ def test_a_batch_norm_that_is_a_function_is_folded_where_the_trace_shows_it():
     training = nn.Sequential(Functional(training=True))
     _, report = fuse_conv_bn(training, image(4))
     assert "training=True" in next(iter(report.left.values()))
+
+
+class Around(Functional):
+    """Its own call of F.batch_norm around that of a child."""
+
+    def __init__(self, child):
+        super().__init__()
+        self.child = child
+
+    def forward(self, x):
+        return x + super().forward(self.child(x))
+
+
+def test_functions_inside_of_each_other_are_folded_once():
+    fused, report = fused_all(Around(Around(Functional())), image(4))
+    assert (report.folded, report.found) == (3, 3)
+    assert {row.into for row in report.rows} == {"conv", "child.conv", "child.child.conv"}
+    shared = Functional()
+    twice = nn.Sequential(shared, nn.ReLU(), shared)
+    fused, report = fused_all(twice, image(4))
+    assert (report.folded, report.found) == (1, 1)
+    assert fused[0] is fused[2]
+
+
+FUNCTIONS_LEFT = {
+    "its layer called elsewhere": (
+        lambda f: Graph(lambda s, x: s.f(x) + s.f.conv(x), f=f),
+        "is used elsewhere, too",
+    ),
+    "its layer behind another function": (
+        lambda f: Graph(lambda s, x: s.f(x) + F.batch_norm(s.f.conv(x), *s.other(x)), f=f),
+        "another batch_norm stands behind conv, too",
+    ),
+    "a parametrized layer": (
+        lambda f: nn.Sequential(spectral(f)),
+        "is parametrized",
+    ),
+    "a layer that a module shares": (
+        lambda f: nn.Sequential(f, f.conv),
+        "is used elsewhere, too",
+    ),
+    "a linear layer's third axis": (
+        lambda f: nn.Sequential(nn.Flatten(2), with_linear(f)),
+        "dimension 1 of tensors of [3] dimensions",
+    ),
+}
+
+
+def spectral(owner):
+    nn.utils.parametrizations.spectral_norm(owner.conv)
+    return owner
+
+
+def with_linear(owner):
+    owner.conv = nn.Linear(81, 4)
+    return owner
+
+
+@pytest.mark.parametrize("name", FUNCTIONS_LEFT)
+def test_a_function_whose_layer_is_seen_elsewhere_stays(name):
+    build, why = FUNCTIONS_LEFT[name]
+    model = build(Functional())
+    model.other = lambda x: (torch.zeros(4), torch.ones(4))
+    _, report = fused_all(model, image(4))
+    assert report.folded == 0
+    assert any(why in reason for reason in report.left.values()), report
 
 
 @pytest.mark.parametrize(

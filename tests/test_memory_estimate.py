@@ -640,9 +640,10 @@ def test_trials_are_kept_and_a_broken_or_missing_folder_does_no_harm(own_cache, 
     assert estimate(model, x, torch.optim.SGD).peak_bytes == first
     monkeypatch.undo()
     monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: own_cache)
-    path.write_text("{half wri")
-    assert estimate(model, x, torch.optim.SGD).peak_bytes == first
-    assert json.loads(path.read_text())
+    for broken in ("{half wri", "[1, 2]", "null"):
+        path.write_text(broken)
+        assert estimate(model, x, torch.optim.SGD).peak_bytes == first
+        assert isinstance(json.loads(path.read_text()), dict)
     assert not list(own_cache.glob("*.part"))
     blocked = own_cache / "a file"
     blocked.write_text("")

@@ -1,10 +1,14 @@
-import re
-
 import numpy as np
 import pytest
 
 from dlhelpers import data
-from dlhelpers.shufflenet import LatencyFormula, fit_latency, fit_power_law, predict_latency
+from dlhelpers.shufflenet import (
+    LatencyFormula,
+    fit_latency,
+    fit_power_law,
+    held_out_error,
+    predict_latency,
+)
 from dlhelpers.shufflenet.latency import CPUS
 
 FILES = {"i9": "i9-10940X", "i7": "i7-12700H"}
@@ -90,29 +94,47 @@ def test_the_constants_are_the_fit_of_the_published_table(cpu):
     assert kept == pytest.approx(fitted, rel=5e-3, abs=1e-6)
 
 
-def held_out_errors(table, splits=20):
-    """Median relative errors on the halves of families that were not fitted: power law and sum."""
-    names = ("multiply_adds", "activations", "params")
-    family = np.array([re.match("[a-z]*", model)[0] for model in table["model"]])
-    families, errors = sorted(set(family)), []
-    for seed in range(splits):
-        drawn = np.random.default_rng(seed).permutation(families)[: len(families) // 2]
-        fit = np.isin(family, drawn)
-        half = {name: table[name][fit] for name in (*names, "seconds")}
-        rest = {name: table[name][~fit] for name in names}
-        law = fit_power_law({name: half[name] for name in names}, half["seconds"])
-        formula = fit_latency(*half.values())
-        truth = table["seconds"][~fit]
-        predicted = law(rest), formula.predict_s(*rest.values())
-        errors.append([np.median(abs(found / truth - 1)) for found in predicted])
-    return np.median(errors, axis=0)
+NAMES = ("multiply_adds", "activations", "params")
+
+
+def as_a_law(half):
+    return fit_power_law({name: half[name] for name in NAMES}, half["seconds"])
+
+
+def as_a_sum(half):
+    formula = fit_latency(*(half[name] for name in (*NAMES, "seconds")))
+    return lambda rest: formula.predict_s(*(rest[name] for name in NAMES))
 
 
 @pytest.mark.parametrize(("cpu", "at_most"), [("i9", 0.19), ("i7", 0.091)])
 def test_times_add_up_better_than_they_multiply(cpu, at_most):
-    by_law, by_sum = held_out_errors(data.published_latencies(cpu))
+    table = data.published_latencies(cpu)
+    by_law, by_sum = held_out_error(table, as_a_law), held_out_error(table, as_a_sum)
     assert by_sum < at_most
     assert by_sum < 0.8 * by_law
+
+
+def test_the_error_is_taken_on_families_that_were_not_fitted():
+    names = [f"{family}{size}_x" for family in ("res", "vit", "mlp", "net") for size in (1, 2, 3)]
+    table = {"model": names, "seconds": [1.0, 2.0, 4.0] * 4}
+    seen = []
+
+    def fit(half):
+        drawn = set(half["model"].tolist())
+        seen.append(sorted({name[:3] for name in drawn}))
+
+        def predict(rest):
+            assert len(drawn) == len(rest["model"]) == 6
+            assert not drawn & set(rest["model"].tolist())
+            return np.full(6, 2.0)  # off by 1, 0 and 1/2 in every family
+
+        return predict
+
+    assert held_out_error(table, fit, splits=8) == 0.5
+    assert len({tuple(families) for families in seen}) > 1
+    assert all(len(families) == 2 for families in seen)
+    with pytest.raises(ValueError, match=r"two families .* got \['vit'\]"):
+        held_out_error({"model": ["vit_b", "vit_l"], "seconds": [1.0, 1.0]}, fit)
 
 
 def test_a_power_law_finds_its_own_exponents():

@@ -5,44 +5,62 @@ Its owner's forward has to change, so the owner becomes a torch.fx GraphModule w
 
 from __future__ import annotations
 
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.operator_schemas import normalize_function
 from torch.nn import functional as F
 
 from dlhelpers.fusion.folding import fold_after
+from dlhelpers.fusion.refusing import why_not_axis, why_not_layer
 from dlhelpers.fusion.report import FusionRow
-from dlhelpers.fusion.tracing import Tracer, is_layer
+from dlhelpers.fusion.tracing import Calls, caller_of, calls_of, is_layer, replace_module, trace
 
 __all__ = ["fold_functional"]
 
 
-def fold_functional(model: nn.Module) -> tuple[nn.Module, dict[str, FusionRow]]:
-    """Fold calls of ``F.batch_norm`` in eval mode into the layer before; return model and rows."""
+def fold_functional(
+    model: nn.Module, dims: dict[int, set[int]]
+) -> tuple[nn.Module, dict[str, FusionRow]]:
+    """Fold calls of ``F.batch_norm`` in eval mode into the layer before; return model and rows.
+
+    Args:
+        model: changed in place, but for its own forward.
+        dims: id of a layer -> dimensions of its outputs on the example.
+    """
     rows: dict[str, FusionRow] = {}
-    for name, owner in list(model.named_modules()):
-        if "batch_norm" not in _names_of(owner):
+    owners = {
+        id(caller_of(node, root))
+        for root, graph in calls_of(model).graphs
+        for node in graph.nodes
+        if node.target is F.batch_norm
+    }
+    # from the inside out: an owner's graph holds the calls of all that is inside of it
+    for name, owner in reversed(list(model.named_modules())):
+        if id(owner) not in owners and "batch_norm" not in _names_of(owner):
             continue
-        graph = _trace(owner)
+        graph = trace(owner)
         if graph is None or owner._forward_hooks or owner._forward_pre_hooks:
-            rows[f"{name}: F.batch_norm"] = FusionRow(
-                f"{name}: F.batch_norm", "function", why="its module cannot be traced, or has hooks"
-            )
+            row = f"{name}: F.batch_norm".removeprefix(": ")
+            why = "its module cannot be traced, or has hooks"
+            rows[row] = FusionRow(row, "function", why=why)
             continue
-        changed = False
-        for number, node in enumerate([n for n in graph.nodes if n.target is F.batch_norm]):
-            row = f"{name}: F.batch_norm {number}".lstrip(": ")
-            layer, why = _fold(owner, graph, node)
+        calls, is_changed = calls_of(model), False
+        for number, node in enumerate(_own_calls(owner, graph)):
+            row = f"{name}: F.batch_norm {number}".removeprefix(": ")
+            layer, why = _fold(owner, graph, node, calls, dims)
             into = f"{name}.{layer}".lstrip(".") if layer else ""
             rows[row] = FusionRow(row, "function", into=into, why=why)
-            changed |= bool(layer)
-        if changed:
+            is_changed |= bool(layer)
+        if is_changed:
             graph.lint()
             new = fx.GraphModule(owner, graph, type(owner).__name__)
             new.train(owner.training)
-            model = _put(model, name, new)
+            if owner is model:
+                model = new
+            replace_module(model, owner, new)
     return model, rows
 
 
@@ -52,54 +70,59 @@ def _names_of(module: nn.Module) -> tuple[str, ...]:
     return code.co_names if code is not None and own else ()
 
 
-def _trace(owner: nn.Module) -> fx.Graph | None:
-    try:
-        return Tracer().trace(owner)
-    except Exception:  # whatever Python cannot do with a proxy
-        return None
+def _own_calls(owner: nn.Module, graph: fx.Graph) -> list[fx.Node]:
+    """Return the calls of F.batch_norm in a module's forward, without those of its children's."""
+    return [
+        node
+        for node in graph.nodes
+        if node.target is F.batch_norm and caller_of(node, owner) is owner
+    ]
 
 
-def _fold(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> tuple[str, str]:
+def _arguments(node: fx.Node) -> dict[str, Any]:
     normalized = normalize_function(
         F.batch_norm, node.args, node.kwargs, normalize_to_only_use_kwargs=True
     )
-    given: dict[str, Any] = dict(normalized.kwargs)
+    return dict(normalized.kwargs)
+
+
+def _tensor(root: nn.Module, source: Any) -> Tensor | None:
+    """Return the tensor of a module that a node stands for; None where it is computed."""
+    is_read = isinstance(source, fx.Node) and source.op == "get_attr"
+    return attrgetter(str(source.target))(root) if is_read else None
+
+
+def _fold(
+    owner: nn.Module, graph: fx.Graph, node: fx.Node, calls: Calls, dims: dict[int, set[int]]
+) -> tuple[str, str]:
+    given = _arguments(node)
     before = given["input"]
     if given.get("training"):
         return "", "it is called with training=True"
     if before.op != "call_module" or not is_layer(owner.get_submodule(str(before.target))):
         return "", "no layer stands before it"
-    calls = [n for n in graph.nodes if n.op == "call_module" and n.target == before.target]
-    layer = owner.get_submodule(str(before.target))
-    if len(before.users) > 1 or len(calls) > 1:
-        return "", f"the output of {before.target} is used elsewhere, too"
-    if layer._forward_hooks or layer._forward_pre_hooks:
-        return "", f"{before.target} has hooks"
-    tensors = {}
-    for key in ("running_mean", "running_var", "weight", "bias"):
-        source = given.get(key)
-        if source is not None and (not isinstance(source, fx.Node) or source.op != "get_attr"):
+    tensors = {
+        key: _tensor(owner, given.get(key))
+        for key in ("running_mean", "running_var", "weight", "bias")
+    }
+    for key, tensor in tensors.items():
+        if tensor is None and given.get(key) is not None:
             return "", f"its {key} is computed"
-        tensors[key] = None if source is None else _attribute(owner, str(source.target))
-    new = fold_after(layer, SimpleNamespace(**tensors, eps=given.get("eps", 1e-5)))
+    layer = owner.get_submodule(str(before.target))
+    bn = SimpleNamespace(**tensors, eps=given.get("eps", 1e-5))
+    where = f"behind {before.target}"
+    if why := why_not_layer(layer, calls) or why_not_axis(layer, bn, dims, where):
+        return "", why
+    for call, root in calls.sites[id(layer)]:  # everywhere in the model
+        user = next(iter(call.users), None)
+        if len(call.users) > 1 or user is None or user.target is not F.batch_norm:
+            return "", f"the output of {before.target} is used elsewhere, too"
+        if _tensor(root, _arguments(user)["running_mean"]) is not tensors["running_mean"]:
+            return "", f"another batch_norm stands behind {before.target}, too"
+    new = fold_after(layer, bn)
     layer.weight, layer.bias = new.weight, new.bias
     node.replace_all_uses_with(before)
     graph.erase_node(node)
     for unused in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
         graph.erase_node(unused)
     return str(before.target), ""
-
-
-def _attribute(owner: nn.Module, name: str) -> Any:
-    found: Any = owner
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    if not name:
-        return new
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
-    return model

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-__all__ = ["FusionReport", "FusionRow"]
+from dlhelpers.tables import html_table
+
+__all__ = ["FusionReport", "FusionRow", "said"]
+
+
+def said(error: float) -> str:
+    """Say how far outputs differ.
+
+    >>> said(2e-7), said(math.inf)
+    ('by 2.0e-07 of the largest', 'in sizes, whole numbers or NaNs')
+    """
+    if math.isinf(error):
+        return "in sizes, whole numbers or NaNs"
+    return f"by {error:.1e} of the largest"
 
 
 @dataclass(frozen=True)
@@ -36,9 +50,10 @@ class FusionReport:
     Attributes:
         rows: one for each BatchNorm, in the model's order.
         max_rel_error: of the outputs, fused against the original in eval mode, relative to the
-            largest value; None where it was not verified.
+            largest value; infinite where sizes, whole numbers or the places of NaNs differ; None
+            where nothing was compared.
         algebra_error: the same with both models in float64, where rounding is nothing; None where
-            it was not verified or the model does not run in float64.
+            nothing was compared or the model does not run in float64.
         bytes_saved: of parameters and buffers.
         notes: what could not be looked at.
     """
@@ -47,7 +62,7 @@ class FusionReport:
     max_rel_error: float | None = None
     algebra_error: float | None = None
     bytes_saved: int = 0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def found(self) -> int:
@@ -68,10 +83,10 @@ class FusionReport:
         if not self.folded:
             return "the model is as it was"
         if self.max_rel_error is None:
-            return "not verified: give example_inputs"
-        text = f"outputs differ by {self.max_rel_error:.1e} of the largest"
+            return "not verified: give example_inputs that yield a number"
+        text = f"outputs differ {said(self.max_rel_error)}"
         if self.algebra_error is not None:
-            text += f", in float64 by {self.algebra_error:.1e}"
+            text += f", in float64 {said(self.algebra_error)}"
         return text
 
     def __str__(self) -> str:
@@ -84,17 +99,14 @@ class FusionReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='text-align:left'><code>{html.escape(row.name)}</code></td>"
-            f"<td style='text-align:left'>{html.escape(row.kind)}</td>"
-            f"<td style='text-align:left'>{html.escape(row.into or row.why)}</td>"
-            f"<td><b>{'folded' if row.into else 'left'}</b></td>"
-            f"<td>{'' if row.error is None else f'{row.error:.1e}'}</td></tr>"
+        rows = [
+            [
+                *(row.name, row.kind, row.into or row.why, "folded" if row.into else "left"),
+                "" if row.error is None else f"{row.error:.1e}",
+            ]
             for row in self.rows
-        )
-        head = (
-            "<tr><th>BatchNorm</th><th></th><th>into, or why not</th><th></th><th>error</th></tr>"
-        )
+        ]
+        table = html_table(("BatchNorm", "type", "into, or why not", "", "error"), rows, names=4)
         title = f"{self.folded} of {self.found} folded; {self._verified()}"
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<p>{html.escape(title)}</p><table>{head}{rows}</table>{notes}"
+        return f"<p>{html.escape(title)}</p>{table}{notes}"

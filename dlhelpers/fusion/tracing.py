@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Calls", "Tracer", "calls_of", "is_batch_norm", "is_layer"]
+__all__ = ["Calls", "caller_of", "calls_of", "is_batch_norm", "is_layer", "replace_module", "trace"]
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -28,7 +28,7 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd | nn.Linear)
 
 
-class Tracer(fx.Tracer):
+class _Tracer(fx.Tracer):
     """Stop at layers and BatchNorms, also where they are subclasses of somebody's own."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
@@ -40,15 +40,37 @@ class Tracer(fx.Tracer):
         )
 
 
+def trace(module: nn.Module) -> fx.Graph | None:
+    """Return the graph of a module's calls; None where torch.fx cannot follow its Python."""
+    try:
+        return _Tracer().trace(module)
+    except Exception:  # whatever Python cannot do with a proxy
+        return None
+
+
+def caller_of(node: fx.Node, root: nn.Module) -> nn.Module:
+    """Return the module whose forward a node of root's graph was called in."""
+    stack = node.meta.get("nn_module_stack")
+    return root.get_submodule(next(reversed(stack.values()))[0]) if stack else root
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put one module in another's place, under all its names."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
 @dataclass
 class Calls:
     """Where each module is called.
 
     Attributes:
-        sites: id of a module -> (its input's maker, nodes that use its output), one for each call;
-            a maker is a module's id or None.
+        sites: id of a module -> (node of the call, module whose graph holds it), one for each.
         opaque: id of a module -> name of the module that may call it and cannot be traced.
         reads: ids of modules whose tensors are read past their forward.
+        graphs: (module, its graph), of all that could be traced.
     """
 
     sites: dict[int, list[tuple[fx.Node, nn.Module]]] = field(
@@ -56,6 +78,7 @@ class Calls:
     )
     opaque: dict[int, str] = field(default_factory=dict)
     reads: set[int] = field(default_factory=set)
+    graphs: list[tuple[nn.Module, fx.Graph]] = field(default_factory=list)
 
     def makers(self, module: nn.Module) -> list[nn.Module | None]:
         """Return what made the input of each call, where a module did."""
@@ -117,6 +140,7 @@ def calls_of(model: nn.Module) -> Calls:
     """Trace a model, part by part where the whole cannot be; the model is left as it is."""
     calls, done = Calls(), set()
     for root, graph in _graphs(model, "", calls, done):
+        calls.graphs.append((root, graph))
         for node in graph.nodes:
             if node.op == "call_module":
                 calls.sites[id(root.get_submodule(str(node.target)))].append((node, root))
@@ -135,13 +159,14 @@ def _graphs(
     if is_layer(module) or is_batch_norm(module):
         return  # called by what could not be traced
     if type(module).forward is not nn.Module.forward and next(module.children(), None) is not None:
-        try:
-            graph = Tracer().trace(module)
-        except Exception:  # whatever Python cannot do with a proxy
-            graph = None
+        graph = trace(module)
         if graph is not None:
             yield module, graph
-            called = {id(module.get_submodule(str(n.target))) for n in graph.nodes if _is_call(n)}
+            called = {
+                id(module.get_submodule(str(node.target)))
+                for node in graph.nodes
+                if node.op == "call_module"
+            }
             yield from _uncalled(module, name, calls, done, called)
             return
     has_forward = type(module).forward is not nn.Module.forward
@@ -168,10 +193,6 @@ def _uncalled(
             yield from _uncalled(child, full, calls, done, called)
         else:
             yield from _graphs(child, full, calls, done)
-
-
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_module"
 
 
 def _names_in_code(cls: type) -> set[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,9 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-__all__ = ["BEFORE", "Accounting", "Op", "Storage", "tensors_in", "user_code"]
+from dlhelpers.fakes import tensors_in
+
+__all__ = ["BEFORE", "Accounting", "Op", "Storage", "user_code"]
 
 _LIBRARIES = tuple(
     str(Path(sys.modules[name].__file__ or "").parent) for name in ("torch", __package__)
@@ -74,7 +76,7 @@ class Op:
         phase: forward, backward or step (of the optimizer).
         module: qualified name of the module at work; empty outside of one.
         code: file and line of the caller's code.
-        transient: an estimate's bytes inside the kernel, asked for when they can matter.
+        call: what ``keep_call`` returned for it; an estimate's shapes.
     """
 
     name: str
@@ -290,18 +292,6 @@ def _unpack(kept: tuple[Tensor, int]) -> Tensor:
     return tensor
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Give every tensor in nested tuples, lists, mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from tensors_in(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from tensors_in(inner)
-
-
 def _address(whole: torch.UntypedStorage) -> int:
     try:
         return 0 if whole.device.type == "meta" else whole.data_ptr()
@@ -311,10 +301,9 @@ def _address(whole: torch.UntypedStorage) -> int:
 
 def user_code(frame: FrameType | None) -> tuple[str, int]:
     """Return file and line of the innermost caller that is neither torch nor this package."""
-    last = ("", 0)
     while frame is not None:
         file = frame.f_code.co_filename
         if not file.startswith(_LIBRARIES):
             return file, frame.f_lineno
         frame = frame.f_back
-    return last
+    return "", 0

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from dlhelpers.memory.accounting import tensors_in
+from dlhelpers.fakes import tensors_in
 
 __all__ = ["Micro", "accumulate"]
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage, tensors_in, user_code
+from dlhelpers.fakes import fake_of, tensors_in
+from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage, user_code
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
 from dlhelpers.memory.scratch import Scratch, call_of
@@ -114,8 +115,9 @@ def estimate(
             storage.born = BEFORE  # what a first step makes, a later one finds
     scratch = Scratch()
     _fill_workspaces(ops, storages, scratch)
-    totals, notes = _with_kernels(ops, storages, scratch)
-    block = _block(next(tensors_in((args, kwargs))).device.type)
+    on_cuda = next(tensors_in((args, kwargs))).device.type == "cuda"
+    block = (CudaRecord if on_cuda else CpuRecord).granularity
+    totals, notes = _with_kernels(ops, storages, scratch, block)
     notes = (*numbers.notes, *notes)
     return report_of(ops, storages, totals, measured=False, notes=notes, granularity=block)
 
@@ -163,10 +165,6 @@ def _loss(
         return nn.functional.cross_entropy(main, targets), targets
 
 
-def _block(device: str) -> int:
-    return CudaRecord.granularity if device == "cuda" else CpuRecord.granularity
-
-
 def _fill_workspaces(ops: list[Op], storages: list[Storage], scratch: Scratch) -> None:
     """Give oneDNN's recurrent layers the workspace that their fakes lack."""
     for number, op in enumerate(ops):
@@ -177,15 +175,13 @@ def _fill_workspaces(ops: list[Op], storages: list[Storage], scratch: Scratch) -
 
 
 def _with_kernels(
-    ops: list[Op], storages: list[Storage], scratch: Scratch
+    ops: list[Op], storages: list[Storage], scratch: Scratch, block: int
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return bytes alive while each operator runs, its own buffers included where they matter.
 
     Those can matter only where what is alive and the most that the kernel could take exceed the
     largest sum found so far, so that most operators are never tried.
     """
-    device = next((s.device for op in ops for s in op.call.shapes), "cpu")
-    block = _block(torch.device(device).type)
     levels = by_kind(ops, storages, block)
     totals = [sum(bytes_at) for bytes_at in zip(*levels.values(), strict=True)]
     best = max(totals)
@@ -280,12 +276,7 @@ class _Fakes:
     def tensor(self, real: Tensor) -> Tensor:
         if id(real) in self._memo:
             return self._memo[id(real)]
-        if real.device.type == "meta":
-            with self._mode:
-                sizes = real.shape, real.stride()
-                made = torch.empty_strided(*sizes, dtype=real.dtype, device="cpu")
-        else:
-            made = self._mode.from_tensor(real.detach(), static_shapes=True)
+        made = fake_of(self._mode, real)
         if isinstance(real, nn.Parameter):
             made = nn.Parameter(made, requires_grad=real.requires_grad)
         else:

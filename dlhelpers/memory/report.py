@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dlhelpers.memory.accounting import Op, Storage
+from dlhelpers.tables import facts_table
 
 __all__ = ["KINDS", "MemoryReport", "mib", "report_of"]
 
@@ -91,8 +92,6 @@ class MemoryReport:
         )
 
     def _repr_html_(self) -> str:
-        from dlhelpers.machine import facts_table
-
         rows = [("peak", f"{mib(self.peak_bytes)}, {'measured' if self.measured else 'estimated'}")]
         rows += [(kind, mib(self.at_peak[kind])) for kind in KINDS if self.at_peak[kind]]
         rows.append(("at", self._where()))
@@ -123,7 +122,10 @@ def report_of(
     timeline["kernel buffers"] = [max(0, t - k) for t, k in zip(totals, known, strict=True)]
     most = [k + b for k, b in zip(known, timeline["kernel buffers"], strict=True)]
     peak = max(range(len(ops)), key=most.__getitem__)
-    last = _count(storages, granularity, lambda storage: storage.died is None)
+    last = dict.fromkeys(KINDS, 0)
+    for storage in storages:
+        if storage.died is None:
+            last[storage.is_a] += _rounded(storage.nbytes, granularity)
     op = ops[peak]
     return MemoryReport(
         peak_bytes=most[peak],
@@ -158,14 +160,6 @@ def by_kind(
             level += step
             levels[kind].append(level)
     return levels
-
-
-def _count(storages: Sequence[Storage], granularity: int, which: object) -> dict[str, int]:
-    found = dict.fromkeys(KINDS, 0)
-    for storage in storages:
-        if which(storage):
-            found[storage.is_a] += _rounded(storage.nbytes, granularity)
-    return found
 
 
 def _rounded(nbytes: int, granularity: int) -> int:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dlhelpers.memory.accounting import tensors_in
+from dlhelpers.fakes import tensors_in
 from dlhelpers.memory.allocator import record_of
 
 __all__ = ["Call", "Scratch", "call_of"]
@@ -139,10 +139,8 @@ class Call:
         def smaller(value: Any) -> Any:
             if not isinstance(value, _Shape) or value is weight or value.size[:1] != (batch,):
                 return value
-            if (
-                len(value.size) < 2 and value.dtype.is_floating_point
-            ):  # of the channels; int: targets
-                return value
+            if len(value.size) < 2 and value.dtype.is_floating_point:
+                return value  # of the channels; whole numbers are targets
             return dataclasses.replace(value, size=(n, *value.size[1:]))
 
         return Call(self.func, *tree_map(smaller, (self.args, self.kwargs)))
@@ -179,9 +177,10 @@ class Scratch:
         name = hashlib.sha256(repr((describe().key, build)).encode()).hexdigest()[:12]
         self._path = cache_dir() / f"scratch-{name}.json"
         try:
-            self._known: dict[str, int] = json.loads(self._path.read_text())
+            known = json.loads(self._path.read_text())
         except (OSError, ValueError):
-            self._known = {}
+            known = None
+        self._known: dict[str, int] = known if isinstance(known, dict) else {}
         self._new = 0
         self.untried: dict[str, str] = {}
 
@@ -190,7 +189,7 @@ class Scratch:
         size = sum(shape.nbytes for shape in call.shapes)
         if size > _SMALL and (found := self._from_smaller(call)) is not None:
             return found
-        key = hashlib.sha256(call.key.encode()).hexdigest()[:20]
+        key = _hashed(call.key)
         if key not in self._known:
             if size > self._at_most:
                 self.untried[str(call.func)] = "its arguments are too large for a trial here"
@@ -208,7 +207,7 @@ class Scratch:
 
     def workspace_of(self, call: Call) -> int:
         """Return the bytes that oneDNN's recurrent layer keeps for backward; a fake one none."""
-        key = f"workspace {call.key}"
+        key = _hashed(f"workspace {call.key}")
         if key not in self._known:
             args = tree_map(lambda x: x.make(False) if isinstance(x, _Shape) else x, call.args)
             self._known[key] = _workspace(args[:7], args[7:]).nbytes
@@ -237,6 +236,10 @@ class Scratch:
             partial.replace(self._path)
         except OSError:
             pass
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def _workspace(tensors: tuple[Tensor, ...], flags: tuple[Any, ...]) -> Tensor:

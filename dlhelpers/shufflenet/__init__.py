@@ -24,6 +24,7 @@ from dlhelpers.shufflenet.latency import (
     LatencyFormula,
     fit_latency,
     fit_power_law,
+    held_out_error,
     predict_latency,
 )
 from dlhelpers.shufflenet.network import ShuffleNetV2, Unit, channel_shuffle
@@ -41,6 +42,7 @@ __all__ = [
     "fit_power_law",
     "guideline_networks",
     "guideline_table",
+    "held_out_error",
     "layer_costs",
     "mac_lower_bound",
     "memory_access_cost",

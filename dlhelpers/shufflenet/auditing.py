@@ -212,7 +212,7 @@ def _remedy(layers: list[LayerCost], is_depthwise: bool) -> str:
     if is_depthwise:
         return "# fewer channels here: expand less before the depthwise convolution"
     if any("batch_norm" in layer.operator for layer in layers):
-        return "torch.nn.utils.fuse_conv_bn_eval(conv, bn)  # folds it away for inference"
+        return "dlhelpers.fusion.fuse_conv_bn(model, inputs)  # folds it away for inference"
     if any(layer.operator.startswith("add") for layer in layers):
         return "y = torch.cat((kept, branch(rest)), 1)  # a split and a concatenation, no sum"
     return "nn.Identity()  # where two follow each other, or after a depthwise convolution"

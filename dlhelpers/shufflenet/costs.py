@@ -14,8 +14,9 @@ doi:10.1145/1498765.1498785.
 from __future__ import annotations
 
 import functools
+import html
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.roofline import Roofline, roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, moves_no_bytes
+from dlhelpers.tables import html_table, text_table
 
 __all__ = [
     "LayerCost",
@@ -210,29 +213,14 @@ class LayerCosts:
         return notes
 
     def __str__(self) -> str:
-        head, rows = list(_COLUMNS), self._rows(20)
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(
-                text.ljust(w) if i < 2 else text.rjust(w)
-                for i, (text, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in [head, *rows]
-        ]
-        rest = len(self.layers) - len(rows)
-        return "\n".join(lines + ([f"... and {rest} more"] if rest else []) + self._notes())
+        rest = max(0, len(self.layers) - 20)
+        more = [f"... and {rest} more"] if rest else []
+        return "\n".join([text_table(_COLUMNS, self._rows(20), names=2), *more, *self._notes()])
 
     def _repr_html_(self) -> str:
-        import html
-
-        def cells(row: list[str], tag: str) -> str:
-            return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
-
-        rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in self._rows(20))
-        rest = max(0, len(self.layers) - 20)
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        more = f"<p>The 20 longest of {len(self.layers)}.</p>" if rest else ""
-        return f"<table><tr>{cells(list(_COLUMNS), 'th')}</tr>{rows}</table>{more}{notes}"
+        more = f"<p>The 20 longest of {len(self.layers)}.</p>" if len(self.layers) > 20 else ""
+        return f"{html_table(_COLUMNS, self._rows(20), names=2)}{more}{notes}"
 
 
 _COLUMNS = (
@@ -287,7 +275,7 @@ def layer_costs(
         own = conv_linear_flops(func, args, kwargs, out)
         everything = flops_of(func, args, kwargs, out)
         if own:
-            activations += sum(tensor.numel() for tensor in _tensors(out))
+            activations += sum(tensor.numel() for tensor in tensors_in(out))
         counted = own if policy == "conv+linear" else everything
         if everything is None:
             unknown[name] = unknown.get(name, 0) + nbytes
@@ -341,7 +329,7 @@ class _Counter(TorchDispatchMode):
             register_module_forward_pre_hook,
         )
 
-        if next(_tensors(args), None) is None:
+        if next(tensors_in(args), None) is None:
             raise TypeError(f"inputs must hold a tensor, got {[type(a).__name__ for a in args]}")
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes: dict[int, Tensor] = {}
@@ -349,20 +337,21 @@ class _Counter(TorchDispatchMode):
         def fake(value: Any) -> Any:
             if not isinstance(value, Tensor) or id(value) in fakes:
                 return fakes.get(id(value), value)
-            if value.device.type == "meta":  # without a device of its own: the CPU's operators
-                with mode:
-                    sizes = value.shape, value.stride()
-                    made = torch.empty_strided(*sizes, dtype=value.dtype, device="cpu")
-            else:
-                made = mode.from_tensor(value.detach(), static_shapes=True)
-            return fakes.setdefault(id(value), made)
+            return fakes.setdefault(id(value), fake_of(mode, value))
 
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         state = {name: fake(tensor) for name, tensor in named}
         args = torch.utils._pytree.tree_map(fake, args)
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._at.append(self._names.get(id(module), type(module).__name__))
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            self._at.pop()
+
         hooks = (
-            register_module_forward_pre_hook(lambda m, _: self._at.append(self._name(m))),
-            register_module_forward_hook(lambda m, _, out: self._leave(), always_call=True),
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
         )
         try:
             with torch.no_grad(), mode, self:
@@ -375,18 +364,12 @@ class _Counter(TorchDispatchMode):
             for hook in hooks:
                 hook.remove()
 
-    def _name(self, module: nn.Module) -> str:
-        return self._names.get(id(module), type(module).__name__)
-
-    def _leave(self) -> None:
-        self._at.pop()
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        read, written = list(_tensors((args, kwargs))), list(_tensors(out))
+        read, written = list(tensors_in((args, kwargs))), list(tensors_in(out))
         if not moves_no_bytes(func) and written:
             elements = [_touched(tensor) for tensor in (*read, *written)]
             sizes = [tensor.element_size() for tensor in (*read, *written)]
@@ -400,14 +383,3 @@ class _Counter(TorchDispatchMode):
 def _touched(tensor: Tensor) -> int:
     """Return the elements in memory behind a tensor: an expanded dimension is read once."""
     return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step) or 0
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from _tensors(inner)

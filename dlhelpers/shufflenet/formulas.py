@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,8 +10,6 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 __all__ = ["conv_linear_flops", "flops_of", "is_element_wise", "moves_no_bytes"]
-
-aten = torch.ops.aten
 
 # FLOPs for each element of the first input
 _PER_ELEMENT_READ = {
@@ -34,7 +33,6 @@ _PER_ELEMENT_READ = {
     "_adaptive_avg_pool3d": 1,
     "adaptive_max_pool2d": 1,
 }
-_BATCH_NORM = {"_native_batch_norm_legit", "_native_batch_norm_legit_functional"}
 # data is moved, nothing is computed
 _MOVES = {
     *("cat", "stack", "clone", "copy_", "_to_copy", "contiguous", "fill_", "zero_", "zeros"),
@@ -42,7 +40,7 @@ _MOVES = {
     *("embedding", "slice_scatter", "select_scatter", "scatter", "constant_pad_nd", "roll"),
     *("repeat", "flip", "arange", "pixel_shuffle", "channel_shuffle", "im2col", "new_zeros"),
     *("index_put", "index_put_", "masked_fill", "where", "tril", "triu", "one_hot", "new_ones"),
-    *("reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "scalar_tensor", "lift_fresh"),
+    *("reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "scalar_tensor"),
     *("_unsafe_view", "resize_", "set_", "bernoulli_", "rand", "randn", "randint", "new_full"),
 }
 _NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "as_strided_", "lift_fresh"}
@@ -106,7 +104,4 @@ def _window(kernel: Any, dimensions: int) -> int:
     sizes = [kernel] if isinstance(kernel, int) else list(kernel)
     if len(sizes) == 1:
         sizes *= dimensions
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+    return math.prod(sizes)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dlhelpers.measure import Comparison, compare_many
 from dlhelpers.shufflenet.costs import layer_costs
 from dlhelpers.shufflenet.paper import TABLES, Row
+from dlhelpers.tables import html_table, text_table
 
 __all__ = ["GuidelineRow", "GuidelineTable", "guideline_networks", "guideline_table"]
 
@@ -214,18 +215,10 @@ class GuidelineTable:
         )
 
     def __str__(self) -> str:
-        lines = [list(_COLUMNS), *self._lines()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ("  ".join(t.rjust(w) for t, w in zip(line, widths, strict=True)) for line in lines)
-        return "\n".join([self._title(), *table])
+        return f"{self._title()}\n{text_table(_COLUMNS, self._lines())}"
 
     def _repr_html_(self) -> str:
-        def cells(row: Sequence[str], tag: str) -> str:
-            return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
-
-        rows = "".join(f"<tr>{cells(line, 'td')}</tr>" for line in self._lines())
-        head = f"<tr>{cells(_COLUMNS, 'th')}</tr>"
-        return f"<p>{html.escape(self._title())}</p><table>{head}{rows}</table>"
+        return f"<p>{html.escape(self._title())}</p>{html_table(_COLUMNS, self._lines())}"
 
 
 _COLUMNS = (

@@ -14,13 +14,21 @@ batch 1, float32, compiled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["CPUS", "LatencyFormula", "fit_latency", "fit_power_law", "predict_latency"]
+__all__ = [
+    "CPUS",
+    "LatencyFormula",
+    "fit_latency",
+    "fit_power_law",
+    "held_out_error",
+    "predict_latency",
+]
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,7 @@ class LatencyFormula:
             ValueError: one of them is negative or not a number.
         """
         columns = _columns(multiply_adds, activations, params)
-        found = columns @ np.array(
-            [
-                self.multiply_adds_ms,
-                self.activations_ms,
-                self.params_ms,
-                self.fixed_ms,
-                self.reuse_ms,
-            ]
-        )
+        found = columns @ np.array(astuple(self))
         return found / 1e3 if np.ndim(multiply_adds) else float(found[0]) / 1e3
 
 
@@ -137,6 +137,41 @@ def fit_power_law(features: Mapping[str, Sequence[float]], seconds: Sequence[flo
 
     weights, *_ = np.linalg.lstsq(logs(features), np.log(np.asarray(seconds, float)), rcond=None)
     return lambda values: np.exp(logs(values) @ weights)
+
+
+def held_out_error(
+    table: Mapping[str, Any],
+    fit: Callable[[Mapping[str, Any]], Callable[[Mapping[str, Any]], np.ndarray]],
+    *,
+    splits: int = 20,
+) -> float:
+    """Return the median relative error of a prediction on families that it was not fitted to.
+
+    A family is the letters that a model's name begins with. Half of the families are drawn and
+    fitted, the error is the median ``|predicted / t - 1|`` over the models of the other half; of
+    the splits the median is returned. Split number i is drawn with seed i.
+
+    Args:
+        table: name -> column; ``model`` and ``seconds`` among them.
+        fit: takes the table of the drawn half, returns what predicts seconds from a table.
+        splits: how often to draw.
+
+    Raises:
+        ValueError: fewer than two families.
+    """
+    family = np.array([re.match("[a-z]*", name, re.IGNORECASE)[0] for name in table["model"]])
+    families, errors = sorted(set(family.tolist())), []
+    if len(families) < 2:
+        raise ValueError(f"two families of models or more are needed, got {families}")
+    for seed in range(splits):
+        drawn = np.random.default_rng(seed).permutation(families)[: len(families) // 2]
+        is_fitted = np.isin(family, drawn)
+        half, rest = (
+            {name: np.asarray(column)[rows] for name, column in table.items()}
+            for rows in (is_fitted, ~is_fitted)
+        )
+        errors.append(np.median(abs(fit(half)(rest) / rest["seconds"] - 1)))
+    return float(np.median(errors))
 
 
 # fitted to all rows of the two published tables; a test fits them again

@@ -68,99 +68,66 @@ def test_start_here_runs_as_the_lab_opens_it(page, address):
     keep_screenshot(page, "00_start_here")
 
 
+def run_and_move(page, address, name, move, timeout_s=300):
+    """Run a lesson, move its widget, and see its last figure drawn again, without an error."""
+    lab_session.open_notebook(page, address, f"{name}.ipynb")
+    lab_session.run_all(page, timeout_s=timeout_s)
+    assert lab_session.errors(page) == []
+    panel = page.locator(".jp-OutputArea-output img").last
+    before = panel.get_attribute("src")
+    move(page)
+    wait_until_redrawn(page, "src", before)
+    assert lab_session.errors(page) == []
+    keep_screenshot(page, f"{name[:2]}_widget")
+
+
+def press(key, which):
+    """Press a key on the first (0) or last (-1) slider."""
+
+    def move(page):
+        slider = page.locator(".widget-slider .noUi-handle").nth(which)
+        slider.scroll_into_view_if_needed()
+        slider.focus()
+        page.keyboard.press(key)
+
+    return move
+
+
+def select(option, which):
+    """Choose an option of the first (0) or last (-1) menu."""
+
+    def move(page):
+        choice = page.locator(".widget-dropdown select").nth(which)
+        choice.scroll_into_view_if_needed()
+        choice.select_option(option)
+
+    return move
+
+
 def test_pairing_runs_takes_an_answer_and_moves_its_slider(page, address):
-    lab_session.open_notebook(page, address, "01_pairing.ipynb")
-    lab_session.run_all(page)
-    assert lab_session.errors(page) == []
+    def move(page):
+        panel = page.locator(".jp-OutputArea-output img").last
+        alt, readout = panel.get_attribute("alt"), page.locator(".widget-readout").last
+        value = readout.inner_text()
+        press("ArrowRight", -1)(page)
+        wait_until_redrawn(page, "alt", alt)  # who does not see it is told as well
+        assert readout.inner_text() != value
 
-    slider = page.locator(".widget-slider .noUi-handle").last
-    slider.scroll_into_view_if_needed()
-    panel = page.locator(".jp-OutputArea-output img").last
-    before, readout = panel.get_attribute("alt"), page.locator(".widget-readout").last
-    value = readout.inner_text()
-    slider.focus()
-    page.keyboard.press("ArrowRight")
-    wait_until_redrawn(page, "alt", before)
-    assert readout.inner_text() != value
-    assert lab_session.errors(page) == []
-    keep_screenshot(page, "01_slider")
+    run_and_move(page, address, "01_pairing", move, timeout_s=150)
 
 
-def test_lmdb_io_runs_and_its_widget_measures_what_is_chosen(page, address):
-    lab_session.open_notebook(page, address, "02_lmdb_io.ipynb")
-    lab_session.run_all(page, timeout_s=300)
-    assert lab_session.errors(page) == []
-
-    choice = page.locator(".widget-dropdown select").first  # the store
-    choice.scroll_into_view_if_needed()
-    panel = page.locator(".jp-OutputArea-output img").last
-    before = panel.get_attribute("src")
-    choice.select_option("memmap")
-    wait_until_redrawn(page, "src", before)
-    assert lab_session.errors(page) == []
-    keep_screenshot(page, "02_widget")
+WIDGETS = {
+    "02_lmdb_io": select("memmap", 0),  # the store
+    "03_dali_io": press("ArrowLeft", 0),  # the time to prepare a batch
+    "04_memory": select("SGD", -1),  # the optimizer
+    "05_shufflenet": select("16", -1),  # the groups
+    "06_fusion": press("ArrowRight", -1),  # the variance
+}
 
 
-def test_dali_io_runs_and_its_sliders_move_the_measured_point(page, address):
-    lab_session.open_notebook(page, address, "03_dali_io.ipynb")
-    lab_session.run_all(page, timeout_s=300)
-    assert lab_session.errors(page) == []
-
-    slider = page.locator(".widget-slider .noUi-handle").first  # the time to prepare a batch
-    slider.scroll_into_view_if_needed()
-    panel = page.locator(".jp-OutputArea-output img").last
-    before = panel.get_attribute("src")
-    slider.focus()
-    page.keyboard.press("ArrowLeft")
-    wait_until_redrawn(page, "src", before)
-    assert lab_session.errors(page) == []
-    keep_screenshot(page, "03_widget")
-
-
-def test_memory_runs_and_its_budget_follows_the_choice(page, address):
-    lab_session.open_notebook(page, address, "04_memory.ipynb")
-    lab_session.run_all(page, timeout_s=300)
-    assert lab_session.errors(page) == []
-
-    choice = page.locator(".widget-dropdown select").last  # the optimizer
-    choice.scroll_into_view_if_needed()
-    panel = page.locator(".jp-OutputArea-output img").last
-    before = panel.get_attribute("src")
-    choice.select_option("SGD")
-    wait_until_redrawn(page, "src", before)
-    assert lab_session.errors(page) == []
-    keep_screenshot(page, "04_widget")
-
-
-def test_shufflenet_runs_and_its_dot_moves_with_the_layer(page, address):
-    lab_session.open_notebook(page, address, "05_shufflenet.ipynb")
-    lab_session.run_all(page, timeout_s=300)
-    assert lab_session.errors(page) == []
-
-    choice = page.locator(".widget-dropdown select").last  # the groups
-    choice.scroll_into_view_if_needed()
-    panel = page.locator(".jp-OutputArea-output img").last
-    before = panel.get_attribute("src")
-    choice.select_option("16")
-    wait_until_redrawn(page, "src", before)
-    assert lab_session.errors(page) == []
-    keep_screenshot(page, "05_widget")
-
-
-def test_fusion_runs_and_both_paths_follow_the_sliders(page, address):
-    lab_session.open_notebook(page, address, "06_fusion.ipynb")
-    lab_session.run_all(page, timeout_s=400)
-    assert lab_session.errors(page) == []
-
-    slider = page.locator(".widget-slider .noUi-handle").last  # the variance
-    slider.scroll_into_view_if_needed()
-    panel = page.locator(".jp-OutputArea-output img").last
-    before = panel.get_attribute("src")
-    slider.focus()
-    page.keyboard.press("ArrowRight")
-    wait_until_redrawn(page, "src", before)
-    assert lab_session.errors(page) == []
-    keep_screenshot(page, "06_widget")
+@pytest.mark.parametrize("name", WIDGETS)
+def test_a_lesson_runs_and_its_figure_follows_the_widget(page, address, name):
+    run_and_move(page, address, name, WIDGETS[name], timeout_s=400)
 
 
 def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):

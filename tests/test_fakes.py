@@ -1,0 +1,42 @@
+import dataclasses
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from dlhelpers.fakes import fake_of, tensors_in
+from dlhelpers.tables import html_table, text_table
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: object
+    loss: object = None
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+def test_tensors_are_found_in_whatever_holds_them_and_in_order():
+    a, b, c, d, e = (torch.tensor(i) for i in range(5))
+    value = [a, (b, {"x": Answer(OrderedDict(y=c), d), "z": "text"}), Pair(None, e), Answer]
+    assert [int(tensor) for tensor in tensors_in(value)] == [0, 1, 2, 3, 4]
+    assert list(tensors_in(3)) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_fake_is_like_the_tensor_and_of_a_device_that_has_operators(device):
+    real = torch.empty(3, 4, 5, dtype=torch.float16, device=device).permute(2, 0, 1)
+    fake = fake_of(FakeTensorMode(), real)
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+    assert fake.device.type == "cpu"
+
+
+def test_tables_align_and_escape():
+    head, rows = ("name", "n"), [["a<b", "10"], ["c", "2"]]
+    assert text_table(head, rows, names=1).splitlines() == ["name   n", "a<b   10", "c      2"]
+    assert text_table(head, rows).splitlines()[1] == " a<b  10"
+    page = html_table(head, rows, names=1)
+    assert "<td style='text-align:left'>a&lt;b</td><td>10</td>" in page
+    assert page.count("<tr>") == 3
