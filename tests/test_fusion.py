@@ -589,16 +589,217 @@ def test_nothing_to_compare_is_no_agreement():
     assert "not verified: give example_inputs that yield a number" in str(report)
 
 
-def test_a_choice_that_rounding_changes_is_no_mistake(monkeypatch):
-    real = fusing._difference
+def test_rounding_is_told_from_a_mistake():
+    judged, notes = fusing._judged(fusing._Errors(own=0.5, exact=1e-13))
+    assert (judged.own, judged.exact) == (0.5, 1e-13)
+    assert "rounding changes them by that much" in notes[0]
+    assert fusing._judged(fusing._Errors(own=1e-6, exact=1e-13))[1] == []
+    # right layers excuse no wrong outputs
+    for wrong in (0.5, 1e-5, float("inf"), float("nan")):
+        with pytest.raises(FusionError, match="is no rounding"):
+            fusing._judged(fusing._Errors(1e-7, wrong, layers={"0": 1e-7}, worst_exact=1e-16))
+    # but where the model against itself differs, too, it is the layers that are compared
+    sorts = fusing._Errors(0.5, 0.5, layers={"0": 1e-7}, worst_exact=1e-16, control=0.5)
+    judged, notes = fusing._judged(sorts)
+    assert (judged.own, judged.exact) == (1e-7, 1e-16)
+    assert "sorted or selected" in notes[0]
+    with pytest.raises(FusionError, match="does not run in float64"):
+        fusing._judged(fusing._Errors(own=0.5, no_float64="no kernel"))
 
-    def as_if_sorted(wanted, found):
-        return 0.5 if isinstance(wanted, torch.Tensor) else real(wanted, found)  # not a layer's
 
-    monkeypatch.setattr(fusing, "_difference", as_if_sorted)
-    _, report = fuse_conv_bn(lived(nn.Sequential(conv(), norm())), image(4))
-    assert report.algebra_error < 1e-12
-    assert "sorted or selected" in report.notes[0]
+class ByType(nn.Module):
+    """A proxy is no tensor: the trace follows the other branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(), norm()
+
+    def forward(self, x):
+        z = self.conv(x)
+        return (self.norm(z), z) if isinstance(z, torch.Tensor) else self.norm(z)
+
+
+def test_what_the_trace_could_not_see_is_not_returned():
+    with pytest.raises(FusionError, match="no rounding"):
+        fuse_conv_bn(lived(ByType()), image(4))
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(), norm()
+
+    def forward(self, x, skip=None, scale=1.0):
+        z = self.conv(x)
+        return self.norm(z) * scale if skip is None else z + skip
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_both_branches_of_an_optional_argument_count(verify):
+    model, x = lived(Optional()), image(4)
+    for example in ((x,), (x, x)):
+        fused, report = fuse_conv_bn(model, example, verify=verify)
+        assert (report.folded, report.left["norm"]) == (0, "conv is called again without it")
+    assert torch.equal(fused(x, x), model(x, x))
+
+
+class Picks(nn.Module):
+    """Reaches into its children on one of two branches that torch.fx cannot follow."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.body = way, nn.Sequential(conv(), norm())
+        self.parts = nn.ModuleList([Cell(), Cell()])
+
+    def forward(self, x):
+        if x.sum() > 0:
+            return self.body(x) + sum(part(x) for part in self.parts)
+        return self.way(self, x)
+
+
+class Cell(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.after = conv(), norm()
+
+    def forward(self, x):
+        return self.after(self.stem(x))
+
+
+class PicksByIndex(Picks):
+    def forward(self, x):
+        return self.body(x) if x.sum() > 0 else self.body[0](x)
+
+
+class PicksInAGenerator(Picks):
+    def forward(self, x):
+        return self.body(x) if x.sum() > 0 else sum(part.stem(x) for part in self.parts)
+
+
+def test_layers_reached_past_their_parents_stay():
+    x = image(4).abs()
+    for kind, stays in ((PicksByIndex, "body.1"), (PicksInAGenerator, "parts.0.after")):
+        model = lived(kind(None))
+        fused, report = fuse_conv_bn(model, x, verify=False)
+        assert "cannot be traced" in report.left[stays]
+        with torch.no_grad():
+            assert torch.allclose(fused(-x), model.eval()(-x), atol=1e-5)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.seen = conv(), norm(), None
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen = x
+        return self.norm(self.conv(x)) * self.calls
+
+
+def test_the_result_is_as_fresh_as_the_model():
+    model = lived(Counts())
+    fused, report = fuse_conv_bn(model, image(4))
+    assert report.folded == 1
+    for one in (model, fused):
+        assert (one.calls.item(), one.seen) == (0, None)
+    x = image(4)
+    assert torch.allclose(fused(x), model.eval()(x), atol=1e-5)
+
+
+class Sorts(nn.Module):
+    """Equal scores: rounding decides which one comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(), norm()
+
+    def forward(self, x):
+        scores = self.norm(self.conv(x)).mean((1, 2, 3))
+        return x[scores.add(scores.flip(0)).argmax()]
+
+
+def test_where_rounding_selects_the_layers_are_compared():
+    one = image(4)[:1]
+    x = torch.cat([one, image(4)[:1], one.flip(0)])
+    _, report = fuse_conv_bn(lived(Sorts()), x)
+    assert report.folded == 1
+    assert report.max_rel_error < 1e-5
+
+
+def test_a_readers_hook_sees_no_proxies_and_stops_the_fold():
+    seen, model = [], lived(nn.Sequential(nn.Sequential(conv()), norm()))
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    _, report = fuse_conv_bn(model, image(4))
+    assert report.left["1"] == "hooks of 0 would see other values"
+    assert {type(one) for one in seen} == {torch.Tensor}
+
+
+class Standardised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+def test_layers_that_compute_something_else_stay():
+    patched, padded = conv(), nn.Conv2d(4, 4, 3)
+    patched.forward = lambda x: nn.Conv2d.forward(patched, x) * 2
+    padded.padding = (1, 1)
+    for model, why in (
+        (nn.Sequential(Standardised(4, 4, 3), norm()), "a forward of its own"),
+        (nn.Sequential(patched, norm()), "a forward of its own"),
+        (nn.Sequential(norm(), padded), "pads with zeros"),
+    ):
+        _, report = fuse_conv_bn(lived(model), verify=False)
+        assert why in "".join(report.left.values())
+
+
+def test_weights_that_do_not_fit_their_type_stay():
+    model = nn.Sequential(conv(), norm())
+    model[1].running_var.fill_(1e-10)
+    model[1].eps = 1e-12
+    _, report = fuse_conv_bn(model.half(), verify=False)
+    assert report.left["1"] == "the folded weights do not fit into torch.float16"
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Another project's, with the name of torchvision's."""
+
+    def forward(self, x):
+        return x * 2
+
+
+class FusesItself(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.norm, self.way = conv(), norm(), way
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+    def fuse(self):
+        self.way(self)
+
+
+def test_foreign_classes_and_methods_are_not_trusted():
+    _, report = fuse_conv_bn(nn.Sequential(conv(), FrozenBatchNorm2d(4)), image(4))
+    assert "forward of its own" in report.left["1"]
+    with pytest.raises(FusionError, match="no rounding"):
+        fuse_conv_bn(FusesItself(lambda m: nn.init.zeros_(m.conv.weight)), image(4))
+    with pytest.raises(FusionError, match=r"fuse\(\), of FusesItself itself, raised"):
+        fuse_conv_bn(FusesItself(lambda m: m.missing), image(4))
+
+
+def test_what_cannot_be_fused_says_how_to_go_on():
+    with pytest.raises(ValueError, match="run a batch, then fuse"):
+        fuse_conv_bn(nn.Sequential(nn.LazyConv2d(4, 3), norm()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(conv(), norm()))
+    with pytest.raises(TypeError, match="fuse the module that it was made from"):
+        fuse_conv_bn(nn.Sequential(scripted))
+    x = image(4).requires_grad_() * 1
+    assert fuse_conv_bn(nn.Sequential(conv(), norm()), x)[1].folded == 1
 
 
 def test_the_error_of_a_layer_is_that_of_all_that_it_took_in():

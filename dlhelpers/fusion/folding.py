@@ -119,8 +119,10 @@ def why_not_before(layer: nn.Module) -> str:
     if isinstance(layer, _ConvTransposeNd):
         return "a transposed convolution sums another number of inputs at its borders"
     if isinstance(layer, _ConvNd):
-        sizes = layer._reversed_padding_repeated_twice  # "same" and "valid" in numbers
-        if any(sizes) and layer.padding_mode == "zeros":
+        sizes = layer.padding
+        if sizes == "same":
+            sizes = [layer.dilation[i] * (k - 1) for i, k in enumerate(layer.kernel_size)]
+        if sizes != "valid" and any(sizes) and layer.padding_mode == "zeros":
             return "the convolution pads with zeros, which the BatchNorm would have shifted"
     return ""
 

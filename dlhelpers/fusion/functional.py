@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from dlhelpers.fusion.folding import fold_after
 from dlhelpers.fusion.refusing import why_not_axis, why_not_layer
 from dlhelpers.fusion.report import FusionRow
-from dlhelpers.fusion.tracing import Calls, caller_of, calls_of, is_layer, replace_module, trace
+from dlhelpers.fusion.tracing import (
+    Calls,
+    caller_of,
+    calls_of,
+    has_hooks,
+    is_layer,
+    replace_module,
+    traces,
+)
 
 __all__ = ["fold_functional"]
 
@@ -41,12 +49,12 @@ def fold_functional(
     for name, owner in reversed(list(model.named_modules())):
         if id(owner) not in owners and "batch_norm" not in _names_of(owner):
             continue
-        graph = trace(owner)
-        if graph is None or owner._forward_hooks or owner._forward_pre_hooks:
+        graphs = traces(owner)
+        if why := _why_not_owner(owner, len(graphs)):
             row = f"{name}: F.batch_norm".removeprefix(": ")
-            why = "its module cannot be traced, or has hooks"
             rows[row] = FusionRow(row, "function", why=why)
             continue
+        graph = graphs[0]
         calls, is_changed = calls_of(model), False
         for number, node in enumerate(_own_calls(owner, graph)):
             row = f"{name}: F.batch_norm {number}".removeprefix(": ")
@@ -62,6 +70,14 @@ def fold_functional(
                 model = new
             replace_module(model, owner, new)
     return model, rows
+
+
+def _why_not_owner(owner: nn.Module, graphs: int) -> str:
+    if has_hooks(owner):
+        return "its module has hooks"
+    if not graphs:
+        return "its module cannot be traced"
+    return "" if graphs == 1 else "a trace of its module keeps one choice of optional arguments"
 
 
 def _names_of(module: nn.Module) -> tuple[str, ...]:

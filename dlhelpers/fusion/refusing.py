@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from dlhelpers.fusion.folding import why_not_before
-from dlhelpers.fusion.tracing import Calls, is_layer
+from dlhelpers.fusion.tracing import Calls, has_hooks, is_layer
 
 __all__ = ["partner", "why_not_axis", "why_not_layer"]
 
@@ -35,11 +35,9 @@ def partner(
 
 def _why_not_batch_norm(bn: nn.Module, calls: Calls) -> str:
     forwards = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
-    frozen = type(bn).__name__ == "FrozenBatchNorm2d"
+    frozen = type(bn).forward.__module__ == "torchvision.ops.misc"
     if bn.running_mean is None or bn.running_var is None:
         return "it keeps no running statistics, so it uses the batch's"
-    if isinstance(bn.running_mean, nn.parameter.UninitializedTensorMixin):
-        return "it is lazy and has not seen a batch yet"
     if bn.training and not frozen:
         return "it stays in train mode, where it uses the batch's statistics"
     if not frozen and type(bn).forward not in forwards:
@@ -48,7 +46,7 @@ def _why_not_batch_norm(bn: nn.Module, calls: Calls) -> str:
 
 
 def _why_not_any(module: nn.Module, calls: Calls) -> str:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+    if has_hooks(module):
         return f"{type(module).__name__} has hooks (weight_norm and spectral_norm are some)"
     if parametrize.is_parametrized(module):
         return f"{type(module).__name__} is parametrized"
@@ -64,7 +62,9 @@ def _why_not_any(module: nn.Module, calls: Calls) -> str:
 def why_not_layer(layer: nn.Module, calls: Calls) -> str:
     """Return why a layer's weights cannot be changed; empty where they can."""
     plain = [base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn.modules")]
-    if type(layer).forward is not plain[0].forward:
+    own = type(layer).forward, getattr(type(layer), "_conv_forward", None)
+    torchs = plain[0].forward, getattr(plain[0], "_conv_forward", None)
+    if own != torchs or not {"forward", "_conv_forward"}.isdisjoint(vars(layer)):
         return f"{type(layer).__name__} has a forward of its own"
     if not layer.weight.is_floating_point():
         return f"weights of {layer.weight.dtype}"
@@ -84,6 +84,8 @@ def _why_not_behind(
             return f"the output of {name} is used elsewhere, too"
         if users != [bn]:
             return f"{name} is called again without it"
+    if hooked := calls.hooked_between(layer, bn):
+        return f"hooks of {hooked} would see other values"
     return why_not_axis(layer, bn, dims, f"behind {name}")
 
 
@@ -94,6 +96,8 @@ def _why_not_in_front(bn: nn.Module, layer: nn.Module, calls: Calls, dims: Any, 
         return f"{stands}; its output is used elsewhere, too"
     if any(maker is not bn for maker in calls.makers(layer)):
         return f"{stands}; the layer behind it is called without it"
+    if hooked := calls.hooked_between(bn, layer):
+        return f"{stands}; hooks of {hooked} would see other values"
     return why_not_axis(layer, bn, dims, "in front of a layer")
 
 

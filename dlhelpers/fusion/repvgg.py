@@ -66,7 +66,10 @@ def reparameterize(block: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
     >>> torch.allclose(F.relu(reparameterize(block)(x)), block(x), atol=1e-6)
     True
     """
-    branches = list(getattr(block, "branches", block))  # type: ignore[arg-type]
+    given = getattr(block, "branches", block)
+    if not isinstance(given, Iterable):
+        raise ValueError(f"expected branches, or a module that has some; got {given!r}")
+    branches = list(given)
     folded = [_as_convolution(branch) for branch in branches]
     layers = [layer for layer in folded if isinstance(layer, nn.Conv2d)]
     if not layers:
@@ -96,6 +99,10 @@ def reparameterize(block: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
             if largest.in_channels != largest.out_channels or largest.stride != (1, 1):
                 raise ValueError("an identity branch needs equal channels and stride 1")
             scale, shift = scale_and_shift(layer)
+            if len(scale) != largest.out_channels:
+                raise ValueError(
+                    f"the identity's BatchNorm has {len(scale)} channels, {largest} another number"
+                )
             each = largest.in_channels // largest.groups
             rows = torch.arange(largest.out_channels, device=weight.device)
             weight[rows, rows % each, side // 2, side // 2] += scale
@@ -109,11 +116,13 @@ def reparameterize(block: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
 def _as_convolution(branch: nn.Module) -> nn.Module:
     if isinstance(branch, nn.Conv2d | nn.BatchNorm2d):
         return branch
-    children = list(branch.children())
-    if len(children) == 2 and isinstance(children[0], nn.Conv2d):
-        return fold_after(*children)
+    if isinstance(branch, nn.Sequential) and len(branch) == 2:
+        layer, bn = branch
+        if isinstance(layer, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+            return fold_after(layer, bn)
     raise ValueError(
-        f"a branch must be a convolution, a BatchNorm, or one behind the other; got {branch!r}"
+        "a branch must be an nn.Conv2d, an nn.BatchNorm2d, or the two in an nn.Sequential; got "
+        f"{branch!r}"
     )
 
 
@@ -125,10 +134,11 @@ def _check(layer: nn.Conv2d, largest: nn.Conv2d) -> None:
         and layer.padding == (side // 2, side // 2)
         and layer.dilation == (1, 1)
         and layer.padding_mode == "zeros"
-        and (layer.stride, layer.groups, layer.out_channels)
-        == (largest.stride, largest.groups, largest.out_channels)
+        and (layer.stride, layer.groups, layer.in_channels, layer.out_channels)
+        == (largest.stride, largest.groups, largest.in_channels, largest.out_channels)
     )
     if not fits:
         raise ValueError(
-            f"branches must have square odd kernels, padded by half, one stride and groups: {layer}"
+            "branches must have square odd kernels, padded by half with zeros, and the channels, "
+            f"stride and groups of {largest}; got {layer}"
         )

@@ -7,15 +7,30 @@ place where it is called, in every trace.
 
 from __future__ import annotations
 
+import copy
+import dis
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import combinations
+from types import CodeType
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Calls", "caller_of", "calls_of", "is_batch_norm", "is_layer", "replace_module", "trace"]
+__all__ = [
+    "Calls",
+    "caller_of",
+    "calls_of",
+    "is_batch_norm",
+    "is_layer",
+    "replace_module",
+    "traces",
+]
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -40,12 +55,55 @@ class _Tracer(fx.Tracer):
         )
 
 
-def trace(module: nn.Module) -> fx.Graph | None:
-    """Return the graph of a module's calls; None where torch.fx cannot follow its Python."""
+def traces(module: nn.Module) -> list[fx.Graph]:
+    """Return graphs of a module's calls, none where torch.fx cannot follow its Python.
+
+    One for each choice of optional arguments that are given or not, since a proxy in a trace is
+    never None: the first with all of them given. Of more than four all, one or none are tried.
+    """
+    optional = {
+        name: parameter.default
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    counts = range(len(optional) + 1) if len(optional) <= 4 else (0, 1, len(optional))
+    with _as_it_was(module):
+        try:
+            return [
+                _Tracer().trace(module, {name: optional[name] for name in names} or None)
+                for count in counts
+                for names in combinations(optional, count)
+            ]
+        except Exception:  # whatever Python cannot do with a proxy
+            return []
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Take the hooks off, which want no proxies, and undo what a forward did to the model."""
+    states = [(m, {k: copy.copy(v) for k, v in vars(m).items()}) for m in model.modules()]
+    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
+    for module, _ in states:
+        for key in ("_forward_hooks", "_forward_pre_hooks"):
+            vars(module)[key].clear()
     try:
-        return _Tracer().trace(module)
-    except Exception:  # whatever Python cannot do with a proxy
-        return None
+        yield
+    finally:
+        for module, state in states:
+            for key, value in vars(module).items():
+                if key.startswith("_tensor_constant"):  # the graph's
+                    state.setdefault(key, value)
+            vars(module).clear()
+            vars(module).update(state)
+        for buffer, value, version in buffers:
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what goes through it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def caller_of(node: fx.Node, root: nn.Module) -> nn.Module:
@@ -90,6 +148,17 @@ class Calls:
         found = self.sites[id(module)]
         return [[_module_of(user, root) for user in _users(node, root)] for node, root in found]
 
+    def hooked_between(self, first: nn.Module, second: nn.Module) -> str:
+        """Return the name of a module with hooks that holds one of two calls alone, else empty."""
+        for call, root in self.sites[id(first)]:
+            for other, other_root in self.sites[id(second)]:
+                if other_root is root:
+                    for name in sorted(_holders(call) ^ _holders(other)):
+                        holder = root.get_submodule(name)
+                        if holder not in (first, second) and has_hooks(holder):
+                            return name
+        return ""
+
     def between(self, bn: nn.Module) -> str:
         """Say what stands between a BatchNorm and the layers before it."""
         node, root = self.sites[id(bn)][0]
@@ -110,6 +179,10 @@ def _said(node: fx.Node | None, root: nn.Module, otherwise: str) -> str:
     return "the output" if node.op == "output" else getattr(node.target, "__name__", node.target)
 
 
+def _holders(node: fx.Node) -> set[str]:
+    return {name for name, _ in (node.meta.get("nn_module_stack") or {}).values()}
+
+
 def _first(node: fx.Node) -> fx.Node | None:
     inputs = node.all_input_nodes
     return inputs[0] if inputs else None
@@ -117,14 +190,18 @@ def _first(node: fx.Node) -> fx.Node | None:
 
 def _maker(node: fx.Node | None, root: nn.Module) -> fx.Node | None:
     """Look through identities, such as stand where a BatchNorm was."""
-    while isinstance(_module_of(node, root), nn.Identity):
+    while _is_plain_identity(_module_of(node, root)):
         node = _first(node)
     return node
 
 
+def _is_plain_identity(module: nn.Module | None) -> bool:
+    return isinstance(module, nn.Identity) and not has_hooks(module)
+
+
 def _users(node: fx.Node, root: nn.Module) -> Iterator[fx.Node]:
     for user in node.users:
-        if isinstance(_module_of(user, root), nn.Identity):
+        if _is_plain_identity(_module_of(user, root)):
             yield from _users(user, root)
         else:
             yield user
@@ -159,11 +236,12 @@ def _graphs(
     if is_layer(module) or is_batch_norm(module):
         return  # called by what could not be traced
     if type(module).forward is not nn.Module.forward and next(module.children(), None) is not None:
-        graph = trace(module)
-        if graph is not None:
-            yield module, graph
+        graphs = traces(module)
+        if graphs:
+            yield from ((module, graph) for graph in graphs)
             called = {
                 id(module.get_submodule(str(node.target)))
+                for graph in graphs
                 for node in graph.nodes
                 if node.op == "call_module"
             }
@@ -176,7 +254,9 @@ def _graphs(
             who = name or type(module).__name__
             calls.opaque.setdefault(id(child), who)
             for inner_name, inner in child.named_modules():
-                if inner_name.rpartition(".")[2] in names:  # may be reached past its parent
+                # may be reached past its parent: by name, or as an element of a list
+                element = f"{child_name}[]" if inner_name.isdecimal() else None
+                if not {inner_name.rpartition(".")[2], element}.isdisjoint(names):
                     calls.opaque.setdefault(id(inner), who)
         yield from _graphs(child, f"{name}.{child_name}".lstrip("."), calls, done)
 
@@ -196,12 +276,27 @@ def _uncalled(
 
 
 def _names_in_code(cls: type) -> set[str]:
+    """Return all names in a class's own code, and ``name[]`` of what is not just called there."""
     names: set[str] = set()
     for base in cls.__mro__:
         if base is nn.Module:
             break
-        for value in vars(base).values():
+        for key, value in vars(base).items():
             code = getattr(getattr(value, "__func__", value), "__code__", None)
             if code is not None:
-                names.update(code.co_names)
+                names |= _names_in(code, with_elements=key != "__init__")
+    return names
+
+
+def _names_in(code: CodeType, with_elements: bool) -> set[str]:
+    names = set(code.co_names)
+    if with_elements:  # a call's attribute is loaded with a place for self
+        names |= {
+            f"{step.argval}[]"
+            for step in dis.get_instructions(code)
+            if step.opname == "LOAD_ATTR" and "NULL" not in step.argrepr
+        }
+    for inner in code.co_consts:  # lambdas and generator expressions
+        if isinstance(inner, CodeType):
+            names |= _names_in(inner, with_elements)
     return names
