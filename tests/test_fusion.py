@@ -886,7 +886,7 @@ def check_torchvision(name):
     if name.startswith("raft"):  # does not run in float64
         assert report.algebra_error is None
     else:
-        assert report.algebra_error < 1e-9
+        assert report.algebra_error < (1e-7 if detects else 1e-9)
     assert len(batch_norms(fused)) == report.found - report.folded
     assert all(row.into or row.why for row in report.rows)
     try:

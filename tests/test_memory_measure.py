@@ -541,6 +541,7 @@ def test_one_run_at_a_time():
 
     measure_peak(run)
     assert len(errors) == 1
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     assert "in another thread" in errors[0]
 
 
@@ -550,6 +551,7 @@ def test_a_measurement_inside_a_measurement_is_refused_and_harms_nothing():
     with pytest.raises(RuntimeError, match="one run at a time, so stop it, or wait for it"):
         measure_peak(lambda: measure_peak(lambda: model(x)))
     assert everything_that_hooks() == before
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
     assert measure_peak(lambda: model(x)).phase == "forward"
 
 

@@ -204,7 +204,7 @@ def test_an_operator_without_a_formula_is_named_with_its_bytes():
     assert "WITHOUT A FORMULA: _fft_r2c" in str(costs)
 
 
-def test_attention_that_torch_counts_as_nothing_has_a_formula_under_all():
+def test_attention_that_torch_counts_as_nothing_has_a_formula():
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0)
     x = torch.zeros(2, 10, 32)
     slow = costs_of(layer.train(), x, policy="all").by_operator()
@@ -212,9 +212,6 @@ def test_attention_that_torch_counts_as_nothing_has_a_formula_under_all():
     attention = 2 * 2 * 2 * 10 * 10 * 32
     assert sum(slow[op] for op in slow if op in ("addmm", "bmm")) == products
     assert slow["_scaled_dot_product_flash_attention_for_cpu"] == attention
-    whole = nn.MultiheadAttention(32, 4, batch_first=True).eval()
-    fast = costs_of(whole, x, x, x, policy="all").by_operator()
-    assert fast["_native_multi_head_attention"] == 2 * 20 * 32 * 4 * 32 + attention
 
 
 def test_bytes_are_those_of_what_is_read_and_written():
@@ -425,7 +422,55 @@ def test_experiments_that_the_paper_did_not_make_are_named(arguments, message):
         guideline_table(**arguments)
 
 
+def test_attention_is_counted_in_eval_mode_too():
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.zeros(3, 5, 16)
+    counts = {costs_of(layer.train(mode), x).multiply_adds for mode in (True, False)}
+    projections, attention, ahead = 4 * 5 * 16 * 16, 2 * 5 * 5 * 16, 2 * 5 * 16 * 32
+    assert counts == {3 * (projections + attention + ahead)}
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Chooses(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_choice_by_data_is_refused():
+    with pytest.raises(ValueError, match="depends on data"):
+        costs_of(Chooses(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("given", [(-1, 10), (100, 0), (math.nan, 10), (10, math.nan)])
+def test_the_bound_refuses_what_is_no_size(given):
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        mac_lower_bound(*given)
+
+
 # ---- the audit ----
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "remedy"),
+    [
+        (nn.Conv1d(8, 16, 3, groups=2), (1, 8, 64), "nn.Conv1d(8, 8, 3)"),
+        (nn.Conv2d(8, 16, (1, 7), groups=2), (1, 8, 9, 9), "nn.Conv2d(8, 8, (1, 7))"),
+        (nn.Conv3d(8, 16, 3, groups=2), (1, 8, 5, 5, 5), "nn.Conv3d(8, 8, 3)"),
+    ],
+)
+def test_the_audits_figures_are_those_of_the_layer(layer, shape, remedy):
+    (found,) = findings_of(layer, *shape)
+    (cost,) = costs_of(layer, torch.zeros(*shape)).layers
+    assert found.name == "groups (G2)"
+    assert found.remedy.startswith(remedy)
+    assert f"moves {cost.elements:,} elements for {cost.multiply_adds / 1e6:,.1f} M" in found.what
+    pixels = math.prod(cost.shapes[-1][2:])
+    seconds = pixels * (16 - 16 / 2) * 4 / (1e9 * PEAKS.bandwidth_gb_s)
+    assert f"{1e6 * seconds:,.0f} µs of" in found.what
+
+
+def test_the_audit_says_nothing_of_what_the_formulas_are_not_of():
+    transposed = nn.ConvTranspose2d(8, 16, 4, stride=2, groups=2)
+    assert not findings_of(transposed, 1, 8, 8, 8)
 
 
 def findings_of(model, *shape, least=0.0):

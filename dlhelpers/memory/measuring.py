@@ -52,14 +52,14 @@ def measure_peak(fn: Callable[[], Any], device: torch.device | str | None = None
     where = torch.device(device) if device is not None else _device_of(used)
     record = record_of(where)
     accounting = Accounting(record.mark, device=where.type)
-    for model in (thing for thing in used if isinstance(thing, nn.Module)):
-        accounting.add_model(model)
-    for optimizer in (thing for thing in used if isinstance(thing, Optimizer)):
-        accounting.add_optimizer(optimizer)
-    accounting.add("inputs", (thing for thing in used if isinstance(thing, Tensor)))
-    del used
     gc.collect()  # garbage of before would be freed at some time of its own
-    with record, accounting:
+    with record, accounting:  # may refuse, before anything is hooked
+        for model in (thing for thing in used if isinstance(thing, nn.Module)):
+            accounting.add_model(model)
+        for optimizer in (thing for thing in used if isinstance(thing, Optimizer)):
+            accounting.add_optimizer(optimizer)
+        accounting.add("inputs", (thing for thing in used if isinstance(thing, Tensor)))
+        del used
         result = fn()
     del result
     ops = accounting.ops

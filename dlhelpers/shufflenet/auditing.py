@@ -90,13 +90,23 @@ def _us(seconds: float) -> str:
     return f"{1e6 * seconds:,.0f} µs"
 
 
+_OF_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed")
+_OF_CONVOLUTION += ("output_padding", "groups")
+
+
 def _convolutions(costs: LayerCosts) -> Iterator[tuple[LayerCost, int, int, int, int, int]]:
-    """Give (layer, c1, c2, output pixels with the batch, kernel elements, groups) of each one."""
+    """Give (layer, c1, c2, output pixels with the batch, kernel elements, groups) of each one.
+
+    Transposed ones are left out: the guidelines' counts are of plain convolutions.
+    """
     for layer in costs.layers:
         if layer.operator != "convolution":
             continue
         _, args, kwargs = layer.call
-        groups = args[8] if len(args) > 8 else kwargs["groups"]
+        given = dict(zip(_OF_CONVOLUTION, args, strict=False)) | kwargs
+        if given["transposed"]:
+            continue
+        groups = given["groups"]
         x, weight = layer.shapes[0], layer.shapes[1]
         output = layer.shapes[-1]
         pixels = output[0] * math.prod(output[2:])
@@ -105,9 +115,10 @@ def _convolutions(costs: LayerCosts) -> Iterator[tuple[LayerCost, int, int, int,
 
 def _unequal_channels(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
     for layer, c1, c2, pixels, kernel, groups in _convolutions(costs):
+        x = layer.shapes[0]
         if kernel != 1 or groups != 1 or c1 == c2:
             continue
-        moved = memory_access_cost(c1, c2, pixels)
+        moved = memory_access_cost(c1, c2, pixels)  # of a strided one, the pixels that it uses
         least = mac_lower_bound(pixels * c1 * c2, pixels)
         equal = round(math.sqrt(c1 * c2))
         yield (
@@ -115,39 +126,36 @@ def _unequal_channels(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[floa
             Finding(
                 "unequal-channels (G1)",
                 "suspicion",
-                f"a 1x1 convolution from {c1} to {c2} channels moves {moved.elements:,} elements, "
-                f"{moved.elements / least:.2f} times the least for its multiply-adds",
+                f"a 1x1 convolution from {c1} to {c2} channels moves at least {moved.elements:,} "
+                f"elements, {moved.elements / least:.2f} times the least for its multiply-adds",
                 "for equal multiply-adds memory access is least with as many channels in as out",
-                f"nn.Conv2d({equal}, {equal}, 1)  # as many multiply-adds",
+                f"nn.Conv{len(x) - 2}d({equal}, {equal}, 1)  # as many multiply-adds",
                 layer.module,
             ),
         )
 
 
 def _groups(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
-    for layer, c1, c2, pixels, kernel, groups in _convolutions(costs):
+    for layer, c1, c2, pixels, _, groups in _convolutions(costs):
         if groups == 1 or groups == c1:
             continue
-        multiply_adds = pixels * kernel * c1 * c2 // groups
-        dense = pixels * (c1 + c2 / groups) + kernel * c1 * c2 / groups  # of equation 2, g = 1
-        here = pixels * (c1 + c2) + kernel * c1 * c2 / groups
+        more = pixels * (c2 - c2 / groups)  # elements of equation 2, against g = 1 and as many B
+        sizes = tuple(layer.shapes[1][2:])
+        side = sizes[0] if len(set(sizes)) == 1 else sizes
         narrow = max(1, c2 // groups)
         yield (
-            _seconds(here - dense, layer, peaks),
+            _seconds(more, layer, peaks),
             Finding(
                 "groups (G2)",
                 "suspicion",
-                f"a convolution from {c1} to {c2} channels in {groups} groups moves {here:,.0f} "
-                f"elements for {multiply_adds / 1e6:,.1f} M multiply-adds",
+                f"a convolution from {c1} to {c2} channels in {groups} groups moves "
+                f"{layer.elements:,} elements for {layer.multiply_adds / 1e6:,.1f} M "
+                "multiply-adds",
                 "with as many multiply-adds and the same input, memory access grows with groups",
-                f"nn.Conv2d({c1}, {narrow}, {_side(kernel)})  # as many multiply-adds, no groups",
+                f"nn.Conv{len(sizes)}d({c1}, {narrow}, {side})  # as many multiply-adds, no groups",
                 layer.module,
             ),
         )
-
-
-def _side(kernel: int) -> int:
-    return round(math.sqrt(kernel))
 
 
 def _fragments(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:

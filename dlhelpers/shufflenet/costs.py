@@ -84,17 +84,22 @@ def memory_access_cost(
     return MemoryAccess(elements, elements * dtype.itemsize)
 
 
-def mac_lower_bound(flops: float, hw: int) -> float:
+def mac_lower_bound(multiply_adds: float, hw: float) -> float:
     """Return the fewest elements that a 1x1 convolution can read and write: equation 1's bound.
 
     Args:
-        flops: B as the paper counts it, **multiply-adds**: hw c1 c2.
+        multiply_adds: B, which the paper calls FLOPs: hw c1 c2.
         hw: pixels.
+
+    Raises:
+        ValueError: multiply-adds are negative or no number, or there is no pixel.
 
     >>> mac_lower_bound(56 * 56 * 128 * 128, 56 * 56)
     819200.0
     """
-    return 2 * math.sqrt(hw * flops) + flops / hw
+    if not (multiply_adds >= 0 and hw > 0):
+        raise ValueError(f"multiply_adds must be 0 or more, hw above 0: {multiply_adds!r}, {hw!r}")
+    return 2 * math.sqrt(hw * multiply_adds) + multiply_adds / hw
 
 
 @dataclass(frozen=True)
@@ -249,16 +254,18 @@ def layer_costs(
     Args:
         model: in the mode (train or eval) that is to be counted.
         inputs: a tensor, or a tuple of positional arguments.
-        policy: ``conv+linear``: convolutions, matrix products and attention alone, exactly as
-            ``torch.utils.flop_counter``. ``all``: everything with arithmetic, by these rules, in
-            FLOPs: 1 for each element that an element-wise operator writes (an exponential counts as
-            one); BatchNorm 2 for each element in eval mode, 7 in train mode; other norms 7; softmax
-            5; pooling and reductions 1 for each element that they look at.
+        policy: ``conv+linear``: convolutions, matrix products and attention alone, as
+            ``torch.utils.flop_counter``; also attention on the CPU, which that leaves out, and in
+            eval mode, where it cannot see into ``nn.MultiheadAttention``. ``all``: everything with
+            arithmetic, by these rules, in FLOPs: 1 for each element that an element-wise operator
+            writes (an exponential counts as one); BatchNorm 2 for each element in eval mode, 7 in
+            train mode; other norms 7; softmax 5; pooling and reductions 1 for each element that
+            they look at.
         peaks: of the machine to predict for; this one's by default, measured once.
 
     Raises:
         TypeError: the inputs hold no tensor.
-        ValueError: another policy, or a size in the model depends on data.
+        ValueError: another policy, or a size or a choice in the model depends on data.
 
     >>> costs = layer_costs(nn.Conv2d(16, 32, 1, bias=False), torch.zeros(1, 16, 8, 8))
     >>> costs.multiply_adds, costs.flops, costs.layers[0].elements
@@ -320,6 +327,7 @@ class _Counter(TorchDispatchMode):
 
     def run(self, args: tuple[Any, ...]) -> None:
         from torch._subclasses.fake_tensor import (
+            DataDependentOutputException,
             DynamicOutputShapeException,
             FakeTensorMode,
             UnsupportedFakeTensorException,
@@ -353,14 +361,19 @@ class _Counter(TorchDispatchMode):
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
         )
+        fast = torch.backends.mha.get_fastpath_enabled()  # one operator for a whole layer
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             with torch.no_grad(), mode, self:
                 torch.func.functional_call(self._model, state, args)
-        except (DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
-            raise ValueError(
-                f"a size in this model depends on data, which is not looked at here: {error}"
-            ) from error
+        except (
+            DataDependentOutputException,
+            DynamicOutputShapeException,
+            UnsupportedFakeTensorException,
+        ) as error:
+            raise ValueError(f"a size or choice in this model depends on data: {error}") from error
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
 

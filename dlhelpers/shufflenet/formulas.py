@@ -59,7 +59,12 @@ def is_element_wise(func: Any) -> bool:
 
 
 def conv_linear_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
-    """Return FLOPs as ``torch.utils.flop_counter`` counts them; None for what it does not."""
+    """Return FLOPs as ``torch.utils.flop_counter`` counts them; None for what it does not.
+
+    It leaves out the CPU's kernel of attention; that is counted here as its other kernels are.
+    """
+    if func._schema.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+        return sdpa_flop_count(*(args[i].shape for i in range(3)))
     formula = flop_registry.get(func._overloadpacket)
     return None if formula is None else formula(*args, **kwargs, out_val=out)
 
@@ -71,10 +76,6 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
         return own
     name = func._schema.name.removeprefix("aten::")
     first = out if isinstance(out, Tensor) else out[0]
-    if name == "_scaled_dot_product_flash_attention_for_cpu":
-        return sdpa_flop_count(*(args[i].shape for i in range(3)))
-    if name == "_native_multi_head_attention":  # a whole layer in eval mode, its projections too
-        return _attention_layer(args[0], args[1])
     if name == "native_batch_norm" or name.startswith(("_native_batch_norm", "cudnn_batch_norm")):
         return args[0].numel() * (7 if _trains(func, args, kwargs) else 2)
     if name in ("avg_pool2d", "max_pool2d_with_indices", "avg_pool3d", "avg_pool1d"):
@@ -86,12 +87,6 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     if is_element_wise(func):
         return first.numel()
     return None
-
-
-def _attention_layer(query: Tensor, key: Tensor) -> int:
-    (batch, length, width), others = query.shape, key.shape[1]
-    projections = 2 * width**2 * (2 * length + 2 * others)
-    return batch * (projections + 2 * 2 * length * others * width)
 
 
 def _trains(func: Any, args: Any, kwargs: Any) -> bool:
