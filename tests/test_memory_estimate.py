@@ -369,6 +369,23 @@ def test_nothing_needs_memory_and_a_batch_beyond_this_machine_is_predicted():
         assert taken < 1 << 20
 
 
+class LastOfLSTM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(64, 8)
+
+    def forward(self, x):
+        return self.lstm(x)[0][-1]
+
+
+def test_an_lstm_beyond_this_machine_is_not_tried_and_said_so():
+    with torch.device("meta"):
+        model, x = LastOfLSTM(), torch.empty(1 << 12, 1 << 18, 64)
+    report = estimate(model, x, torch.optim.SGD)
+    assert report.peak_bytes > 1 << 36
+    assert any("mkldnn_rnn_layer" in note and "too large" in note for note in report.notes)
+
+
 def test_the_kernels_buffers_of_a_large_batch_follow_from_small_ones(monkeypatch):
     tried = []
     real = scratch._measured

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -141,3 +143,17 @@ def test_a_power_law_finds_its_own_exponents():
     g, a, _ = some_models()
     law = fit_power_law({"g": g, "a": a}, 3e-9 * g**0.8 * a**0.3)
     assert law({"g": [1e9], "a": [1e6]})[0] == pytest.approx(3e-9 * 1e9**0.8 * 1e6**0.3)
+
+
+@pytest.mark.parametrize(
+    ("g", "seconds"), [([0.0, 1.0], [1.0, 2.0]), ([1.0, 2.0], [math.nan, 1.0])]
+)
+def test_a_power_law_refuses_what_has_no_logarithm(g, seconds):
+    with pytest.raises(ValueError, match="must be positive numbers, got"):
+        fit_power_law({"g": g}, seconds)
+
+
+def test_a_power_law_does_not_depend_on_the_unit():
+    g = [0.2, 0.5, 1.0, 3.0]
+    law = fit_power_law({"g": g}, [x**0.7 for x in g])
+    assert law({"g": [0.3]})[0] == pytest.approx(0.3**0.7)

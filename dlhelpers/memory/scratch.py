@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -189,16 +190,19 @@ class Scratch:
         size = sum(shape.nbytes for shape in call.shapes)
         if size > _SMALL and (found := self._from_smaller(call)) is not None:
             return found
-        key = _hashed(call.key)
+        return self._tried(call.key, call, lambda: _measured(call))
+
+    def _tried(self, name: str, call: Call, measure: Callable[[], int]) -> int:
+        key = _hashed(name)
         if key not in self._known:
-            if size > self._at_most:
+            if sum(shape.nbytes for shape in call.shapes) > self._at_most:
                 self.untried[str(call.func)] = "its arguments are too large for a trial here"
                 return 0
             if time.monotonic() > self._until:
                 self.untried[str(call.func)] = f"trials took more than {_TRIALS_S:g} s already"
                 return 0
             try:
-                self._known[key] = _measured(call)
+                self._known[key] = measure()
             except (RuntimeError, ValueError, NotImplementedError, IndexError) as error:
                 self.untried[str(call.func)] = str(error).partition("\n")[0]
                 return 0
@@ -207,12 +211,12 @@ class Scratch:
 
     def workspace_of(self, call: Call) -> int:
         """Return the bytes that oneDNN's recurrent layer keeps for backward; a fake one none."""
-        key = _hashed(f"workspace {call.key}")
-        if key not in self._known:
+
+        def measure() -> int:
             args = tree_map(lambda x: x.make(False) if isinstance(x, _Shape) else x, call.args)
-            self._known[key] = _workspace(args[:7], args[7:]).nbytes
-            self._new += 1
-        return self._known[key]
+            return _workspace(args[:7], args[7:]).nbytes
+
+        return self._tried(f"workspace {call.key}", call, measure)
 
     def _from_smaller(self, call: Call) -> int | None:
         """Follow the straight line through two small batches, which a kernel's buffers lie on."""

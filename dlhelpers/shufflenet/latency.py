@@ -129,10 +129,17 @@ def fit_power_law(features: Mapping[str, Sequence[float]], seconds: Sequence[flo
     Args:
         features: name -> one positive number for each model.
         seconds: one for each model.
+
+    Raises:
+        ValueError: a feature or a time is not a positive number, which has no logarithm.
     """
+    for name, values in (*features.items(), ("seconds", seconds)):
+        column = np.asarray(values, float)
+        if wrong := column[~((column > 0) & np.isfinite(column))][:1].tolist():
+            raise ValueError(f"{name} must be positive numbers, got {wrong[0]!r}")
 
     def logs(values: Mapping[str, Sequence[float]]) -> np.ndarray:
-        columns = [np.log(np.maximum(np.asarray(values[name], float), 1)) for name in features]
+        columns = [np.log(np.asarray(values[name], float)) for name in features]
         return np.stack([*columns, np.ones_like(columns[0])], axis=1)
 
     weights, *_ = np.linalg.lstsq(logs(features), np.log(np.asarray(seconds, float)), rcond=None)
