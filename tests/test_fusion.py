@@ -754,6 +754,42 @@ def test_layers_that_compute_something_else_stay():
         assert why in "".join(report.left.values())
 
 
+class InFront(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.norm, self.conv, self.way = norm(), nn.Conv2d(4, 4, 1), way
+
+    def forward(self, x):
+        normed = self.norm(x)
+        return self.conv(normed) + (normed if self.way == "output" else self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [("output", "its output is used elsewhere"), ("layer", "behind it is called without it")],
+)
+def test_in_front_of_a_layer_nothing_else_may_be_touched(way, why):
+    model, x = lived(InFront(way)), image(4)
+    fused, report = fuse_conv_bn(model, x, verify=False)
+    assert why in report.left["norm"]
+    assert torch.equal(fused(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("branches", "why"),
+    [
+        ([conv(), nn.Conv2d(4, 4, 3, padding=1, dilation=2)], "square odd kernels"),
+        ([conv(), nn.Conv2d(8, 4, 1)], "square odd kernels"),
+        ([conv(), nn.BatchNorm2d(8)], "8 channels"),
+        ([nn.Sequential(conv(), nn.ReLU())], "a branch must be"),
+        (nn.ReLU(), "expected branches"),
+    ],
+)
+def test_branches_that_are_no_sum_of_convolutions_are_refused(branches, why):
+    with pytest.raises(ValueError, match=why):
+        reparameterize(branches)
+
+
 def test_weights_that_do_not_fit_their_type_stay():
     model = nn.Sequential(conv(), norm())
     model[1].running_var.fill_(1e-10)
