@@ -430,6 +430,11 @@ def test_attention_is_counted_in_eval_mode_too():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+def test_of_a_table_only_what_is_taken_is_read():
+    (layer,) = costs_of(nn.Embedding(1000, 16), torch.zeros(8, dtype=torch.int64)).layers
+    assert (layer.elements, layer.nbytes) == (8 * 16 + 8 + 8 * 16, 8 * 8 + 2 * 4 * 8 * 16)
+
+
 class Chooses(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x

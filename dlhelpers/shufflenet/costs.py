@@ -5,7 +5,8 @@ writes at least so many elements, the memory access cost (MAC):
 
     MAC = hw (c1 + c2) + c1 c2  >=  2 sqrt(hw B) + B / hw        (equal only where c1 = c2)
 
-An operator that moves b bytes and does f FLOPs takes at least max(b / bandwidth, f / peak) seconds.
+An operator that moves b bytes and does f FLOPs takes max(b / bandwidth, f / peak) seconds
+if its bytes come from memory; from a cache they may come faster.
 
 Source: Ma et al. 2018, arXiv:1807.11164, equations 1 and 2; Williams et al. 2009 (roofline),
 doi:10.1145/1498765.1498785.
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.roofline import Roofline, roofline
-from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, moves_no_bytes
+from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, is_gather, moves_no_bytes
 from dlhelpers.tables import html_table, text_table
 
 __all__ = [
@@ -204,7 +205,7 @@ class LayerCosts:
     def _notes(self) -> list[str]:
         total = (
             f"in all {self.multiply_adds / 1e6:,.1f} M multiply-adds, {self.flops / 1e6:,.1f} M "
-            f"FLOPs (policy {self.policy}), {self.nbytes / 2**20:,.1f} MiB moved, at least "
+            f"FLOPs (policy {self.policy}), {self.nbytes / 2**20:,.1f} MiB moved; from memory "
             f"{1e3 * self.predicted_s:,.2f} ms"
         )
         notes = [total]
@@ -247,7 +248,7 @@ def layer_costs(
     policy: Policy = "conv+linear",
     peaks: Roofline | None = None,
 ) -> LayerCosts:
-    """Count what each operator of a forward pass does, moves, and takes at least.
+    """Count what each operator of a forward pass does, moves, and takes from memory.
 
     The pass runs on tensors without data: no memory, and the model is left as it is.
 
@@ -259,8 +260,7 @@ def layer_costs(
             eval mode, where it cannot see into ``nn.MultiheadAttention``. ``all``: everything with
             arithmetic, by these rules, in FLOPs: 1 for each element that an element-wise operator
             writes (an exponential counts as one); BatchNorm 2 for each element in eval mode, 7 in
-            train mode; other norms 7; softmax 5; pooling and reductions 1 for each element that
-            they look at.
+            train mode; other norms 7; softmax 5; pooling and reductions 1 for each element read.
         peaks: of the machine to predict for; this one's by default, measured once.
 
     Raises:
@@ -385,6 +385,8 @@ class _Counter(TorchDispatchMode):
         read, written = list(tensors_in((args, kwargs))), list(tensors_in(out))
         if not moves_no_bytes(func) and written:
             elements = [_touched(tensor) for tensor in (*read, *written)]
+            if is_gather(func):  # of a table no more than what is taken from it
+                elements[0] = min(elements[0], elements[-1])
             sizes = [tensor.element_size() for tensor in (*read, *written)]
             nbytes = sum(n * size for n, size in zip(elements, sizes, strict=True))
             shapes = tuple(tuple(tensor.shape) for tensor in (*read, *written))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-__all__ = ["conv_linear_flops", "flops_of", "is_element_wise", "moves_no_bytes"]
+__all__ = ["conv_linear_flops", "flops_of", "is_element_wise", "is_gather", "moves_no_bytes"]
 
 # FLOPs for each element of the first input
 _PER_ELEMENT_READ = {
@@ -43,6 +43,7 @@ _MOVES = {
     *("reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "scalar_tensor"),
     *("_unsafe_view", "resize_", "set_", "bernoulli_", "rand", "randn", "randint", "new_full"),
 }
+_GATHERS = {"embedding", "gather", "index", "index_select"}
 _NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "as_strided_", "lift_fresh"}
 _NOTHING |= {"detach", "alias"}
 
@@ -51,6 +52,11 @@ def moves_no_bytes(func: Any) -> bool:
     """Whether the operator changes no memory: a view, or memory that is not filled yet."""
     name = func._schema.name.removeprefix("aten::")
     return func.is_view or func.namespace == "prim" or name in _NOTHING
+
+
+def is_gather(func: Any) -> bool:
+    """Whether the operator takes elements of its first input, and leaves the others alone."""
+    return func._schema.name.removeprefix("aten::") in _GATHERS
 
 
 def is_element_wise(func: Any) -> bool:
