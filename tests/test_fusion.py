@@ -754,7 +754,7 @@ def test_layers_that_compute_something_else_stay():
         assert why in "".join(report.left.values())
 
 
-class InFront(nn.Module):
+class Before(nn.Module):
     def __init__(self, way):
         super().__init__()
         self.norm, self.conv, self.way = norm(), nn.Conv2d(4, 4, 1), way
@@ -769,7 +769,7 @@ class InFront(nn.Module):
     [("output", "its output is used elsewhere"), ("layer", "behind it is called without it")],
 )
 def test_in_front_of_a_layer_nothing_else_may_be_touched(way, why):
-    model, x = lived(InFront(way)), image(4)
+    model, x = lived(Before(way)), image(4)
     fused, report = fuse_conv_bn(model, x, verify=False)
     assert why in report.left["norm"]
     assert torch.equal(fused(x), model.eval()(x))
