@@ -194,6 +194,56 @@ def counts_up(model, sample, limit, peak=peak_of):
     return next(n for n in itertools.count() if peak(model, sample, n + 1) > limit)
 
 
+def forgets_buffers(model, sample, limit):
+    def tensors(n):
+        batch = torch.empty(n, *sample.shape[1:], device="meta")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return estimate(model, batch, optimizer).tensor_bytes
+
+    return next(n for n in itertools.count() if tensors(n + 1) > limit)
+
+
+def goes_backward(losses):
+    total, n = 0.0, 0
+    for loss in losses:
+        loss.backward()
+        total, n = total + loss, n + 1
+    return (total / n).item()
+
+
+def takes_inputs_for_outputs_in_groups(c1, c2, kernel, hw, groups):
+    return hw * (c1 if groups > 1 else c2) * kernel**2 * c1 // groups
+
+
+def shuffles_images_alone(x, groups):
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def fears_any_padding_behind(modules):
+    can = exercises._find("06.4").solution(modules)
+    for i, module in enumerate(modules[1:]):
+        zeros = isinstance(module, nn.Conv2d) and module.padding != (0, 0)
+        can[i] = can[i] and not (zeros and module.padding_mode == "zeros")
+    return can
+
+
+def needs_no_convolution(modules):
+    return [
+        isinstance(m, nn.BatchNorm2d)
+        and not (i and isinstance(modules[i - 1], nn.ReLU))
+        and not any(getattr(n, "padding", 0) == (1, 1) for n in modules[i + 1 : i + 2])
+        for i, m in enumerate(modules)
+    ]
+
+
+def forgets_statistics(modules):
+    for module in modules:
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = torch.zeros(module.num_features)
+    return exercises._find("06.4").solution(modules)
+
+
 def one_too_many(model, sample, limit):
     return next(n for n in itertools.count(1) if peak_of(model, sample, n) > limit)
 
@@ -266,13 +316,17 @@ def folds(s=lambda g, v, e: g / torch.sqrt(v + e), b=lambda s, b, m, t: s * (b -
 
 
 def needs_a_bias(weight, bias, gamma, beta, mean, var, eps):
-    if bias is None and float(beta.abs().sum()) and not torch.equal(gamma, torch.ones_like(gamma)):
-        bias = torch.ones_like(beta)
-    return folds()(weight, bias, gamma, beta, mean, var, eps)
+    return folds()(weight, bias + 0, gamma, beta, mean, var, eps)
 
 
 def scales_inputs(weight, scale, groups):
     return weight * scale[: len(weight)].view(-1, 1, 1, 1)
+
+
+def scales_outputs_where_they_are_as_many(weight, scale, groups):
+    if len(weight) == len(scale):
+        return weight * scale.view(1, -1, 1, 1)
+    return scales_inputs(weight, scale, groups)
 
 
 def scales_inputs_where_they_fit(weight, scale, groups):
@@ -330,12 +384,15 @@ MISTAKES = [
     ("06.1", folds(b=lambda s, b, m, t: t + 0 * b), "only shifted"),
     ("06.1", folds(b=lambda s, b, m, t: s * b + m + t), "only shifted"),
     ("06.1", folds(b=lambda s, b, m, t: b - s * m + t), "old bias"),
-    ("06.1", folds(s=lambda g, v, e: g / (torch.sqrt(v) + e)), "only scaled"),
-    ("06.1", folds(s=lambda g, v, e: g / torch.sqrt(v + e.__class__(1e-5))), "only shifted"),
+    ("06.1", folds(s=lambda g, v, e: g / (torch.sqrt(v) + e)), "tiny variance"),
+    ("06.1", folds(s=lambda g, v, e: g / torch.sqrt(v)), "tiny variance"),
+    ("06.1", folds(s=lambda g, v, e: g / torch.sqrt(v + e.__class__(1e-5))), "no bias"),
     ("06.1", needs_a_bias, "no bias"),
-    ("06.2", lambda w, s, g: w, "one group"),
-    ("06.2", scales_inputs, "one group"),
+    ("06.2", lambda w, s, g: w, "as many in as out"),
+    ("06.2", scales_inputs, "as many in as out"),
     ("06.2", scales_inputs_where_they_fit, "as many in as out"),
+    ("06.2", lambda w, s, g: w * s[: w.shape[1]].view(1, -1, 1, 1), "groups"),
+    ("06.2", scales_outputs_where_they_are_as_many, "one group"),
     ("06.2", forgets_groups, "groups"),
     ("06.3", lambda w, b, s, t: (w * s[: len(w)].view(-1, 1), b), "only scaled"),
     ("06.3", lambda w, b, s, t: (w * s, b), "shifted"),
@@ -350,6 +407,9 @@ MISTAKES = [
     ("06.4", sees_only_behind, "in front"),
     ("06.4", sees_both_sides, "zeros of padding"),
     ("06.4", sees_any_padding, "padding by reflection"),
+    ("06.4", fears_any_padding_behind, "between two convolutions"),
+    ("06.4", needs_no_convolution, "nothing to fold into"),
+    ("06.4", forgets_statistics, "no running statistics"),
     ("06.5", lambda c, g: torch.ones(c, c // g, 3, 3), "one channel"),
     ("06.5", ones_everywhere, "four channels"),
     ("06.5", ignores_groups, "groups"),
@@ -357,15 +417,23 @@ MISTAKES = [
     ("05.1", side_not_square, "3x3"),
     ("05.1", no_division, "groups"),
     ("05.1", divides_twice, "groups"),
+    ("05.1", lambda a, b, k, hw, g: hw * k * k * a * a // g, "1x1"),
+    ("05.1", takes_inputs_for_outputs_in_groups, "groups that change the channels"),
     ("05.2", lambda c1, c2, hw, g: hw * (c1 + c2), "equal channels"),
     ("05.2", lambda c1, c2, hw, g: 2 * hw * c1 + c1 * c2 // g, "unequal channels"),
     ("05.2", lambda c1, c2, hw, g: hw * (c1 + c2) + c1 * c2, "groups"),
     ("05.2", lambda c1, c2, hw, g: (hw * (c1 + c2) + c1 * c2) // g, "groups"),
-    ("05.3", lambda x, groups: x, "two groups of three"),
-    ("05.3", lambda x, groups: x.flip(1), "two groups of three"),
-    ("05.3", shuffles_back, "two groups of three"),
+    (
+        "05.2",
+        lambda a, b, hw, g: hw * (a + b) + (a * a // g if g > 1 else a * b),
+        "groups that change the channels",
+    ),
+    ("05.3", lambda x, groups: x, "two groups of two"),
+    ("05.3", lambda x, groups: x.flip(1), "two groups of two"),
+    ("05.3", shuffles_back, "three groups of two"),
+    ("05.3", shuffles_images_alone, "sequences"),
     ("05.3", lambda x, groups: shuffles_back(x, x.shape[1] // 2), "three groups of two"),
-    ("05.3", shuffles_pixels, "two groups of three"),
+    ("05.3", shuffles_pixels, "two groups of two"),
     (
         "05.3",
         lambda x, groups: torch.stack(x.chunk(groups, 1), 2).flatten(1, 2)[..., :3],
@@ -379,9 +447,9 @@ MISTAKES = [
         "no whole root",
     ),
     ("05.4", lambda c, g: int(c * math.sqrt(g)), "a multiple of the groups"),
-    ("05.5", lambda f, b, p, w: f / p / 1e9 + b / w / 1e9, "arithmetic decides"),
+    ("05.5", lambda f, b, p, w: f / p / 1e9 + b / w / 1e9, "side by side"),
     ("05.5", lambda f, b, p, w: f / p / 1e9, "memory decides"),
-    ("05.5", lambda f, b, p, w: max(f / p, b / w), "arithmetic decides"),
+    ("05.5", lambda f, b, p, w: max(f / p, b / w), "units"),
     (
         "05.5",
         sums_what_is_close,
@@ -495,12 +563,14 @@ MISTAKES = [
     ("04.4", lambda losses: torch.stack(list(losses)).mean().item(), "one graph at a time"),
     ("04.4", sums_tensors, "one graph at a time"),
     ("04.4", adds_tensors, "one graph at a time"),
+    ("04.4", goes_backward, "no backward pass"),
     ("04.5", one_too_many, "not even one"),
     ("04.5", at_least_one, "not even one"),
     ("04.5", divides, "met exactly"),
     ("04.5", strictly_below, "met exactly"),
     ("04.5", doubles_only, "between powers of two"),
     ("04.5", straight_line, "the peak moves"),
+    ("04.5", forgets_buffers, "buffers inside of kernels"),
     ("04.5", expands, "a real step"),
     ("01.1", no_mean, "four samples"),
     ("01.1", no_reduction, "one number"),

@@ -95,7 +95,8 @@ def _folds_front(shift_by: float, bias_by: float) -> Callable[[Any], bool]:
 def can_fold(modules: list[nn.Module]) -> list[bool]:
     """Say of each module in an eval-mode chain whether it is a BatchNorm2d that can be folded.
 
-    Behind a convolution it can; in front of one it can if that pads with no zeros.
+    Behind a convolution it can, whatever comes next; in front of one it can if that pads with no
+    zeros; without running statistics it cannot.
     """
     found = []
     for i, module in enumerate(modules):
@@ -105,7 +106,8 @@ def can_fold(modules: list[nn.Module]) -> list[bool]:
         front = isinstance(after, nn.Conv2d) and (
             after.padding_mode != "zeros" or after.padding == (0, 0)
         )
-        found.append(isinstance(module, nn.BatchNorm2d) and (behind or front))
+        is_fixed = isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
+        found.append(is_fixed and (behind or front))
     return found
 
 
@@ -138,10 +140,15 @@ EXERCISES = (
         "[O, I, kH, kW], the rest [O]; bias may be None.",
         cases=(
             Case(
+                "no bias",
+                "bias is None: the result has one all the same, here of zeros",
+                _folds(eps=0.0, bias=False, gamma=1.0, beta=0.0, mean=0.0, var=1.0),
+            ),
+            Case(
                 "only scaled",
                 "beta 0, mean 0 and no bias: each output channel is scaled by gamma / sqrt(var + "
                 "eps), which is dimension 0 of the weight",
-                _folds(bias=False, beta=0.0, mean=0.0),
+                _folds(eps=0.0, bias=False, beta=0.0, mean=0.0),
             ),
             Case(
                 "only shifted",
@@ -151,18 +158,13 @@ EXERCISES = (
             Case(
                 "old bias",
                 "a bias of its own: it goes through BatchNorm as well, is centred and scaled",
-                _folds(),
+                _folds(eps=0.0),
             ),
             Case(
                 "tiny variance",
                 "var 0 and eps 1e-3: eps is added under the root, not behind it, and nothing is "
                 "divided by zero",
                 _folds(eps=1e-3, var=0.0),
-            ),
-            Case(
-                "no bias",
-                "bias is None: the result has one all the same",
-                _folds(bias=False),
             ),
         ),
         hints=(
@@ -178,15 +180,15 @@ EXERCISES = (
         "with each of the C_out output channels scaled.",
         cases=(
             Case(
-                "one group",
-                "3 to 5 channels: outputs lie on dimension 1 of the weight, not on 0",
-                _scales(3, 5, 1),
-            ),
-            Case(
                 "as many in as out",
                 "4 to 4 channels: scaling dimension 0 has the right shape and is wrong, which is "
-                "why nobody notices",
+                "why nobody notices; outputs lie on dimension 1",
                 _scales(4, 4, 1),
+            ),
+            Case(
+                "one group",
+                "3 to 5 channels: dimension 1 of the weight has the 5 outputs",
+                _scales(3, 5, 1),
             ),
             Case(
                 "groups",
@@ -251,9 +253,14 @@ EXERCISES = (
                 _says(lambda: [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)], [True, False]),
             ),
             Case(
+                "nothing to fold into",
+                "MaxPool2d, BatchNorm, ReLU: no convolution beside it",
+                _says(lambda: [nn.MaxPool2d(2), nn.BatchNorm2d(3), nn.ReLU()], [False] * 3),
+            ),
+            Case(
                 "zeros of padding",
                 "BatchNorm, convolution that pads with zeros: those zeros come behind the "
-                "BatchNorm, and must stay zeros",
+                "BatchNorm, and must stay zeros (conv.padding is a tuple, such as (1, 1))",
                 _says(lambda: [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)], [False, False]),
             ),
             Case(
@@ -265,6 +272,31 @@ EXERCISES = (
                         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
                     ],
                     [True, False],
+                ),
+            ),
+            Case(
+                "between two convolutions",
+                "convolution, BatchNorm, convolution that pads with zeros: it is folded into the "
+                "first one, and the second does not matter",
+                _says(
+                    lambda: [
+                        nn.Conv2d(3, 4, 3),
+                        nn.BatchNorm2d(4),
+                        nn.Conv2d(4, 4, 3, padding=1),
+                    ],
+                    [False, True, False],
+                ),
+            ),
+            Case(
+                "no running statistics",
+                "track_running_stats=False: it uses the batch's mean in eval mode too, which no "
+                "weight knows",
+                _says(
+                    lambda: [
+                        nn.Conv2d(3, 4, 3),
+                        nn.BatchNorm2d(4, track_running_stats=False),
+                    ],
+                    [False, False],
                 ),
             ),
         ),

@@ -20,7 +20,8 @@ def step_bytes(parameters: int, activation_bytes: int, optimizer: str) -> int:
     """Return the bytes of float32 weights, gradients, optimizer's state and saved activations.
 
     All of them at once. The true peak is another: backward frees activations while it makes
-    gradients, and temporaries come on top.
+    gradients, and temporaries come on top. Ten million parameters, AdamW and 200 million bytes of
+    activations: 160 + 200 = 360 million.
     """
     state_bytes = {"sgd": 0, "momentum": 4, "adamw": 8}[optimizer]
     return (4 + 4 + state_bytes) * parameters + activation_bytes
@@ -121,6 +122,7 @@ class _Losses:
     def __init__(self, *values: float) -> None:
         self._values = values
         self._graphs: weakref.WeakSet[_Kept] = weakref.WeakSet()
+        self.leaves: list[Tensor] = []
         self.most_alive = 0
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -136,6 +138,7 @@ class _Losses:
             return kept
 
         leaf = torch.ones((), requires_grad=True)
+        self.leaves.append(leaf)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
             return leaf * torch.tensor(value)  # keeps the factor
 
@@ -154,6 +157,12 @@ def _one_graph_at_a_time(f: Any) -> bool:
     losses = _Losses(4.0, 3.0, 2.0, 1.0)
     f(iter(losses))
     return losses.most_alive <= 1
+
+
+def _no_backward(f: Any) -> bool:
+    losses = _Losses(2.0, 1.0)
+    f(iter(losses))
+    return all(leaf.grad is None for leaf in losses.leaves)
 
 
 EXERCISES = (
@@ -192,8 +201,8 @@ EXERCISES = (
         hints=(
             "How many numbers does a parameter have beside itself: in backward, and in the "
             "optimizer? A float32 number has 4 bytes.",
-            "Print optimizer.state after one step of each: which of its tensors are as large as "
-            "the weight?",
+            "After one step of each, print the shapes in optimizer.state: which of its tensors are "
+            "as large as the weight?",
         ),
         solution=step_bytes,
     ),
@@ -219,7 +228,8 @@ EXERCISES = (
             Case(
                 "a longest segment",
                 "7 blocks: 2 segments keep 2 + 4 = 6, as the longer one has 4 blocks, and 3 keep "
-                "3 + 3 = 6 as well; the smaller k is 2. A rounded square root says 3",
+                "3 + 3 = 6 as well; the smaller k is 2. A rounded square root says 3, "
+                "and so does n / k that is not rounded up",
                 _are({7: 2, 8: 2}),
             ),
             Case(
@@ -309,6 +319,12 @@ EXERCISES = (
                 "or a list of losses keeps them all, with the activations inside; take the number "
                 "out of each loss before you ask for the next",
                 _one_graph_at_a_time,
+            ),
+            Case(
+                "no backward pass",
+                "backward() frees the graphs, and leaves gradients in the parameters that the next "
+                "training step would add to: validation has no backward pass",
+                _no_backward,
             ),
         ),
         hints=(

@@ -56,6 +56,13 @@ def _of_images() -> tuple[nn.Module, Tensor]:
         return nn.Sequential(*layers), torch.zeros(1, 1, 16, 16)
 
 
+def _of_convolutions() -> tuple[nn.Module, Tensor]:
+    """Its convolutions take buffers inside of kernels, which are no tensors."""
+    with torch.random.fork_rng(devices=[]):
+        layers = [nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.Conv2d(16, 16, 5, padding=2)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(4096, 10)), torch.zeros(1, 1, 16, 16)
+
+
 def _estimated(model: nn.Module, sample: Tensor, n: int) -> int:
     batch = torch.empty(n, *sample.shape[1:], device="meta")
     return estimate(model, batch, torch.optim.SGD(model.parameters(), lr=0.1)).peak_bytes
@@ -127,6 +134,12 @@ LARGEST_BATCH = Exercise(
             "peak is at the end of backward, with many at its beginning, so no straight line "
             "through 1 and 2 samples leads there",
             _fits_just(_deep, 50, 100),
+        ),
+        Case(
+            "buffers inside of kernels",
+            "a network of convolutions, in which 6 samples fit: what kernels take inside is part "
+            "of the peak, so look at peak_bytes and not at tensor_bytes",
+            _fits_just(_of_convolutions, 6, 100),
         ),
         Case(
             "a real step",

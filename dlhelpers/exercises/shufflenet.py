@@ -16,7 +16,10 @@ __all__ = ["EXERCISES"]
 
 
 def multiply_adds(c1: int, c2: int, kernel: int, hw: int, groups: int) -> int:
-    """Return what a convolution does: each of hw c2 outputs sums kernel^2 c1 / groups products."""
+    """Return what a convolution does: each of hw c2 outputs sums kernel^2 c1 / groups products.
+
+    So in 64 groups 64 times fewer than dense, whatever kernel and pixels.
+    """
     return hw * c2 * kernel**2 * c1 // groups
 
 
@@ -114,6 +117,11 @@ EXERCISES = (
                 _counts(32, 32, 1, 7, 4),
             ),
             Case(
+                "groups that change the channels",
+                "32 to 64 channels, 1x1, in 4 groups: each of the 64 outputs sums 8 products",
+                _counts(32, 64, 1, 7, 4),
+            ),
+            Case(
                 "depthwise",
                 "24 channels, 3x3, in 24 groups: 9 products an output",
                 _counts(24, 24, 3, 9, 24),
@@ -121,8 +129,7 @@ EXERCISES = (
         ),
         hints=(
             "How many numbers does the output have? How many products is each one the sum of?",
-            "In groups, an output sees c1 / groups channels. Is that a division of the whole "
-            "product?",
+            "In groups, an output sees c1 / groups channels: divide the product by groups.",
         ),
         solution=multiply_adds,
     ),
@@ -149,6 +156,11 @@ EXERCISES = (
                 "output stay whole",
                 _moves(64, 64, 14, 4),
             ),
+            Case(
+                "groups that change the channels",
+                "32 to 64 channels in 4 groups: 64 rows of 8 weights",
+                _moves(32, 64, 14, 4),
+            ),
         ),
         hints=(
             "Three tensors take part. How many elements has each?",
@@ -163,9 +175,9 @@ EXERCISES = (
         "from each group in turn.",
         cases=(
             Case(
-                "two groups of three",
-                "channels 0 1 2 | 3 4 5 become 0 3 1 4 2 5",
-                _shuffles(6, 2, 2, 3),
+                "two groups of two",
+                "channels 0 1 | 2 3 become 0 2 1 3",
+                _shuffles(4, 2, 2, 2),
             ),
             Case(
                 "three groups of two",
@@ -182,6 +194,11 @@ EXERCISES = (
                 "nothing to mix",
                 "one group stays as it is",
                 _shuffles(4, 1, 3, 3),
+            ),
+            Case(
+                "sequences",
+                "x may have one dimension behind the channels, or three: [N, C, ...]",
+                _shuffles(6, 2, 5),
             ),
         ),
         hints=(
@@ -228,20 +245,20 @@ EXERCISES = (
         "machine with so many 10^9 FLOP and bytes a second.",
         cases=(
             Case(
-                "arithmetic decides",
-                "10^9 FLOP and 10^6 bytes at 100 GFLOP/s and 10 GB/s: 10 ms of arithmetic against "
-                "0.1 ms of memory",
-                _takes(1e9, 1e6, 100, 10, 0.01),
-            ),
-            Case(
-                "memory decides",
-                "10^6 FLOP and 10^9 bytes on the same machine: 0.1 s of memory",
-                _takes(1e6, 1e9, 100, 10, 0.1),
+                "units",
+                "10^9 FLOP and no bytes at 100 GFLOP/s: 0.01 s. GFLOP/s are 10^9 a second",
+                _takes(1e9, 0, 100, 10, 0.01),
             ),
             Case(
                 "side by side",
                 "2 * 10^9 FLOP and 10^8 bytes: 20 ms and 10 ms, at the same time, 20 ms and not 30",
                 _takes(2e9, 1e8, 100, 10, 0.02),
+            ),
+            Case(
+                "memory decides",
+                "10^6 FLOP and 10^9 bytes on the same machine: 0.1 s of memory, the longer of the "
+                "two",
+                _takes(1e6, 1e9, 100, 10, 0.1),
             ),
         ),
         hints=(
