@@ -1,0 +1,189 @@
+"""Can a network learn to live with rounding? Round weights and inputs in the forward pass.
+
+Weights are symmetric with one scale s for each output channel. A BatchNorm behind the layer then
+needs no simulation of its own: folding it scales a channel's weights and, with them, their grid,
+
+    round(g w / (g s)) g s = g (round(w / s) s),        g > 0
+
+so what was trained is what is folded and quantized later, to the last step.
+
+Source: Jacob et al. 2018, arXiv:1712.05877, section 3 (training with simulated quantization);
+Krishnamoorthi 2018, arXiv:1806.08342, section 3.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dlhelpers.quantization.affine import choose_affine
+from dlhelpers.quantization.batches import read_batches, run_float
+from dlhelpers.quantization.calibrate import Calibrator
+from dlhelpers.quantization.fake import fake_quantize, layers_of, weight_affine
+
+__all__ = ["AwareModel", "quantize_aware", "simulate"]
+
+
+class _RoundedWeight(nn.Module):
+    """Parametrization of a weight: rounded to a grid that follows it."""
+
+    def __init__(self, layer: nn.Module, bits: int, per_channel: bool) -> None:
+        super().__init__()
+        self._axis = weight_affine(layer, bits, per_channel=per_channel).axis
+        self._bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        grid = choose_affine(weight.detach(), bits=self._bits, symmetric=True, axis=self._axis)
+        return fake_quantize(weight, grid)
+
+
+class _RoundedInput(nn.Module):
+    """Round what goes into a layer; the range is a moving average of the batches' ends."""
+
+    def __init__(self, bits: int, momentum: float) -> None:
+        super().__init__()
+        self._bits, self._momentum = bits, momentum
+        self.is_frozen = False
+        self.register_buffer("ends", torch.full((2,), torch.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (self.training and not self.is_frozen) or torch.isnan(self.ends).any():
+            ends = torch.stack((x.detach().min(), x.detach().max())).to(self.ends)
+            if torch.isfinite(ends).all():
+                is_first = torch.isnan(self.ends).any()
+                self.ends.copy_(ends if is_first else self.ends.lerp(ends, self._momentum))
+        low, high = self.ends.tolist()
+        grid = choose_affine((low, high), bits=self._bits, signed=False)
+        return fake_quantize(x, grid)
+
+
+class AwareModel(nn.Module):
+    """A copy of a model whose convolutions and linear layers round weights and inputs.
+
+    It trains as the model does; ``finish`` gives the plain float model back.
+
+    Attributes:
+        model: the copy.
+        bits: of both grids.
+    """
+
+    def __init__(self, model: nn.Module, bits: int, per_channel: bool, momentum: float) -> None:
+        super().__init__()
+        self.bits = bits
+        self.model = copy.deepcopy(model)
+        layers = layers_of(self.model)
+        if not layers:
+            raise ValueError("the model has neither convolutions nor linear layers to round")
+        shared = [n for n, layer in layers.items() if parametrize.is_parametrized(layer)]
+        if shared:
+            raise ValueError(
+                f"{shared[0]} has a parametrization already (weight_norm, spectral_norm): take it "
+                "off with torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        self._inputs = nn.ModuleDict()
+        for name, layer in layers.items():
+            rounding = _RoundedInput(bits, momentum)
+            self._inputs[name.replace(".", "/")] = rounding
+            layer.register_forward_pre_hook(
+                lambda _, given, rounding=rounding: (rounding(given[0]), *given[1:])
+            )
+            rounded = _RoundedWeight(layer, bits, per_channel)
+            parametrize.register_parametrization(layer, "weight", rounded, unsafe=True)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Return what the model returns, computed with rounded weights and inputs."""
+        return self.model(*inputs, **options)
+
+    def freeze(self) -> AwareModel:
+        """Let the inputs' ranges and BatchNorm's statistics stay as they are from now on.
+
+        For the last epochs, as the statistics of a deployed network no longer move.
+        """
+        for rounding in self._inputs.values():
+            rounding.is_frozen = True
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+        return self
+
+    def finish(self) -> nn.Module:
+        """Return a float model in eval mode with the trained weights, to be quantized."""
+        model = copy.deepcopy(self.model)
+        for layer in layers_of(model).values():
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            layer._forward_pre_hooks.clear()
+        for module in model.modules():
+            module.__dict__.pop("train", None)
+        return model.eval()
+
+
+def quantize_aware(
+    model: nn.Module, *, bits: int = 8, per_channel: bool = True, momentum: float = 0.01
+) -> AwareModel:
+    """Return a copy of a model that trains with rounded weights and inputs.
+
+    Train it for some epochs at a low learning rate, then hand it to ``quantize_static``.
+
+    Args:
+        model: float32, trained as a rule; it is left untouched.
+        bits: of weights and inputs.
+        per_channel: a scale for each output channel of the weights, else one for all.
+        momentum: of the inputs' moving average.
+
+    Raises:
+        ValueError: no convolution or linear layer, or one with a parametrization already.
+
+    >>> aware = quantize_aware(nn.Sequential(nn.Linear(4, 3)), bits=4)
+    >>> aware(torch.rand(8, 4)).sum().backward()
+    >>> type(aware.finish()[0]).__name__
+    'Linear'
+    """
+    if not 2 <= bits <= 16:
+        raise ValueError(f"bits must lie between 2 and 16, got {bits}")
+    return AwareModel(model, bits, per_channel, momentum)
+
+
+def simulate(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    bits: int = 8,
+    calibrator: str = "min-max",
+    per_channel: bool = True,
+) -> AwareModel:
+    """Return a copy that computes with rounded weights and inputs, calibrated and not trained.
+
+    For any number of bits; it is as fast as float at best, and shows what an engine would lose.
+
+    Args:
+        model: float32; taken in eval mode, left untouched.
+        calibration: batches, as for ``quantize_static``.
+        bits, per_channel: as for :func:`quantize_aware`.
+        calibrator: one of ``calibrate.CALIBRATORS``, for the inputs' ranges.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3))
+    >>> simulate(net, [torch.rand(8, 4)], bits=8)(torch.rand(2, 4)).shape
+    torch.Size([2, 3])
+    """
+    batches = read_batches(calibration)
+    aware = quantize_aware(model, bits=bits, per_channel=per_channel).eval()
+    plain = copy.deepcopy(model).eval()
+    seen: dict[str, Calibrator] = {}
+    for name, layer in layers_of(plain).items():
+        seen[name] = Calibrator(calibrator, bits=bits)
+        layer.register_forward_pre_hook(
+            lambda _, given, calibrator=seen[name]: calibrator.observe(given[0])
+        )
+    run_float(plain, batches)
+    for name, found in seen.items():
+        rounding = aware._inputs[name.replace(".", "/")]
+        rounding.is_frozen = True
+        if found.has_seen:
+            rounding.ends.copy_(torch.tensor(found.range()))
+    return aware

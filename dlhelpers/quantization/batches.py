@@ -1,0 +1,171 @@
+"""What may stand for a model's inputs: batches of tensors, checked before anything long begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+__all__ = ["Outputs", "read_batches", "run_float", "sqnr_db"]
+
+Batch = tuple[Any, ...]
+
+
+class Outputs:
+    """The tensors of a model's output, and how to put them back into its structure."""
+
+    def __init__(self, output: Any) -> None:
+        leaves, self._spec = _pytree.tree_flatten(output)
+        self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self._leaves = leaves
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def restore(self, tensors: Iterable[Tensor]) -> Any:
+        """Return other tensors in the same structure."""
+        given = iter(tensors)
+        leaves = [
+            next(given) if is_tensor else leaf
+            for is_tensor, leaf in zip(self._is_tensor, self._leaves, strict=True)
+        ]
+        return _pytree.tree_unflatten(leaves, self._spec)
+
+
+def read_batches(calibration: Any) -> list[Batch]:
+    """Return the batches as tuples of positional inputs.
+
+    Args:
+        calibration: an iterable of tensors or of tuples; one tensor is one batch.
+
+    Raises:
+        TypeError: no iterable of tensors or tuples.
+        ValueError: no batch, an empty one, values that are not finite, or batches whose shapes
+            differ in more than the first dimension.
+    """
+    if isinstance(calibration, Tensor):
+        calibration = [calibration]
+    if not isinstance(calibration, Iterable):
+        raise TypeError(
+            "calibration must be an iterable of tensors or of tuples of the model's positional "
+            f"inputs, such as [images] or a list of batches, got {type(calibration).__name__}"
+        )
+    batches: list[Batch] = []
+    for index, item in enumerate(calibration):
+        batch = tuple(item) if isinstance(item, tuple | list) else (item,)
+        if not any(isinstance(value, Tensor) for value in batch):
+            raise TypeError(
+                f"batch {index} of calibration holds no tensor but {type(item).__name__}: give "
+                "tensors, or tuples of the model's positional inputs"
+            )
+        for place, value in enumerate(batch):
+            if isinstance(value, Tensor):
+                _check(index, place, value, batches[0][place] if batches else value)
+        batches.append(batch)
+        if len(batch) != len(batches[0]):
+            raise ValueError(
+                f"batch {index} of calibration has {len(batch)} inputs, the first has "
+                f"{len(batches[0])}"
+            )
+    if not batches:
+        raise ValueError(
+            "calibration is empty: give some batches of real inputs, a hundred samples are enough "
+            "(a generator that was read once is empty the second time)"
+        )
+    return batches
+
+
+def _check(index: int, place: int, value: Tensor, first: Tensor) -> None:
+    where = f"input {place} of calibration batch {index}"
+    if not value.numel():
+        raise ValueError(f"{where} is empty, of shape {list(value.shape)}: leave it out")
+    if value.dtype.is_floating_point and not torch.isfinite(value).all():
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(
+            f"{where} has {bad} values that are not finite, of {value.numel()}: look at how the "
+            "inputs are loaded and normalised"
+        )
+    if value.shape[1:] != first.shape[1:] or value.dtype != first.dtype:
+        raise ValueError(
+            f"{where} is {value.dtype} {list(value.shape)}, in the first batch it is "
+            f"{first.dtype} {list(first.shape)}: all batches must have one type and one size but "
+            "for the first dimension; resize or pad them"
+        )
+
+
+def run_float(model: Callable[..., Any], batches: list[Batch]) -> list[Outputs]:
+    """Return a model's outputs for each batch, without gradients.
+
+    Raises:
+        ValueError: it cannot be called with a batch, gives no floating-point tensor, or one whose
+            values are not finite.
+    """
+    found = []
+    for index, batch in enumerate(batches):
+        shapes = ", ".join(
+            str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+            for value in batch
+        )
+        try:
+            with torch.no_grad():
+                outputs = Outputs(model(*batch))
+        except Exception as error:
+            raise ValueError(
+                f"the model raises on calibration batch {index} with inputs {shapes}: "
+                f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}. Give "
+                "the model's positional inputs alone, in its order, without labels"
+            ) from error
+        floats = [t for t in outputs.tensors if t.dtype.is_floating_point]
+        if not floats:
+            raise ValueError(
+                "the model's output holds no floating-point tensor: there is nothing whose error "
+                "could be measured"
+            )
+        if not all(torch.isfinite(t).all() for t in floats):
+            raise ValueError(
+                f"the model's own float32 output for calibration batch {index} is not finite: "
+                "mend that first"
+            )
+        found.append(outputs)
+    return found
+
+
+def sqnr_db(wanted: list[list[Tensor]], found: list[list[Tensor]]) -> float:
+    """Return the signal-to-quantization-noise ratio in dB, of the worst of the outputs.
+
+        10 log10(sum y^2 / sum (y - y')^2)
+
+    Args:
+        wanted, found: for each batch the output's tensors; whole numbers are not looked at.
+
+    Returns:
+        Infinite where nothing differs; minus infinite where a value is not finite or shapes differ.
+
+    >>> round(sqnr_db([[torch.tensor([3.0, 4.0])]], [[torch.tensor([3.0, 4.5])]]), 1)
+    20.0
+    """
+    signal: dict[int, float] = {}
+    noise: dict[int, float] = {}
+    for ys, zs in zip(wanted, found, strict=True):
+        if len(ys) != len(zs):
+            return -math.inf
+        for place, (y, z) in enumerate(zip(ys, zs, strict=True)):
+            if not y.dtype.is_floating_point:
+                continue
+            if y.shape != z.shape or not torch.isfinite(z).all():
+                return -math.inf
+            y = y.double()
+            signal[place] = signal.get(place, 0.0) + float(y.square().sum())
+            noise[place] = noise.get(place, 0.0) + float((y - z.double()).square().sum())
+    return min(
+        (_db(signal[place], noise[place]) for place in signal),
+        default=math.inf,
+    )
+
+
+def _db(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

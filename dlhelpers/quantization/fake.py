@@ -1,0 +1,87 @@
+"""What does a layer compute when its weights and its input are rounded to a grid?
+
+    x' = S (clip(round(x / S) + Z) - Z),    dx'/dx = 1 inside the range, 0 outside
+
+in float32, so that rounding can be watched, layer by layer, and trained against: the gradient
+passes the rounding as if it were not there (straight-through estimator).
+
+Sources: Jacob et al. 2018, arXiv:1712.05877, section 3; Bengio et al. 2013, arXiv:1308.3432.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from dlhelpers.quantization.affine import Affine, choose_affine, dequantize, quantize
+
+__all__ = ["fake_quantize", "layers_of", "rounded", "weight_affine"]
+
+
+def fake_quantize(x: Tensor, affine: Affine) -> Tensor:
+    """Return x rounded to the grid, in x's type, with the straight-through gradient.
+
+    >>> import torch
+    >>> x = torch.tensor([0.26, 3.0], requires_grad=True)
+    >>> y = fake_quantize(x, choose_affine((-1.0, 1.0), bits=2, symmetric=True))
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist()
+    ([0.0, 1.0], [1.0, 0.0])
+    """
+    low, high = (Affine.spread(_of(affine, end), x)[0] for end in (affine.low, affine.high))
+    inside = x.clamp(low.to(x), high.to(x))
+    on_grid = dequantize(quantize(x, affine), affine).to(x.dtype)
+    return inside + (on_grid - inside).detach()
+
+
+def _of(affine: Affine, values: Tensor) -> Affine:
+    return Affine(
+        values, affine.zero_point, affine.qmin, affine.qmax, affine.axis, affine.group_size
+    )
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the convolutions and linear layers, by qualified name, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _ConvNd | nn.Linear)
+    }
+
+
+def weight_affine(layer: nn.Module, bits: int = 8, *, per_channel: bool = True) -> Affine:
+    """Return the symmetric grid of a layer's weights, by default one scale for each output.
+
+    The outputs of a transposed convolution with groups share the scales of their place in the
+    group, as the weight's dimension 1 has it.
+    """
+    axis = int(isinstance(layer, _ConvTransposeNd))
+    return choose_affine(
+        layer.weight.detach(), bits=bits, symmetric=True, axis=axis if per_channel else None
+    )
+
+
+@contextmanager
+def rounded(
+    layer: nn.Module, *, weight: Affine | None = None, inputs: Affine | None = None
+) -> Iterator[None]:
+    """Let a layer compute with rounded weights or rounded inputs inside of a ``with`` block."""
+    kept = layer.weight.data
+    hook = None
+    if inputs is not None:
+
+        def round_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (fake_quantize(arguments[0], inputs), *arguments[1:])
+
+        hook = layer.register_forward_pre_hook(round_input)
+    try:
+        if weight is not None:
+            layer.weight.data = fake_quantize(kept, weight)
+        yield
+    finally:
+        layer.weight.data = kept
+        if hook is not None:
+            hook.remove()

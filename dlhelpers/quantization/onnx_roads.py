@@ -1,0 +1,329 @@
+"""ONNX Runtime and OpenVINO: export once, choose ranges by our calibrators, write Q and DQ nodes.
+
+The exported graph is run batch by batch with its inner tensors as outputs; a calibrator for each
+sees them and keeps a histogram. ONNX Runtime's quantizer then writes QuantizeLinear and
+DequantizeLinear around the operators, and both engines make integer kernels of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlhelpers.quantization.batches import Batch, sqnr_db
+from dlhelpers.quantization.calibrate import Calibrator
+from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, with_free_batch
+
+__all__ = [
+    "graph_of",
+    "onnxruntime_float",
+    "onnxruntime_int8",
+    "openvino_float",
+    "openvino_int8",
+    "runner",
+]
+
+_AUTO = ("min-max", "percentile", "mse")
+_INT8_OPERATORS = ("QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "ConvInteger")
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+class _Graph:
+    """An ONNX graph of the float model, the ranges of its tensors, and its quantized copies."""
+
+    def __init__(self, task: Task) -> None:
+        needed("onnx", "onnxruntime", "onnxscript", extra="engines")
+        self.threads = task.threads
+        self.proto, self.fixed_batch = _exported(task)
+        self.calibrators = self._observe(task)
+
+    def _observe(self, task: Task) -> dict[str, dict[str, Calibrator]]:
+        import onnx
+        import onnxruntime
+        from onnxruntime.quantization.calibrate import CalibraterBase
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(self.proto.SerializeToString())
+            base = CalibraterBase(path, op_types_to_calibrate=_operators())
+            names, _ = base.select_tensors_to_calibrate(self.proto)
+        watched = onnx.ModelProto()
+        watched.CopyFrom(self.proto)
+        for name in sorted(names - {output.name for output in watched.graph.output}):
+            watched.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        options = self._options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = _session(watched.SerializeToString(), options)
+        outputs = [output.name for output in session.get_outputs()]
+        methods = _AUTO if task.calibrator == "auto" else (task.calibrator,)
+        found = {method: {name: Calibrator(method) for name in sorted(names)} for method in methods}
+        for batch in task.batches:
+            arrays = session.run(None, _fed(session, batch))
+            for name, array in zip(outputs, arrays, strict=True):
+                if name in names:
+                    for calibrators in found.values():
+                        calibrators[name].observe(torch.from_numpy(np.atleast_1d(array)))
+        return found
+
+    def quantized(
+        self,
+        method: str,
+        *,
+        operators: tuple[str, ...] = (),
+        float_layers: frozenset[str] = frozenset(),
+        reduce_range: bool = False,
+    ) -> bytes:
+        """Return the graph with Q and DQ nodes: u8 activations, s8 weights for each channel."""
+        import onnx
+        from onnxruntime.quantization import QuantType
+        from onnxruntime.quantization.calibrate import (
+            CalibrationMethod,
+            TensorData,
+            TensorsData,
+        )
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+        ranges = {}
+        for name, calibrator in self.calibrators[method].items():
+            low, high = calibrator.range()
+            ranges[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
+        copied = onnx.ModelProto()
+        copied.CopyFrom(self.proto)
+        left_out = [node.name for node in copied.graph.node if _scopes(node) & float_layers]
+        quantizer = QDQQuantizer(
+            copied,
+            True,  # a scale for each output channel of the weights
+            reduce_range,
+            QuantType.QInt8,
+            QuantType.QUInt8,
+            TensorsData(CalibrationMethod.MinMax, ranges),
+            [],
+            left_out,
+            list(operators) or _operators(),
+            {},
+        )
+        quantizer.quantize_model()
+        return quantizer.model.model.SerializeToString()
+
+    def _options(self) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        return options
+
+    def session(self, data: bytes) -> tuple[Any, Counter[str]]:
+        """Return a session and how often each operator stands in its optimised graph."""
+        import onnx
+
+        options = self._options()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimised.onnx"
+            options.optimized_model_filepath = str(path)
+            session = _session(data, options)
+            graph = onnx.load(path, load_external_data=False).graph
+        return session, Counter(node.op_type for node in graph.node)
+
+
+def _exported(task: Task) -> tuple[Any, bool]:
+    """Return the model as ONNX, and whether its batch size is fixed."""
+    failed = None
+    for given, shapes in (with_free_batch(task.batches[0]), (task.batches[0], None)):
+        try:
+            with quiet(), torch.no_grad():
+                program = torch.onnx.export(
+                    task.model,
+                    given,
+                    dynamo=True,
+                    verbose=False,
+                    dynamic_shapes=shapes,
+                    external_data=False,
+                )
+            return program.model_proto, shapes is None
+        except Exception as error:
+            failed = error
+    raise RoadError(f"torch.onnx.export raises: {_line(failed)}") from failed
+
+
+def _line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else repr(error))[:160]
+
+
+def _operators() -> list[str]:
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    return sorted({*QDQRegistry, *QLinearOpsRegistry})
+
+
+def _scopes(node: Any) -> set[str]:
+    """Return the names of the modules that a node stems from."""
+    for entry in node.metadata_props:
+        if entry.key == "pkg.torch.onnx.name_scopes":
+            return set(ast.literal_eval(entry.value)) - {""}
+    return set()
+
+
+def _session(data: bytes, options: Any) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _fed(session: Any, batch: Batch) -> dict[str, np.ndarray]:
+    tensors = [t for t in batch if isinstance(t, Tensor)]
+    names = [given.name for given in session.get_inputs()]
+    return {n: t.contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
+
+
+def graph_of(task: Task) -> _Graph:
+    """Return the exported graph, made once for a task."""
+    if "graph" not in task.shared:
+        try:
+            task.shared["graph"] = _Graph(task)
+        except RoadError as error:
+            task.shared["graph"] = error
+    if isinstance(task.shared["graph"], RoadError):
+        raise task.shared["graph"]
+    return task.shared["graph"]
+
+
+def runner(session: Any) -> Callable[[Batch], list[Tensor]]:
+    """Return a session as a road's function."""
+    names = [given.name for given in session.get_inputs()]
+
+    def run(batch: Batch) -> list[Tensor]:
+        tensors = (t for t in batch if isinstance(t, Tensor))
+        fed = {n: t.contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(np.asarray(array)) for array in session.run(None, fed)]
+
+    return run
+
+
+def onnxruntime_float(task: Task) -> Road:
+    """Return the model in ONNX Runtime, float32."""
+    graph = graph_of(task)
+    data = graph.proto.SerializeToString()
+    session, _ = graph.session(data)
+    return Road(
+        "ONNX Runtime float32", "onnxruntime", "float32", runner(session), len(data), 0,
+        _fixed(graph), data,
+    )  # fmt: skip
+
+
+def _fixed(graph: _Graph) -> str:
+    return "for this batch size alone" if graph.fixed_batch else ""
+
+
+def onnxruntime_int8(
+    task: Task, *, reduce_range: bool = False, products_alone: bool = False
+) -> Road:
+    """Return the model in ONNX Runtime, int8, by the calibrator that gives the best SQNR.
+
+    Args:
+        task: with ``float_layers`` those stay float.
+        reduce_range: weights of 7 bits, whose sums of two products cannot overflow 16 bits.
+        products_alone: quantize convolutions and matrix products, nothing else.
+    """
+    graph = graph_of(task)
+    operators = _PRODUCTS if products_alone else ()
+    best: tuple[float, str, bytes, Any, int] | None = None
+    for method in graph.calibrators:
+        data = graph.quantized(
+            method,
+            operators=operators,
+            float_layers=task.float_layers,
+            reduce_range=reduce_range,
+        )
+        session, counts = graph.session(data)
+        run = runner(session)
+        ratio = sqnr_db(task.wanted, [run(batch) for batch in task.alike])
+        if best is None or ratio > best[0]:
+            kernels = sum(counts[name] for name in _INT8_OPERATORS)
+            best = ratio, method, data, session, kernels
+    _, method, data, session, kernels = best
+    notes = [f"calibrated by {method}", "7-bit weights" * reduce_range]
+    notes += ["only convolutions and products" * products_alone]
+    if task.float_layers:
+        notes.append(f"{len(task.float_layers)} layers float")
+    notes.append(_fixed(graph))
+    name = "ONNX Runtime int8" + ", reduced range" * reduce_range
+    return Road(
+        name, "onnxruntime", "int8", runner(session), len(data), kernels,
+        ", ".join(filter(None, notes)), data,
+    )  # fmt: skip
+
+
+class _OpenVino:
+    """A model in OpenVINO, compiled anew for each shape of the inputs."""
+
+    def __init__(self, data: bytes, precision: str, threads: int) -> None:
+        needed("openvino", extra="engines")
+        import openvino
+
+        self._core = openvino.Core()
+        self._data = data
+        self._settings = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
+
+    def request(self, tensors: list[Tensor]) -> Any:
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        if shapes not in self._requests:
+            model = self._core.read_model(io.BytesIO(self._data))
+            model.reshape({given: list(s) for given, s in zip(model.inputs, shapes, strict=True)})
+            compiled = self._core.compile_model(model, "CPU", self._settings)
+            if len(self._requests) >= 8:
+                self._requests.pop(next(iter(self._requests)))
+            self._requests[shapes] = compiled.create_infer_request()
+        return self._requests[shapes]
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        tensors = [t.contiguous() for t in batch if isinstance(t, Tensor)]
+        request = self.request(tensors)
+        request.infer({i: t.numpy() for i, t in enumerate(tensors)}, share_inputs=True)
+        return [
+            torch.from_numpy(request.get_output_tensor(i).data.copy())
+            for i in range(len(request.model_outputs))
+        ]
+
+    def int8_kernels(self, batch: Batch) -> int:
+        """Return how many products run on 8-bit integers."""
+        request = self.request([t for t in batch if isinstance(t, Tensor)])
+        counted = 0
+        for operator in request.get_compiled_model().get_runtime_model().get_ordered_ops():
+            facts: Mapping[str, Any] = operator.get_rt_info()
+            kind, precision = (facts[key].astype(str) for key in ("layerType", "runtimePrecision"))
+            is_product = kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+            counted += is_product and precision in ("i8", "u8")
+        return counted
+
+
+def openvino_float(task: Task, *, precision: str = "float32") -> Road:
+    """Return the model in OpenVINO, float32 or bfloat16."""
+    graph = graph_of(task)
+    data = graph.proto.SerializeToString()
+    run = _OpenVino(data, {"float32": "f32", "bfloat16": "bf16"}[precision], task.threads)
+    return Road(f"OpenVINO {precision}", "openvino", precision, run, len(data), 0, "", data)
+
+
+def openvino_int8(task: Task, road: Road) -> Road:
+    """Return ONNX Runtime's quantized graph in OpenVINO."""
+    run = _OpenVino(road.onnx, "f32", task.threads)
+    kernels = run.int8_kernels(task.batches[0])
+    name = road.name.replace("ONNX Runtime", "OpenVINO")
+    note = ", ".join(filter(None, ("ONNX Runtime's file", road.note)))
+    return Road(name, "openvino", "int8", run, road.nbytes, kernels, note, road.onnx)

@@ -1,0 +1,111 @@
+"""What became of each road, and which one was taken?"""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass
+
+from dlhelpers.measure import Comparison
+from dlhelpers.tables import html_table, text_table
+
+__all__ = ["QuantizationReport", "RoadRow"]
+
+
+@dataclass(frozen=True)
+class RoadRow:
+    """One road.
+
+    Attributes:
+        name: such as ``ONNX Runtime int8``.
+        precision: ``float32``, ``bfloat16`` or ``int8``.
+        speed: time of the fastest float32 road / of this one, with its interval; None for that
+            road itself and for one that dropped out.
+        sqnr_db: signal over the error of the worst output, against the model as given; infinite
+            where they are equal, None where it never ran.
+        nbytes: on disk; None where it was not built.
+        int8_kernels: operators that compute with 8-bit integers.
+        accuracy: on the test data given; None without them.
+        dropped: why it was not raced; empty if it was.
+        note: on how it was built.
+    """
+
+    name: str
+    precision: str
+    speed: Comparison | None = None
+    sqnr_db: float | None = None
+    nbytes: int | None = None
+    int8_kernels: int = 0
+    accuracy: float | None = None
+    dropped: str = ""
+    note: str = ""
+
+    def _cells(self, taken: bool, baseline: bool) -> list[str]:
+        speed = "1 (baseline)" if baseline else "" if self.speed is None else _interval(self.speed)
+        return [
+            f"{'-> ' if taken else ''}{self.name}",
+            f"dropped: {self.dropped}" if self.dropped else self.note,
+            speed,
+            ""
+            if self.sqnr_db is None
+            else "equal"
+            if self.sqnr_db > 200
+            else f"{self.sqnr_db:.1f}",
+            "" if self.nbytes is None else f"{self.nbytes / 2**20:.2f}",
+            str(self.int8_kernels or ""),
+            "" if self.accuracy is None else f"{self.accuracy:.1%}",
+        ]
+
+
+def _interval(speed: Comparison) -> str:
+    if not math.isfinite(speed.high):
+        return f"{speed.speedup:.3g}"
+    return f"{speed.speedup:.3g} [{speed.low:.3g}, {speed.high:.3g}]"
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """The roads that were tried.
+
+    Attributes:
+        rows: in the order in which they were tried.
+        chosen: name of the road that was taken.
+        baseline: name of the fastest float32 road, which the others are compared with.
+        min_sqnr_db: what a road had to reach.
+        why: why this road, in a sentence.
+        notes: what else a reader should know.
+    """
+
+    rows: tuple[RoadRow, ...]
+    chosen: str
+    baseline: str
+    min_sqnr_db: float
+    why: str
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> RoadRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no road {name!r}, there are {', '.join(row.name for row in self.rows)}")
+
+    _HEAD = (
+        *("road", "how, or why not"),
+        *("speed", "SQNR (dB)", "MiB", "int8 kernels", "accuracy"),
+    )
+
+    def _table(self) -> list[list[str]]:
+        return [row._cells(row.name == self.chosen, row.name == self.baseline) for row in self.rows]
+
+    def __str__(self) -> str:
+        table = text_table(self._HEAD, self._table(), names=2)
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([self.why, f"speed against {self.baseline}:", table, *notes])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        table = html_table(self._HEAD, self._table(), names=2)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        why = html.escape(f"{self.why} Speed against {self.baseline}:")
+        return f"<p>{why}</p>{table}{notes}"

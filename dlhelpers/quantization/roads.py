@@ -1,0 +1,125 @@
+"""What is a road: one way to run a model, and what must be known to build it?"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers.quantization.batches import Batch, Outputs
+
+__all__ = ["Road", "RoadError", "Task", "needed", "quiet", "with_free_batch"]
+
+
+class RoadError(RuntimeError):
+    """A road cannot be taken; the message says why, in a line."""
+
+
+@dataclass(frozen=True)
+class Road:
+    """One way to run the model, built.
+
+    Attributes:
+        name: such as ``ONNX Runtime int8``.
+        engine: what has to be installed to run it again, such as ``onnxruntime``.
+        precision: ``float32``, ``bfloat16`` or ``int8``.
+        run: a batch -> the output's tensors, in float32.
+        nbytes: on disk.
+        int8_kernels: operators that compute with 8-bit integers.
+        note: what a reader should know; empty for nothing.
+        onnx: the model as an ONNX file, where it is one.
+    """
+
+    name: str
+    engine: str
+    precision: str
+    run: Callable[[Batch], list[Tensor]]
+    nbytes: int
+    int8_kernels: int = 0
+    note: str = ""
+    onnx: bytes | None = field(default=None, repr=False)
+
+
+@dataclass
+class Task:
+    """What every road starts from.
+
+    Attributes:
+        model: float32, in eval mode, BatchNorm folded.
+        batches: to calibrate on.
+        outputs: of the model as it was given, for each batch.
+        calibrator: a method of ``calibrate.CALIBRATORS`` or ``auto``.
+        threads: of torch, for every engine.
+        float_layers: names of layers that shall stay float.
+        shared: what roads build once for all of them.
+    """
+
+    model: nn.Module
+    batches: list[Batch]
+    outputs: list[Outputs]
+    calibrator: str
+    threads: int
+    float_layers: frozenset[str] = frozenset()
+    shared: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def alike(self) -> list[Batch]:
+        """The batches of the first one's sizes, which every road can run."""
+        return [batch for batch in self.batches if _sizes(batch) == _sizes(self.batches[0])]
+
+    @property
+    def wanted(self) -> list[list[Tensor]]:
+        """The float outputs' tensors, for each batch of the first one's sizes."""
+        return [
+            outputs.tensors
+            for batch, outputs in zip(self.batches, self.outputs, strict=True)
+            if _sizes(batch) == _sizes(self.batches[0])
+        ]
+
+
+def _sizes(batch: Batch) -> list[Any]:
+    return [value.shape for value in batch if isinstance(value, Tensor)]
+
+
+def with_free_batch(batch: Batch) -> tuple[Batch, tuple[Any, ...]]:
+    """Return example inputs and ``dynamic_shapes`` that leave the first dimension open.
+
+    A size of 1 would be taken for a constant; such a batch is doubled.
+    """
+    if all(len(t) == 1 for t in batch if isinstance(t, Tensor) and t.dim()):
+        batch = tuple(torch.cat((t, t)) if isinstance(t, Tensor) and t.dim() else t for t in batch)
+    free = tuple(
+        {0: torch.export.Dim.DYNAMIC} if isinstance(t, Tensor) and t.dim() else None for t in batch
+    )
+    return batch, free
+
+
+def needed(*modules: str, extra: str) -> None:
+    """Raise a RoadError that says what to install where a package is missing."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise RoadError(
+                f'{module} is not installed: pip install "dlhelpers[{extra}]"'
+            ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back what exporters, compilers and deprecated modules say while they work."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

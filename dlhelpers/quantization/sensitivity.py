@@ -1,0 +1,185 @@
+"""Which layer costs most when it is rounded? Round one at a time, and look at the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers.quantization.affine import Affine, choose_affine
+from dlhelpers.quantization.batches import Batch, Outputs, read_batches, run_float, sqnr_db
+from dlhelpers.quantization.calibrate import Calibrator
+from dlhelpers.quantization.fake import layers_of, rounded, weight_affine
+from dlhelpers.tables import html_table, text_table
+
+__all__ = ["LayerRow", "SensitivityReport", "ranked_layers", "sensitivity"]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer, rounded alone.
+
+    Attributes:
+        name: qualified.
+        kind: its type's name.
+        sqnr_db: of the model's output with this layer's weights and input rounded.
+        weights_db, inputs_db: with the one or the other rounded alone.
+        accuracy_lost: points of accuracy (0 to 1) against the float model; None without targets.
+    """
+
+    name: str
+    kind: str
+    sqnr_db: float
+    weights_db: float
+    inputs_db: float
+    accuracy_lost: float | None = None
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """The layers, the one that costs most first.
+
+    Attributes:
+        rows: ordered by ``accuracy_lost`` where targets were given, then by ``sqnr_db``.
+        bits: of the grid.
+    """
+
+    rows: tuple[LayerRow, ...]
+    bits: int
+
+    _HEAD = ("layer", "type", "SQNR (dB)", "weights alone", "input alone", "accuracy lost")
+
+    def _table(self) -> list[list[str]]:
+        return [
+            [
+                *(row.name, row.kind),
+                *(f"{value:.1f}" for value in (row.sqnr_db, row.weights_db, row.inputs_db)),
+                "" if row.accuracy_lost is None else f"{100 * row.accuracy_lost:.1f} points",
+            ]
+            for row in self.rows
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits, one layer at a time:\n" + text_table(
+            self._HEAD, self._table(), names=2
+        )
+
+    def _repr_html_(self) -> str:
+        title = f"<p>{self.bits} bits, one layer at a time:</p>"
+        return title + html_table(self._HEAD, self._table(), names=2)
+
+
+def sensitivity(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    bits: int = 8,
+    calibrator: str = "min-max",
+    targets: Tensor | None = None,
+) -> SensitivityReport:
+    """Return which layer costs most when its weights and its input are rounded to n bits.
+
+    Weights are rounded symmetrically with a scale for each output channel, inputs asymmetrically
+    with one scale; every other layer stays float.
+
+    Args:
+        model: float32; taken in eval mode, left as it is.
+        data: batches, as for ``quantize_static``.
+        bits: 2 to 16.
+        calibrator: that chooses the inputs' ranges.
+        targets: class numbers [N] of all batches' samples together, for the accuracy lost.
+
+    Raises:
+        TypeError, ValueError: as ``quantize_static``; a model without convolutions and linear
+            layers; targets of another length.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> [row.kind for row in sensitivity(net, [torch.rand(16, 4)], bits=4).rows]
+    ['Linear', 'Linear']
+    """
+    batches = read_batches(data)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        wanted = [outputs.tensors for outputs in run_float(model, batches)]
+        if not layers_of(model):
+            raise ValueError("the model has neither convolutions nor linear layers to round")
+        grids = _input_grids(model, batches, bits, calibrator)
+        right = None if targets is None else _share_right(wanted, targets)
+        rows = []
+        for name, layer in layers_of(model).items():
+            if name not in grids:
+                continue
+            weight, inputs = weight_affine(layer, bits), grids[name]
+            both = _outputs(model, batches, layer, weight, inputs)
+            rows.append(
+                LayerRow(
+                    name,
+                    type(layer).__name__,
+                    sqnr_db(wanted, both),
+                    sqnr_db(wanted, _outputs(model, batches, layer, weight, None)),
+                    sqnr_db(wanted, _outputs(model, batches, layer, None, inputs)),
+                    None if right is None else right - _share_right(both, targets),
+                )
+            )
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    rows.sort(key=lambda row: (-(row.accuracy_lost or 0.0), row.sqnr_db))
+    return SensitivityReport(tuple(rows), bits)
+
+
+def ranked_layers(model: nn.Module, batches: list[Batch]) -> list[str]:
+    """Return the layers' names, the one whose rounding to 8 bits costs most first."""
+    few = batches[:2]
+    return [row.name for row in sensitivity(model, few).rows]
+
+
+def _input_grids(
+    model: nn.Module, batches: list[Batch], bits: int, calibrator: str
+) -> dict[str, Affine]:
+    """Return the grid of each layer's input, of those that are called."""
+    seen: dict[str, Calibrator] = {}
+    hooks = []
+    for name, layer in layers_of(model).items():
+
+        def watch(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
+            seen.setdefault(name, Calibrator(calibrator, bits=bits)).observe(arguments[0])
+
+        hooks.append(layer.register_forward_pre_hook(watch))
+    try:
+        for batch in batches:
+            with torch.no_grad():
+                model(*batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: choose_affine(found.range(), bits=bits, signed=False) for name, found in seen.items()
+    }
+
+
+def _outputs(
+    model: nn.Module,
+    batches: list[Batch],
+    layer: nn.Module,
+    weight: Affine | None,
+    inputs: Affine | None,
+) -> list[list[Tensor]]:
+    with torch.no_grad(), rounded(layer, weight=weight, inputs=inputs):
+        return [Outputs(model(*batch)).tensors for batch in batches]
+
+
+def _share_right(outputs: list[list[Tensor]], targets: Tensor) -> float:
+    predicted = torch.cat([tensors[0] for tensors in outputs]).argmax(1)
+    if predicted.shape != targets.shape:
+        raise ValueError(
+            f"targets must be {list(predicted.shape)}, one class number a sample of all batches, "
+            f"got {list(targets.shape)}"
+        )
+    share = (predicted == targets).double().mean().item()
+    return share if math.isfinite(share) else 0.0

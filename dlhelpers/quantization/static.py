@@ -1,0 +1,223 @@
+"""Which way of running a model is fastest here, and still right? Build them all, and race them.
+
+Every road that is installed is built, its output compared with the model's (signal over error in
+dB), its graph searched for integer kernels, and its time measured in pairs against the fastest
+float32 road. The fastest right one is returned.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers.fusion import fuse_conv_bn
+from dlhelpers.quantization import onnx_roads, torch_roads
+from dlhelpers.quantization.aware import AwareModel
+from dlhelpers.quantization.batches import read_batches, run_float
+from dlhelpers.quantization.calibrate import CALIBRATORS
+from dlhelpers.quantization.report import RoadRow
+from dlhelpers.quantization.roads import Road, Task
+from dlhelpers.quantization.sensitivity import ranked_layers
+from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take, tried
+
+__all__ = ["ENGINES", "folded_copy", "quantize_static"]
+
+ENGINES: tuple[str, ...] = (
+    "eager",
+    "compile",
+    "onnxruntime",
+    "openvino",
+    "pt2e",
+    *torch_roads.ENGINES,
+)
+
+
+def quantize_static(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    calibrator: str = "auto",
+    engine: str | Sequence[str] = "auto",
+    min_sqnr_db: float = 20.0,
+    test: tuple[Tensor, Tensor] | None = None,
+    budget_s: float = 1.0,
+    progress: bool | None = None,
+) -> QuantizedModel:
+    """Return the model on the fastest road of this machine whose error stays within the bound.
+
+    Roads: eager float32 (BatchNorm folded, channels_last), compiled, ONNX Runtime, OpenVINO,
+    bfloat16, and int8 by ONNX Runtime, OpenVINO, torchao's PT2E and torch.ao's engines. Where no
+    whole-int8 road reaches the bound, only convolutions and products are quantized; then the layers
+    that cost most stay float; then the fastest float road is taken, and the report says so.
+
+    Args:
+        model: float32, on the CPU; it is copied, and taken in eval mode. One that
+            ``quantize_aware`` has trained is finished first.
+        calibration: an iterable of tensors, or of tuples of positional inputs; real inputs, a
+            hundred samples or so, all held in memory. Speed is measured on the first batch.
+        calibrator: one of ``calibrate.CALIBRATORS`` for ONNX Runtime's and OpenVINO's roads, or
+            ``auto``: the best in SQNR of min-max, percentile and MSE. torch's roads have observers
+            of their own.
+        engine: ``auto`` for all of ``ENGINES``, or one or some of them; eager is always raced.
+        min_sqnr_db: the least signal-to-quantization-noise ratio of the worst output.
+        test: (inputs [N, ...], class numbers [N]), whose accuracy each road's row shows.
+        budget_s: seconds of measuring for each road.
+        progress: a bar over the roads; None draws it in a terminal only.
+
+    Raises:
+        TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
+            model raises on it; an unknown calibrator or engine; a model that is not on the CPU.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
+    >>> fast(torch.rand(2, 3, 8, 8)).shape
+    torch.Size([2, 10])
+    """
+    engines = _engines(engine)
+    if calibrator != "auto" and calibrator not in CALIBRATORS:
+        raise ValueError(
+            f'calibrator={calibrator!r} is neither "auto" nor one of {", ".join(CALIBRATORS)}'
+        )
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"the model is on {tensor.device}, these roads are the CPU's: .cpu()")
+    batches = read_batches(calibration)
+    original = (model.finish() if isinstance(model, AwareModel) else copy.deepcopy(model)).eval()
+    outputs = run_float(original, batches)
+    folded, notes = folded_copy(original, batches[0])
+    task = Task(folded, batches, outputs, calibrator, torch.get_num_threads())
+
+    start = perf_counter()
+    rows, roads = built(task, _plan(engines), min_sqnr_db, progress)
+    if not any(road.precision == "int8" for road in roads.values()):
+        more_rows, more_roads = _mixed(task, engines, rows, min_sqnr_db)
+        rows, roads = [*rows, *more_rows], roads | more_roads
+    return take(
+        task,
+        rows,
+        roads,
+        min_sqnr_db=min_sqnr_db,
+        test=test,
+        budget_s=budget_s,
+        notes=notes,
+        start=start,
+    )
+
+
+def _engines(engine: str | Sequence[str]) -> tuple[str, ...]:
+    asked = ENGINES if engine == "auto" else (engine,) if isinstance(engine, str) else tuple(engine)
+    unknown = [name for name in asked if name not in ENGINES]
+    if unknown or not asked:
+        wrong = ", ".join(map(repr, unknown)) or "no engine"
+        raise ValueError(f'{wrong}: engine must be "auto" or among {", ".join(ENGINES)}')
+    return tuple(dict.fromkeys(("eager", *asked)))
+
+
+def folded_copy(model: nn.Module, batch: tuple[Any, ...]) -> tuple[nn.Module, list[str]]:
+    """Return the model with BatchNorm folded, and what to say of it."""
+    try:
+        folded, report = fuse_conv_bn(model, batch)
+    except Exception as error:  # whatever stops the fold does not stop the roads
+        return model, [f"BatchNorm was not folded: {str(error).splitlines()[0]}"]
+    notes = [f"{len(report.left)} of {report.found} BatchNorms stay"] if report.left else []
+    return folded, notes
+
+
+def _plan(engines: tuple[str, ...]) -> dict[str, tuple[str, Builder]]:
+    """Return name -> (precision, builder) of the roads of the engines asked for."""
+    vnni = not _saturates()
+    plan: dict[str, tuple[str, Builder]] = {
+        "eager float32": ("float32", torch_roads.eager),
+        "eager float32, channels_last": ("float32", partial(torch_roads.eager, channels_last=True)),
+        "eager bfloat16": ("bfloat16", torch_roads.half),
+    }
+    if "compile" in engines:
+        plan["torch.compile float32"] = ("float32", torch_roads.compiled)
+    if "onnxruntime" in engines:
+        plan["ONNX Runtime float32"] = ("float32", onnx_roads.onnxruntime_float)
+    if "openvino" in engines:
+        plan["OpenVINO float32"] = ("float32", onnx_roads.openvino_float)
+        plan["OpenVINO bfloat16"] = (
+            "bfloat16",
+            partial(onnx_roads.openvino_float, precision="bfloat16"),
+        )
+    for reduced in (False,) if vnni else (False, True):
+        tail = ", reduced range" * reduced
+        if "onnxruntime" in engines:
+            build = partial(onnx_roads.onnxruntime_int8, reduce_range=reduced)
+            plan[f"ONNX Runtime int8{tail}"] = ("int8", build)
+        if "openvino" in engines:
+            build = partial(_in_openvino, reduce_range=reduced)
+            plan[f"OpenVINO int8{tail}"] = ("int8", build)
+    if "pt2e" in engines:
+        plan["PT2E int8"] = ("int8", torch_roads.pt2e)
+    for name in torch_roads.ENGINES:
+        if name in engines:
+            build = partial(torch_roads.torch_ao, engine=name)
+            plan[f"torch.ao {name} int8"] = ("int8", build)
+    return plan
+
+
+def _saturates() -> bool:
+    """Whether u8 by s8 products are added in pairs into 16 bits, which overflow: AVX2 alone."""
+    from dlhelpers import machine
+
+    simd = set(machine.describe().simd)
+    return "avx2" in simd and not simd & {"avx512_vnni", "avx_vnni"}
+
+
+def _in_openvino(task: Task, **options: bool) -> Road:
+    key = tuple(sorted(options.items())), task.float_layers
+    built = task.shared.setdefault("quantized", {})
+    if key not in built:
+        built[key] = onnx_roads.onnxruntime_int8(task, **options)
+    return onnx_roads.openvino_int8(task, built[key])
+
+
+def _mixed(
+    task: Task, engines: tuple[str, ...], rows: list[RoadRow], min_sqnr_db: float
+) -> tuple[list[RoadRow], dict[str, Road]]:
+    """Quantize less, until the bound is met: products alone, then without the worst layers."""
+    if not {"onnxruntime", "openvino"} & set(engines) or not any(
+        row.precision == "int8" and row.sqnr_db is not None and "ONNX" in row.note + row.name
+        for row in rows
+    ):
+        return [], {}
+    reduced = _saturates()
+    options = {"reduce_range": reduced, "products_alone": True}
+    order = ranked_layers(task.model, task.batches)
+
+    def builders(count: int) -> Iterator[tuple[str, Builder, Task]]:
+        kept = frozenset(order[:count])
+        mixed = replace(task, float_layers=kept, shared=task.shared)
+        if "onnxruntime" in engines:
+            yield "ONNX Runtime int8, mixed", partial(onnx_roads.onnxruntime_int8, **options), mixed
+        if "openvino" in engines:
+            yield "OpenVINO int8, mixed", partial(_in_openvino, **options), mixed
+
+    found: tuple[list[RoadRow], dict[str, Road]] = [], {}
+    for count in _counts(len(order)):
+        found = [], {}
+        for name, build, mixed in builders(count):
+            row, road = tried(name, "int8", build, mixed, min_sqnr_db)
+            found[0].append(row)
+            if road is not None:
+                found[1][name] = road
+        if found[1]:
+            break
+    return found
+
+
+def _counts(layers: int) -> Iterator[int]:
+    yield 0
+    count = 1
+    while count < layers:
+        yield count
+        count *= 2

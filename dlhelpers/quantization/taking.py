@@ -1,0 +1,170 @@
+"""Build the roads, keep the right ones, race them, and take the fastest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from torch import Tensor, nn
+
+from dlhelpers import training
+from dlhelpers.measure import Comparison
+from dlhelpers.quantization.batches import Outputs, sqnr_db
+from dlhelpers.quantization.racing import fastest, raced
+from dlhelpers.quantization.report import QuantizationReport, RoadRow
+from dlhelpers.quantization.roads import Road, RoadError, Task
+
+__all__ = ["Builder", "QuantizedModel", "built", "take", "tried"]
+
+Builder = Callable[[Task], Road]
+Test = tuple[Tensor, Tensor]
+
+
+class QuantizedModel(nn.Module):
+    """The model on the road that was taken; called as the model was, for inference alone.
+
+    Not differentiable, and without parameters: what it computes with lives in the engine.
+    """
+
+    def __init__(self, road: Road, outputs: Outputs | None, report: QuantizationReport) -> None:
+        super().__init__()
+        self._road, self._outputs, self._report = road, outputs, report
+        self.eval()
+
+    def forward(self, *inputs: Any) -> Any:
+        """Return what the model returns, in its structure.
+
+        Args:
+            inputs: the model's positional inputs, on the CPU.
+        """
+        found = self._road.run(inputs)
+        return found if self._outputs is None else self._outputs.restore(found)
+
+    def report(self) -> QuantizationReport:
+        """Return what became of every road."""
+        return self._report
+
+    def save(self, path: Any) -> None:
+        """Write the ONNX file of the road that was taken.
+
+        Raises:
+            ValueError: it is one of torch's roads, which have no file of their own.
+        """
+        if self._road.onnx is None:
+            raise ValueError(
+                f'{self._road.name} has no ONNX file: quantize with engine="onnxruntime" for one'
+            )
+        Path(path).write_bytes(self._road.onnx)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self._road.name} lives in an engine and cannot be pickled or copied: write it with "
+            "save(path), or quantize again"
+        )
+
+
+def built(
+    task: Task,
+    plan: dict[str, tuple[str, Builder]],
+    min_sqnr_db: float,
+    progress: bool | None,
+) -> tuple[list[RoadRow], dict[str, Road]]:
+    """Return a row for every road, and those that are right."""
+    from tqdm.auto import tqdm
+
+    hidden = not (sys.stderr.isatty() if progress is None else progress)
+    rows, roads = [], {}
+    with tqdm(plan.items(), leave=False, delay=1, disable=hidden) as bar:
+        for name, (precision, build) in bar:
+            bar.set_postfix_str(name, refresh=True)
+            row, road = tried(name, precision, build, task, min_sqnr_db)
+            rows.append(row)
+            if road is not None:
+                roads[name] = road
+    return rows, roads
+
+
+def tried(
+    name: str, precision: str, build: Builder, task: Task, min_sqnr_db: float
+) -> tuple[RoadRow, Road | None]:
+    """Build one road and look at its output; return its row, and the road if it is right."""
+    row = RoadRow(name, precision)
+    try:
+        road = build(task)
+        ratio = sqnr_db(task.wanted, [road.run(batch) for batch in task.alike])
+    except RoadError as error:
+        return replace(row, dropped=str(error)), None
+    except Exception as error:  # an engine's own failure is a fact to report
+        lines = str(error).strip().splitlines() or [""]
+        return replace(row, dropped=f"{type(error).__name__}: {lines[0][:120]}"), None
+    row = replace(
+        row,
+        sqnr_db=ratio,
+        nbytes=road.nbytes,
+        int8_kernels=road.int8_kernels,
+        note=road.note,
+    )
+    if precision == "int8" and not road.int8_kernels:
+        return replace(row, dropped="its graph holds no int8 kernel"), None
+    if ratio < min_sqnr_db:
+        bound = f"SQNR {ratio:.1f} dB lies below {min_sqnr_db:g} dB"
+        return replace(row, dropped=bound), None
+    return row, road
+
+
+def take(
+    task: Task,
+    rows: list[RoadRow],
+    roads: dict[str, Road],
+    *,
+    min_sqnr_db: float,
+    test: Test | None,
+    budget_s: float,
+    notes: list[str],
+    start: float,
+) -> QuantizedModel:
+    """Race the roads and return the model on the fastest, with the report."""
+    batch = task.batches[0]
+    speeds, baseline = raced(roads, batch, budget_s)
+    chosen = fastest(roads, speeds, baseline, batch, budget_s)
+    rows = [_finished(row, roads.get(row.name), speeds, test, task.outputs[0]) for row in rows]
+    shapes = [list(t.shape) for t in batch if isinstance(t, Tensor)]
+    threads = f"{task.threads} thread{'s' * (task.threads > 1)}"
+    notes = [*notes, f"{threads}, batches of {shapes}, {perf_counter() - start:.0f} s in all"]
+    why = _why(roads, chosen, rows, min_sqnr_db)
+    report = QuantizationReport(tuple(rows), chosen, baseline, min_sqnr_db, why, tuple(notes))
+    return QuantizedModel(roads[chosen], task.outputs[0], report)
+
+
+def _finished(
+    row: RoadRow,
+    road: Road | None,
+    speeds: dict[str, Comparison],
+    test: tuple[Tensor, Tensor] | None,
+    outputs: Outputs,
+) -> RoadRow:
+    if road is None:
+        return row
+    accuracy = None
+    if test is not None:
+        runner = QuantizedModel(road, outputs, None)
+        accuracy = training.accuracy(runner, *test)
+    return replace(row, speed=speeds.get(row.name), accuracy=accuracy)
+
+
+def _why(roads: dict[str, Road], chosen: str, rows: list[RoadRow], min_sqnr_db: float) -> str:
+    precision = roads[chosen].precision
+    if precision == "int8":
+        return f"{chosen}: the fastest road within {min_sqnr_db:g} dB."
+    tried = [row for row in rows if row.precision == "int8"]
+    if not tried:
+        return f"{chosen}: the fastest road; no int8 engine was asked for."
+    if any(row.name in roads for row in tried):
+        return f"{chosen}: no int8 road is faster."
+    return (
+        f"{chosen}: no int8 road was built or reached {min_sqnr_db:g} dB, so the model stays float."
+    )

@@ -1,0 +1,212 @@
+"""torch's own roads: eager and compiled float, half precision, the engines of torch.ao, PT2E."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers import machine
+from dlhelpers.quantization.batches import Batch, Outputs
+from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, with_free_batch
+
+__all__ = [
+    "ENGINES",
+    "bytes_of",
+    "compiled",
+    "eager",
+    "engine_set",
+    "half",
+    "pt2e",
+    "runner",
+    "torch_ao",
+    "with_engine",
+]
+
+ENGINES: tuple[str, ...] = ("x86", "onednn", "qnnpack")
+_HALF = {"avx512_bf16", "amx_bf16", "neon_bf16"}
+
+
+def runner(model: Callable[..., Any]) -> Callable[[Batch], list[Tensor]]:
+    """Return the model as a road's function."""
+
+    def run(batch: Batch) -> list[Tensor]:
+        with torch.no_grad():
+            return Outputs(model(*batch)).tensors
+
+    return run
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Return how long the saved ``state_dict`` is."""
+    buffer = io.BytesIO()
+    with quiet():
+        torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
+def eager(task: Task, *, channels_last: bool = False) -> Road:
+    """Return the model in eager mode, float32, BatchNorm folded."""
+    if not channels_last:
+        return Road("eager float32", "eager", "float32", runner(task.model), bytes_of(task.model))
+    if not any(isinstance(t, Tensor) and t.dim() == 4 for t in task.batches[0]):
+        raise RoadError("no input has four dimensions")
+    model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)
+    plainly = runner(model)
+
+    def run(batch: Batch) -> list[Tensor]:
+        return plainly(
+            tuple(
+                t.contiguous(memory_format=torch.channels_last)
+                if isinstance(t, Tensor) and t.dim() == 4
+                else t
+                for t in batch
+            )
+        )
+
+    return Road("eager float32, channels_last", "eager", "float32", run, bytes_of(model))
+
+
+def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
+    """Return the model in eager mode with weights and inputs in half precision."""
+    name = str(dtype).removeprefix("torch.")
+    model = copy.deepcopy(task.model).to(dtype)
+    plainly = runner(model)
+
+    def run(batch: Batch) -> list[Tensor]:
+        given = (
+            t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t for t in batch
+        )
+        return [t.float() if t.dtype == dtype else t for t in plainly(tuple(given))]
+
+    has = sorted(_HALF & set(machine.describe().simd))
+    note = (
+        f"the processor has {', '.join(has)}" if has else "the processor has no instruction for it"
+    )
+    return Road(f"eager {name}", "eager", name, run, bytes_of(model), 0, note)
+
+
+def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
+    """Compile with constant weights; a new shape of inputs compiles again."""
+    from torch._inductor import config
+
+    function = torch.compile(model)
+    plainly = runner(function)
+    seen: set[tuple[Any, ...]] = set()
+
+    def run(batch: Batch) -> list[Tensor]:
+        shapes = tuple(tuple(t.shape) for t in batch if isinstance(t, Tensor))
+        if shapes in seen:
+            return plainly(batch)
+        with quiet(), config.patch(freezing=True):
+            found = plainly(batch)
+        seen.add(shapes)
+        return found
+
+    return run
+
+
+def compiled(task: Task) -> Road:
+    """Return the compiled model with frozen weights, float32."""
+    if machine.describe().compiler is None:
+        raise RoadError("no C++ compiler was found: torch.compile needs one")
+    run = _frozen(copy.deepcopy(task.model))
+    run(task.batches[0])
+    return Road("torch.compile float32", "compile", "float32", run, bytes_of(task.model))
+
+
+@contextmanager
+def engine_set(name: str) -> Iterator[None]:
+    """Let torch.ao use an engine inside of a ``with`` block."""
+    kept = torch.backends.quantized.engine
+    torch.backends.quantized.engine = name
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = kept
+
+
+def with_engine(run: Callable[[Batch], Any], name: str) -> Callable[[Batch], Any]:
+    """Return the function, run with an engine of torch.ao whatever is set."""
+
+    def switched(batch: Batch) -> Any:
+        if torch.backends.quantized.engine == name:
+            return run(batch)
+        with engine_set(name):
+            return run(batch)
+
+    return switched
+
+
+def torch_ao(task: Task, engine: str) -> Road:
+    """Return the model quantized by torch.ao's FX workflow for one of its engines.
+
+    Its own observers choose the ranges.
+    """
+    if engine not in torch.backends.quantized.supported_engines:
+        raise RoadError(f"this build of torch has no engine {engine}")
+    try:
+        with quiet():
+            from torch.ao.quantization import get_default_qconfig_mapping
+            from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    except ImportError as error:
+        raise RoadError("this version of torch has no torch.ao.quantization any more") from error
+    with engine_set(engine), quiet(), torch.no_grad():
+        observed = prepare_fx(
+            copy.deepcopy(task.model), get_default_qconfig_mapping(engine), task.batches[0]
+        )
+        for batch in task.batches:
+            observed(*batch)
+        model = convert_fx(observed)
+    run = with_engine(runner(model), engine)
+    kernels = sum(  # a quantized layer's weight is a method
+        "quantized" in type(module).__module__ and callable(getattr(module, "weight", None))
+        for module in model.modules()
+    )
+    return Road(
+        f"torch.ao {engine} int8", engine, "int8", run, bytes_of(model), kernels,
+        "calibrated by torch's observers",
+    )  # fmt: skip
+
+
+def pt2e(task: Task) -> Road:
+    """Return the model quantized by torchao's PT2E for the x86 Inductor, compiled and frozen."""
+    needed("torchao", extra="quant")
+    if machine.describe().compiler is None:
+        raise RoadError("no C++ compiler was found: torch.compile needs one")
+    with quiet(), torch.no_grad():
+        from torch._dynamo.utils import counters
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+        batch = task.batches[0]
+        given, free = with_free_batch(batch)
+        try:
+            exported = torch.export.export(task.model, given, dynamic_shapes=free).module()
+            fixed = ""
+        except Exception:  # a model whose sizes depend on the batch's
+            exported = torch.export.export(task.model, batch).module()
+            fixed = ", for this batch size alone"
+        quantizer = x86.X86InductorQuantizer()
+        quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+        observed = prepare_pt2e(exported, quantizer)
+        for given in task.alike if fixed else task.batches:
+            observed(*given)
+        model = convert_pt2e(observed)
+        before = sum(v for k, v in counters["inductor"].items() if _is_lowered(k))
+        run = _frozen(model)
+        run(batch)
+        kernels = sum(v for k, v in counters["inductor"].items() if _is_lowered(k)) - before
+    return Road(
+        "PT2E int8", "pt2e", "int8", run, bytes_of(model), kernels,
+        "calibrated by torchao's observers" + fixed,
+    )  # fmt: skip
+
+
+def _is_lowered(counter: str) -> bool:
+    return counter.startswith(("qconv", "qlinear")) and counter.endswith("lower_count")
