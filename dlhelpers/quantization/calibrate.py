@@ -151,7 +151,7 @@ class Calibrator:
         if self.symmetric:
             t = place(share, edges, inside)
             return -t, t
-        tail = (1 - inside) / 2
+        tail = (100 - self.percentile) / 200
         if self.like:
             return place(share, edges, tail), place(share, edges, 1 - tail)
         # data of one sign have one tail: nothing is cut off at 0

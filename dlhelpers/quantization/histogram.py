@@ -27,7 +27,7 @@ class Histogram:
 
     Attributes:
         counts: int64 [B].
-        edges: float64 [B + 1].
+        edges: float64 [B + 1]; float32 for |x| with ``append``, whose new ends are summed up.
         zeros: values that are exactly 0 and counted in no bin; with ``merge`` alone.
 
     >>> histogram = Histogram(8)
@@ -60,12 +60,16 @@ class Histogram:
             values = nonzero
         largest = float(np.abs(values).max()) if values.size else 0.0
         if largest > self.edges[-1]:
-            self._widen(largest, float(values.min()))
+            self._widen(largest, values)
         if not self.edges[-1]:  # nothing but zeros so far
             self.counts[len(self.counts) // 2] += values.size
             return
-        ends = (self.edges[0], self.edges[-1])
-        self.counts += np.histogram(values, len(self.counts), range=ends)[0]
+        if self.absolute and self.grow == "append":
+            self.counts += np.histogram(values, self.edges)[0]
+            self.edges = self.edges.astype(np.float32)
+        else:
+            ends = (self.edges[0], self.edges[-1])
+            self.counts += np.histogram(values, len(self.counts), range=ends)[0]
 
     @property
     def full_counts(self) -> np.ndarray:
@@ -74,11 +78,12 @@ class Histogram:
         counts[0 if self.absolute else len(counts) // 2] += self.zeros
         return counts
 
-    def _widen(self, largest: float, least: float) -> None:
+    def _widen(self, largest: float, values: np.ndarray) -> None:
         bins = len(self.counts)
         if not self.edges[-1]:
-            start = least if self.grow == "append" else 0.0
-            self._lay(start if self.absolute else -largest, largest, bins)
+            self._lay(0.0 if self.absolute else -largest, largest, bins)
+            if self.absolute and self.grow == "append":
+                self.edges = np.histogram_bin_edges(values, bins).astype(np.float32)
             return
         if self.grow == "append" and self._append(largest):
             return
@@ -99,9 +104,13 @@ class Histogram:
         sides = 1 if self.absolute else 2
         if bins + sides * more > _MOST_BINS:
             return False
-        self.counts = np.pad(self.counts, (0 if self.absolute else more, more))
-        end = old + more * width
-        self._lay(self.edges[0] if self.absolute else -end, end, len(self.counts))
+        if self.absolute:
+            new = np.arange(old + width, np.float32(largest) + width, width)
+            self.edges = np.hstack((self.edges, new))
+            self.counts = np.pad(self.counts, (0, len(new)))
+            return True
+        self.counts = np.pad(self.counts, more)
+        self._lay(-old - more * width, old + more * width, len(self.counts))
         return True
 
     def _lay(self, start: float, end: float, bins: int) -> None:

@@ -110,7 +110,7 @@ def requantize(
     ``qnnpack``    the same
     ``fbgemm``     the bias stays real: (a + b / (Sx Sw)) M; else the same
     ``onednn``     (a Sx Sw + b) / Sy + Z in float32; rounded once, Z included
-    fixed point    M = 2^-n M0 in int32 alone; ties away from zero (Jacob et al., section 2.2)
+    fixed point    M = 2^-n M0 in int32 alone: ties of the product up, of the shift away from 0
     =============  ==============================================================================
 
     Args:
