@@ -1,4 +1,5 @@
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlhelpers import shufflenet
@@ -142,21 +144,20 @@ every_model = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
+@contextmanager
 def attention_as_products():
     """torch's counter has no formula for attention as one operator."""
     torch.backends.mha.set_fastpath_enabled(False)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         yield
     torch.backends.mha.set_fastpath_enabled(True)
 
 
 @every_model
-@pytest.mark.usefixtures("attention_as_products")
 def test_conv_and_linear_flops_are_torchs_own_exactly(name):
     model = torchvision.models.get_model(name).eval()
     x = torch.zeros(1, 3, 224, 224)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with attention_as_products(), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x)
     costs = costs_of(model, x)
     assert costs.flops == counter.get_total_flops() == 2 * costs.multiply_adds
