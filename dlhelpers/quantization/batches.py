@@ -60,15 +60,15 @@ def read_batches(calibration: Any) -> list[Batch]:
                 f"batch {index} of calibration holds no tensor but {type(item).__name__}: give "
                 "tensors, or tuples of the model's positional inputs"
             )
+        first = batches[0] if batches else batch
+        if len(batch) != len(first):
+            raise ValueError(
+                f"batch {index} of calibration has {len(batch)} inputs, the first has {len(first)}"
+            )
         for place, value in enumerate(batch):
             if isinstance(value, Tensor):
-                _check(index, place, value, batches[0][place] if batches else value)
+                _check(index, place, value, first[place])
         batches.append(batch)
-        if len(batch) != len(batches[0]):
-            raise ValueError(
-                f"batch {index} of calibration has {len(batch)} inputs, the first has "
-                f"{len(batches[0])}"
-            )
     if not batches:
         raise ValueError(
             "calibration is empty: give some batches of real inputs, a hundred samples are enough "
@@ -156,9 +156,9 @@ def sqnr_db(wanted: list[list[Tensor]], found: list[list[Tensor]]) -> float:
                 continue
             if y.shape != z.shape or not torch.isfinite(z).all():
                 return -math.inf
-            y = y.double()
+            y, z = y.detach().double(), z.detach().double()
             signal[place] = signal.get(place, 0.0) + float(y.square().sum())
-            noise[place] = noise.get(place, 0.0) + float((y - z.double()).square().sum())
+            noise[place] = noise.get(place, 0.0) + float((y - z).square().sum())
     return min(
         (_db(signal[place], noise[place]) for place in signal),
         default=math.inf,

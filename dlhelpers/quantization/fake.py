@@ -1,6 +1,6 @@
 """What does a layer compute when its weights and its input are rounded to a grid?
 
-    x' = S (clip(round(x / S) + Z) - Z),    dx'/dx = 1 inside the range, 0 outside
+    x' = S (clip(round(x / S) + Z) - Z),    dx'/dx = 1 where nothing is clipped, else 0
 
 in float32, so that rounding can be watched, layer by layer, and trained against: the gradient
 passes the rounding as if it were not there (straight-through estimator).
@@ -31,16 +31,13 @@ def fake_quantize(x: Tensor, affine: Affine) -> Tensor:
     >>> y.tolist(), x.grad.tolist()
     ([0.0, 1.0], [1.0, 0.0])
     """
-    low, high = (Affine.spread(_of(affine, end), x)[0] for end in (affine.low, affine.high))
-    inside = x.clamp(low.to(x), high.to(x))
+    scale, zero_point = affine.spread(x)
+    # what rounds to the first or the last integer is inside: the largest weight learns, too
+    low, high = affine.qmin - zero_point - 0.5, affine.qmax - zero_point + 0.5
+    steps = x.detach() / scale
+    passed = x * ((steps >= low) & (steps <= high)).to(x.dtype)
     on_grid = dequantize(quantize(x, affine), affine).to(x.dtype)
-    return inside + (on_grid - inside).detach()
-
-
-def _of(affine: Affine, values: Tensor) -> Affine:
-    return Affine(
-        values, affine.zero_point, affine.qmin, affine.qmax, affine.axis, affine.group_size
-    )
+    return passed + (on_grid - passed).detach()
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

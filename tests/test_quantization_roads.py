@@ -1,0 +1,586 @@
+"""Roads, layers and training with rounding, on real engines; what is measured is not asserted."""
+
+import copy
+import importlib
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dlhelpers.fusion import fuse_conv_bn
+from dlhelpers.measure import Comparison
+from dlhelpers.quantization import (
+    choose_affine,
+    dequantize,
+    quantize,
+    quantize_aware,
+    quantize_dynamic,
+    quantize_static,
+    racing,
+    roads,
+    sensitivity,
+    simulate,
+    static,
+    taking,
+)
+from dlhelpers.quantization.batches import Outputs, sqnr_db
+from dlhelpers.quantization.fake import fake_quantize, layers_of, rounded, weight_affine
+from dlhelpers.quantization.kernels import linear_accumulate
+
+FAST = {"budget_s": 0.05, "progress": False}
+ONNX = ("onnx", "onnxruntime", "onnxscript")
+has_onnx = all(importlib.util.find_spec(name) for name in ONNX)
+has_openvino = has_onnx and importlib.util.find_spec("openvino") is not None
+needs_onnx = pytest.mark.skipif(not has_onnx, reason="the extra engines is not installed")
+needs_openvino = pytest.mark.skipif(not has_openvino, reason="OpenVINO is not installed")
+ENGINES = [
+    *(e for e in ("x86", "onednn", "qnnpack") if e in torch.backends.quantized.supported_engines),
+    pytest.param("onnxruntime", marks=needs_onnx),
+    pytest.param("openvino", marks=needs_openvino),
+]
+SIGN = {"onnxruntime": "ONNX Runtime int8", "openvino": "OpenVINO int8"}
+
+
+def with_statistics(model, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+    return model
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [nn.Conv2d(16, 16, 3, groups=16, bias=False), nn.BatchNorm2d(16), nn.ReLU6()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    return with_statistics(nn.Sequential(*layers))
+
+
+def images(n=8, seed=0):
+    return torch.rand(n, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+class TwoInTwoOut(nn.Module):
+    """Several inputs, one of them a whole number, and a mapping of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.left, self.right = nn.Linear(8, 16), nn.Linear(4, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, a, b):
+        hidden = torch.relu(self.left(a) + self.right(b))
+        return {"logits": self.head(hidden), "hidden": [hidden, hidden.argmax(1)]}
+
+
+# ---- the roads ----
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_road_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
+    model = network().train()
+    before = copy.deepcopy(model.state_dict())
+    fast = quantize_static(model, [images(), images(seed=1)], engine=engine, **FAST)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    report = fast.report()
+    row = report[SIGN.get(engine, f"torch.ao {engine} int8")]
+    if engine != "qnnpack":  # one scale for all of a depthwise layer's weights may be too coarse
+        assert not row.dropped
+        assert row.sqnr_db > 20
+        assert row.speed.speedup > 0
+    assert row.int8_kernels == 3
+    # a third of a small file is weights
+    assert row.nbytes > 0
+    assert f"-> {report.chosen}" in str(report)
+    assert report.chosen in fast._repr_html_() if hasattr(fast, "_repr_html_") else True
+    x = images(5, seed=9)
+    with torch.no_grad():
+        wanted = model.eval()(x)
+    assert sqnr_db([[wanted]], [[fast(x)]]) > 15
+    assert fast(x[:1]).shape == (1, 10)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_reported_ratio_is_that_of_the_int8_output(engine, monkeypatch):
+    """Taken again from the road itself, with nothing of the report's."""
+    taken = {}
+    original = taking.raced
+
+    def spy(built, batch, budget_s):
+        taken.update(built)
+        return original(built, batch, budget_s)
+
+    monkeypatch.setattr(taking, "raced", spy)
+    model, batches = network().eval(), [images()]
+    report = quantize_static(model, batches, engine=engine, min_sqnr_db=-50, **FAST).report()
+    name = SIGN.get(engine, f"torch.ao {engine} int8")
+    with torch.no_grad():
+        wanted = model(batches[0]).double()
+    error = taken[name].run((batches[0],))[0].double() - wanted
+    ratio = 10 * math.log10(wanted.square().sum() / error.square().sum())
+    assert report[name].sqnr_db == pytest.approx(ratio, abs=0.01)
+    assert ratio < 80  # it is rounded
+
+
+@needs_onnx
+@pytest.mark.parametrize("engine", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
+def test_several_inputs_and_a_mapping_of_outputs(engine):
+    model = TwoInTwoOut().eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(6, 8, generator=generator), torch.randn(6, 4, generator=generator))
+        for _ in range(3)
+    ]
+    fast = quantize_static(model, iter(batches), engine=engine, **FAST)
+    found, wanted = fast(*batches[0]), model(*batches[0])
+    assert found.keys() == wanted.keys()
+    assert found["hidden"][1].dtype == torch.int64
+    assert sqnr_db([[wanted["logits"]]], [[found["logits"]]]) > 20
+    assert not fast.report()[SIGN[engine]].dropped
+
+
+@needs_onnx
+def test_where_int8_misses_the_bound_layers_stay_float_and_then_all_of_them():
+    model, batches = network(), [images(), images(seed=3)]
+    whole = quantize_static(model, batches, engine="onnxruntime", **FAST).report()
+    reached = whole["ONNX Runtime int8"].sqnr_db
+    mixed = quantize_static(
+        model, batches, engine="onnxruntime", min_sqnr_db=reached + 1, **FAST
+    ).report()
+    assert "lies below" in mixed["ONNX Runtime int8"].dropped
+    row = mixed["ONNX Runtime int8, mixed"]
+    assert not row.dropped
+    assert row.sqnr_db >= reached + 1
+    assert 0 < row.int8_kernels <= 3
+    nothing = quantize_static(model, batches, engine="onnxruntime", min_sqnr_db=90, **FAST)
+    report = nothing.report()
+    assert report[report.chosen].precision == "float32"
+    assert "stays float" in report.why
+    with torch.no_grad():
+        assert torch.allclose(nothing(images()), model.eval()(images()), atol=1e-5)
+
+
+@needs_onnx
+def test_the_layer_that_costs_most_is_the_one_kept_float():
+    """One layer's input is ruined by an outlier; the bound is met without it alone."""
+
+    class Spiky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 8)
+            self.spike = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.second(torch.relu(self.first(x)))
+            large = torch.cat((y[:, :7], 3000 + y[:, 7:]), 1)
+            return self.spike(large) - self.spike.weight[:, 7] * 3000
+
+    model = Spiky().eval()
+    batches = [torch.randn(64, 8, generator=torch.Generator().manual_seed(0))]
+    assert sensitivity(model, batches).rows[0].name == "spike"
+    report = quantize_static(
+        model, batches, engine="onnxruntime", min_sqnr_db=25, calibrator="min-max", **FAST
+    ).report()
+    row = report["ONNX Runtime int8, mixed"]
+    assert not row.dropped
+    assert "1 layers float" in row.note
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "openvino"])
+def test_a_missing_package_is_a_row_that_says_what_to_install(missing, monkeypatch):
+    original = importlib.import_module
+
+    def find(name, package=None):
+        if name == missing:
+            raise ImportError(name)
+        return original(name, package)
+
+    monkeypatch.setattr(roads.importlib, "import_module", find)
+    report = quantize_static(network(), [images()], engine=[missing], **FAST).report()
+    for row in report.rows:
+        if "eager" not in row.name:
+            assert f'{missing} is not installed: pip install "dlhelpers[engines]"' in row.dropped
+    assert report[report.chosen].precision in ("float32", "bfloat16")
+
+
+def test_an_engine_that_raises_is_a_row_and_not_the_end(monkeypatch):
+    def broken(task):
+        raise RuntimeError("Input partition has more than one output node\nmore")
+
+    monkeypatch.setattr(
+        static,
+        "_plan",
+        lambda engines: {
+            "eager float32": ("float32", static.torch_roads.eager),
+            "X": ("int8", broken),
+        },
+    )
+    report = quantize_static(network(), [images()], **FAST).report()
+    assert report["X"].dropped == "RuntimeError: Input partition has more than one output node"
+    assert report.chosen == "eager float32"
+
+
+def test_a_road_without_int8_kernels_is_dropped(monkeypatch):
+    def pretends(task):
+        road = static.torch_roads.eager(task)
+        return roads.Road("Y", "y", "int8", road.run, 1, 0)
+
+    plan = {"eager float32": ("float32", static.torch_roads.eager), "Y": ("int8", pretends)}
+    monkeypatch.setattr(static, "_plan", lambda engines: plan)
+    report = quantize_static(network(), [images()], **FAST).report()
+    assert report["Y"].dropped == "its graph holds no int8 kernel"
+
+
+def test_accuracy_stands_in_every_row():
+    model, x = network().eval(), images(40)
+    with torch.no_grad():
+        targets = model(x).argmax(1)
+    report = quantize_static(model, [x], engine="eager", test=(x, targets), **FAST).report()
+    assert report["eager float32"].accuracy == 1.0
+    assert "100.0%" in str(report)
+
+
+def test_a_dropout_is_off_and_a_rounding_model_is_finished_first():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(432, 10), nn.Dropout(0.9)).train()
+    fast = quantize_static(quantize_aware(model), [images()], engine="eager", **FAST)
+    with torch.no_grad():
+        assert sqnr_db([[model.eval()(images())]], [[fast(images())]]) > 30
+
+
+@needs_onnx
+def test_the_file_is_written_and_the_model_refuses_to_be_pickled(tmp_path):
+    import onnx
+
+    fast = quantize_static(network(), [images()], engine="onnxruntime", **FAST)
+    if fast._road.onnx is None:
+        with pytest.raises(ValueError, match="has no ONNX file"):
+            fast.save(tmp_path / "m.onnx")
+    else:
+        fast.save(tmp_path / "m.onnx")
+        onnx.checker.check_model(str(tmp_path / "m.onnx"))
+    with pytest.raises(TypeError, match="cannot be pickled or copied"):
+        copy.deepcopy(fast)
+
+
+BAD = torch.rand(4, 3, 12, 12)
+BAD[1, 0, 0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error", "says"),
+    [
+        ([], ValueError, "calibration is empty"),
+        (iter([]), ValueError, "a generator that was read once"),
+        (3, TypeError, "must be an iterable"),
+        (["a"], TypeError, "batch 0 of calibration holds no tensor but str"),
+        ([BAD], ValueError, "input 0 of calibration batch 0 has 1 values that are not finite"),
+        ([images(), images()[:, :, :6]], ValueError, r"\[8, 3, 6, 12\], in the first batch"),
+        ([images()[:0]], ValueError, "is empty, of shape"),
+        ([torch.rand(4, 5, 12, 12)], ValueError, "raises on calibration batch 0 with inputs"),
+        ([(images(), torch.arange(8))], ValueError, "without labels"),
+        ([(images(),), (images(), images())], ValueError, "batch 1 of calibration has 2 inputs"),
+    ],
+)
+def test_a_bad_calibration_set_is_named(calibration, error, says):
+    with pytest.raises(error, match=says):
+        quantize_static(network(), calibration, engine="eager", **FAST)
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="'tensorrt': engine must be"):
+        quantize_static(network(), [images()], engine="tensorrt")
+    with pytest.raises(ValueError, match="calibrator='kl' is neither"):
+        quantize_static(network(), [images()], calibrator="kl")
+    with pytest.raises(ValueError, match="on meta"):
+        quantize_static(network().to("meta"), [images()])
+    with pytest.raises(ValueError, match="no floating-point tensor"):
+        quantize_static(nn.Sequential(nn.Flatten(), Argmax()), [images()])
+    with pytest.raises(ValueError, match="is not finite"):
+        quantize_static(nn.Sequential(Huge(), Huge()), [images()])
+
+
+class Argmax(nn.Module):
+    def forward(self, x):
+        return x.argmax(1)
+
+
+class Huge(nn.Module):
+    def forward(self, x):
+        return x * 1e30
+
+
+def fake_speed(speedup, low=None, high=None):
+    low, high = low or speedup / 1.01, high or speedup * 1.01
+    return Comparison(
+        speedup, low, high, "faster", 20, 1.0, 1 / speedup, 0.95, 0.03, None, (), "cpu", 1, 1.0
+    )
+
+
+def chosen(monkeypatch, speeds, final=None):
+    def race(calls, *, baseline, **options):
+        table = final or speeds
+        return {n: fake_speed(table[n] / table[baseline]) for n in calls if n != baseline}
+
+    monkeypatch.setattr(racing, "compare_many", race)
+    built = {n: roads.Road(n, n, "int8", lambda batch: [], 1) for n in [*speeds, "float"]}
+    found = {n: fake_speed(s) for n, s in speeds.items()}
+    return racing.fastest(built, found, "float", (), 0.1)
+
+
+def test_the_fastest_road_is_taken_and_near_ones_race_once_more(monkeypatch):
+    assert chosen(monkeypatch, {"a": 2.0, "b": 1.0}) == "a"
+    assert chosen(monkeypatch, {"a": 2.0, "b": 1.9}, {"a": 2.0, "b": 2.1}) == "b"
+    assert chosen(monkeypatch, {"a": 0.5, "b": 0.9}) == "float"
+    assert chosen(monkeypatch, {"a": 0.5}) == "float"
+
+
+def test_the_ratio_is_that_of_the_worst_output_and_minus_infinity_for_nonsense():
+    y = torch.tensor([3.0, 4.0])
+    assert sqnr_db([[y, y]], [[y, y + torch.tensor([0.0, 0.5])]]) == pytest.approx(20)
+    assert sqnr_db([[y]], [[y]]) == math.inf
+    assert sqnr_db([[y]], [[torch.full((2,), torch.nan)]]) == -math.inf
+    assert sqnr_db([[y]], [[y[:1]]]) == -math.inf
+    assert sqnr_db([[y]], [[]]) == -math.inf
+
+
+def test_outputs_go_back_into_their_structure():
+    given = {"a": torch.ones(1), "b": [torch.zeros(2), "kept"]}
+    outputs = Outputs(given)
+    back = outputs.restore([t + 1 for t in outputs.tensors])
+    assert back["a"].item() == 2
+    assert back["b"][1] == "kept"
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "regnet_y_400mf"]
+)
+def test_torchvision_models_reach_the_bound_in_int8(name):
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name)
+    with torch.no_grad():  # statistics that fit
+        for seed in range(3):
+            model.train()(images_of(64, seed))
+    report = quantize_static(
+        model.eval(), [images_of(64, 7)], engine=["onnxruntime", "openvino"], budget_s=0.2
+    ).report()
+    best = max(row.sqnr_db for row in report.rows if row.precision == "int8" and row.sqnr_db)
+    assert best > 20
+    assert report[report.chosen].int8_kernels or report[report.chosen].precision != "int8"
+
+
+def images_of(side, seed):
+    return torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.slow
+def test_pt2e_lowers_its_layers_or_says_why_not():
+    pytest.importorskip("torchao")
+    report = quantize_static(network(), [images()], engine="pt2e", **FAST).report()
+    row = report["PT2E int8"]
+    assert row.dropped or row.int8_kernels >= 3
+
+
+@pytest.mark.slow
+def test_a_compiled_road_computes_what_the_model_does():
+    fast = quantize_static(network(), [images()], engine="compile", **FAST)
+    row = fast.report()["torch.compile float32"]
+    assert row.dropped or row.sqnr_db > 80
+
+
+# ---- dynamic ----
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), (4, 64)),
+        (nn.LSTM(32, 64, batch_first=True), (2, 5, 32)),
+        (nn.GRU(32, 64), (5, 2, 32)),
+    ],
+    ids=["linear", "LSTM", "GRU"],
+)
+def test_dynamic_is_right_with_and_without_inputs(model, shape):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = Outputs(model(x)).tensors
+    unmeasured, measured = quantize_dynamic(model), quantize_dynamic(model, x, **FAST)
+    for fast in (unmeasured, measured):
+        assert sqnr_db([wanted], [Outputs(fast(x)).tensors]) > 25
+    assert "not measured" in str(unmeasured.report())
+    int8 = [row for row in measured.report().rows if row.precision == "int8" and not row.dropped]
+    assert int8
+    assert all(row.int8_kernels for row in int8)
+    floats = measured.report()["eager float32"].nbytes
+    assert min(row.nbytes for row in int8) < 0.45 * floats
+    assert unmeasured.report().rows[0].nbytes < 0.45 * floats
+
+
+def test_dynamic_refuses_a_model_of_convolutions():
+    with pytest.raises(ValueError, match="convolutions need quantize_static"):
+        quantize_dynamic(nn.Sequential(nn.Conv2d(3, 4, 3)))
+
+
+# ---- rounding in float: training, simulation, sensitivity ----
+
+
+def test_the_gradient_passes_rounding_and_stops_at_the_ends():
+    x = torch.linspace(-2, 2, 41, requires_grad=True)
+    grid = choose_affine((-1.0, 1.0), bits=4, symmetric=True)
+    y = fake_quantize(x, grid)
+    y.sum().backward()
+    # half a step beyond the end still rounds to it
+    assert torch.equal(x.grad, (x.abs() <= grid.high + grid.scale / 2).float())
+    assert torch.equal(y, dequantize(quantize(x, grid), grid))
+
+
+def test_a_simulated_layer_is_the_integer_layer():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 5)), torch.randn(64, 12)
+    simulated = simulate(model, [x])
+    weight, inputs = weight_affine(model[0]), choose_affine(x, signed=False)
+    sums = linear_accumulate(
+        quantize(x, inputs), quantize(model[0].weight, weight), x_zero=int(inputs.zero_point)
+    )
+    exact = sums.double() * (inputs.scale.double() * weight.scale.double()) + model[0].bias
+    with torch.no_grad():
+        assert torch.allclose(simulated(x).double(), exact, atol=1e-5)
+
+
+def test_folding_a_batchnorm_keeps_the_grid_that_was_trained():
+    """Rounding the folded weights is folding the rounded ones: no simulation of BatchNorm."""
+    model = with_statistics(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))).eval()
+    nn.init.uniform_(model[1].weight, 0.2, 3.0)
+    fused, _ = fuse_conv_bn(model)
+    conv = next(iter(layers_of(fused).values()))
+    scale = model[1].weight / torch.sqrt(model[1].running_var + model[1].eps)
+    grid = weight_affine(model[0])
+    first = dequantize(quantize(model[0].weight, grid), grid) * scale.view(-1, 1, 1, 1)
+    folded_grid = weight_affine(conv)
+    second = dequantize(quantize(conv.weight, folded_grid), folded_grid)
+    differ = (first - second).abs() > 1e-5 * second.abs().max()
+    assert differ.double().mean() < 0.005  # ties of rounding alone
+
+
+def test_training_with_rounding_learns_to_live_with_few_bits():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 16, generator=generator)
+    y = (x[:, :8].sum(1) > x[:, 8:].sum(1)).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
+    train(model, x, y, 150)
+    plain = simulate(model, [x], bits=2)
+    aware = train(quantize_aware(model, bits=2), x, y, 150)
+    losses = [F.cross_entropy(m.eval()(x), y).item() for m in (plain, aware)]
+    assert losses[1] < 0.7 * losses[0]
+
+
+def train(model, x, y, steps):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def test_an_aware_model_gives_back_what_it_was_given():
+    model = network().train()
+    aware = quantize_aware(model, bits=8)
+    aware.train()(images())
+    back = aware.finish()
+    assert not back.training
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(back[0].weight, model[0].weight)
+    assert not back[0]._forward_pre_hooks
+    # it ran on a copy: the original's statistics did not move
+    assert model[1].num_batches_tracked == 0
+    assert aware.model[1].num_batches_tracked == 1
+    assert quantize_aware(model).state_dict().keys() == aware.state_dict().keys()
+
+
+def test_frozen_ranges_and_statistics_stay():
+    aware = quantize_aware(network())
+    aware.train()(images())
+    ends = {n: r.ends.clone() for n, r in aware._inputs.items()}
+    mean = aware.model[1].running_mean.clone()
+    aware.freeze().train()(3 * images())
+    assert all(torch.equal(ends[n], r.ends) for n, r in aware._inputs.items())
+    assert torch.equal(aware.model[1].running_mean, mean)
+    assert aware.finish().train()[1].training
+
+
+def test_the_moving_range_follows_the_batches():
+    aware = quantize_aware(nn.Sequential(nn.Linear(4, 2)), momentum=0.5).train()
+    aware(torch.tensor([[0.0, 1.0, 2.0, 4.0]]))
+    aware(torch.tensor([[0.0, 1.0, 2.0, 8.0]]))
+    assert aware._inputs["0"].ends.tolist() == [0.0, 6.0]
+    aware.eval()(torch.full((1, 4), 100.0))
+    assert aware._inputs["0"].ends.tolist() == [0.0, 6.0]
+
+
+def test_per_channel_saves_a_layer_whose_channels_differ():
+    """Depthwise weights behind a fold: one scale for all wastes the small channels' bits."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(8, 8, 3, groups=8)
+    with torch.no_grad():
+        conv.weight *= torch.logspace(-2, 0, 8).view(-1, 1, 1, 1)
+    model, x = nn.Sequential(conv, nn.GroupNorm(8, 8)), torch.randn(4, 8, 9, 9)
+    with torch.no_grad():
+        wanted = model(x)
+        one, many = (
+            sqnr_db([[wanted]], [[simulate(model, [x], per_channel=c)(x)]]) for c in (False, True)
+        )
+    assert many > one + 10
+
+
+def test_sensitivity_leaves_the_model_as_it_was_and_finds_the_worst_layer():
+    model = network().train()
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        targets = model.eval()(images(32)).argmax(1)
+    model.train()
+    report = sensitivity(model, [images(32)[:16], images(32)[16:]], bits=4, targets=targets)
+    assert model.training
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert {row.name for row in report.rows} == set(layers_of(model))
+    for row in report.rows:
+        # errors of weights and input add up: neither alone is worse than both by much
+        assert row.sqnr_db < min(row.weights_db, row.inputs_db) + 3
+    finer = {row.name: row.sqnr_db for row in sensitivity(model, [images(32)], bits=8).rows}
+    assert all(finer[row.name] > row.sqnr_db + 12 for row in report.rows)
+    assert "points" in str(report)
+    assert "<table" in report._repr_html_()
+
+
+def test_a_layer_is_given_back_even_when_the_model_raises():
+    layer = nn.Linear(4, 2)
+    kept = layer.weight.clone()
+    with pytest.raises(RuntimeError), rounded(layer, weight=weight_affine(layer, 2)):
+        layer(torch.ones(1, 3))
+    assert torch.equal(layer.weight, kept)
+
+
+def test_bad_models_and_targets_are_named():
+    with pytest.raises(ValueError, match="neither convolutions nor linear layers"):
+        sensitivity(nn.ReLU(), [images()])
+    with pytest.raises(ValueError, match="neither convolutions nor linear layers"):
+        quantize_aware(nn.ReLU())
+    with pytest.raises(ValueError, match="bits must lie between 2 and 16, got 1"):
+        quantize_aware(network(), bits=1)
+    with pytest.raises(ValueError, match=r"targets must be \[8\].* got \[3\]"):
+        sensitivity(network(), [images()], targets=torch.zeros(3))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="a parametrization already"):
+        quantize_aware(normed)
