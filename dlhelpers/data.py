@@ -27,6 +27,7 @@ __all__ = [
     "imagenette",
     "photos",
     "published_latencies",
+    "quantization_tools",
 ]
 
 _MANIFEST = "photos.json"
@@ -107,13 +108,7 @@ def published_latencies(cpu: Literal["i7", "i9"]) -> dict[str, Any]:
 
     if cpu not in ("i7", "i9"):
         raise ValueError(f'cpu must be "i7" or "i9", got {cpu!r}')
-    path = data_dir() / "published" / f"timm_{cpu}.csv"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: it lies in the repository's data/published; DLHELPERS_DATA may "
-            "name the folder that holds published/"
-        )
-    with path.open(newline="") as file:
+    with _published(f"timm_{cpu}.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if all(row.values())]
     columns = {  # of the file, and what one unit there is
         "seconds": ("infer_step_time", 1e-3),
@@ -125,6 +120,32 @@ def published_latencies(cpu: Literal["i7", "i9"]) -> dict[str, Any]:
     for name, (column, unit) in columns.items():
         table[name] = np.array([float(row[column]) * unit for row in rows])
     return table
+
+
+def quantization_tools() -> list[dict[str, str]]:
+    """Return what became of the tools that the tips recommend, a row to a tool.
+
+    Returns:
+        Rows with ``tool``, ``what became of it``, ``last sign of life`` (a date or empty),
+        ``successor``, ``to use it`` and ``source``; as read in November 2026.
+
+    Raises:
+        FileNotFoundError: the table is not here; it comes with the repository, not the package.
+    """
+    import csv
+
+    with _published("quantization_tools.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _published(name: str) -> Path:
+    path = data_dir() / "published" / name
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: it lies in the repository's data/published; DLHELPERS_DATA may "
+            "name the folder that holds published/"
+        )
+    return path
 
 
 def photos(

@@ -56,6 +56,27 @@ def figure():
     return plots.curves({"a": ([0, 1, 2], [1, 2, 3])}, title="t", xlabel="x (s)", ylabel="y (m)")
 
 
+def test_what_a_range_clips_is_drawn_in_another_colour():
+    counts, edges = [1, 5, 9, 4, 1], [-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]
+    marks = {"min-max": 2.5, "mse": 1.5}
+    drawn = plots.clipping(
+        counts, edges, low=-1.6, high=1.4, title="t", xlabel="x", alt="a", marks=marks
+    )
+    axes = drawn.axes[0]
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[0] == colours[4] != colours[1] == colours[2] == colours[3]
+    assert [text.get_text() for text in axes.texts] == ["min-max", "mse"]
+    assert [bar.get_height() for bar in axes.patches] == counts
+
+
+def test_a_ranking_has_a_row_for_each_name_in_order():
+    axes = plots.ranking({"b": 3.0, "a": 7.0}, title="t", xlabel="x", threshold=5.0).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "a"]
+    (dots,) = [line for line in axes.lines if line.get_marker() == "o"]
+    assert list(dots.get_xdata()) == [3.0, 7.0]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first one on top
+
+
 def test_a_picture_carries_its_alt_text_escaped():
     alt = 'a "quoted" <text> & more'
     picture = style.picture(plots.describe(figure(), alt))

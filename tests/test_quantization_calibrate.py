@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlhelpers.quantization import CALIBRATORS, Calibrator, choose_affine, dequantize, quantize
-from dlhelpers.quantization.calibrate import kl_threshold, split_error
+from dlhelpers.quantization.calibrate import split_error
+from dlhelpers.quantization.entropy import kl_threshold
 from dlhelpers.quantization.histogram import Histogram
 
 

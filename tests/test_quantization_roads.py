@@ -129,6 +129,22 @@ def test_the_reported_ratio_is_that_of_the_int8_output(engine, monkeypatch):
 
 
 @needs_onnx
+def test_kept_roads_can_be_taken_instead():
+    batches = [images()]
+    fast = quantize_static(
+        network(), batches, engine="onnxruntime", min_sqnr_db=90, keep_roads=True, **FAST
+    )
+    row = fast.report()["ONNX Runtime int8"]
+    assert "lies below" in row.dropped  # and is kept all the same
+    other = fast.on("ONNX Runtime int8")
+    with torch.no_grad():
+        wanted = network().eval()(batches[0])
+    assert sqnr_db([[wanted]], [[other(batches[0])]]) == pytest.approx(row.sqnr_db, abs=0.01)
+    with pytest.raises(KeyError, match="keep_roads=True"):
+        fast.on("TensorRT")
+
+
+@needs_onnx
 @pytest.mark.parametrize("engine", ["onnxruntime", pytest.param("openvino", marks=needs_openvino)])
 def test_several_inputs_and_a_mapping_of_outputs(engine):
     model = TwoInTwoOut().eval()

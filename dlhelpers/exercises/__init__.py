@@ -26,6 +26,7 @@ _MODULES = {
     "04": "memory",
     "05": "shufflenet",
     "06": "fusion",
+    "07": "quantization",
 }  # a notebook's number -> its module of exercises
 
 

@@ -12,6 +12,7 @@ from dlhelpers.plots.areas import memory, memory_bars
 from dlhelpers.plots.chains import chain
 from dlhelpers.plots.figures import curves, dots, heatmap, intervals, pictures, splits, timeline
 from dlhelpers.plots.panels import pair_panel
+from dlhelpers.plots.ranges import clipping, ranking
 from dlhelpers.plots.scatters import roofline, scatter
 from dlhelpers.plots.strips import strip_svg
 from dlhelpers.plots.style import BASELINE, FAILING, TREATMENT, describe, use_style
@@ -21,6 +22,7 @@ __all__ = [
     "FAILING",
     "TREATMENT",
     "chain",
+    "clipping",
     "curves",
     "describe",
     "dots",
@@ -30,6 +32,7 @@ __all__ = [
     "memory_bars",
     "pair_panel",
     "pictures",
+    "ranking",
     "roofline",
     "scatter",
     "splits",

@@ -23,14 +23,13 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from dlhelpers.quantization.entropy import LEVELS, kl_threshold, onnxruntime_range
 from dlhelpers.quantization.histogram import Histogram
 
-__all__ = ["CALIBRATORS", "Calibrator", "kl_threshold", "split_error"]
+__all__ = ["CALIBRATORS", "Calibrator", "split_error"]
 
 Method = Literal["min-max", "moving average", "percentile", "mse", "entropy"]
 CALIBRATORS: tuple[str, ...] = ("min-max", "moving average", "percentile", "mse", "entropy")
-_LEVELS = 128
-_MOST_CLIPPED = 0.01
 
 
 class Calibrator:
@@ -71,8 +70,8 @@ class Calibrator:
             raise ValueError(f"method={method!r} is not one of {', '.join(CALIBRATORS)}")
         if not 2 <= bits <= 16:
             raise ValueError(f"bits must lie between 2 and 16, got {bits}")
-        if bins < 2 * _LEVELS:
-            raise ValueError(f"bins must be {2 * _LEVELS} or more, such as 2048, got {bins}")
+        if bins < 2 * LEVELS:
+            raise ValueError(f"bins must be {2 * LEVELS} or more, such as 2048, got {bins}")
         if not 50 < percentile <= 100:
             raise ValueError(f"percentile must lie above 50 and up to 100, got {percentile}")
         if not 0 < momentum <= 1:
@@ -190,7 +189,7 @@ class Calibrator:
 
     def _by_entropy(self) -> tuple[float, float]:
         if self.like:
-            return _onnxruntime_entropy(self.histogram.counts, self.histogram.edges)
+            return onnxruntime_range(self.histogram.counts, self.histogram.edges)
         t = kl_threshold(self.histogram.full_counts, repair=True) * self.histogram.edges[1]
         return -t, t
 
@@ -238,94 +237,3 @@ def split_error(
     clipping = float((counts * beyond**2).sum() / total)
     rounding = float(counts[beyond == 0].sum() / total) * step**2 / 12
     return clipping, rounding
-
-
-def kl_threshold(counts: np.ndarray, *, repair: bool = False) -> float:
-    """Return the threshold of the slide's algorithm, in bins of the histogram of |x|.
-
-    For each i from 128 to all bins: P is the first i bins with everything beyond added to the
-    last of them; Q is the first i bins as they were, merged into 128 levels, each level's count
-    spread over its bins that are not empty. The i with the least KL(P || Q) wins, and the
-    threshold is the middle of the bin behind it, (i + 0.5).
-
-    Args:
-        counts: of |x|, 128 bins or more, of equal width from 0.
-        repair: mend two traps. The zeros behind a ReLU fill the first bin, are exact in any grid,
-            and pull the threshold down: the second bin's count is taken for it. And where few bins
-            are filled, P and Q agree on a single one of them: no more than 1 % is clipped.
-
-    Raises:
-        ValueError: fewer than 128 bins.
-
-    Source: Migacz, GTC 2017, S7310, slide "Entropy calibration - pseudocode".
-    """
-    counts = np.asarray(counts, dtype=np.float64).copy()
-    if len(counts) < _LEVELS:
-        raise ValueError(f"the slide's algorithm needs {_LEVELS} bins at least, got {len(counts)}")
-    if repair:
-        counts[0] = counts[1]
-    if not counts.any():
-        return len(counts) - 0.5
-    best, found = math.inf, len(counts)
-    beyond = counts.sum() - np.cumsum(counts)
-    for i in range(_LEVELS, len(counts) + 1):
-        if repair and beyond[i - 1] > _MOST_CLIPPED * counts.sum():
-            continue
-        unfolded = counts[:i]
-        p = unfolded.copy()
-        p[-1] += beyond[i - 1]
-        # level j holds the bins from j i / 128 on
-        starts = np.arange(_LEVELS) * i // _LEVELS
-        filled = unfolded > 0
-        sums = np.add.reduceat(unfolded, starts)
-        sizes = np.add.reduceat(filled.astype(np.float64), starts)
-        level = np.divide(sums, sizes, out=np.zeros(_LEVELS), where=sizes > 0)
-        q = np.where(filled, np.repeat(level, np.diff(np.append(starts, i))), 0.0)
-        if not q.any():
-            continue
-        p, q = p / p.sum(), q / q.sum()
-        there = p > 0
-        with np.errstate(divide="ignore"):
-            divergence = float(np.sum(p[there] * (np.log(p[there]) - np.log(q[there]))))
-        if divergence < best:
-            best, found = divergence, i
-    return min(found + 0.5, float(len(counts)))
-
-
-def _onnxruntime_entropy(counts: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
-    """Return the range by ONNX Runtime's rules, on a histogram of both signs around 0."""
-    n, zero = len(counts), len(counts) // 2
-    best, found = math.inf, (edges[0], edges[-1])
-    for i in range(_LEVELS // 2, zero + 1):
-        start, end = zero - i, min(zero + i + 1, n)
-        window = counts[start:end]
-        p = window.copy()
-        p[0] += counts[:start].sum()
-        p[-1] += counts[end:].sum()
-        filled = (p != 0).astype(np.int64)
-        size = len(window) // _LEVELS  # the rest is counted in the last level, and not spread
-        starts = np.arange(_LEVELS) * size
-        sums = np.add.reduceat(window, starts)
-        sizes = filled[: _LEVELS * size].reshape(_LEVELS, size).sum(1)
-        level = np.divide(sums, sizes, out=np.zeros(_LEVELS), where=sizes > 0).astype(np.int64)
-        q = np.zeros(len(window), dtype=np.int64)
-        q[: _LEVELS * size] = np.repeat(level, size)
-        divergence = _smoothed_divergence(p, q)
-        if divergence < best:
-            best, found = divergence, (edges[start], edges[end])
-    return found
-
-
-def _smoothed_divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """Return KL(P || Q) in float32, a little of each full bin's count given to the empty ones."""
-    smooth = []
-    for counts in (p, q):
-        empty = counts == 0
-        if empty.all():
-            return math.inf
-        share = 1e-4 * empty.sum() / (~empty).sum()
-        values = counts.astype(np.float32)
-        values += (1e-4 * empty - share * ~empty).astype(np.float32)
-        smooth.append(values / values.sum())
-    p, q = smooth
-    return float(np.sum(p * np.log(p / q)))

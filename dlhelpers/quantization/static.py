@@ -48,6 +48,7 @@ def quantize_static(
     min_sqnr_db: float = 20.0,
     test: tuple[Tensor, Tensor] | None = None,
     budget_s: float = 1.0,
+    keep_roads: bool = False,
     progress: bool | None = None,
 ) -> QuantizedModel:
     """Return the model on the fastest road of this machine whose error stays within the bound.
@@ -69,6 +70,7 @@ def quantize_static(
         min_sqnr_db: the least signal-to-quantization-noise ratio of the worst output.
         test: (inputs [N, ...], class numbers [N]), whose accuracy each road's row shows.
         budget_s: seconds of measuring for each road.
+        keep_roads: keep every road that was built, for ``on(name)``, and the memory that it takes.
         progress: a bar over the roads; None draws it in a terminal only.
 
     Raises:
@@ -95,7 +97,8 @@ def quantize_static(
     task = Task(folded, batches, outputs, calibrator, torch.get_num_threads())
 
     start = perf_counter()
-    rows, roads = built(task, _plan(engines), min_sqnr_db, progress)
+    kept: dict[str, Road] | None = {} if keep_roads else None
+    rows, roads = built(task, _plan(engines), min_sqnr_db, progress, kept)
     if not any(road.precision == "int8" for road in roads.values()):
         more_rows, more_roads = _mixed(task, engines, rows, min_sqnr_db)
         rows, roads = [*rows, *more_rows], roads | more_roads
@@ -108,6 +111,7 @@ def quantize_static(
         budget_s=budget_s,
         notes=notes,
         start=start,
+        kept=kept,
     )
 
 

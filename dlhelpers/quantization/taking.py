@@ -30,9 +30,16 @@ class QuantizedModel(nn.Module):
     Not differentiable, and without parameters: what it computes with lives in the engine.
     """
 
-    def __init__(self, road: Road, outputs: Outputs | None, report: QuantizationReport) -> None:
+    def __init__(
+        self,
+        road: Road,
+        outputs: Outputs | None,
+        report: QuantizationReport,
+        roads: dict[str, Road] | None = None,
+    ) -> None:
         super().__init__()
         self._road, self._outputs, self._report = road, outputs, report
+        self._roads = roads or {}
         self.eval()
 
     def forward(self, *inputs: Any) -> Any:
@@ -47,6 +54,19 @@ class QuantizedModel(nn.Module):
     def report(self) -> QuantizationReport:
         """Return what became of every road."""
         return self._report
+
+    def on(self, name: str) -> QuantizedModel:
+        """Return the model on another road of the report, right or wrong.
+
+        Raises:
+            KeyError: that road was not built, or ``keep_roads`` was not given.
+        """
+        if name not in self._roads:
+            raise KeyError(
+                f"{name!r} is not among the roads that were kept, {list(self._roads)}: quantize "
+                "with keep_roads=True, and look at report() for those that were built"
+            )
+        return QuantizedModel(self._roads[name], self._outputs, self._report, self._roads)
 
     def save(self, path: Any) -> None:
         """Write the ONNX file of the road that was taken.
@@ -72,8 +92,9 @@ def built(
     plan: dict[str, tuple[str, Builder]],
     min_sqnr_db: float,
     progress: bool | None,
+    kept: dict[str, Road] | None = None,
 ) -> tuple[list[RoadRow], dict[str, Road]]:
-    """Return a row for every road, and those that are right."""
+    """Return a row for every road, and those that are right; ``kept`` takes the wrong ones, too."""
     from tqdm.auto import tqdm
 
     hidden = not (sys.stderr.isatty() if progress is None else progress)
@@ -81,7 +102,7 @@ def built(
     with tqdm(plan.items(), leave=False, delay=1, disable=hidden) as bar:
         for name, (precision, build) in bar:
             bar.set_postfix_str(name, refresh=True)
-            row, road = tried(name, precision, build, task, min_sqnr_db)
+            row, road = tried(name, precision, build, task, min_sqnr_db, kept)
             rows.append(row)
             if road is not None:
                 roads[name] = road
@@ -89,7 +110,12 @@ def built(
 
 
 def tried(
-    name: str, precision: str, build: Builder, task: Task, min_sqnr_db: float
+    name: str,
+    precision: str,
+    build: Builder,
+    task: Task,
+    min_sqnr_db: float,
+    kept: dict[str, Road] | None = None,
 ) -> tuple[RoadRow, Road | None]:
     """Build one road and look at its output; return its row, and the road if it is right."""
     row = RoadRow(name, precision)
@@ -101,6 +127,8 @@ def tried(
     except Exception as error:  # an engine's own failure is a fact to report
         lines = str(error).strip().splitlines() or [""]
         return replace(row, dropped=f"{type(error).__name__}: {lines[0][:120]}"), None
+    if kept is not None:
+        kept[name] = road
     row = replace(
         row,
         sqnr_db=ratio,
@@ -126,6 +154,7 @@ def take(
     budget_s: float,
     notes: list[str],
     start: float,
+    kept: dict[str, Road] | None = None,
 ) -> QuantizedModel:
     """Race the roads and return the model on the fastest, with the report."""
     batch = task.batches[0]
@@ -137,7 +166,7 @@ def take(
     notes = [*notes, f"{threads}, batches of {shapes}, {perf_counter() - start:.0f} s in all"]
     why = _why(roads, chosen, rows, min_sqnr_db)
     report = QuantizationReport(tuple(rows), chosen, baseline, min_sqnr_db, why, tuple(notes))
-    return QuantizedModel(roads[chosen], task.outputs[0], report)
+    return QuantizedModel(roads[chosen], task.outputs[0], report, kept)
 
 
 def _finished(
