@@ -6,6 +6,7 @@ import math
 import statistics
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -194,6 +195,49 @@ def counts_up(model, sample, limit, peak=peak_of):
     return next(n for n in itertools.count() if peak(model, sample, n + 1) > limit)
 
 
+def grids(steps=lambda b: 2**b - 1, zero=lambda low, s: round(-low / s), widened=True):
+    def f(low, high, bits):
+        if widened:
+            low = min(low, 0)
+        if widened is True:
+            high = max(high, 0)
+        scale = (high - low) / steps(bits)
+        return scale, zero(low, scale)
+
+    return f
+
+
+def mantissas(multiplier):
+    mantissa, exponent = math.frexp(multiplier)
+    return round(mantissa * 2**31), -exponent
+
+
+def dots(of_inputs, of_weights, of_both):
+    def f(qx, qw, x_zero, w_zero):
+        found = sum(a * b for a, b in zip(qx, qw, strict=True))
+        found -= of_inputs * x_zero * sum(qw) + of_weights * w_zero * sum(qx)
+        return found + of_both * len(qx) * x_zero * w_zero
+
+    return f
+
+
+def histograms(p=None, folded=False, all_bins=False, equal=False):
+    def f(counts, i):
+        found = np.array(counts[:i], dtype=float)
+        found[-1] += counts[i:].sum()
+        source, q = found if folded else np.array(counts[:i], dtype=float), np.zeros(i)
+        for j in range(128):
+            first, last = j * i // 128, (j + 1) * i // 128
+            if equal:
+                first, last = j * (i // 128), (j + 1) * (i // 128)
+            bins = [k for k in range(first, last) if all_bins or counts[k]]
+            for k in bins:
+                q[k] = source[first:last].sum() / len(bins)
+        return (found if p is None else p(counts, i)), q
+
+    return f
+
+
 def forgets_buffers(model, sample, limit):
     def tensors(n):
         batch = torch.empty(n, *sample.shape[1:], device="meta")
@@ -380,6 +424,32 @@ def ignores_groups(channels, groups):
 
 
 MISTAKES = [
+    ("07.1", grids(steps=lambda b: 2**b), "from zero"),
+    ("07.1", grids(zero=lambda low, s: 0), "both signs"),
+    ("07.1", grids(zero=lambda low, s: -low / s), "both signs"),
+    ("07.1", grids(steps=lambda b: 255), "fewer bits"),
+    ("07.1", grids(widened=False), "a range without zero"),
+    ("07.1", grids(widened="up"), "negative values alone"),
+    ("07.2", lambda x, w, a, b: sum(x) * sum(w), "no zero points"),
+    ("07.2", dots(0, 1, 1), "of the inputs"),
+    ("07.2", dots(1, 0, 1), "of the weights"),
+    ("07.2", dots(1, 1, 0), "of both"),
+    ("07.3", lambda m: (round(m * 2**31), 0), "one quarter"),
+    ("07.3", lambda m: (2**30, 1 - math.frexp(m)[1] - 1), "no power of two"),
+    ("07.3", lambda m: (int(math.frexp(m)[0] * 2**31), -math.frexp(m)[1]), "no power of two"),
+    ("07.3", lambda m: (round(math.frexp(m)[0] * 2**31), abs(math.frexp(m)[1])), "above one"),
+    (
+        "07.3",
+        lambda m: (round(math.frexp(m)[0] * 2**31), -math.frexp(m)[1]),
+        "rounded up to the next power",
+    ),
+    ("07.4", histograms(p=lambda c, i: c[:i]), "P"),
+    ("07.4", histograms(folded=True), "two bins a level"),
+    ("07.4", histograms(all_bins=True), "empty bins"),
+    ("07.4", histograms(equal=True), "levels of unequal width"),
+    ("07.5", lambda n: 7, "one product"),
+    ("07.5", lambda n: 8, "two products"),
+    ("07.5", lambda n: 9 - n, "four products"),
     ("06.1", folds(s=lambda g, v, e: g / (v + e)), "only scaled"),
     ("06.1", folds(b=lambda s, b, m, t: t + 0 * b), "only shifted"),
     ("06.1", folds(b=lambda s, b, m, t: s * b + m + t), "only shifted"),

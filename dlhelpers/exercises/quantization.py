@@ -112,7 +112,7 @@ EXERCISES = (
             ),
             Case(
                 "fewer bits",
-                "-1 to 3 on 4 bits: 15 steps",
+                "-1 to 3 on 4 bits: 15 steps of 4 / 15, as the greatest integer is 15",
                 _is_grid(-1.0, 3.0, 4, (4 / 15, 4)),
             ),
             Case(
@@ -141,7 +141,7 @@ EXERCISES = (
         cases=(
             Case(
                 "no zero points",
-                "1 * 4 + 2 * 5 + 3 * 6 = 32",
+                "inputs 1, 2, 3 and weights 4, 5, 6: 1 * 4 + 2 * 5 + 3 * 6 = 32",
                 _is_dot([1, 2, 3], [4, 5, 6], 0, 0),
             ),
             Case(

@@ -9,16 +9,20 @@ tensor([ 64, 128, 255], dtype=torch.uint8)
 
 from dlhelpers.quantization.affine import Affine, choose_affine, dequantize, quantize
 from dlhelpers.quantization.aware import AwareModel, quantize_aware, simulate
-from dlhelpers.quantization.calibrate import CALIBRATORS, Calibrator
+from dlhelpers.quantization.batches import sqnr_db
+from dlhelpers.quantization.calibrate import CALIBRATORS, Calibrator, split_error
 from dlhelpers.quantization.dynamic import quantize_dynamic
 from dlhelpers.quantization.report import QuantizationReport
 from dlhelpers.quantization.sensitivity import SensitivityReport, sensitivity
 from dlhelpers.quantization.static import ENGINES, quantize_static
 from dlhelpers.quantization.taking import QuantizedModel
+from dlhelpers.quantization.torch_roads import ENGINES as TORCH_ENGINES
+from dlhelpers.quantization.torch_roads import engine_set
 
 __all__ = [
     "CALIBRATORS",
     "ENGINES",
+    "TORCH_ENGINES",
     "Affine",
     "AwareModel",
     "Calibrator",
@@ -27,10 +31,13 @@ __all__ = [
     "SensitivityReport",
     "choose_affine",
     "dequantize",
+    "engine_set",
     "quantize",
     "quantize_aware",
     "quantize_dynamic",
     "quantize_static",
     "sensitivity",
     "simulate",
+    "split_error",
+    "sqnr_db",
 ]

@@ -122,6 +122,7 @@ WIDGETS = {
     "04_memory": select("SGD", -1),  # the optimizer
     "05_shufflenet": select("16", -1),  # the groups
     "06_fusion": press("ArrowRight", -1),  # the variance
+    "07_quantization": press("ArrowLeft", 0),  # the threshold
 }
 
 
