@@ -212,6 +212,11 @@ def mantissas(multiplier):
     return round(mantissa * 2**31), -exponent
 
 
+def mantissas_cut(multiplier):
+    mantissa, n = mantissas(multiplier)
+    return min(mantissa, 2**31 - 1), n
+
+
 def dots(of_inputs, of_weights, of_both):
     def f(qx, qw, x_zero, w_zero):
         found = sum(a * b for a, b in zip(qx, qw, strict=True))
@@ -221,7 +226,9 @@ def dots(of_inputs, of_weights, of_both):
     return f
 
 
-def histograms(p=None, folded=False, all_bins=False, equal=False):
+def histograms(
+    p=None, folded=False, all_bins=False, equal=False, not_zero="counts", divides_by_zero=False
+):
     def f(counts, i):
         found = np.array(counts[:i], dtype=float)
         found[-1] += counts[i:].sum()
@@ -230,7 +237,10 @@ def histograms(p=None, folded=False, all_bins=False, equal=False):
             first, last = j * i // 128, (j + 1) * i // 128
             if equal:
                 first, last = j * (i // 128), (j + 1) * (i // 128)
-            bins = [k for k in range(first, last) if all_bins or counts[k]]
+            filled = found if not_zero == "p" else counts
+            bins = [k for k in range(first, last) if all_bins or filled[k]]
+            if divides_by_zero and not bins:
+                q[first:last] = np.nan
             for k in bins:
                 q[k] = source[first:last].sum() / len(bins)
         return (found if p is None else p(counts, i)), q
@@ -450,6 +460,12 @@ MISTAKES = [
     ("07.5", lambda n: 7, "one product"),
     ("07.5", lambda n: 8, "two products"),
     ("07.5", lambda n: 9 - n, "four products"),
+    ("07.5", lambda n: 8 - int(math.log2(n)), "five and seventeen"),
+    ("07.5", lambda n: 8 - math.ceil(math.log2(n)), "five and seventeen"),
+    ("07.4", histograms(not_zero="p"), "the last kept bin is empty"),
+    ("07.4", histograms(divides_by_zero=True), "an empty level"),
+    ("07.3", mantissas_cut, "rounded up to the next power"),
+    ("07.3", lambda m: (mantissas(m)[0], math.frexp(m)[1]), "one quarter"),
     ("06.1", folds(s=lambda g, v, e: g / (v + e)), "only scaled"),
     ("06.1", folds(b=lambda s, b, m, t: t + 0 * b), "only shifted"),
     ("06.1", folds(b=lambda s, b, m, t: s * b + m + t), "only shifted"),

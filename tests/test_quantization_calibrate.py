@@ -91,6 +91,9 @@ def test_entropy_with_onnx_runtimes_default_bins_is_the_plain_maximum():
         theirs.collect({"x": [batch]})
         low, high = theirs.compute_collection_result()["x"][:2]
     assert (float(low), float(high)) == pytest.approx((batch.min(), batch.max()))
+    ours = observed([batch], "entropy", bins=128, like="onnxruntime")
+    assert ours.range() == pytest.approx((batch.min(), batch.max()))
+    assert observed([batch], "entropy", like="onnxruntime").range()[1] < batch.max()
 
 
 @given(seed=st.integers(0, 10_000), parts=st.integers(1, 6))

@@ -350,11 +350,80 @@ def chosen(monkeypatch, speeds, final=None):
     return racing.fastest(built, found, "float", (), 0.1)
 
 
+def test_a_hopeless_road_gets_one_look_and_no_race(monkeypatch):
+    cost = {"eager": 1.0, "slow": 50.0, "fast": 0.5}
+    monkeypatch.setattr(racing, "_timed", lambda call: cost[call()])
+    raced_names = []
+
+    def race(calls, *, baseline, **options):
+        raced_names.append(set(calls))
+        return {n: fake_speed(cost[baseline] / cost[n]) for n in calls if n != baseline}
+
+    monkeypatch.setattr(racing, "compare_many", race)
+    built = {
+        name: roads.Road(
+            name, name, "int8" if name == "fast" else "float32", lambda batch, name=name: name, 1
+        )
+        for name in cost
+    }
+    speeds, baseline, slower = racing.raced(built, (), 0.1)
+    assert (baseline, slower) == ("eager", {"slow": 50.0})
+    assert raced_names == [{"eager", "fast"}]
+    assert set(speeds) == {"fast"}
+
+
+def test_a_bound_that_nothing_meets_leaves_a_float_road():
+    report = quantize_static(
+        network(), [images()], engine="eager", min_sqnr_db=500, **FAST
+    ).report()
+    assert report[report.chosen].precision == "float32"
+    assert "lies below 500 dB" in report["eager bfloat16"].dropped
+
+
+def test_accuracy_is_taken_in_batches(monkeypatch):
+    sizes = []
+
+    class Watch(nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x.flatten(1)[:, :10]
+
+    x = images(21)
+    targets = x.flatten(1)[:, :10].argmax(1)
+    found = taking._accuracy(Watch(), (x, targets), (images(8),))
+    assert found == 1.0
+    assert sizes == [8, 8, 5]
+
+
 def test_the_fastest_road_is_taken_and_near_ones_race_once_more(monkeypatch):
     assert chosen(monkeypatch, {"a": 2.0, "b": 1.0}) == "a"
     assert chosen(monkeypatch, {"a": 2.0, "b": 1.9}, {"a": 2.0, "b": 2.1}) == "b"
     assert chosen(monkeypatch, {"a": 0.5, "b": 0.9}) == "float"
     assert chosen(monkeypatch, {"a": 0.5}) == "float"
+
+
+def test_too_few_pairs_for_an_interval_do_not_hide_a_faster_road(monkeypatch):
+    monkeypatch.setattr(racing, "compare_many", None)  # no second race
+    built = {n: roads.Road(n, n, "int8", lambda batch: [], 1) for n in ("a", "float")}
+    unknown = {"a": fake_speed(3.7, low=1e-300, high=math.inf)}
+    assert racing.fastest(built, unknown, "float", (), 0.1) == "a"
+
+
+def test_the_budget_lets_slow_calls_have_an_interval(monkeypatch):
+    budgets = []
+
+    def race(calls, *, baseline, budget_s, **options):
+        budgets.append(budget_s * (len(calls) - 1))
+        return {n: fake_speed(2.0) for n in calls if n != baseline}
+
+    monkeypatch.setattr(racing, "compare_many", race)
+    monkeypatch.setattr(racing, "_timed", lambda call: 0.5)
+    built = {
+        "a": roads.Road("a", "a", "int8", lambda batch: [], 1),
+        "float": roads.Road("float", "float", "float32", lambda batch: [], 1),
+    }
+    racing.raced(built, (), 0.1)
+    assert budgets == [pytest.approx(16 * 1.0)]  # 8 pairs of a second, and as long to warm up
 
 
 def test_the_ratio_is_that_of_the_worst_output_and_minus_infinity_for_nonsense():

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.exercises import Case, Exercise
-from dlhelpers.quantization.affine import choose_affine
 from dlhelpers.quantization.entropy import LEVELS, distributions
 from dlhelpers.quantization.kernels import fixed_point
 
@@ -17,8 +16,9 @@ __all__ = ["EXERCISES"]
 
 def scale_and_zero(low: float, high: float, bits: int) -> tuple[float, int]:
     """Return scale and zero point of the unsigned grid over a range that is widened to hold 0."""
-    grid = choose_affine((low, high), bits=bits, signed=False)
-    return grid.scale.item(), int(grid.zero_point)
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / (2**bits - 1)
+    return scale, round(-low / scale)
 
 
 def _is_grid(
@@ -90,6 +90,8 @@ def most_bits(products: int) -> int:
 
 _FULL = np.arange(1.0, 301.0)
 _GAPS = np.where(np.arange(300) % 3 == 1, 0.0, _FULL)
+_HOLLOW = np.where(np.arange(300) < 4, 0.0, _FULL)
+_LAST = np.where(np.arange(300) == 255, 0.0, _FULL)
 
 
 EXERCISES = (
@@ -176,7 +178,8 @@ EXERCISES = (
             Case("one half", "0.5 = 2^30 / 2^31 / 2^0", _has(0.5)),
             Case(
                 "one quarter",
-                "0.25 = 2^30 / 2^31 / 2^1: shift until the mantissa is one half at least",
+                "0.25 = 2^30 / 2^31 / 2^1: shift until the mantissa is one half at least; n counts "
+                "the shifts to the right, so it is minus the exponent of math.frexp",
                 _has(0.25),
             ),
             Case(
@@ -189,7 +192,7 @@ EXERCISES = (
                 "rounded up to the next power",
                 "1 - 2^-40: 0.999... * 2^31 rounds to 2^31, which has one bit too many; it is "
                 "2^30 with n = -1",
-                _has(1 - 2.0**-40),
+                lambda f: tuple(map(int, f(1 - 2.0**-40))) == (2**30, -1),
             ),
         ),
         hints=(
@@ -225,6 +228,18 @@ EXERCISES = (
                 _are(_GAPS, 256, slice(1, 2)),
             ),
             Case(
+                "an empty level",
+                "256 kept, the first four bins empty: their two levels have nothing to spread, and "
+                "nothing is divided by zero",
+                _are(_HOLLOW, 256, slice(1, 2)),
+            ),
+            Case(
+                "the last kept bin is empty",
+                "P has the outliers there, Q nothing: a bin is empty if its count is 0, whatever P "
+                "has",
+                _are(_LAST, 256, slice(0, 2)),
+            ),
+            Case(
                 "levels of unequal width",
                 "200 kept: some levels have one bin, some two; level j starts at j * 200 // 128",
                 _are(_FULL, 200, slice(0, 2)),
@@ -258,7 +273,12 @@ EXERCISES = (
             Case(
                 "four products",
                 "4 * 255 * 31 = 31,620 fits: 6 bits; not one bit for each product",
-                lambda f: f(4) == 6 and f(5) == 5,
+                lambda f: f(4) == 6,
+            ),
+            Case(
+                "five and seventeen",
+                "5 * 255 * 31 = 39,525 does not fit, so 5 bits; 17 * 255 * 7 = 30,345 fits: 4 bits",
+                lambda f: f(5) == 5 and f(17) == 4,
             ),
         ),
         hints=(

@@ -70,8 +70,9 @@ class Calibrator:
             raise ValueError(f"method={method!r} is not one of {', '.join(CALIBRATORS)}")
         if not 2 <= bits <= 16:
             raise ValueError(f"bits must lie between 2 and 16, got {bits}")
-        if bins < 2 * LEVELS:
-            raise ValueError(f"bins must be {2 * LEVELS} or more, such as 2048, got {bins}")
+        least = LEVELS if like else 2 * LEVELS
+        if bins < least:
+            raise ValueError(f"bins must be {least} or more, such as 2048, got {bins}")
         if not 50 < percentile <= 100:
             raise ValueError(f"percentile must lie above 50 and up to 100, got {percentile}")
         if not 0 < momentum <= 1:

@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from functools import partial
 from time import perf_counter
 from typing import Any
 
 from dlhelpers.measure import Comparison, compare_many
+from dlhelpers.measure.intervals import min_pairs
 from dlhelpers.quantization.batches import Batch
 from dlhelpers.quantization.roads import Road
 
 __all__ = ["fastest", "raced"]
 
 _EQUAL = 0.03
+_HOPELESS = 8.0
 
 
 def raced(
     roads: dict[str, Road], batch: Batch, budget_s: float
-) -> tuple[dict[str, Comparison], str]:
-    """Return each road's speed against the fastest float32 road, and that one's name."""
+) -> tuple[dict[str, Comparison], str, dict[str, float]]:
+    """Race the roads against the fastest float32 one.
+
+    Returns:
+        Each road's speed; the fastest float32 road's name; and how many times slower than that
+        those are which were too slow to be raced, from a single look.
+    """
     calls = {name: partial(road.run, batch) for name, road in roads.items()}
-    looks = {name: min(_timed(call) for _ in range(3)) for name, call in calls.items()}
+    looks = {name: _timed(call) for name, call in calls.items()}
+    least = min(looks.values())
+    for name, call in calls.items():  # the first look may have been a warm-up
+        if looks[name] < 2 * _HOPELESS * least:
+            looks[name] = min(looks[name], _timed(call), _timed(call))
     floats = [name for name, road in roads.items() if road.precision == "float32"]
     baseline = min(floats, key=looks.__getitem__)
     close = [name for name in floats if looks[name] < 1.3 * looks[baseline]]
     if len(close) > 1:
-        raced = compare_many(
-            {name: calls[name] for name in close}, baseline=baseline, budget_s=budget_s
-        )
+        few = {name: calls[name] for name in close}
+        raced = compare_many(few, baseline=baseline, budget_s=_enough(budget_s, few, looks))
         baseline = max(close, key=lambda name: raced[name].speedup if name in raced else 1.0)
+    slower = {name: look / looks[baseline] for name, look in looks.items()}
+    slower = {name: times for name, times in slower.items() if times > _HOPELESS}
+    calls = {name: call for name, call in calls.items() if name not in slower}
     if len(calls) == 1:
-        return {}, baseline
-    return dict(compare_many(calls, baseline=baseline, budget_s=budget_s)), baseline
+        return {}, baseline, slower
+    speeds = dict(compare_many(calls, baseline=baseline, budget_s=_enough(budget_s, calls, looks)))
+    return speeds, baseline, slower
+
+
+def _enough(budget_s: float, calls: Collection[str], looks: dict[str, float]) -> float:
+    """Return a budget for each candidate that lets slow calls have an interval, too."""
+    rounds = 2 * (min_pairs(0.05) + 2)  # half of the budget goes into warming up and calibrating
+    return max(budget_s, rounds * sum(looks[name] for name in calls) / (len(calls) - 1))
+
+
+def _surely(speed: Comparison) -> float:
+    """Return the interval's lower end, or a cautious guess where there were too few pairs."""
+    return speed.low if math.isfinite(speed.high) else speed.speedup / 1.1
 
 
 def _timed(call: Callable[[], Any]) -> float:
@@ -50,8 +76,8 @@ def fastest(
 ) -> str:
     """Return the fastest road; those near the top are raced once more against each other."""
     best = max(speeds, key=lambda name: speeds[name].speedup, default=baseline)
-    if best == baseline or speeds[best].low < 1 + _EQUAL:
-        clearly = [name for name in speeds if speeds[name].low > 1 / (1 + _EQUAL)]
+    if best == baseline or _surely(speeds[best]) < 1 + _EQUAL:
+        clearly = [name for name in speeds if _surely(speeds[name]) > 1 / (1 + _EQUAL)]
         best = max(clearly, key=lambda name: speeds[name].speedup, default=baseline)
         if best == baseline or speeds[best].speedup < 1:
             return baseline
@@ -61,7 +87,7 @@ def fastest(
     final = compare_many(
         {name: partial(roads[name].run, batch) for name in near},
         baseline=best,
-        budget_s=2 * budget_s,
+        budget_s=_enough(2 * budget_s, near, {n: speeds[n].candidate_s for n in near}),
         negligible=0.01,
     )
     return max(near, key=lambda name: final[name].speedup if name in final else 1.0)

@@ -18,7 +18,7 @@ class RoadRow:
 
     Attributes:
         name: such as ``ONNX Runtime int8``.
-        precision: ``float32``, ``bfloat16`` or ``int8``.
+        precision: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
         speed: time of the fastest float32 road / of this one, with its interval; None for that
             road itself and for one that dropped out.
         sqnr_db: signal over the error of the worst output, against the model as given; infinite

@@ -141,6 +141,7 @@ def _plan(engines: tuple[str, ...]) -> dict[str, tuple[str, Builder]]:
         "eager float32": ("float32", torch_roads.eager),
         "eager float32, channels_last": ("float32", partial(torch_roads.eager, channels_last=True)),
         "eager bfloat16": ("bfloat16", torch_roads.half),
+        "eager float16": ("float16", partial(torch_roads.half, dtype=torch.float16)),
     }
     if "compile" in engines:
         plan["torch.compile float32"] = ("float32", torch_roads.compiled)

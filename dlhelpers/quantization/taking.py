@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dlhelpers import training
-from dlhelpers.measure import Comparison
-from dlhelpers.quantization.batches import Outputs, sqnr_db
+from dlhelpers.quantization.batches import Batch, Outputs, sqnr_db
 from dlhelpers.quantization.racing import fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, RoadError, Task
@@ -21,6 +20,7 @@ from dlhelpers.quantization.roads import Road, RoadError, Task
 __all__ = ["Builder", "QuantizedModel", "built", "take", "tried"]
 
 Builder = Callable[[Task], Road]
+_ROUNDING_DB = 60.0
 Test = tuple[Tensor, Tensor]
 
 
@@ -138,7 +138,8 @@ def tried(
     )
     if precision == "int8" and not road.int8_kernels:
         return replace(row, dropped="its graph holds no int8 kernel"), None
-    if ratio < min_sqnr_db:
+    # float32 differs by rounding alone, and one such road there has to be
+    if ratio < (min(min_sqnr_db, _ROUNDING_DB) if precision == "float32" else min_sqnr_db):
         bound = f"SQNR {ratio:.1f} dB lies below {min_sqnr_db:g} dB"
         return replace(row, dropped=bound), None
     return row, road
@@ -158,9 +159,25 @@ def take(
 ) -> QuantizedModel:
     """Race the roads and return the model on the fastest, with the report."""
     batch = task.batches[0]
-    speeds, baseline = raced(roads, batch, budget_s)
+    speeds, baseline, slower = raced(roads, batch, budget_s)
     chosen = fastest(roads, speeds, baseline, batch, budget_s)
-    rows = [_finished(row, roads.get(row.name), speeds, test, task.outputs[0]) for row in rows]
+    for name, times in slower.items():
+        rows = [
+            replace(row, dropped=f"about {times:.0f} times slower than {baseline}")
+            if row.name == name
+            else row
+            for row in rows
+        ]
+    rows = [
+        row
+        if row.dropped
+        else replace(
+            row,
+            speed=speeds.get(row.name),
+            accuracy=_accuracy(QuantizedModel(roads[row.name], task.outputs[0], None), test, batch),
+        )
+        for row in rows
+    ]
     shapes = [list(t.shape) for t in batch if isinstance(t, Tensor)]
     threads = f"{task.threads} thread{'s' * (task.threads > 1)}"
     notes = [*notes, f"{threads}, batches of {shapes}, {perf_counter() - start:.0f} s in all"]
@@ -169,26 +186,26 @@ def take(
     return QuantizedModel(roads[chosen], task.outputs[0], report, kept)
 
 
-def _finished(
-    row: RoadRow,
-    road: Road | None,
-    speeds: dict[str, Comparison],
-    test: tuple[Tensor, Tensor] | None,
-    outputs: Outputs,
-) -> RoadRow:
-    if road is None:
-        return row
-    accuracy = None
-    if test is not None:
-        runner = QuantizedModel(road, outputs, None)
-        accuracy = training.accuracy(runner, *test)
-    return replace(row, speed=speeds.get(row.name), accuracy=accuracy)
+def _accuracy(model: nn.Module, test: Test | None, batch: Batch) -> float | None:
+    """Return the accuracy, measured in batches of the first one's size; None where it cannot be."""
+    if test is None:
+        return None
+    inputs, targets = test
+    size = next(len(t) for t in batch if isinstance(t, Tensor))
+    try:
+        right = [
+            len(x) * training.accuracy(model, x, y)
+            for x, y in zip(inputs.split(size), targets.split(size), strict=True)
+        ]
+    except Exception:  # a road for one batch size meets the last, smaller one
+        return None
+    return sum(right) / len(inputs)
 
 
 def _why(roads: dict[str, Road], chosen: str, rows: list[RoadRow], min_sqnr_db: float) -> str:
     precision = roads[chosen].precision
     if precision == "int8":
-        return f"{chosen}: the fastest road within {min_sqnr_db:g} dB."
+        return f"{chosen}: the fastest road of {min_sqnr_db:g} dB at least."
     tried = [row for row in rows if row.precision == "int8"]
     if not tried:
         return f"{chosen}: the fastest road; no int8 engine was asked for."

@@ -29,7 +29,10 @@ __all__ = [
 ]
 
 ENGINES: tuple[str, ...] = ("x86", "onednn", "qnnpack")
-_HALF = {"avx512_bf16", "amx_bf16", "neon_bf16"}
+_HALF = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "neon_bf16"},
+    torch.float16: {"avx512_fp16", "neon"},
+}
 
 
 def runner(model: Callable[..., Any]) -> Callable[[Batch], list[Tensor]]:
@@ -84,7 +87,7 @@ def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
         )
         return [t.float() if t.dtype == dtype else t for t in plainly(tuple(given))]
 
-    has = sorted(_HALF & set(machine.describe().simd))
+    has = sorted(_HALF.get(dtype, set()) & set(machine.describe().simd))
     note = (
         f"the processor has {', '.join(has)}" if has else "the processor has no instruction for it"
     )
