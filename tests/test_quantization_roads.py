@@ -25,7 +25,7 @@ from dlhelpers.quantization import (
     static,
     taking,
 )
-from dlhelpers.quantization.batches import Outputs, sqnr_db
+from dlhelpers.quantization.batches import Outputs, read_batches, sqnr_db
 from dlhelpers.quantization.fake import fake_quantize, layers_of, rounded, weight_affine
 from dlhelpers.quantization.kernels import linear_accumulate
 
@@ -98,7 +98,7 @@ def test_a_road_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
     # a third of a small file is weights
     assert row.nbytes > 0
     assert f"-> {report.chosen}" in str(report)
-    assert report.chosen in fast._repr_html_() if hasattr(fast, "_repr_html_") else True
+    assert report.chosen in report._repr_html_()
     x = images(5, seed=9)
     with torch.no_grad():
         wanted = model.eval()(x)
@@ -392,7 +392,7 @@ def test_accuracy_is_taken_in_batches(monkeypatch):
     targets = x.flatten(1)[:, :10].argmax(1)
     found = taking._accuracy(Watch(), (x, targets), (images(8),))
     assert found == 1.0
-    assert sizes == [8, 8, 5]
+    assert sizes == [8, 8, 8, 5]  # the first to look at the output
 
 
 def test_the_fastest_road_is_taken_and_near_ones_race_once_more(monkeypatch):
@@ -438,7 +438,7 @@ def test_the_ratio_is_that_of_the_worst_output_and_minus_infinity_for_nonsense()
 def test_outputs_go_back_into_their_structure():
     given = {"a": torch.ones(1), "b": [torch.zeros(2), "kept"]}
     outputs = Outputs(given)
-    back = outputs.restore([t + 1 for t in outputs.tensors])
+    back = outputs.structure.restore([t + 1 for t in outputs.tensors])
     assert back["a"].item() == 2
     assert back["b"][1] == "kept"
 
@@ -461,7 +461,6 @@ def test_torchvision_models_reach_the_bound_in_int8(name):
     ).report()
     best = max(row.sqnr_db for row in report.rows if row.precision == "int8" and row.sqnr_db)
     assert best > 20
-    assert report[report.chosen].int8_kernels or report[report.chosen].precision != "int8"
 
 
 def images_of(side, seed):
@@ -473,14 +472,117 @@ def test_pt2e_lowers_its_layers_or_says_why_not():
     pytest.importorskip("torchao")
     report = quantize_static(network(), [images()], engine="pt2e", **FAST).report()
     row = report["PT2E int8"]
-    assert row.dropped or row.int8_kernels >= 3
+    if row.dropped:  # a compiler is needed, and torchao's quantizer raises on some versions
+        assert "compiler" in row.dropped or ":" in row.dropped
+    else:
+        assert row.int8_kernels >= 3
+        assert row.sqnr_db > 20
 
 
 @pytest.mark.slow
 def test_a_compiled_road_computes_what_the_model_does():
     fast = quantize_static(network(), [images()], engine="compile", **FAST)
     row = fast.report()["torch.compile float32"]
-    assert row.dropped or row.sqnr_db > 80
+    if row.dropped:
+        assert "compiler" in row.dropped
+    else:
+        assert row.sqnr_db > 80
+
+
+class Masked(nn.Module):
+    """Scores of -inf, which attention has, have no range and stay float."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        scores = self.first(x)
+        hidden = torch.arange(8) > 5
+        return self.second(scores.masked_fill(hidden, -torch.inf).softmax(-1))
+
+
+@needs_onnx
+def test_tensors_without_a_range_stay_float_and_the_others_do_not():
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    report = quantize_static(Masked(), [x], engine=["onnxruntime"], **FAST).report()
+    assert not report["ONNX Runtime float32"].dropped
+    assert report["ONNX Runtime int8"].int8_kernels >= 1
+    assert report["ONNX Runtime int8"].sqnr_db > 20
+
+
+def test_a_loader_that_reuses_its_buffer_and_a_model_that_writes_into_its_input():
+    buffer = torch.empty(4, 3, 12, 12)
+
+    def loader():
+        for seed in range(2):
+            yield buffer.copy_(images(4, seed))
+
+    found = read_batches(loader())
+    assert torch.equal(found[0][0], images(4, 0))
+    assert torch.equal(found[1][0], images(4, 1))
+
+    class Writes(nn.Module):
+        def forward(self, x):
+            return x.sub_(0.5).div_(0.5)
+
+    x = images()
+    kept = x.clone()
+    with pytest.raises(ValueError, match="writes into its input 0"):
+        quantize_static(Writes(), [x], engine="eager", **FAST)
+    assert torch.equal(x, kept)
+
+
+def test_a_model_that_is_not_the_same_twice_is_an_error():
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    with pytest.raises(ValueError, match="gives other outputs when it is run again"):
+        quantize_static(Noisy(), [images()], engine="eager", **FAST)
+
+
+def test_numbers_beside_tensors_and_other_constants_are_named():
+    class Sized(nn.Module):
+        def forward(self, x):
+            return x * 2, x.shape[0]
+
+    with pytest.raises(ValueError, match=r"numbers beside tensors, \[8\]"):
+        quantize_static(Sized(), [images()], engine="eager", **FAST)
+
+    class Flagged(nn.Module):
+        def forward(self, x, twice):
+            return x.flatten(1) * (2 if twice else 1)
+
+    fast = quantize_static(Flagged(), [(images(), True)], engine="eager", **FAST)
+    assert fast(images(), True).shape == (8, 432)
+    with pytest.raises(ValueError, match="input 1 was True"):
+        fast(images(), False)
+    with pytest.raises(ValueError, match="input 1 was True"):
+        fast(images())
+
+
+@needs_onnx
+def test_a_mixed_road_is_kept_and_inputs_may_require_grad():
+    batches = [images(), images(seed=3)]
+    first = quantize_static(network(), batches, engine="onnxruntime", **FAST).report()
+    bound = first["ONNX Runtime int8"].sqnr_db + 1
+    fast = quantize_static(
+        network(), batches, engine="onnxruntime", min_sqnr_db=bound, keep_roads=True, **FAST
+    )
+    mixed = fast.on("ONNX Runtime int8, mixed")
+    assert mixed(images().requires_grad_()).shape == (8, 10)
+
+
+def test_test_data_that_do_not_fit_are_named_at_once():
+    x = images()
+    with pytest.raises(ValueError, match="as many targets as inputs, got 8 and 3"):
+        quantize_static(network(), [x], test=(x, torch.zeros(3).long()), **FAST)
+    model = TwoInTwoOut()
+    model.forward = lambda a: {"y": a}
+    with pytest.raises(ValueError, match=r"one tensor \[N, C\], got dict"):
+        quantize_static(model, [x], test=(x, torch.zeros(8).long()), **FAST)
 
 
 # ---- dynamic ----
@@ -505,7 +607,8 @@ def test_dynamic_is_right_with_and_without_inputs(model, shape):
     assert "not measured" in str(unmeasured.report())
     int8 = [row for row in measured.report().rows if row.precision == "int8" and not row.dropped]
     assert int8
-    assert all(row.int8_kernels for row in int8)
+    layers = 2 if isinstance(model, nn.Sequential) else 1
+    assert all(row.int8_kernels == layers for row in int8)
     floats = measured.report()["eager float32"].nbytes
     assert min(row.nbytes for row in int8) < 0.45 * floats
     assert unmeasured.report().rows[0].nbytes < 0.45 * floats
@@ -588,10 +691,69 @@ def test_an_aware_model_gives_back_what_it_was_given():
     assert back.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(back[0].weight, model[0].weight)
     assert not back[0]._forward_pre_hooks
+    assert not back[0]._forward_pre_hooks_with_kwargs
     # it ran on a copy: the original's statistics did not move
     assert model[1].num_batches_tracked == 0
     assert aware.model[1].num_batches_tracked == 1
     assert quantize_aware(model).state_dict().keys() == aware.state_dict().keys()
+
+
+def test_a_lone_layer_and_awkward_names_can_be_aware():
+    assert quantize_aware(nn.Linear(4, 3))(torch.rand(2, 4)).shape == (2, 3)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values, self.keys = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.keys(self.values(x))
+
+    model = Named()
+    assert len(quantize_aware(model)._inputs) == 2
+    assert simulate(nn.Linear(4, 3), [torch.rand(2, 4)])(torch.rand(2, 4)).shape == (2, 3)
+
+
+def test_finish_keeps_the_readers_own_hooks():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_pre_hook(lambda module, given: (10 * given[0],))
+    x = torch.rand(2, 4)
+    assert torch.allclose(quantize_aware(model).finish()(x), model(x))
+
+
+def test_a_copy_of_an_aware_model_has_ranges_of_its_own():
+    aware = quantize_aware(nn.Sequential(nn.Linear(4, 2))).train()
+    aware(torch.ones(1, 4))
+    copied = copy.deepcopy(aware)
+    copied(5 * torch.ones(1, 4))
+    ends = [next(iter(m._inputs.values())).ends.tolist() for m in (aware, copied)]
+    assert ends[0] == [1.0, 1.0]
+    assert ends[1][1] > 1.0
+    copied.freeze()
+    fresh = quantize_aware(nn.Sequential(nn.Linear(4, 2)))
+    fresh.load_state_dict(copied.state_dict())
+    assert next(iter(fresh._inputs.values())).is_frozen
+
+
+def test_layers_that_share_a_weight_are_rounded_one_at_a_time():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(input=torch.relu(self.a(input=x)))
+
+    model = Tied()
+    x = torch.randn(8, 6)
+    grid = weight_affine(model.a, 2)
+    with rounded(model.a, weight=grid):
+        assert not torch.equal(model.a.weight, model.b.weight)
+    assert model.a.weight is model.b.weight
+    assert len(sensitivity(model, [x], bits=4).rows) == 2
+    assert simulate(model, [x])(x).shape == (8, 6)
 
 
 def test_frozen_ranges_and_statistics_stay():
@@ -609,9 +771,10 @@ def test_the_moving_range_follows_the_batches():
     aware = quantize_aware(nn.Sequential(nn.Linear(4, 2)), momentum=0.5).train()
     aware(torch.tensor([[0.0, 1.0, 2.0, 4.0]]))
     aware(torch.tensor([[0.0, 1.0, 2.0, 8.0]]))
-    assert aware._inputs["0"].ends.tolist() == [0.0, 6.0]
+    (rounding,) = aware._inputs.values()
+    assert rounding.ends.tolist() == [0.0, 6.0]
     aware.eval()(torch.full((1, 4), 100.0))
-    assert aware._inputs["0"].ends.tolist() == [0.0, 6.0]
+    assert rounding.ends.tolist() == [0.0, 6.0]
 
 
 def test_per_channel_saves_a_layer_whose_channels_differ():
@@ -667,5 +830,6 @@ def test_bad_models_and_targets_are_named():
     with pytest.raises(ValueError, match=r"targets must be \[8\].* got \[3\]"):
         sensitivity(network(), [images()], targets=torch.zeros(3))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-    with pytest.raises(ValueError, match="a parametrization already"):
-        quantize_aware(normed)
+    for call in (quantize_aware, lambda model: sensitivity(model, [torch.rand(4, 3)])):
+        with pytest.raises(ValueError, match="the weight of 0 has a parametrization already"):
+            call(normed)

@@ -24,7 +24,14 @@ from torch.nn.utils import parametrize
 from dlhelpers.quantization.affine import choose_affine
 from dlhelpers.quantization.batches import read_batches, run_float
 from dlhelpers.quantization.calibrate import Calibrator
-from dlhelpers.quantization.fake import fake_quantize, layers_of, weight_affine
+from dlhelpers.quantization.fake import (
+    fake_quantize,
+    input_of,
+    layers_of,
+    refuse_parametrized,
+    weight_affine,
+    with_input,
+)
 
 __all__ = ["AwareModel", "quantize_aware", "simulate"]
 
@@ -48,8 +55,12 @@ class _RoundedInput(nn.Module):
     def __init__(self, bits: int, momentum: float) -> None:
         super().__init__()
         self._bits, self._momentum = bits, momentum
-        self.is_frozen = False
+        self.register_buffer("is_frozen", torch.tensor(False))
         self.register_buffer("ends", torch.full((2,), torch.nan))
+
+    def before(self, _: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Hook in front of the layer; a bound method, so that a copy's hook is the copy's."""
+        return with_input(given, options, self(input_of(given, options)))
 
     def forward(self, x: Tensor) -> Tensor:
         if (self.training and not self.is_frozen) or torch.isnan(self.ends).any():
@@ -77,21 +88,13 @@ class AwareModel(nn.Module):
         self.bits = bits
         self.model = copy.deepcopy(model)
         layers = layers_of(self.model)
-        if not layers:
-            raise ValueError("the model has neither convolutions nor linear layers to round")
-        shared = [n for n, layer in layers.items() if parametrize.is_parametrized(layer)]
-        if shared:
-            raise ValueError(
-                f"{shared[0]} has a parametrization already (weight_norm, spectral_norm): take it "
-                "off with torch.nn.utils.parametrize.remove_parametrizations first"
-            )
+        refuse_parametrized(layers)
         self._inputs = nn.ModuleDict()
+        self._hooks: dict[str, int] = {}
         for name, layer in layers.items():
-            rounding = _RoundedInput(bits, momentum)
-            self._inputs[name.replace(".", "/")] = rounding
-            layer.register_forward_pre_hook(
-                lambda _, given, rounding=rounding: (rounding(given[0]), *given[1:])
-            )
+            rounding = self._inputs[_key(name)] = _RoundedInput(bits, momentum)
+            hook = layer.register_forward_pre_hook(rounding.before, with_kwargs=True)
+            self._hooks[name] = hook.id
             rounded = _RoundedWeight(layer, bits, per_channel)
             parametrize.register_parametrization(layer, "weight", rounded, unsafe=True)
 
@@ -105,7 +108,7 @@ class AwareModel(nn.Module):
         For the last epochs, as the statistics of a deployed network no longer move.
         """
         for rounding in self._inputs.values():
-            rounding.is_frozen = True
+            rounding.is_frozen.fill_(True)
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -115,12 +118,18 @@ class AwareModel(nn.Module):
     def finish(self) -> nn.Module:
         """Return a float model in eval mode with the trained weights, to be quantized."""
         model = copy.deepcopy(self.model)
-        for layer in layers_of(model).values():
+        for name, layer in layers_of(model).items():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            layer._forward_pre_hooks.clear()
+            for hooks in (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs):
+                hooks.pop(self._hooks[name], None)
         for module in model.modules():
             module.__dict__.pop("train", None)
         return model.eval()
+
+
+def _key(name: str) -> str:
+    """Return a layer's name as one of a ModuleDict, which the model itself has, too."""
+    return f"layer:{name.replace('.', '/')}"
 
 
 def quantize_aware(
@@ -177,13 +186,15 @@ def simulate(
     seen: dict[str, Calibrator] = {}
     for name, layer in layers_of(plain).items():
         seen[name] = Calibrator(calibrator, bits=bits)
-        layer.register_forward_pre_hook(
-            lambda _, given, calibrator=seen[name]: calibrator.observe(given[0])
-        )
+
+        def watch(_: nn.Module, given: Any, options: Any, found: Calibrator = seen[name]) -> None:
+            found.observe(input_of(given, options))
+
+        layer.register_forward_pre_hook(watch, with_kwargs=True)
     run_float(plain, batches)
     for name, found in seen.items():
-        rounding = aware._inputs[name.replace(".", "/")]
-        rounding.is_frozen = True
+        rounding = aware._inputs[_key(name)]
+        rounding.is_frozen.fill_(True)
         if found.has_seen:
             rounding.ends.copy_(torch.tensor(found.range()))
     return aware

@@ -10,35 +10,53 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Outputs", "read_batches", "run_float", "sqnr_db"]
+__all__ = ["Outputs", "Structure", "first_line", "read_batches", "run_float", "sqnr_db"]
 
 Batch = tuple[Any, ...]
+_PLACE = object()
 
 
 class Outputs:
     """The tensors of a model's output, and how to put them back into its structure."""
 
     def __init__(self, output: Any) -> None:
-        leaves, self._spec = _pytree.tree_flatten(output)
-        self._is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
-        self._leaves = leaves
+        leaves, spec = _pytree.tree_flatten(output)
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.structure = Structure(
+            spec, [_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        )
+
+
+class Structure:
+    """Where in an output its tensors stand, without them."""
+
+    def __init__(self, spec: Any, leaves: list[Any]) -> None:
+        self._spec, self._leaves = spec, leaves
+
+    @property
+    def numbers(self) -> list[Any]:
+        """Whole and other numbers among the leaves, which an engine does not compute anew."""
+        return [x for x in self._leaves if isinstance(x, int | float) and not isinstance(x, bool)]
 
     def restore(self, tensors: Iterable[Tensor]) -> Any:
-        """Return other tensors in the same structure."""
+        """Return tensors in this structure."""
         given = iter(tensors)
-        leaves = [
-            next(given) if is_tensor else leaf
-            for is_tensor, leaf in zip(self._is_tensor, self._leaves, strict=True)
-        ]
+        leaves = [next(given) if leaf is _PLACE else leaf for leaf in self._leaves]
         return _pytree.tree_unflatten(leaves, self._spec)
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line of 160 characters at most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else repr(error))[:160]
+
+
 def read_batches(calibration: Any) -> list[Batch]:
-    """Return the batches as tuples of positional inputs.
+    """Return the batches as tuples of positional inputs, copied.
 
     Args:
-        calibration: an iterable of tensors or of tuples; one tensor is one batch.
+        calibration: an iterable of tensors or of tuples; one tensor is one batch. What a loader
+            writes into the same tensor again does not change the copies.
 
     Raises:
         TypeError: no iterable of tensors or tuples.
@@ -68,7 +86,7 @@ def read_batches(calibration: Any) -> list[Batch]:
         for place, value in enumerate(batch):
             if isinstance(value, Tensor):
                 _check(index, place, value, first[place])
-        batches.append(batch)
+        batches.append(tuple(v.detach().clone() if isinstance(v, Tensor) else v for v in batch))
     if not batches:
         raise ValueError(
             "calibration is empty: give some batches of real inputs, a hundred samples are enough "
@@ -99,8 +117,8 @@ def run_float(model: Callable[..., Any], batches: list[Batch]) -> list[Outputs]:
     """Return a model's outputs for each batch, without gradients.
 
     Raises:
-        ValueError: it cannot be called with a batch, gives no floating-point tensor, or one whose
-            values are not finite.
+        ValueError: it cannot be called with a batch, writes into its input, gives no
+            floating-point tensor, or one whose values are not finite, or numbers beside tensors.
     """
     found = []
     for index, batch in enumerate(batches):
@@ -108,15 +126,27 @@ def run_float(model: Callable[..., Any], batches: list[Batch]) -> list[Outputs]:
             str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
             for value in batch
         )
+        versions = [value._version if isinstance(value, Tensor) else 0 for value in batch]
         try:
             with torch.no_grad():
                 outputs = Outputs(model(*batch))
         except Exception as error:
             raise ValueError(
                 f"the model raises on calibration batch {index} with inputs {shapes}: "
-                f"{str(error).strip().splitlines()[0] if str(error).strip() else error!r}. Give "
-                "the model's positional inputs alone, in its order, without labels"
+                f"{first_line(error)}. Give the model's positional inputs alone, in its order, "
+                "without labels"
             ) from error
+        for place, (value, version) in enumerate(zip(batch, versions, strict=True)):
+            if isinstance(value, Tensor) and value._version != version:
+                raise ValueError(
+                    f"the model writes into its input {place}, so that no two runs are alike: let "
+                    "its first operation make a new tensor (inplace=False, x - y for x.sub_(y))"
+                )
+        if outputs.structure.numbers:
+            raise ValueError(
+                f"the model's output holds numbers beside tensors, {outputs.structure.numbers}: "
+                "engines compute tensors alone; return them as tensors, or leave them out"
+            )
         floats = [t for t in outputs.tensors if t.dtype.is_floating_point]
         if not floats:
             raise ValueError(

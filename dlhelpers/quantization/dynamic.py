@@ -24,6 +24,10 @@ from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 
 __all__ = ["quantize_dynamic"]
 
+_INT8_OPERATORS = (
+    *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
+    *("DynamicQuantizeLSTM", "ConvInteger"),
+)
 _KINDS = {nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
 
 
@@ -112,7 +116,7 @@ def _torch_ao(task: Task, engine: str) -> Road:
     run = torch_roads.with_engine(torch_roads.runner(model), engine)
     with _no_stderr():  # qnnpack says once, from C++, that it ignores what torch.ao hard-codes
         run(task.batches[0])
-    kernels = sum("quantized" in type(module).__module__ for module in model.modules())
+    kernels = torch_roads.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
     return Road(name, engine, "int8", run, torch_roads.bytes_of(model), kernels)
 
@@ -140,7 +144,7 @@ def _onnxruntime(task: Task) -> Road:
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
         data = target.read_bytes()
     session, counts = graph.session(data)
-    kernels = sum(n for name, n in counts.items() if "MatMulInteger" in name or "Quantize" in name)
+    kernels = sum(counts[name] for name in _INT8_OPERATORS)
     run = onnx_roads.runner(session)
     name = "ONNX Runtime dynamic int8"
     return Road(name, "onnxruntime", "int8", run, len(data), kernels, "", data)

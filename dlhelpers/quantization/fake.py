@@ -12,13 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
 from dlhelpers.quantization.affine import Affine, choose_affine, dequantize, quantize
 
-__all__ = ["fake_quantize", "layers_of", "rounded", "weight_affine"]
+__all__ = [
+    "fake_quantize",
+    "input_of",
+    "layers_of",
+    "refuse_parametrized",
+    "rounded",
+    "weight_affine",
+    "with_input",
+]
 
 
 def fake_quantize(x: Tensor, affine: Affine) -> Tensor:
@@ -49,6 +59,23 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def refuse_parametrized(layers: dict[str, nn.Module]) -> None:
+    """Raise where a layer's weight is computed from other tensors.
+
+    Raises:
+        ValueError: a layer has a parametrization, or there is no layer.
+    """
+    if not layers:
+        raise ValueError("the model has neither convolutions nor linear layers to round")
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(
+                f"the weight of {name or 'the model'} has a parametrization already (weight_norm, "
+                "spectral_norm): take it off with "
+                "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+
+
 def weight_affine(layer: nn.Module, bits: int = 8, *, per_channel: bool = True) -> Affine:
     """Return the symmetric grid of a layer's weights, by default one scale for each output.
 
@@ -61,24 +88,42 @@ def weight_affine(layer: nn.Module, bits: int = 8, *, per_channel: bool = True) 
     )
 
 
+def input_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """Return a layer's input, given by position or by name."""
+    return arguments[0] if arguments else options["input"]
+
+
+def with_input(
+    arguments: tuple[Any, ...], options: dict[str, Any], value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a layer's arguments with another input."""
+    if arguments:
+        return (value, *arguments[1:]), options
+    return arguments, {**options, "input": value}
+
+
 @contextmanager
 def rounded(
     layer: nn.Module, *, weight: Affine | None = None, inputs: Affine | None = None
 ) -> Iterator[None]:
-    """Let a layer compute with rounded weights or rounded inputs inside of a ``with`` block."""
-    kept = layer.weight.data
+    """Let a layer compute with rounded weights or rounded inputs inside of a ``with`` block.
+
+    The weight is another parameter meanwhile: layers that share it keep theirs.
+    """
+    kept = layer.weight
     hook = None
     if inputs is not None:
 
-        def round_input(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (fake_quantize(arguments[0], inputs), *arguments[1:])
+        def round_input(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            value = fake_quantize(input_of(arguments, options), inputs)
+            return with_input(arguments, options, value)
 
-        hook = layer.register_forward_pre_hook(round_input)
+        hook = layer.register_forward_pre_hook(round_input, with_kwargs=True)
     try:
         if weight is not None:
-            layer.weight.data = fake_quantize(kept, weight)
+            layer.weight = nn.Parameter(fake_quantize(kept.detach(), weight), kept.requires_grad)
         yield
     finally:
-        layer.weight.data = kept
+        layer.weight = kept
         if hook is not None:
             hook.remove()

@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 import io
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlhelpers.quantization.batches import Batch, sqnr_db
+from dlhelpers.quantization.batches import Batch, first_line, sqnr_db
 from dlhelpers.quantization.calibrate import Calibrator
 from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, with_free_batch
 
@@ -44,7 +46,13 @@ class _Graph:
         needed("onnx", "onnxruntime", "onnxscript", extra="engines")
         self.threads = task.threads
         self.proto, self.fixed_batch = _exported(task)
-        self.calibrators = self._observe(task)
+        self._task = task
+        self._boundless: set[str] = set()
+
+    @cached_property
+    def calibrators(self) -> dict[str, dict[str, Calibrator]]:
+        """Method -> tensor's name -> what it has seen; made at the first int8 road."""
+        return self._observe(self._task)
 
     def _observe(self, task: Task) -> dict[str, dict[str, Calibrator]]:
         import onnx
@@ -66,12 +74,16 @@ class _Graph:
         outputs = [output.name for output in session.get_outputs()]
         methods = _AUTO if task.calibrator == "auto" else (task.calibrator,)
         found = {method: {name: Calibrator(method) for name in sorted(names)} for method in methods}
-        for batch in task.batches:
+        for batch in task.alike if self.fixed_batch else task.batches:
             arrays = session.run(None, _fed(session, batch))
             for name, array in zip(outputs, arrays, strict=True):
-                if name in names:
-                    for calibrators in found.values():
-                        calibrators[name].observe(torch.from_numpy(np.atleast_1d(array)))
+                if name not in names:
+                    continue
+                if not np.isfinite(array).all():  # a mask of -inf, say: it has no range
+                    self._boundless.add(name)
+                    continue
+                for calibrators in found.values():
+                    calibrators[name].observe(torch.from_numpy(np.atleast_1d(array)))
         return found
 
     def quantized(
@@ -94,11 +106,18 @@ class _Graph:
 
         ranges = {}
         for name, calibrator in self.calibrators[method].items():
+            if name in self._boundless or not calibrator.has_seen:
+                continue
             low, high = calibrator.range()
             ranges[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
+        without = self.calibrators[method].keys() - ranges.keys()
         copied = onnx.ModelProto()
         copied.CopyFrom(self.proto)
-        left_out = [node.name for node in copied.graph.node if _scopes(node) & float_layers]
+        left_out = [
+            node.name
+            for node in copied.graph.node
+            if _scopes(node) & float_layers or {*node.input, *node.output} & without
+        ]
         quantizer = QDQQuantizer(
             copied,
             True,  # a scale for each output channel of the weights
@@ -152,12 +171,7 @@ def _exported(task: Task) -> tuple[Any, bool]:
             return program.model_proto, shapes is None
         except Exception as error:
             failed = error
-    raise RoadError(f"torch.onnx.export raises: {_line(failed)}") from failed
-
-
-def _line(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else repr(error))[:160]
+    raise RoadError(f"torch.onnx.export raises: {first_line(failed)}") from failed
 
 
 def _operators() -> list[str]:
@@ -183,7 +197,7 @@ def _session(data: bytes, options: Any) -> Any:
 def _fed(session: Any, batch: Batch) -> dict[str, np.ndarray]:
     tensors = [t for t in batch if isinstance(t, Tensor)]
     names = [given.name for given in session.get_inputs()]
-    return {n: t.contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
+    return {n: t.detach().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
 
 
 def graph_of(task: Task) -> _Graph:
@@ -191,9 +205,9 @@ def graph_of(task: Task) -> _Graph:
     if "graph" not in task.shared:
         try:
             task.shared["graph"] = _Graph(task)
-        except RoadError as error:
+        except Exception as error:  # for every road that would export again
             task.shared["graph"] = error
-    if isinstance(task.shared["graph"], RoadError):
+    if isinstance(task.shared["graph"], Exception):
         raise task.shared["graph"]
     return task.shared["graph"]
 
@@ -204,7 +218,7 @@ def runner(session: Any) -> Callable[[Batch], list[Tensor]]:
 
     def run(batch: Batch) -> list[Tensor]:
         tensors = (t for t in batch if isinstance(t, Tensor))
-        fed = {n: t.contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
+        fed = {n: t.detach().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
         return [torch.from_numpy(np.asarray(array)) for array in session.run(None, fed)]
 
     return run
@@ -278,6 +292,7 @@ class _OpenVino:
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
+        self._lock = threading.Lock()
         self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
 
     def request(self, tensors: list[Tensor]) -> Any:
@@ -292,13 +307,14 @@ class _OpenVino:
         return self._requests[shapes]
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        tensors = [t.contiguous() for t in batch if isinstance(t, Tensor)]
-        request = self.request(tensors)
-        request.infer({i: t.numpy() for i, t in enumerate(tensors)}, share_inputs=True)
-        return [
-            torch.from_numpy(request.get_output_tensor(i).data.copy())
-            for i in range(len(request.model_outputs))
-        ]
+        tensors = [t.detach().contiguous() for t in batch if isinstance(t, Tensor)]
+        with self._lock:  # a request holds one call's outputs
+            request = self.request(tensors)
+            request.infer({i: t.numpy() for i, t in enumerate(tensors)}, share_inputs=True)
+            return [
+                torch.from_numpy(request.get_output_tensor(i).data.copy())
+                for i in range(len(request.model_outputs))
+            ]
 
     def int8_kernels(self, batch: Batch) -> int:
         """Return how many products run on 8-bit integers."""

@@ -17,6 +17,7 @@ __all__ = ["fastest", "raced"]
 
 _EQUAL = 0.03
 _HOPELESS = 8.0
+_LOOK_S = 2.0
 
 
 def raced(
@@ -26,14 +27,10 @@ def raced(
 
     Returns:
         Each road's speed; the fastest float32 road's name; and how many times slower than that
-        those are which were too slow to be raced, from a single look.
+        those are which were too slow to be raced, from a few looks.
     """
     calls = {name: partial(road.run, batch) for name, road in roads.items()}
-    looks = {name: _timed(call) for name, call in calls.items()}
-    least = min(looks.values())
-    for name, call in calls.items():  # the first look may have been a warm-up
-        if looks[name] < 2 * _HOPELESS * least:
-            looks[name] = min(looks[name], _timed(call), _timed(call))
+    looks = {name: _looked_at(call) for name, call in calls.items()}
     floats = [name for name, road in roads.items() if road.precision == "float32"]
     baseline = min(floats, key=looks.__getitem__)
     close = [name for name in floats if looks[name] < 1.3 * looks[baseline]]
@@ -59,6 +56,14 @@ def _enough(budget_s: float, calls: Collection[str], looks: dict[str, float]) ->
 def _surely(speed: Comparison) -> float:
     """Return the interval's lower end, or a cautious guess where there were too few pairs."""
     return speed.low if math.isfinite(speed.high) else speed.speedup / 1.1
+
+
+def _looked_at(call: Callable[[], Any]) -> float:
+    """Return the least of a few times: a single one may hold a warm-up or another's work."""
+    times: list[float] = []
+    while len(times) < 5 and sum(times) < _LOOK_S:
+        times.append(_timed(call))
+    return min(times)
 
 
 def _timed(call: Callable[[], Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from torch import Tensor, nn
 from dlhelpers.quantization.affine import Affine, choose_affine
 from dlhelpers.quantization.batches import Batch, Outputs, read_batches, run_float, sqnr_db
 from dlhelpers.quantization.calibrate import Calibrator
-from dlhelpers.quantization.fake import layers_of, rounded, weight_affine
+from dlhelpers.quantization.fake import (
+    input_of,
+    layers_of,
+    refuse_parametrized,
+    rounded,
+    weight_affine,
+)
 from dlhelpers.tables import html_table, text_table
 
 __all__ = ["LayerRow", "SensitivityReport", "ranked_layers", "sensitivity"]
@@ -87,7 +94,7 @@ def sensitivity(
     with one scale; every other layer stays float.
 
     Args:
-        model: float32; taken in eval mode, left as it is.
+        model: float32; a copy is taken in eval mode.
         data: batches, as for ``quantize_static``.
         bits: 2 to 16.
         calibrator: that chooses the inputs' ranges.
@@ -95,40 +102,34 @@ def sensitivity(
 
     Raises:
         TypeError, ValueError: as ``quantize_static``; a model without convolutions and linear
-            layers; targets of another length.
+            layers, or with parametrized ones; targets of another length.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [row.kind for row in sensitivity(net, [torch.rand(16, 4)], bits=4).rows]
     ['Linear', 'Linear']
     """
     batches = read_batches(data)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        wanted = [outputs.tensors for outputs in run_float(model, batches)]
-        if not layers_of(model):
-            raise ValueError("the model has neither convolutions nor linear layers to round")
-        grids = _input_grids(model, batches, bits, calibrator)
-        right = None if targets is None else _share_right(wanted, targets)
-        rows = []
-        for name, layer in layers_of(model).items():
-            if name not in grids:
-                continue
-            weight, inputs = weight_affine(layer, bits), grids[name]
-            both = _outputs(model, batches, layer, weight, inputs)
-            rows.append(
-                LayerRow(
-                    name,
-                    type(layer).__name__,
-                    sqnr_db(wanted, both),
-                    sqnr_db(wanted, _outputs(model, batches, layer, weight, None)),
-                    sqnr_db(wanted, _outputs(model, batches, layer, None, inputs)),
-                    None if right is None else right - _share_right(both, targets),
-                )
+    model = copy.deepcopy(model).eval()
+    refuse_parametrized(layers_of(model))
+    wanted = [outputs.tensors for outputs in run_float(model, batches)]
+    grids = _input_grids(model, batches, bits, calibrator)
+    right = None if targets is None else _share_right(wanted, targets)
+    rows = []
+    for name, layer in layers_of(model).items():
+        if name not in grids:
+            continue
+        weight, inputs = weight_affine(layer, bits), grids[name]
+        both = _outputs(model, batches, layer, weight, inputs)
+        rows.append(
+            LayerRow(
+                name,
+                type(layer).__name__,
+                sqnr_db(wanted, both),
+                sqnr_db(wanted, _outputs(model, batches, layer, weight, None)),
+                sqnr_db(wanted, _outputs(model, batches, layer, None, inputs)),
+                None if right is None else right - _share_right(both, targets),
             )
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        )
     rows.sort(key=lambda row: (-(row.accuracy_lost or 0.0), row.sqnr_db))
     return SensitivityReport(tuple(rows), bits)
 
@@ -147,10 +148,11 @@ def _input_grids(
     hooks = []
     for name, layer in layers_of(model).items():
 
-        def watch(_: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-            seen.setdefault(name, Calibrator(calibrator, bits=bits)).observe(arguments[0])
+        def watch(_: nn.Module, given: tuple[Any, ...], options: Any, name: str = name) -> None:
+            found = seen.setdefault(name, Calibrator(calibrator, bits=bits))
+            found.observe(input_of(given, options))
 
-        hooks.append(layer.register_forward_pre_hook(watch))
+        hooks.append(layer.register_forward_pre_hook(watch, with_kwargs=True))
     try:
         for batch in batches:
             with torch.no_grad():

@@ -20,12 +20,19 @@ from torch import Tensor, nn
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
-from dlhelpers.quantization.batches import read_batches, run_float
+from dlhelpers.quantization.batches import first_line, read_batches, run_float
 from dlhelpers.quantization.calibrate import CALIBRATORS
 from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.roads import Road, Task
 from dlhelpers.quantization.sensitivity import ranked_layers
-from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take, tried
+from dlhelpers.quantization.taking import (
+    Builder,
+    QuantizedModel,
+    accuracy_in_batches,
+    built,
+    take,
+    tried,
+)
 
 __all__ = ["ENGINES", "folded_copy", "quantize_static"]
 
@@ -93,6 +100,8 @@ def quantize_static(
     batches = read_batches(calibration)
     original = (model.finish() if isinstance(model, AwareModel) else copy.deepcopy(model)).eval()
     outputs = run_float(original, batches)
+    if test is not None:
+        accuracy_in_batches(original, test, batches[0])  # what is wrong with it is said at once
     folded, notes = folded_copy(original, batches[0])
     task = Task(folded, batches, outputs, calibrator, torch.get_num_threads())
 
@@ -100,7 +109,7 @@ def quantize_static(
     kept: dict[str, Road] | None = {} if keep_roads else None
     rows, roads = built(task, _plan(engines), min_sqnr_db, progress, kept)
     if not any(road.precision == "int8" for road in roads.values()):
-        more_rows, more_roads = _mixed(task, engines, rows, min_sqnr_db)
+        more_rows, more_roads = _mixed(task, engines, rows, min_sqnr_db, kept)
         rows, roads = [*rows, *more_rows], roads | more_roads
     return take(
         task,
@@ -129,7 +138,7 @@ def folded_copy(model: nn.Module, batch: tuple[Any, ...]) -> tuple[nn.Module, li
     try:
         folded, report = fuse_conv_bn(model, batch)
     except Exception as error:  # whatever stops the fold does not stop the roads
-        return model, [f"BatchNorm was not folded: {str(error).splitlines()[0]}"]
+        return model, [f"BatchNorm was not folded: {first_line(error)}"]
     notes = [f"{len(report.left)} of {report.found} BatchNorms stay"] if report.left else []
     return folded, notes
 
@@ -187,7 +196,11 @@ def _in_openvino(task: Task, **options: bool) -> Road:
 
 
 def _mixed(
-    task: Task, engines: tuple[str, ...], rows: list[RoadRow], min_sqnr_db: float
+    task: Task,
+    engines: tuple[str, ...],
+    rows: list[RoadRow],
+    min_sqnr_db: float,
+    kept: dict[str, Road] | None,
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Quantize less, until the bound is met: products alone, then without the worst layers."""
     if not {"onnxruntime", "openvino"} & set(engines) or not any(
@@ -197,7 +210,11 @@ def _mixed(
         return [], {}
     reduced = _saturates()
     options = {"reduce_range": reduced, "products_alone": True}
-    order = ranked_layers(task.model, task.batches)
+    try:
+        order = ranked_layers(task.model, task.batches)
+    except Exception as error:  # the report says why nothing was mixed
+        why = f"the layers could not be ranked: {first_line(error)}"
+        return [RoadRow("int8, mixed", "int8", dropped=why)], {}
 
     def builders(count: int) -> Iterator[tuple[str, Builder, Task]]:
         kept = frozenset(order[:count])
@@ -211,7 +228,7 @@ def _mixed(
     for count in _counts(len(order)):
         found = [], {}
         for name, build, mixed in builders(count):
-            row, road = tried(name, "int8", build, mixed, min_sqnr_db)
+            row, road = tried(name, "int8", build, mixed, min_sqnr_db, kept)
             found[0].append(row)
             if road is not None:
                 found[1][name] = road

@@ -9,15 +9,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dlhelpers import training
-from dlhelpers.quantization.batches import Batch, Outputs, sqnr_db
+from dlhelpers.quantization.batches import Batch, Structure, first_line, sqnr_db
 from dlhelpers.quantization.racing import fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, RoadError, Task
 
-__all__ = ["Builder", "QuantizedModel", "built", "take", "tried"]
+__all__ = ["Builder", "QuantizedModel", "accuracy_in_batches", "built", "take", "tried"]
 
 Builder = Callable[[Task], Road]
 _ROUNDING_DB = 60.0
@@ -33,13 +34,15 @@ class QuantizedModel(nn.Module):
     def __init__(
         self,
         road: Road,
-        outputs: Outputs | None,
+        structure: Structure | None,
         report: QuantizationReport,
         roads: dict[str, Road] | None = None,
+        example: Batch = (),
     ) -> None:
         super().__init__()
-        self._road, self._outputs, self._report = road, outputs, report
+        self._road, self._structure, self._report = road, structure, report
         self._roads = roads or {}
+        self._fixed = {i: v for i, v in enumerate(example) if not isinstance(v, Tensor)}
         self.eval()
 
     def forward(self, *inputs: Any) -> Any:
@@ -47,9 +50,18 @@ class QuantizedModel(nn.Module):
 
         Args:
             inputs: the model's positional inputs, on the CPU.
+
+        Raises:
+            ValueError: an input that is no tensor is another one than when it was quantized.
         """
+        for place, value in self._fixed.items():
+            if place >= len(inputs) or inputs[place] != value:
+                raise ValueError(
+                    f"input {place} was {value!r} when the model was quantized and is part of it "
+                    f"now, got {inputs[place : place + 1]}: quantize again with the other value"
+                )
         found = self._road.run(inputs)
-        return found if self._outputs is None else self._outputs.restore(found)
+        return found if self._structure is None else self._structure.restore(found)
 
     def report(self) -> QuantizationReport:
         """Return what became of every road."""
@@ -66,7 +78,9 @@ class QuantizedModel(nn.Module):
                 f"{name!r} is not among the roads that were kept, {list(self._roads)}: quantize "
                 "with keep_roads=True, and look at report() for those that were built"
             )
-        return QuantizedModel(self._roads[name], self._outputs, self._report, self._roads)
+        other = QuantizedModel(self._roads[name], self._structure, self._report, self._roads)
+        other._fixed = self._fixed
+        return other
 
     def save(self, path: Any) -> None:
         """Write the ONNX file of the road that was taken.
@@ -125,8 +139,7 @@ def tried(
     except RoadError as error:
         return replace(row, dropped=str(error)), None
     except Exception as error:  # an engine's own failure is a fact to report
-        lines = str(error).strip().splitlines() or [""]
-        return replace(row, dropped=f"{type(error).__name__}: {lines[0][:120]}"), None
+        return replace(row, dropped=f"{type(error).__name__}: {first_line(error)}"), None
     if kept is not None:
         kept[name] = road
     row = replace(
@@ -159,7 +172,13 @@ def take(
 ) -> QuantizedModel:
     """Race the roads and return the model on the fastest, with the report."""
     batch = task.batches[0]
+    if not any(road.precision == "float32" for road in roads.values()):
+        raise ValueError(
+            "the model gives other outputs when it is run again with the same inputs (a random "
+            "layer, or a state that it changes): there is nothing to compare int8 with"
+        )
     speeds, baseline, slower = raced(roads, batch, budget_s)
+    structure = task.outputs[0].structure
     chosen = fastest(roads, speeds, baseline, batch, budget_s)
     for name, times in slower.items():
         rows = [
@@ -174,7 +193,7 @@ def take(
         else replace(
             row,
             speed=speeds.get(row.name),
-            accuracy=_accuracy(QuantizedModel(roads[row.name], task.outputs[0], None), test, batch),
+            accuracy=_accuracy(QuantizedModel(roads[row.name], structure, None), test, batch),
         )
         for row in rows
     ]
@@ -183,22 +202,40 @@ def take(
     notes = [*notes, f"{threads}, batches of {shapes}, {perf_counter() - start:.0f} s in all"]
     why = _why(roads, chosen, rows, min_sqnr_db)
     report = QuantizationReport(tuple(rows), chosen, baseline, min_sqnr_db, why, tuple(notes))
-    return QuantizedModel(roads[chosen], task.outputs[0], report, kept)
+    return QuantizedModel(roads[chosen], structure, report, kept, batch)
 
 
 def _accuracy(model: nn.Module, test: Test | None, batch: Batch) -> float | None:
     """Return the accuracy, measured in batches of the first one's size; None where it cannot be."""
-    if test is None:
-        return None
-    inputs, targets = test
-    size = next(len(t) for t in batch if isinstance(t, Tensor))
     try:
-        right = [
-            len(x) * training.accuracy(model, x, y)
-            for x, y in zip(inputs.split(size), targets.split(size), strict=True)
-        ]
+        return None if test is None else accuracy_in_batches(model, test, batch)
     except Exception:  # a road for one batch size meets the last, smaller one
         return None
+
+
+def accuracy_in_batches(model: nn.Module, test: Test, batch: Batch) -> float:
+    """Return the accuracy on (inputs, class numbers), in batches of the given one's size.
+
+    Raises:
+        ValueError: inputs and targets are not equally many, or the output is no tensor [N, C].
+    """
+    inputs, targets = test
+    if len(inputs) != len(targets) or not len(inputs):
+        raise ValueError(
+            f"test must hold as many targets as inputs, got {len(inputs)} and {len(targets)}"
+        )
+    size = next(len(t) for t in batch if isinstance(t, Tensor))
+    with torch.no_grad():
+        output = model(inputs[:size])
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise ValueError(
+            "test needs a model whose output is one tensor [N, C], got "
+            f"{list(output.shape) if isinstance(output, Tensor) else type(output).__name__}"
+        )
+    right = [
+        len(x) * training.accuracy(model, x, y)
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True)
+    ]
     return sum(right) / len(inputs)
 
 

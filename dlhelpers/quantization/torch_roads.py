@@ -23,6 +23,7 @@ __all__ = [
     "engine_set",
     "half",
     "pt2e",
+    "quantized_layers",
     "runner",
     "torch_ao",
     "with_engine",
@@ -123,6 +124,15 @@ def compiled(task: Task) -> Road:
     return Road("torch.compile float32", "compile", "float32", run, bytes_of(task.model))
 
 
+def quantized_layers(model: nn.Module) -> int:
+    """Return how many of torch.ao's integer layers with weights a model has."""
+    return sum(
+        "quantized" in type(module).__module__
+        and (callable(getattr(module, "weight", None)) or hasattr(module, "_all_weight_values"))
+        for module in model.modules()
+    )
+
+
 @contextmanager
 def engine_set(name: str) -> Iterator[None]:
     """Let torch.ao use an engine inside of a ``with`` block."""
@@ -167,10 +177,7 @@ def torch_ao(task: Task, engine: str) -> Road:
             observed(*batch)
         model = convert_fx(observed)
     run = with_engine(runner(model), engine)
-    kernels = sum(  # a quantized layer's weight is a method
-        "quantized" in type(module).__module__ and callable(getattr(module, "weight", None))
-        for module in model.modules()
-    )
+    kernels = quantized_layers(model)
     return Road(
         f"torch.ao {engine} int8", engine, "int8", run, bytes_of(model), kernels,
         "calibrated by torch's observers",
