@@ -3,24 +3,25 @@
 Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.pairing.check(...)`` works without a second import:
 
-========================  ====================================================================
-``dlhelpers.measure``     is one function faster than another? with an interval and an outcome
-``dlhelpers.machine``     what this machine is and what its peaks are
-``dlhelpers.claims``      a tip as a claim, its evidence, its verdict, the ledger's row
-``dlhelpers.pairing``     does this loss want what the model's last layer gives?
-``dlhelpers.lmdb_io``     many small images in one file that is read fast and safely
-``dlhelpers.stores``      the same images in other containers, and what each costs
-``dlhelpers.dali_io``     batches from DALI: torch's loader, torchvision's pixels
-``dlhelpers.stages``      which stage of a pipeline do the others wait for?
-``dlhelpers.memory``      how many bytes a training step needs, what they are, how to need fewer
-``dlhelpers.shufflenet``  what each layer costs, and ShuffleNetV2's four guidelines
-``dlhelpers.fusion``      fold BatchNorm wherever that is exact, and say where it is not
-``dlhelpers.data``        real digits and photographs without a network
-``dlhelpers.training``    a small, seeded training loop
-``dlhelpers.exercises``   check, hint and solution of the course's exercises
-``dlhelpers.plots``       one style for all figures, with alt text
-``dlhelpers.report``      the ledger as one page
-========================  ====================================================================
+==========================  ====================================================================
+``dlhelpers.measure``       is one function faster than another? with an interval and an outcome
+``dlhelpers.machine``       what this machine is and what its peaks are
+``dlhelpers.claims``        a tip as a claim, its evidence, its verdict, the ledger's row
+``dlhelpers.pairing``       does this loss want what the model's last layer gives?
+``dlhelpers.lmdb_io``       many small images in one file that is read fast and safely
+``dlhelpers.stores``        the same images in other containers, and what each costs
+``dlhelpers.dali_io``       batches from DALI: torch's loader, torchvision's pixels
+``dlhelpers.stages``        which stage of a pipeline do the others wait for?
+``dlhelpers.memory``        how many bytes a training step needs, what they are, how to need fewer
+``dlhelpers.shufflenet``    what each layer costs, and ShuffleNetV2's four guidelines
+``dlhelpers.fusion``        fold BatchNorm wherever that is exact, and say where it is not
+``dlhelpers.quantization``  the fastest right way to run a model here, int8 among them
+``dlhelpers.data``          real digits and photographs without a network
+``dlhelpers.training``      a small, seeded training loop
+``dlhelpers.exercises``     check, hint and solution of the course's exercises
+``dlhelpers.plots``         one style for all figures, with alt text
+``dlhelpers.report``        the ledger as one page
+==========================  ====================================================================
 """
 
 import importlib
@@ -43,6 +44,7 @@ _SUBMODULES = (
     "notebook",
     "pairing",
     "plots",
+    "quantization",
     "report",
     "shufflenet",
     "stages",
