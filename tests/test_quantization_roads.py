@@ -512,6 +512,18 @@ def test_tensors_without_a_range_stay_float_and_the_others_do_not():
     assert report["ONNX Runtime int8"].sqnr_db > 20
 
 
+@needs_onnx
+def test_a_grouped_transposed_convolution_stays_float_and_nothing_is_said(caplog, capfd):
+    torch.manual_seed(0)
+    layers = [nn.ConvTranspose2d(4, 8, 3, groups=2), nn.LayerNorm(11), nn.Conv2d(8, 4, 1)]
+    x = torch.randn(2, 4, 9, 9)
+    report = quantize_static(nn.Sequential(*layers), [x], engine="onnxruntime", **FAST).report()
+    assert report["ONNX Runtime int8"].int8_kernels == 1
+    assert report["ONNX Runtime int8"].sqnr_db > 20
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+
+
 def test_a_loader_that_reuses_its_buffer_and_a_model_that_writes_into_its_input():
     buffer = torch.empty(4, 3, 12, 12)
 
