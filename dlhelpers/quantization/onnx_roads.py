@@ -134,6 +134,7 @@ class _Graph:
         )
         with quiet():
             quantizer.quantize_model()
+        quantizer.model.topological_sort()  # ONNX asks for it; its readers differ
         return quantizer.model.model.SerializeToString()
 
     def _options(self) -> Any:
