@@ -19,7 +19,7 @@ from torch import nn
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.batches import read_batches, run_float
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
-from dlhelpers.quantization.roads import Road, RoadError, Task, quiet
+from dlhelpers.quantization.roads import Road, Task, quiet
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 
 __all__ = ["quantize_dynamic"]
@@ -89,26 +89,19 @@ def quantize_dynamic(
 
 
 def _converted(model: nn.Module, engine: str) -> nn.Module:
-    if engine not in torch.backends.quantized.supported_engines:
-        raise RoadError(f"this build of torch has no engine {engine}")
-    try:
-        with quiet():
-            from torch.ao.quantization import PlaceholderObserver, QConfig, default_weight_observer
-            from torch.ao.quantization import quantize_dynamic as convert
-    except ImportError as error:
-        raise RoadError("this version of torch has no torch.ao.quantization any more") from error
+    ao = torch_roads.torch_ao_module("quantization", engine)
     # torch.ao replaces children alone; qnnpack and onednn use all 8 bits of the activations
     holder = nn.ModuleList([copy.deepcopy(model)])
-    observer = PlaceholderObserver.with_args(
+    observer = ao.PlaceholderObserver.with_args(
         dtype=torch.quint8,
         quant_min=0,
         quant_max=255,
         is_dynamic=True,
         reduce_range=engine == "x86",
     )
-    config = QConfig(activation=observer, weight=default_weight_observer)
+    config = ao.QConfig(activation=observer, weight=ao.default_weight_observer)
     with torch_roads.engine_set(engine), quiet():
-        return convert(holder, dict.fromkeys(_KINDS, config), inplace=True)[0]
+        return ao.quantize_dynamic(holder, dict.fromkeys(_KINDS, config), inplace=True)[0]
 
 
 def _torch_ao(task: Task, engine: str) -> Road:

@@ -76,7 +76,8 @@ def quantize_static(
         engine: ``auto`` for all of ``ENGINES``, or one or some of them; eager is always raced.
         min_sqnr_db: the least signal-to-quantization-noise ratio of the worst output.
         test: (inputs [N, ...], class numbers [N]), whose accuracy each road's row shows.
-        budget_s: seconds of measuring for each road.
+        budget_s: seconds of measuring for each road; more where its calls are so slow that an
+            interval needs it.
         keep_roads: keep every road that was built, for ``on(name)``, and the memory that it takes.
         progress: a bar over the roads; None draws it in a terminal only.
 

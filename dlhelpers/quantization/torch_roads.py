@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ __all__ = [
     "quantized_layers",
     "runner",
     "torch_ao",
+    "torch_ao_module",
     "with_engine",
 ]
 
@@ -156,26 +159,34 @@ def with_engine(run: Callable[[Batch], Any], name: str) -> Callable[[Batch], Any
     return switched
 
 
-def torch_ao(task: Task, engine: str) -> Road:
-    """Return the model quantized by torch.ao's FX workflow for one of its engines.
+def torch_ao_module(name: str, engine: str) -> ModuleType:
+    """Return a module of torch.ao.
 
-    Its own observers choose the ranges.
+    Raises:
+        RoadError: it is gone from this version of torch, or the engine is not in this build.
     """
     if engine not in torch.backends.quantized.supported_engines:
         raise RoadError(f"this build of torch has no engine {engine}")
     try:
         with quiet():
-            from torch.ao.quantization import get_default_qconfig_mapping
-            from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+            return importlib.import_module(f"torch.ao.{name}")
     except ImportError as error:
-        raise RoadError("this version of torch has no torch.ao.quantization any more") from error
+        raise RoadError(f"this version of torch has no torch.ao.{name} any more") from error
+
+
+def torch_ao(task: Task, engine: str) -> Road:
+    """Return the model quantized by torch.ao's FX workflow for one of its engines.
+
+    Its own observers choose the ranges.
+    """
+    ao = torch_ao_module("quantization", engine)
+    fx = torch_ao_module("quantization.quantize_fx", engine)
     with engine_set(engine), quiet(), torch.no_grad():
-        observed = prepare_fx(
-            copy.deepcopy(task.model), get_default_qconfig_mapping(engine), task.batches[0]
-        )
+        mapping = ao.get_default_qconfig_mapping(engine)
+        observed = fx.prepare_fx(copy.deepcopy(task.model), mapping, task.batches[0])
         for batch in task.batches:
             observed(*batch)
-        model = convert_fx(observed)
+        model = fx.convert_fx(observed)
     run = with_engine(runner(model), engine)
     kernels = quantized_layers(model)
     return Road(
