@@ -43,6 +43,13 @@ ENGINES = [
 SIGN = {"onnxruntime": "ONNX Runtime int8", "openvino": "OpenVINO int8"}
 
 
+def int8_row(report, engine):
+    """The better one, where a processor without VNNI has a road of reduced range as well."""
+    name = SIGN.get(engine, f"torch.ao {engine} int8")
+    rows = [row for row in report.rows if row.name in (name, f"{name}, reduced range")]
+    return max(rows, key=lambda row: -math.inf if row.sqnr_db is None else row.sqnr_db)
+
+
 def with_statistics(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -89,8 +96,9 @@ def test_a_road_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     report = fast.report()
-    row = report[SIGN.get(engine, f"torch.ao {engine} int8")]
-    if engine != "qnnpack":  # one scale for all of a depthwise layer's weights may be too coarse
+    row = int8_row(report, engine)
+    # qnnpack's ReLU6 is wrong behind its own convolutions; without VNNI oneDNN's sums may overflow
+    if engine != "qnnpack" and not (engine == "onednn" and static._saturates()):
         assert not row.dropped
         assert row.sqnr_db > 20
         assert row.speed.speedup > 0
@@ -158,18 +166,18 @@ def test_several_inputs_and_a_mapping_of_outputs(engine):
     assert found.keys() == wanted.keys()
     assert found["hidden"][1].dtype == torch.int64
     assert sqnr_db([[wanted["logits"]]], [[found["logits"]]]) > 20
-    assert not fast.report()[SIGN[engine]].dropped
+    assert not int8_row(fast.report(), engine).dropped
 
 
 @needs_onnx
 def test_where_int8_misses_the_bound_layers_stay_float_and_then_all_of_them():
     model, batches = network(), [images(), images(seed=3)]
     whole = quantize_static(model, batches, engine="onnxruntime", **FAST).report()
-    reached = whole["ONNX Runtime int8"].sqnr_db
+    reached = int8_row(whole, "onnxruntime").sqnr_db
     mixed = quantize_static(
         model, batches, engine="onnxruntime", min_sqnr_db=reached + 1, **FAST
     ).report()
-    assert "lies below" in mixed["ONNX Runtime int8"].dropped
+    assert "lies below" in int8_row(mixed, "onnxruntime").dropped
     row = mixed["ONNX Runtime int8, mixed"]
     assert not row.dropped
     assert row.sqnr_db >= reached + 1
@@ -206,7 +214,7 @@ def test_the_layer_that_costs_most_is_the_one_kept_float():
     ).report()
     row = report["ONNX Runtime int8, mixed"]
     assert not row.dropped
-    assert "1 layers float" in row.note
+    assert "1 layer float" in row.note
 
 
 @pytest.mark.parametrize("missing", ["onnxruntime", "openvino"])
@@ -507,8 +515,8 @@ def test_tensors_without_a_range_stay_float_and_the_others_do_not():
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
     report = quantize_static(Masked(), [x], engine=["onnxruntime"], **FAST).report()
     assert not report["ONNX Runtime float32"].dropped
-    assert report["ONNX Runtime int8"].int8_kernels >= 1
-    assert report["ONNX Runtime int8"].sqnr_db > 20
+    assert int8_row(report, "onnxruntime").int8_kernels >= 1
+    assert int8_row(report, "onnxruntime").sqnr_db > 20
 
 
 @needs_onnx
@@ -517,8 +525,8 @@ def test_a_grouped_transposed_convolution_stays_float_and_nothing_is_said(caplog
     layers = [nn.ConvTranspose2d(4, 8, 3, groups=2), nn.LayerNorm(11), nn.Conv2d(8, 4, 1)]
     x = torch.randn(2, 4, 9, 9)
     report = quantize_static(nn.Sequential(*layers), [x], engine="onnxruntime", **FAST).report()
-    assert report["ONNX Runtime int8"].int8_kernels == 1
-    assert report["ONNX Runtime int8"].sqnr_db > 20
+    assert int8_row(report, "onnxruntime").int8_kernels == 1
+    assert int8_row(report, "onnxruntime").sqnr_db > 20
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert capfd.readouterr().err == ""
 
@@ -578,7 +586,7 @@ def test_numbers_beside_tensors_and_other_constants_are_named():
 def test_a_mixed_road_is_kept_and_inputs_may_require_grad():
     batches = [images(), images(seed=3)]
     first = quantize_static(network(), batches, engine="onnxruntime", **FAST).report()
-    bound = first["ONNX Runtime int8"].sqnr_db + 1
+    bound = int8_row(first, "onnxruntime").sqnr_db + 1
     fast = quantize_static(
         network(), batches, engine="onnxruntime", min_sqnr_db=bound, keep_roads=True, **FAST
     )

@@ -279,7 +279,8 @@ def onnxruntime_int8(
     notes = [f"calibrated by {method}", "7-bit weights" * reduce_range]
     notes += ["only convolutions and products" * products_alone]
     if task.float_layers:
-        notes.append(f"{len(task.float_layers)} layers float")
+        kept = len(task.float_layers)
+        notes.append(f"{kept} layer{'s' * (kept > 1)} float")
     notes.append(_fixed(graph))
     name = "ONNX Runtime int8" + ", reduced range" * reduce_range
     return Road(
