@@ -44,6 +44,7 @@ ranges = st.tuples(
 ).map(sorted)
 
 
+@settings(deadline=None)
 @given(
     ends=ranges,
     bits=st.integers(2, 16),
@@ -193,7 +194,7 @@ def test_nan_and_other_channels_are_named():
         quantize(torch.ones(3, 6), choose_affine(torch.ones(3, 4), group_size=2))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     channels=st.integers(1, 4),
     outputs=st.integers(1, 4),
@@ -321,6 +322,7 @@ def test_kernels_differ_in_ties_alone():
     assert rounded("fixed point", one) == [-1, 0, 1, 2]
 
 
+@settings(deadline=None)
 @given(value=st.integers(-(2**31), 2**31 - 1), multiplier=st.floats(1e-9, 0.999))
 def test_the_fixed_point_multiplier_is_the_rounded_product(value, multiplier):
     """Against whole numbers of any size, as the paper's two rounded steps."""

@@ -96,6 +96,7 @@ def test_entropy_with_onnx_runtimes_default_bins_is_the_plain_maximum():
     assert observed([batch], "entropy", like="onnxruntime").range()[1] < batch.max()
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), parts=st.integers(1, 6))
 def test_min_max_does_not_depend_on_how_the_data_are_cut(seed, parts):
     x = np.random.default_rng(seed).standard_normal(600).astype("float32")
@@ -210,6 +211,7 @@ def test_a_few_filled_bins_do_not_mislead_the_repaired_algorithm():
     assert kl_threshold(counts) < 200
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1000), grow=st.sampled_from(["merge", "append"]))
 def test_a_histogram_loses_no_value(seed, grow):
     rng = np.random.default_rng(seed)
