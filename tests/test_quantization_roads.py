@@ -3,6 +3,8 @@
 import copy
 import importlib
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -536,6 +538,29 @@ def test_a_grouped_transposed_convolution_stays_float_and_nothing_is_said(caplog
     assert int8_row(report, "onnxruntime").sqnr_db > 20
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert capfd.readouterr().err == ""
+
+
+@needs_openvino
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_is_still_ctrl_c_after_openvino(tmp_path):
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        "import os, signal, time, torch\n"
+        "from torch import nn\n"
+        "from dlhelpers.quantization import quantize_static\n"
+        "net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 10))\n"
+        "x = torch.rand(4, 3, 12, 12)\n"
+        "fast = quantize_static(net, [x], engine='openvino', budget_s=0.05, keep_roads=True)\n"
+        "fast.on('OpenVINO int8')(x[:2])\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "stopped"
+    assert done.returncode == 0
 
 
 def test_a_loader_that_reuses_its_buffer_and_a_model_that_writes_into_its_input():

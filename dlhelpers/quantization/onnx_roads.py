@@ -8,11 +8,14 @@ DequantizeLinear around the operators, and both engines make integer kernels of 
 from __future__ import annotations
 
 import ast
+import ctypes
 import io
+import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ __all__ = [
     "openvino_float",
     "openvino_int8",
     "runner",
+    "signal_stack_kept",
 ]
 
 _AUTO = ("min-max", "percentile", "mse")
@@ -289,6 +293,33 @@ def onnxruntime_int8(
     )  # fmt: skip
 
 
+class _Stack(ctypes.Structure):
+    """The C library's stack_t on Linux."""
+
+    _fields_ = (
+        ("pointer", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("size", ctypes.c_size_t),
+    )
+
+
+@contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Give this thread its alternate signal stack back.
+
+    OpenVINO 2026.4 leaves one behind that it has freed, and on it Ctrl-C ends in a crash.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _Stack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
 class _OpenVino:
     """A model in OpenVINO, compiled anew for each shape of the inputs."""
 
@@ -311,7 +342,8 @@ class _OpenVino:
         if shapes not in self._requests:
             model = self._core.read_model(io.BytesIO(self._data))
             model.reshape({given: list(s) for given, s in zip(model.inputs, shapes, strict=True)})
-            compiled = self._core.compile_model(model, "CPU", self._settings)
+            with signal_stack_kept():
+                compiled = self._core.compile_model(model, "CPU", self._settings)
             if len(self._requests) >= 8:
                 self._requests.pop(next(iter(self._requests)))
             self._requests[shapes] = compiled.create_infer_request()
