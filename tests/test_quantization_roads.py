@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.measure import Comparison
 from dlhelpers.quantization import (
+    Calibrator,
     choose_affine,
     dequantize,
     quantize,
@@ -538,6 +539,30 @@ def test_a_grouped_transposed_convolution_stays_float_and_nothing_is_said(caplog
     assert int8_row(report, "onnxruntime").sqnr_db > 20
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     assert capfd.readouterr().err == ""
+
+
+@needs_openvino
+def test_openvino_takes_onnx_runtimes_file_and_ranges_are_searched_for_once(monkeypatch):
+    made, searched = [], []
+    original = static.onnx_roads.onnxruntime_int8
+
+    def counted(task, **options):
+        made.append(options)
+        return original(task, **options)
+
+    plain = Calibrator.range
+    monkeypatch.setattr(static.onnx_roads, "onnxruntime_int8", counted)
+    monkeypatch.setattr(Calibrator, "range", lambda self: searched.append(self) or plain(self))
+    report = quantize_static(
+        network(), [images()], engine=["onnxruntime", "openvino"], min_sqnr_db=90, **FAST
+    ).report()
+    assert report["ONNX Runtime int8, mixed"].dropped
+    assert made
+    keys = [tuple(sorted(options.items())) for options in made]
+    assert keys.count(keys[0]) == 1
+    graph = [calibrator for calibrator in searched if calibrator.method == "percentile"]
+    assert graph
+    assert len(graph) == len({id(calibrator) for calibrator in graph})
 
 
 @needs_openvino

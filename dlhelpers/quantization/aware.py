@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dlhelpers.quantization.affine import choose_affine
-from dlhelpers.quantization.batches import read_batches, run_float
-from dlhelpers.quantization.calibrate import Calibrator
+from dlhelpers.quantization.batches import read_batches
 from dlhelpers.quantization.fake import (
     fake_quantize,
     input_of,
+    input_ranges,
     layers_of,
     refuse_parametrized,
     weight_affine,
@@ -182,19 +182,9 @@ def simulate(
     """
     batches = read_batches(calibration)
     aware = quantize_aware(model, bits=bits, per_channel=per_channel).eval()
-    plain = copy.deepcopy(model).eval()
-    seen: dict[str, Calibrator] = {}
-    for name, layer in layers_of(plain).items():
-        seen[name] = Calibrator(calibrator, bits=bits)
-
-        def watch(_: nn.Module, given: Any, options: Any, found: Calibrator = seen[name]) -> None:
-            found.observe(input_of(given, options))
-
-        layer.register_forward_pre_hook(watch, with_kwargs=True)
-    run_float(plain, batches)
-    for name, found in seen.items():
-        rounding = aware._inputs[_key(name)]
+    for rounding in aware._inputs.values():
         rounding.is_frozen.fill_(True)
-        if found.has_seen:
-            rounding.ends.copy_(torch.tensor(found.range()))
+    plain = copy.deepcopy(model).eval()
+    for name, ends in input_ranges(plain, batches, calibrator, bits).items():
+        aware._inputs[_key(name)].ends.copy_(torch.tensor(ends))
     return aware

@@ -10,7 +10,7 @@ Sources: Jacob et al. 2018, arXiv:1712.05877, section 3; Bengio et al. 2013, arX
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from dlhelpers.quantization.affine import Affine, choose_affine, dequantize, quantize
+from dlhelpers.quantization.batches import run_float
+from dlhelpers.quantization.calibrate import Calibrator
 
 __all__ = [
     "fake_quantize",
     "input_of",
+    "input_ranges",
     "layers_of",
     "refuse_parametrized",
     "rounded",
@@ -100,6 +103,27 @@ def with_input(
     if arguments:
         return (value, *arguments[1:]), options
     return arguments, {**options, "input": value}
+
+
+def input_ranges(
+    model: nn.Module, batches: Iterable[tuple[Any, ...]], calibrator: str, bits: int
+) -> dict[str, tuple[float, float]]:
+    """Return the range of each layer's input over batches, of those layers that are called."""
+    seen: dict[str, Calibrator] = {}
+    hooks = []
+    for name, layer in layers_of(model).items():
+
+        def watch(_: nn.Module, given: tuple[Any, ...], options: Any, name: str = name) -> None:
+            found = seen.setdefault(name, Calibrator(calibrator, bits=bits))
+            found.observe(input_of(given, options))
+
+        hooks.append(layer.register_forward_pre_hook(watch, with_kwargs=True))
+    try:
+        run_float(model, list(batches))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: found.range() for name, found in seen.items() if found.has_seen}
 
 
 @contextmanager

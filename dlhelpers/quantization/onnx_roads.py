@@ -52,6 +52,7 @@ class _Graph:
         self.proto, self.fixed_batch = _exported(task)
         self._task = task
         self._boundless: set[str] = set()
+        self._found: dict[str, dict[str, tuple[float, float]]] = {}
 
     @cached_property
     def calibrators(self) -> dict[str, dict[str, Calibrator]]:
@@ -79,7 +80,7 @@ class _Graph:
         methods = _AUTO if task.calibrator == "auto" else (task.calibrator,)
         found = {method: {name: Calibrator(method) for name in sorted(names)} for method in methods}
         for batch in task.alike if self.fixed_batch else task.batches:
-            arrays = session.run(None, _fed(session, batch))
+            arrays = session.run(None, _fed(_names(session), batch))
             for name, array in zip(outputs, arrays, strict=True):
                 if name not in names:
                     continue
@@ -108,12 +109,10 @@ class _Graph:
         )
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-        ranges = {}
-        for name, calibrator in self.calibrators[method].items():
-            if name in self._boundless or not calibrator.has_seen:
-                continue
-            low, high = calibrator.range()
-            ranges[name] = TensorData(lowest=np.float32(low), highest=np.float32(high))
+        ranges = {
+            name: TensorData(lowest=np.float32(low), highest=np.float32(high))
+            for name, (low, high) in self._ranges(method).items()
+        }
         without = self.calibrators[method].keys() - ranges.keys()
         copied = onnx.ModelProto()
         copied.CopyFrom(self.proto)
@@ -140,6 +139,17 @@ class _Graph:
             quantizer.quantize_model()
         quantizer.model.topological_sort()  # ONNX asks for it; its readers differ
         return quantizer.model.model.SerializeToString()
+
+    def _ranges(self, method: str) -> dict[str, tuple[float, float]]:
+        """Return the tensors' ranges, searched for once: every mix of layers asks for them."""
+        seen = self.calibrators[method]
+        if method not in self._found:
+            self._found[method] = {
+                name: calibrator.range()
+                for name, calibrator in seen.items()
+                if name not in self._boundless and calibrator.has_seen
+            }
+        return self._found[method]
 
     def _options(self) -> Any:
         import onnxruntime
@@ -208,9 +218,12 @@ def _session(data: bytes, options: Any) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def _fed(session: Any, batch: Batch) -> dict[str, np.ndarray]:
-    tensors = [t for t in batch if isinstance(t, Tensor)]
-    names = [given.name for given in session.get_inputs()]
+def _names(session: Any) -> list[str]:
+    return [given.name for given in session.get_inputs()]
+
+
+def _fed(names: list[str], batch: Batch) -> dict[str, np.ndarray]:
+    tensors = (t for t in batch if isinstance(t, Tensor))
     return {n: t.detach().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
 
 
@@ -228,12 +241,11 @@ def graph_of(task: Task) -> _Graph:
 
 def runner(session: Any) -> Callable[[Batch], list[Tensor]]:
     """Return a session as a road's function."""
-    names = [given.name for given in session.get_inputs()]
+    names = _names(session)
 
     def run(batch: Batch) -> list[Tensor]:
-        tensors = (t for t in batch if isinstance(t, Tensor))
-        fed = {n: t.detach().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
-        return [torch.from_numpy(np.asarray(array)) for array in session.run(None, fed)]
+        arrays = session.run(None, _fed(names, batch))
+        return [torch.from_numpy(np.asarray(array)) for array in arrays]
 
     return run
 

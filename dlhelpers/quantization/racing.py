@@ -36,8 +36,8 @@ def raced(
     close = [name for name in floats if looks[name] < 1.3 * looks[baseline]]
     if len(close) > 1:
         few = {name: calls[name] for name in close}
-        raced = compare_many(few, baseline=baseline, budget_s=_enough(budget_s, few, looks))
-        baseline = max(close, key=lambda name: raced[name].speedup if name in raced else 1.0)
+        race = compare_many(few, baseline=baseline, budget_s=_enough(budget_s, few, looks))
+        baseline = max(close, key=lambda name: race[name].speedup if name in race else 1.0)
     slower = {name: look / looks[baseline] for name, look in looks.items()}
     slower = {name: times for name, times in slower.items() if times > _HOPELESS}
     calls = {name: call for name, call in calls.items() if name not in slower}

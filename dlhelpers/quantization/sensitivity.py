@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 
 from dlhelpers.quantization.affine import Affine, choose_affine
 from dlhelpers.quantization.batches import Batch, Outputs, read_batches, run_float, sqnr_db
-from dlhelpers.quantization.calibrate import Calibrator
 from dlhelpers.quantization.fake import (
-    input_of,
+    input_ranges,
     layers_of,
     refuse_parametrized,
     rounded,
@@ -144,24 +142,9 @@ def _input_grids(
     model: nn.Module, batches: list[Batch], bits: int, calibrator: str
 ) -> dict[str, Affine]:
     """Return the grid of each layer's input, of those that are called."""
-    seen: dict[str, Calibrator] = {}
-    hooks = []
-    for name, layer in layers_of(model).items():
-
-        def watch(_: nn.Module, given: tuple[Any, ...], options: Any, name: str = name) -> None:
-            found = seen.setdefault(name, Calibrator(calibrator, bits=bits))
-            found.observe(input_of(given, options))
-
-        hooks.append(layer.register_forward_pre_hook(watch, with_kwargs=True))
-    try:
-        for batch in batches:
-            with torch.no_grad():
-                model(*batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {
-        name: choose_affine(found.range(), bits=bits, signed=False) for name, found in seen.items()
+        name: choose_affine(ends, bits=bits, signed=False)
+        for name, ends in input_ranges(model, batches, calibrator, bits).items()
     }
 
 
@@ -183,5 +166,4 @@ def _share_right(outputs: list[list[Tensor]], targets: Tensor) -> float:
             f"targets must be {list(predicted.shape)}, one class number a sample of all batches, "
             f"got {list(targets.shape)}"
         )
-    share = (predicted == targets).double().mean().item()
-    return share if math.isfinite(share) else 0.0
+    return (predicted == targets).double().mean().item()

@@ -166,7 +166,7 @@ def _plan(engines: tuple[str, ...]) -> dict[str, tuple[str, Builder]]:
     for reduced in (False,) if vnni else (False, True):
         tail = ", reduced range" * reduced
         if "onnxruntime" in engines:
-            build = partial(onnx_roads.onnxruntime_int8, reduce_range=reduced)
+            build = partial(_in_onnxruntime, reduce_range=reduced)
             plan[f"ONNX Runtime int8{tail}"] = ("int8", build)
         if "openvino" in engines:
             build = partial(_in_openvino, reduce_range=reduced)
@@ -188,12 +188,17 @@ def _saturates() -> bool:
     return "avx2" in simd and not simd & {"avx512_vnni", "avx_vnni"}
 
 
-def _in_openvino(task: Task, **options: bool) -> Road:
+def _in_onnxruntime(task: Task, **options: bool) -> Road:
+    """Return the int8 road, built once: OpenVINO takes its file."""
     key = tuple(sorted(options.items())), task.float_layers
-    built = task.shared.setdefault("quantized", {})
-    if key not in built:
-        built[key] = onnx_roads.onnxruntime_int8(task, **options)
-    return onnx_roads.openvino_int8(task, built[key])
+    made = task.shared.setdefault("quantized", {})
+    if key not in made:
+        made[key] = onnx_roads.onnxruntime_int8(task, **options)
+    return made[key]
+
+
+def _in_openvino(task: Task, **options: bool) -> Road:
+    return onnx_roads.openvino_int8(task, _in_onnxruntime(task, **options))
 
 
 def _mixed(
@@ -221,7 +226,7 @@ def _mixed(
         kept = frozenset(order[:count])
         mixed = replace(task, float_layers=kept, shared=task.shared)
         if "onnxruntime" in engines:
-            yield "ONNX Runtime int8, mixed", partial(onnx_roads.onnxruntime_int8, **options), mixed
+            yield "ONNX Runtime int8, mixed", partial(_in_onnxruntime, **options), mixed
         if "openvino" in engines:
             yield "OpenVINO int8, mixed", partial(_in_openvino, **options), mixed
 

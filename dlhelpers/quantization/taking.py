@@ -180,13 +180,10 @@ def take(
     speeds, baseline, slower = raced(roads, batch, budget_s)
     structure = task.outputs[0].structure
     chosen = fastest(roads, speeds, baseline, batch, budget_s)
-    for name, times in slower.items():
-        rows = [
-            replace(row, dropped=f"about {times:.0f} times slower than {baseline}")
-            if row.name == name
-            else row
-            for row in rows
-        ]
+    for i, row in enumerate(rows):
+        if row.name in slower:
+            why = f"about {slower[row.name]:.0f} times slower than {baseline}"
+            rows[i] = replace(row, dropped=why)
     rows = [
         row
         if row.dropped
