@@ -112,8 +112,8 @@ def test_a_road_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
         assert row.sqnr_db > 20
         assert row.speed.speedup > 0
     assert row.int8_kernels == 3
-    # a third of a small file is weights
-    assert row.nbytes > 0
+    # less than the float weights in a file of a network so small that its graph is most of it
+    assert 500 < row.nbytes < 60_000
     assert f"-> {report.chosen}" in str(report)
     assert report.chosen in report._repr_html_()
     x = images(5, seed=9)
@@ -263,7 +263,7 @@ def test_an_engine_that_raises_is_a_row_and_not_the_end(monkeypatch):
 def test_a_road_without_int8_kernels_is_dropped(monkeypatch):
     def pretends(task):
         road = static.torch_roads.eager(task)
-        return roads.Road("Y", "y", "int8", road.run, 1, 0)
+        return roads.Road("Y", "int8", road.run, 1, 0)
 
     plan = {"eager float32": ("float32", static.torch_roads.eager), "Y": ("int8", pretends)}
     monkeypatch.setattr(static, "_plan", lambda engines: plan)
@@ -361,7 +361,7 @@ def chosen(monkeypatch, speeds, final=None):
         return {n: fake_speed(table[n] / table[baseline]) for n in calls if n != baseline}
 
     monkeypatch.setattr(racing, "compare_many", race)
-    built = {n: roads.Road(n, n, "int8", lambda batch: [], 1) for n in [*speeds, "float"]}
+    built = {n: roads.Road(n, "int8", lambda batch: [], 1) for n in [*speeds, "float"]}
     found = {n: fake_speed(s) for n, s in speeds.items()}
     return racing.fastest(built, found, "float", (), 0.1)
 
@@ -379,7 +379,7 @@ def test_a_hopeless_road_gets_one_look_and_no_race(monkeypatch):
     monkeypatch.setattr(racing, "compare_many", race)
     built = {
         name: roads.Road(
-            name, name, "int8" if name == "fast" else "float32", lambda batch, name=name: name, 1
+            name, "int8" if name == "fast" else "float32", lambda batch, name=name: name, 1
         )
         for name in cost
     }
@@ -421,7 +421,7 @@ def test_the_fastest_road_is_taken_and_near_ones_race_once_more(monkeypatch):
 
 def test_too_few_pairs_for_an_interval_do_not_hide_a_faster_road(monkeypatch):
     monkeypatch.setattr(racing, "compare_many", None)  # no second race
-    built = {n: roads.Road(n, n, "int8", lambda batch: [], 1) for n in ("a", "float")}
+    built = {n: roads.Road(n, "int8", lambda batch: [], 1) for n in ("a", "float")}
     unknown = {"a": fake_speed(3.7, low=1e-300, high=math.inf)}
     assert racing.fastest(built, unknown, "float", (), 0.1) == "a"
 
@@ -436,8 +436,8 @@ def test_the_budget_lets_slow_calls_have_an_interval(monkeypatch):
     monkeypatch.setattr(racing, "compare_many", race)
     monkeypatch.setattr(racing, "_timed", lambda call: 0.5)
     built = {
-        "a": roads.Road("a", "a", "int8", lambda batch: [], 1),
-        "float": roads.Road("float", "float", "float32", lambda batch: [], 1),
+        "a": roads.Road("a", "int8", lambda batch: [], 1),
+        "float": roads.Road("float", "float32", lambda batch: [], 1),
     }
     racing.raced(built, (), 0.1)
     assert budgets == [pytest.approx(16 * 1.0)]  # 8 pairs of a second, and as long to warm up

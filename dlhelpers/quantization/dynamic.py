@@ -111,7 +111,7 @@ def _torch_ao(task: Task, engine: str) -> Road:
         run(task.batches[0])
     kernels = torch_roads.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
-    return Road(name, engine, "int8", run, torch_roads.bytes_of(model), kernels)
+    return Road(name, "int8", run, torch_roads.bytes_of(model), kernels)
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def _onnxruntime(task: Task) -> Road:
     kernels = sum(counts[name] for name in _INT8_OPERATORS)
     run = onnx_roads.runner(session)
     name = "ONNX Runtime dynamic int8"
-    return Road(name, "onnxruntime", "int8", run, len(data), kernels, "", data)
+    return Road(name, "int8", run, len(data), kernels, "", data)
 
 
 def _unmeasured(model: nn.Module) -> QuantizedModel:
@@ -149,7 +149,7 @@ def _unmeasured(model: nn.Module) -> QuantizedModel:
     call = torch_roads.with_engine(partial(_call, converted), engine)
     name = f"torch.ao {engine} dynamic int8"
     size = torch_roads.bytes_of(converted)
-    road = Road(name, engine, "int8", call, size)
+    road = Road(name, "int8", call, size)
     row = RoadRow(name, "int8", nbytes=size, note="not measured: give example_inputs")
     why = f"{name}: taken without measuring."
     return QuantizedModel(road, None, QuantizationReport((row,), name, name, 0.0, why))

@@ -256,7 +256,7 @@ def onnxruntime_float(task: Task) -> Road:
     data = graph.proto.SerializeToString()
     session, _ = graph.session(data)
     return Road(
-        "ONNX Runtime float32", "onnxruntime", "float32", runner(session), len(data), 0,
+        "ONNX Runtime float32", "float32", runner(session), len(data), 0,
         _fixed(graph), data,
     )  # fmt: skip
 
@@ -300,7 +300,7 @@ def onnxruntime_int8(
     notes.append(_fixed(graph))
     name = "ONNX Runtime int8" + ", reduced range" * reduce_range
     return Road(
-        name, "onnxruntime", "int8", runner(session), len(data), kernels,
+        name, "int8", runner(session), len(data), kernels,
         ", ".join(filter(None, notes)), data,
     )  # fmt: skip
 
@@ -388,7 +388,7 @@ def openvino_float(task: Task, *, precision: str = "float32") -> Road:
     graph = graph_of(task)
     data = graph.proto.SerializeToString()
     run = _OpenVino(data, {"float32": "f32", "bfloat16": "bf16"}[precision], task.threads)
-    return Road(f"OpenVINO {precision}", "openvino", precision, run, len(data), 0, "", data)
+    return Road(f"OpenVINO {precision}", precision, run, len(data), 0, "", data)
 
 
 def openvino_int8(task: Task, road: Road) -> Road:
@@ -397,4 +397,4 @@ def openvino_int8(task: Task, road: Road) -> Road:
     kernels = run.int8_kernels(task.batches[0])
     name = road.name.replace("ONNX Runtime", "OpenVINO")
     note = ", ".join(filter(None, ("ONNX Runtime's file", road.note)))
-    return Road(name, "openvino", "int8", run, road.nbytes, kernels, note, road.onnx)
+    return Road(name, "int8", run, road.nbytes, kernels, note, road.onnx)

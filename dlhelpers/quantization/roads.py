@@ -28,8 +28,7 @@ class Road:
 
     Attributes:
         name: such as ``ONNX Runtime int8``.
-        engine: what has to be installed to run it again, such as ``onnxruntime``.
-        precision: ``float32``, ``bfloat16`` or ``int8``.
+        precision: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
         run: a batch -> the output's tensors, in float32.
         nbytes: on disk.
         int8_kernels: operators that compute with 8-bit integers.
@@ -38,7 +37,6 @@ class Road:
     """
 
     name: str
-    engine: str
     precision: str
     run: Callable[[Batch], list[Tensor]]
     nbytes: int

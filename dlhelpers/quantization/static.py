@@ -34,7 +34,7 @@ from dlhelpers.quantization.taking import (
     tried,
 )
 
-__all__ = ["ENGINES", "folded_copy", "quantize_static"]
+__all__ = ["ENGINES", "quantize_static"]
 
 ENGINES: tuple[str, ...] = (
     "eager",
@@ -103,7 +103,7 @@ def quantize_static(
     outputs = run_float(original, batches)
     if test is not None:
         accuracy_in_batches(original, test, batches[0])  # what is wrong with it is said at once
-    folded, notes = folded_copy(original, batches[0])
+    folded, notes = _folded(original, batches[0])
     task = Task(folded, batches, outputs, calibrator, torch.get_num_threads())
 
     start = perf_counter()
@@ -134,7 +134,7 @@ def _engines(engine: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("eager", *asked)))
 
 
-def folded_copy(model: nn.Module, batch: tuple[Any, ...]) -> tuple[nn.Module, list[str]]:
+def _folded(model: nn.Module, batch: tuple[Any, ...]) -> tuple[nn.Module, list[str]]:
     """Return the model with BatchNorm folded, and what to say of it."""
     try:
         folded, report = fuse_conv_bn(model, batch)

@@ -60,7 +60,7 @@ def bytes_of(model: nn.Module) -> int:
 def eager(task: Task, *, channels_last: bool = False) -> Road:
     """Return the model in eager mode, float32, BatchNorm folded."""
     if not channels_last:
-        return Road("eager float32", "eager", "float32", runner(task.model), bytes_of(task.model))
+        return Road("eager float32", "float32", runner(task.model), bytes_of(task.model))
     if not any(isinstance(t, Tensor) and t.dim() == 4 for t in task.batches[0]):
         raise RoadError("no input has four dimensions")
     model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)
@@ -76,7 +76,7 @@ def eager(task: Task, *, channels_last: bool = False) -> Road:
             )
         )
 
-    return Road("eager float32, channels_last", "eager", "float32", run, bytes_of(model))
+    return Road("eager float32, channels_last", "float32", run, bytes_of(model))
 
 
 def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
@@ -95,7 +95,7 @@ def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
     note = (
         f"the processor has {', '.join(has)}" if has else "the processor has no instruction for it"
     )
-    return Road(f"eager {name}", "eager", name, run, bytes_of(model), 0, note)
+    return Road(f"eager {name}", name, run, bytes_of(model), 0, note)
 
 
 def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
@@ -124,7 +124,7 @@ def compiled(task: Task) -> Road:
         raise RoadError("no C++ compiler was found: torch.compile needs one")
     run = _frozen(copy.deepcopy(task.model))
     run(task.batches[0])
-    return Road("torch.compile float32", "compile", "float32", run, bytes_of(task.model))
+    return Road("torch.compile float32", "float32", run, bytes_of(task.model))
 
 
 def quantized_layers(model: nn.Module) -> int:
@@ -190,7 +190,7 @@ def torch_ao(task: Task, engine: str) -> Road:
     run = with_engine(runner(model), engine)
     kernels = quantized_layers(model)
     return Road(
-        f"torch.ao {engine} int8", engine, "int8", run, bytes_of(model), kernels,
+        f"torch.ao {engine} int8", "int8", run, bytes_of(model), kernels,
         "calibrated by torch's observers",
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def pt2e(task: Task) -> Road:
         run(batch)
         kernels = sum(v for k, v in counters["inductor"].items() if _is_lowered(k)) - before
     return Road(
-        "PT2E int8", "pt2e", "int8", run, bytes_of(model), kernels,
+        "PT2E int8", "int8", run, bytes_of(model), kernels,
         "calibrated by torchao's observers" + fixed,
     )  # fmt: skip
 
