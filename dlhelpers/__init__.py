@@ -16,6 +16,7 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.shufflenet``    what each layer costs, and ShuffleNetV2's four guidelines
 ``dlhelpers.fusion``        fold BatchNorm wherever that is exact, and say where it is not
 ``dlhelpers.quantization``  the fastest right way to run a model here, int8 among them
+``dlhelpers.profiling``     where the time of a step goes, and what mending it would bring
 ``dlhelpers.data``          real digits and photographs without a network
 ``dlhelpers.training``      a small, seeded training loop
 ``dlhelpers.exercises``     check, hint and solution of the course's exercises
@@ -44,6 +45,7 @@ _SUBMODULES = (
     "notebook",
     "pairing",
     "plots",
+    "profiling",
     "quantization",
     "report",
     "shufflenet",

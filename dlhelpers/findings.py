@@ -35,12 +35,14 @@ class Finding:
     remedy: str
     where: str = ""
 
+    def details(self) -> list[tuple[str, str]]:
+        """Return what it says, as (heading, text)."""
+        return [("what", self.what), ("why", self.why), ("remedy", self.remedy)]
+
     def __str__(self) -> str:
         place = f" at {self.where}" if self.where else ""
-        return (
-            f"{self.severity}: {self.name}{place}\n"
-            f"  what    {self.what}\n  why     {self.why}\n  remedy  {self.remedy}"
-        )
+        lines = [f"  {heading:<7} {text}" for heading, text in self.details() if text]
+        return "\n".join([f"{self.severity}: {self.name}{place}", *lines])
 
 
 class Findings(list[Finding]):
@@ -71,10 +73,20 @@ class Findings(list[Finding]):
         rows = "".join(
             f"<tr style='text-align:left;vertical-align:top'><td><b>{html.escape(f.severity)}</b>"
             f"</td><td>{html.escape(f.name)}<br><small>{html.escape(f.where)}</small></td>"
-            f"<td style='text-align:left'>{html.escape(f.what)}<br>{html.escape(f.why)}</td>"
-            f"<td style='text-align:left'><code style='white-space:pre-wrap'>"
+            f"<td style='text-align:left'>{html.escape(f.what)}<br>{html.escape(f.why)}"
+            f"{_more(f)}</td><td style='text-align:left'><code style='white-space:pre-wrap'>"
             f"{html.escape(f.remedy)}</code></td></tr>"
             for f in self
         )
         head = "<tr><th></th><th>finding</th><th>what and why</th><th>remedy</th></tr>"
         return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+
+
+def _more(finding: Finding) -> str:
+    """What a kind of finding says beyond what, why and remedy."""
+    known = {"what", "why", "remedy"}
+    return "".join(
+        f"<br><i>{heading}</i>: {html.escape(text)}"
+        for heading, text in finding.details()
+        if text and heading not in known
+    )

@@ -8,11 +8,6 @@ Source: PyTorch documentation, torch.profiler (profile_memory) and torch.cuda.me
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -20,12 +15,11 @@ from typing import Any
 
 import torch
 
+from dlhelpers.recording import recording
+
 __all__ = ["CpuRecord", "CudaRecord", "record_of"]
 
 _NAME = "dlhelpers.op:"
-# what torch's profiler writes past Python's stderr, whatever one does
-_NOISE = re.compile(rb"(CPUAllocator|SyncActivityProfilerHandler|DeviceProperties)\.cpp")
-_ALONE = threading.Lock()
 
 
 class CpuRecord:
@@ -42,23 +36,10 @@ class CpuRecord:
         self._events: list[tuple[int, int, int]] = []
 
     def __enter__(self) -> CpuRecord:
-        from torch.profiler import ProfilerActivity, profile
+        from torch.profiler import ProfilerActivity
 
-        if torch._C._autograd._profiler_enabled() or not _ALONE.acquire(blocking=False):
-            raise RuntimeError(
-                "torch's profiler is at work already, here or in another thread: it records one "
-                "run at a time, so stop it, or wait for it, before measure_peak"
-            )
-        self._stack.callback(_ALONE.release)
-        self._stack.enter_context(_without_noise())
-        self._stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=".*[Pp]rofiler.*")
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        try:
-            self._stack.enter_context(self._profile)
-        except BaseException:
-            self._stack.close()
-            raise
+        options = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+        self._profile = self._stack.enter_context(recording("measure_peak", **options))
         return self
 
     def __exit__(
@@ -164,35 +145,3 @@ def record_of(device: torch.device) -> CpuRecord | CudaRecord:
         f"device {str(device)!r} has no record of its memory here: use 'cpu', or 'cuda' where "
         "torch.cuda.is_available()"
     )
-
-
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    """Pass on at once what is written to file descriptor 2, all but the profiler's lines."""
-    try:
-        sys.stderr.flush()
-        kept = os.dup(2)
-    except (OSError, AttributeError, ValueError):
-        yield  # a program without a stderr
-        return
-    reading, writing = os.pipe()
-    os.dup2(writing, 2)
-    os.close(writing)
-    pump = threading.Thread(target=_pass_on, args=(reading, kept), daemon=True)
-    pump.start()
-    try:
-        yield
-    finally:
-        if sys.stderr is not None:
-            sys.stderr.flush()
-        os.dup2(kept, 2)
-        pump.join(timeout=1.0)  # it lives on only for a child process that was started meanwhile
-
-
-def _pass_on(reading: int, kept: int) -> None:
-    with os.fdopen(reading, "rb", buffering=0) as pipe, os.fdopen(kept, "wb", buffering=0) as to:
-        rest = b""
-        while chunk := pipe.read(1 << 16):
-            *lines, rest = re.split(rb"(?<=[\n\r])", rest + chunk)  # \r ends a progress bar's
-            to.write(b"".join(line for line in lines if not _NOISE.search(line)))
-        to.write(b"" if _NOISE.search(rest) else rest)

@@ -16,6 +16,7 @@ from dlhelpers.plots.ranges import clipping, ranking
 from dlhelpers.plots.scatters import roofline, scatter
 from dlhelpers.plots.strips import strip_svg
 from dlhelpers.plots.style import BASELINE, FAILING, TREATMENT, describe, use_style
+from dlhelpers.plots.traces import lanes, shares, waterfall
 
 __all__ = [
     "BASELINE",
@@ -28,6 +29,7 @@ __all__ = [
     "dots",
     "heatmap",
     "intervals",
+    "lanes",
     "memory",
     "memory_bars",
     "pair_panel",
@@ -35,8 +37,10 @@ __all__ = [
     "ranking",
     "roofline",
     "scatter",
+    "shares",
     "splits",
     "strip_svg",
     "timeline",
     "use_style",
+    "waterfall",
 ]

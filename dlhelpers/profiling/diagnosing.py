@@ -1,0 +1,133 @@
+"""What is the bottleneck of this training loop, and what would it be worth to mend it?
+
+Look first, then try: a few steps are recorded, rules point to what could be wasted, and its remedy
+is run beside what is there, on copies. What it would save of a step is measured, or bounded where
+no remedy can be tried; with T ms a step and s of them saved, a step becomes T / (T - s) times as
+fast (Amdahl 1967, doi:10.1145/1465482.1465560).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from dlhelpers import machine
+from dlhelpers.findings import Findings
+from dlhelpers.profiling.loaders import loader_costs
+from dlhelpers.profiling.rules import RULES
+from dlhelpers.profiling.rules_cuda import CUDA_RULES
+from dlhelpers.profiling.sampling import hot_line, take_stacks
+from dlhelpers.profiling.seen import Bottleneck, Seen
+from dlhelpers.profiling.torch_profile import record_steps
+from dlhelpers.profiling.watching import count_graph_nodes, watch
+
+__all__ = ["diagnose", "observe", "rank"]
+
+# of two remedies that save about as much, the one that does less work comes before the one that
+# does it elsewhere
+_PREFERRED = {"slow-collate": 1.2, "repeated-transforms": 1.1, "no-workers": 1.05}
+
+
+def diagnose(
+    train_step: Callable[[], Any],
+    *,
+    steps: int = 5,
+    at_least: float = 0.05,
+    progress: bool | None = None,
+) -> Findings:
+    """Name what a step of training, evaluation or inference wastes, the largest waste first.
+
+    The step runs about ``3 * steps + 8`` times, so it trains on; remedies are tried on copies of
+    the model and with samples read anew from the data set, and the random states are put back
+    after that. The DataLoader and the model are found while they run. Nothing is changed.
+
+    Args:
+        train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
+            iterator that does not end.
+        steps: how many are recorded; more of them make short steps clearer.
+        at_least: smallest share of a step that is worth a finding.
+        progress: a bar on long runs; None draws it in a terminal only.
+
+    Returns:
+        Findings (``Bottleneck``) with evidence, remedy, place, expected gain and the notebook that
+        treats it; empty, and saying so, where nothing above ``at_least`` was found.
+
+    Raises:
+        TypeError: train_step cannot be called.
+        ValueError: steps is below 3, at_least is not between 0 and 1, or the loader ends early.
+        RuntimeError: torch's profiler is at work already.
+
+    >>> import torch
+    >>> model, x = torch.nn.Linear(256, 256).eval(), torch.zeros(64, 256)
+    >>> [finding.name for finding in diagnose(lambda: model(x))][0]
+    'evaluation-without-no-grad'
+    """
+    if not callable(train_step):
+        kind = type(train_step).__name__
+        raise TypeError(f"train_step must be a function without arguments, got {kind}")
+    if not isinstance(steps, int) or steps < 3:
+        raise ValueError(f"steps must be a whole number, 3 or more, got {steps!r}")
+    if not 0 < at_least < 1:
+        raise ValueError(f"at_least must be a share between 0 and 1, got {at_least!r}")
+    seen = observe(train_step, steps, progress=progress)
+    return rank(seen, at_least)
+
+
+def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None = None) -> Seen:
+    """Run the step, watch it, and return what was seen."""
+    with watch() as seen:
+        report = record_steps(train_step, steps, 2, on_record=seen.calls.clear, progress=progress)
+    step_ms = statistics.median(report.plain_ms)
+    nodes = []
+    stacks, _, _ = take_stacks(lambda: [train_step() for _ in range(steps)], 0.001)
+    line, share = hot_line(stacks)
+    for _ in range(4):
+        train_step()
+        nodes.append(count_graph_nodes())
+    cores = machine.describe().cores
+    loader = max(seen.loaders.values(), key=lambda one: one.workers, default=None)
+    waits = report.shares.get("data loading", 0.0)
+    costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
+    return Seen(
+        trace=report.trace,
+        step_ms=step_ms,
+        loader=loader,
+        costs=costs,
+        calls=tuple(seen.calls.values()),
+        graph_nodes=tuple(nodes),
+        hot_line=line,
+        hot_share=share,
+        cores=cores,
+    )
+
+
+def rank(seen: Seen, at_least: float, speedup: Callable[..., float] | None = None) -> Findings:
+    """Apply all rules; return what they found, the largest saving first."""
+    tried = speedup or _speedup
+    least_ms = at_least * seen.step_ms
+    found = [finding for rule in (*RULES, *CUDA_RULES) for finding in rule(seen, least_ms, tried)]
+    folding = max((f.saves_ms for f in found if f.name == "batchnorm-unfused"), default=0.0)
+
+    def weight(finding: Bottleneck) -> float:
+        if finding.name == "evaluation-without-no-grad":  # it changes nothing else, so it is first
+            return max(finding.saves_ms, 1.01 * folding)
+        return finding.saves_ms * _PREFERRED.get(finding.name, 1.0)
+
+    findings = Findings(sorted(found, key=weight, reverse=True))
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares.items() if share > 0)
+    findings.scope = (
+        f"nothing found that takes {at_least:.0%} of a step and need not; a step takes "
+        f"{seen.step_ms:.3g} ms: {shares}"
+    )
+    return findings
+
+
+def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) -> float:
+    """Return how many times as fast ``after`` is; 1 where that is not settled, or cannot be run."""
+    from dlhelpers.measure import compare
+
+    if before is None or after is None:
+        return 1.0
+    result = compare(before, after, budget_s=0.6)
+    return result.speedup if result.outcome == "faster" else 1.0

@@ -1,0 +1,122 @@
+"""Which lines take the time? line_profiler, which times each line of the functions it is given."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+from dlhelpers.profiling.code_report import (
+    CodeReport,
+    Row,
+    need_callable,
+    place_of,
+    unseen,
+    write_whole,
+)
+
+__all__ = ["LinesReport", "profile_lines"]
+
+SEES = (
+    "line_profiler tells each line of the functions that it was given, with all that the line "
+    "calls: {functions}. It pays for every line that runs, so short lines look longer."
+)
+
+
+@dataclass(frozen=True, repr=False)
+class LinesReport(CodeReport):
+    """What line_profiler found; a line's own time holds all that it calls."""
+
+    stats: Any = field(repr=False, compare=False)
+
+    def save(self, path: str | Path) -> Path:
+        """Write an ``.lprof`` file, which ``python -m line_profiler`` shows; whole, or not at all.
+
+        Raises:
+            ValueError: the path has another suffix.
+            FileNotFoundError: there is no such folder.
+        """
+        return write_whole(path, (".lprof",), self.stats.to_file)
+
+
+def profile_lines(fn: Callable[[], Any], *functions: Callable[..., Any]) -> LinesReport:
+    """Run ``fn`` once; return what each line of some functions took.
+
+    Args:
+        fn: what to run.
+        functions: whose lines are timed, methods too; by default ``fn`` and the functions of its
+            own file that it names.
+
+    Raises:
+        TypeError: fn cannot be called, or a function is not written in Python.
+        ImportError: line_profiler is not installed.
+
+    An error of fn's is passed on, and the profiler is off then.
+    """
+    need_callable(fn)
+    try:
+        from line_profiler import LineProfiler
+    except ImportError:
+        raise ImportError(
+            'profile_lines needs line_profiler: pip install "dlhelpers[profiling]"'
+        ) from None
+    watched = [_plain(function) for function in functions] or _named_by(_plain(fn))
+    profile = LineProfiler(*watched)
+    with unseen() as not_seen:
+        begin = time.perf_counter()
+        profile.enable_by_count()
+        try:
+            fn()
+        finally:
+            profile.disable_by_count()
+        wall = time.perf_counter() - begin
+    stats = profile.get_stats()
+    rows = [
+        Row(
+            linecache.getline(file, line).strip() or name,
+            place_of(file, line),
+            hits,
+            ticks * stats.unit,
+            ticks * stats.unit,
+        )
+        for (file, _, name), lines in stats.timings.items()
+        for line, hits, ticks in lines
+    ]
+    rows.sort(key=lambda row: (-row.own_s, row.place))
+    names = ", ".join(dict.fromkeys(function.__qualname__ for function in watched))
+    return LinesReport(
+        "line_profiler", SEES.format(functions=names), tuple(rows), wall, not_seen, stats
+    )
+
+
+def _plain(function: Any) -> FunctionType:
+    """Return the function that is written in Python inside a method, a partial or a wrapper."""
+    inner = inspect.unwrap(function)
+    inner = getattr(inner, "func", inner)  # functools.partial
+    inner = getattr(inner, "__func__", inner)  # a method
+    if not isinstance(inner, FunctionType):
+        inner = type(inner).__call__
+    if not isinstance(inner, FunctionType):
+        raise TypeError(f"{function!r} is not written in Python, so it has no lines to time")
+    return inner
+
+
+def _named_by(function: FunctionType) -> list[FunctionType]:
+    """Return the function and those of its own file that its code names, and theirs in turn."""
+    found: list[FunctionType] = []
+    todo: list[Any] = [function]
+    while todo:
+        one = todo.pop(0)
+        if not isinstance(one, FunctionType) or one in found:
+            continue
+        if one.__globals__ is not function.__globals__:
+            continue
+        found.append(one)
+        around = inspect.getclosurevars(one)
+        todo += [*around.nonlocals.values(), *around.globals.values()]
+    return found

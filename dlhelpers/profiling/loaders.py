@@ -1,0 +1,237 @@
+"""What does a batch of a DataLoader cost, and which part of it? Decoding, transforms, collate.
+
+A few samples and one batch are made again in this process, with the random states put back
+afterwards, so that the program goes on with the numbers that it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from dlhelpers.profiling.python_profile import profile_python
+from dlhelpers.profiling.watching import Loader
+
+__all__ = ["LoaderCosts", "decoding_share", "loader_costs", "workers_ms"]
+
+_DECODING = re.compile(r"decode|decompress|imread|read_image|default_loader|pil_loader", re.I)
+_READING = re.compile(r"ImageFile\.py$")
+
+
+@dataclass(frozen=True)
+class LoaderCosts:
+    """Milliseconds of one process, without workers.
+
+    Attributes:
+        workers: that the loader has.
+        batch: samples in a batch.
+        sample_ms: one sample, read and transformed.
+        decoding: share of it in reading and decoding, 0 to 1.
+        repeats: whether a sample comes out the same when it is asked for again.
+        collate_ms: putting a batch together.
+        plain_collate_ms: the same by torch's own collate, where that gives the same; else None.
+        workers_ms: what a batch takes with ``tried`` workers; None where that was not tried.
+        tried: how many workers were tried.
+        collate_at, sample_at: where their code is, as ``file.py:12``, or empty.
+    """
+
+    workers: int
+    batch: int
+    sample_ms: float
+    decoding: float
+    repeats: bool
+    collate_ms: float
+    plain_collate_ms: float | None
+    workers_ms: float | None = None
+    tried: int = 0
+    collate_at: str = ""
+    sample_at: str = ""
+
+    @property
+    def batch_ms(self) -> float:
+        """One batch, in one process."""
+        return self.batch * self.sample_ms + self.collate_ms
+
+
+def loader_costs(
+    loader: Loader, *, cores: int, clock: Callable[[], float] = perf_counter
+) -> LoaderCosts:
+    """Measure the parts of one batch; try workers where there are none and there are cores."""
+    with _random_states_kept(loader):
+        batches = _some_batches(loader)
+        first = batches[0]
+        size = len(first) if loader.batched else 1
+        make = loader.dataset.__getitem__ if loader.by_index else lambda sample: sample
+        few = first[: min(8, len(first))] if loader.batched else first
+        if loader.by_index:
+            make(few[0])  # files are opened, caches are warm
+            times = [_ms(lambda index=index: make(index), clock) for index in few]
+            sample_ms = statistics.fmean(times)
+            repeats = all(_equal(make(index), make(index)) for index in few[:2])
+            decoding = decoding_share(lambda: [make(index) for index in few])
+            samples = [make(index) for index in (first * size)[:size]]
+        else:
+            stream = iter(loader.dataset)
+            begin = clock()
+            samples = list(islice(stream, size))
+            sample_ms = 1000 * (clock() - begin) / max(1, len(samples))
+            repeats, decoding = False, 0.0
+        collate_ms, plain_ms = _collate_ms(loader, samples, clock)
+        tried, with_workers = 0, None
+        if loader.workers == 0 and loader.by_index and cores > 1:
+            tried = min(4, cores)
+            with_workers = workers_ms(loader, tried, clock)
+    return LoaderCosts(
+        loader.workers, size, sample_ms, decoding, repeats, collate_ms, plain_ms, with_workers,
+        tried, _place(loader.collate), _place(type(loader.dataset)),
+    )  # fmt: skip
+
+
+def decoding_share(fn: Callable[[], Any]) -> float:
+    """Return the share of ``fn`` in functions that decode or read images, by their names.
+
+    A function counts with all that it calls, and only where none of these calls it.
+    """
+    stats = profile_python(fn).stats
+    whole = sum(own for _, _, own, _, _ in stats.stats.values())
+    decoding = 0.0
+    for where, (_, _, _, total, callers) in stats.stats.items():
+        if not _decodes(where):
+            continue
+        inside = sum(entry[3] for caller, entry in callers.items() if _decodes(caller))
+        decoding += max(0.0, total - inside)
+    return min(1.0, decoding / whole) if whole else 0.0
+
+
+def workers_ms(loader: Loader, workers: int, clock: Callable[[], float]) -> float | None:
+    """Return the milliseconds of a batch from ``workers`` processes; None where they cannot run."""
+    from torch.utils.data import DataLoader, Subset
+
+    batches = 2 * workers + 2
+    indices = [
+        index for batch in _some_batches(loader, batches) for index in (
+            batch if isinstance(batch, list) else [batch])
+    ]  # fmt: skip
+    size = len(indices) // batches or 1
+    try:
+        trial = DataLoader(
+            Subset(loader.dataset, indices),
+            batch_size=size if loader.batched else None,
+            num_workers=workers,
+            collate_fn=loader.collate,
+        )
+        ends = []
+        for _ in trial:
+            ends.append(clock())
+    except Exception:  # cannot be sent to a process, or fails there
+        return None
+    kept = ends[workers:]  # the first ones were made while the processes began
+    return 1000 * (kept[-1] - kept[0]) / (len(kept) - 1) if len(kept) > 1 else None
+
+
+def _some_batches(loader: Loader, count: int = 1) -> list[Any]:
+    """Return lists of indices as the loader's sampler gives them, from its beginning."""
+    if not loader.by_index:
+        return [[0] * (getattr(loader.sampler, "batch_size", 1) or 1)]
+    batches = list(islice(iter(loader.sampler), count))
+    if not batches:
+        raise ValueError("the DataLoader's sampler gives no index: its data set is empty")
+    while len(batches) < count:
+        batches += batches[: count - len(batches)]
+    return batches if loader.batched else [[index] for index in batches]
+
+
+def _collate_ms(
+    loader: Loader, samples: Sequence[Any], clock: Callable[[], float]
+) -> tuple[float, float | None]:
+    from torch.utils.data import default_collate
+
+    if not loader.batched:
+        return 0.0, None
+    batch = loader.collate(list(samples))
+    collate_ms = statistics.median(
+        _ms(lambda: loader.collate(list(samples)), clock) for _ in range(3)
+    )
+    if loader.collate is default_collate:
+        return collate_ms, collate_ms
+    try:
+        same = _equal(default_collate(list(samples)), batch)
+    except Exception:  # samples that it cannot put together
+        same = False
+    if not same:
+        return collate_ms, None
+    plain = statistics.median(_ms(lambda: default_collate(list(samples)), clock) for _ in range(3))
+    return collate_ms, plain
+
+
+def _ms(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
+    begin = clock()
+    fn()
+    return 1000 * (clock() - begin)
+
+
+def _decodes(where: tuple[str, int, str]) -> bool:
+    file, _, name = where
+    return bool(_DECODING.search(name) or (_READING.search(file) and name == "load"))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Compare samples of any make: tensors, arrays, pictures, numbers, and what holds them."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and list(one) == list(other)
+            and all(_equal(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, list | tuple):
+        return (
+            isinstance(other, list | tuple)
+            and len(one) == len(other)
+            and all(map(_equal, one, other))
+        )
+    try:
+        same = one == other
+        return bool(same.all()) if hasattr(same, "all") else bool(same)
+    except Exception:
+        return False
+
+
+def _place(thing: Any) -> str:
+    import inspect
+
+    from dlhelpers.profiling.code_report import place_of
+
+    try:
+        code = inspect.unwrap(thing)
+        return place_of(inspect.getsourcefile(code) or "", inspect.getsourcelines(code)[1])
+    except (OSError, TypeError):
+        return ""
+
+
+@contextmanager
+def _random_states_kept(loader: Loader) -> Iterator[None]:
+    import numpy
+
+    samplers = loader.sampler, getattr(loader.sampler, "sampler", None)
+    own = [g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)]
+    states = [generator.get_state() for generator in own]
+    python, numbers = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for generator, state in zip(own, states, strict=True):
+            generator.set_state(state)
+        random.setstate(python)
+        numpy.random.set_state(numbers)

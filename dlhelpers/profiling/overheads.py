@@ -1,0 +1,156 @@
+"""What does looking cost? The same program under each profiler and without, in pairs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from dlhelpers.measure import Comparison, compare
+from dlhelpers.profiling.code_report import need_callable
+from dlhelpers.profiling.python_profile import start, tracing_module
+from dlhelpers.tables import html_table, text_table
+
+__all__ = ["PROFILERS", "OverheadReport", "overhead"]
+
+
+def _cprofile(fn: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> None:
+        profile = tracing_module().Profile()
+        start(profile)
+        try:
+            fn()
+        finally:
+            profile.disable()
+
+    return run
+
+
+def _profile(fn: Callable[[], Any]) -> Callable[[], Any]:
+    module = importlib.import_module("profile")
+    return lambda: module.Profile().runcall(fn)
+
+
+def _line_profiler(fn: Callable[[], Any]) -> Callable[[], Any]:
+    from dlhelpers.profiling.line_profile import profile_lines
+
+    importlib.import_module("line_profiler")
+    return lambda: profile_lines(fn)
+
+
+def _pyinstrument(fn: Callable[[], Any]) -> Callable[[], Any]:
+    profiler = importlib.import_module("pyinstrument").Profiler
+
+    def run() -> None:
+        session = profiler(interval=0.001, async_mode="disabled")
+        session.start()
+        try:
+            fn()
+        finally:
+            session.stop()
+
+    return run
+
+
+def _torch(fn: Callable[[], Any]) -> Callable[[], Any]:
+    from torch.profiler import ProfilerActivity
+
+    from dlhelpers.recording import recording
+
+    def run() -> None:
+        with recording("overhead", activities=[ProfilerActivity.CPU]):
+            fn()
+
+    return run
+
+
+PROFILERS: dict[str, Callable[[Callable[[], Any]], Callable[[], Any]]] = {
+    "cProfile": _cprofile,
+    "profile": _profile,
+    "line_profiler": _line_profiler,
+    "pyinstrument": _pyinstrument,
+    "torch.profiler": _torch,
+}
+_INSTALL = 'pip install "dlhelpers[profiling]"'
+
+
+class OverheadReport(Mapping[str, Comparison]):
+    """Profiler -> comparison whose speedup is the time with it / the time without.
+
+    Attributes:
+        missing: profilers that are not here -> what to do about it.
+    """
+
+    def __init__(self, rows: Mapping[str, Comparison], missing: Mapping[str, str]) -> None:
+        self._rows, self.missing = dict(rows), dict(missing)
+
+    def __getitem__(self, name: str) -> Comparison:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        rows = [
+            [name, f"{row.speedup:.2f}", f"[{row.low:.2f}, {row.high:.2f}]"]
+            for name, row in self.items()
+        ]
+        rows += [[name, "-", why] for name, why in self.missing.items()]
+        return ["profiler", "times as long", "interval"], rows
+
+    def __str__(self) -> str:
+        return text_table(*self._table(), names=1)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table(), names=1)
+
+
+def overhead(
+    fn: Callable[[], Any],
+    *,
+    profilers: Sequence[str] = tuple(PROFILERS),
+    budget_s: float = 2.0,
+    run_s: float = 0.05,
+) -> OverheadReport:
+    """Measure how many times as long ``fn`` takes under each profiler.
+
+    Args:
+        fn: what to run; repeated inside one session of a profiler until it takes about ``run_s``
+            without, so that starting the profiler is a small part.
+        profilers: which of ``PROFILERS``.
+        budget_s: seconds for each of them.
+        run_s: seconds of a run.
+
+    Raises:
+        TypeError: fn cannot be called.
+        ValueError: an unknown profiler.
+    """
+    need_callable(fn)
+    unknown = [name for name in profilers if name not in PROFILERS]
+    if unknown:
+        raise ValueError(f"there is no profiler {unknown[0]!r}; there are {', '.join(PROFILERS)}")
+    fn()
+    begin = perf_counter()
+    fn()
+    repeats = max(1, math.ceil(run_s / max(perf_counter() - begin, 1e-7)))
+
+    def plain() -> None:
+        for _ in range(repeats):
+            fn()
+
+    rows, missing = {}, {}
+    for name in profilers:
+        try:
+            under = PROFILERS[name](plain)
+        except ImportError:
+            missing[name] = "left with Python 3.17" if name == "profile" else _INSTALL
+            continue
+        rows[name] = compare(under, plain, budget_s=budget_s)
+    return OverheadReport(rows, missing)

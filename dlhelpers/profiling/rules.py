@@ -1,0 +1,330 @@
+"""Which bottleneck do the facts point to, and what would its remedy save? Rules for every machine.
+
+Each rule reads :class:`~dlhelpers.profiling.seen.Seen`, tries its remedy where that can be done on
+the spot, and says nothing where the gain would be below the share of a step that was asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers.profiling.seen import Bottleneck, Seen
+from dlhelpers.profiling.watching import ModelCalls
+
+__all__ = ["RULES"]
+
+Speedup = Callable[[Callable[[], Any], Callable[[], Any]], float]
+Rule = Callable[[Seen, float, Speedup], Iterator[Bottleneck]]
+
+
+def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """Name the part of the DataLoader that the step waits for."""
+    waits = seen.ms("data loading")
+    if waits < least_ms:
+        return
+    costs = seen.costs
+    if costs is None:
+        yield seen.finding(
+            "slow-loading",
+            saves_ms=waits,
+            at_most=True,
+            what=f"{waits / seen.step_ms:.0%} of a step is data loading",
+            why="the step waits until its batch is there",
+            remedy="prepare batches while the step computes: DataLoader(..., num_workers=2)",
+            notebook="03_dali_io",
+        )
+        return
+    side = max(1, costs.workers)  # batches that are made at the same time
+    told = (
+        f"{waits / seen.step_ms:.0%} of a step waits for the loader; one batch of {costs.batch} "
+        f"takes it {costs.batch_ms:.3g} ms in one process"
+    )
+    own = costs.plain_collate_ms or 0.0
+    bound = costs.plain_collate_ms is None
+    saves = min(waits, (costs.collate_ms - own) / side)
+    if saves >= least_ms and (not bound or costs.collate_ms > costs.batch_ms / 4):
+        yield seen.finding(
+            "slow-collate",
+            saves_ms=saves,
+            at_most=bound,
+            where=costs.collate_at,
+            what=f"{told}, {costs.collate_ms:.3g} ms of it in collate_fn"
+            + ("" if bound else f"; torch's own gives the same in {own:.3g} ms"),
+            why="it goes through the samples in Python, where one call would copy them",
+            remedy="drop collate_fn, or torch.stack(images) once a batch",
+            notebook="03_dali_io",
+        )
+    rest = costs.batch * costs.sample_ms / side
+    saves = min(waits, rest * (1 - costs.decoding))
+    if saves >= least_ms and costs.decoding < 0.5:
+        if costs.repeats:
+            yield seen.finding(
+                "repeated-transforms",
+                saves_ms=saves,
+                where=costs.sample_at,
+                what=f"{told}; a sample comes out the same each time, and {1 - costs.decoding:.0%} "
+                "of its time is not decoding",
+                why="what does not change is computed anew in every epoch",
+                remedy="transform once and store the result: "
+                "dlhelpers.lmdb_io.write_lmdb(folder, 'small.lmdb', resize=...), or a tensor",
+                notebook="02_lmdb_io",
+            )
+        elif costs.workers or seen.cores == 1:
+            yield seen.finding(
+                "slow-transforms",
+                saves_ms=saves,
+                at_most=True,
+                where=costs.sample_at,
+                what=f"{told}; {1 - costs.decoding:.0%} of a sample's time is in transforms, which "
+                "differ each time",
+                why="more workers would share them out; faster code would end them",
+                remedy="transforms.v2 on uint8 tensors, or a pipeline of DALI's",
+                notebook="03_dali_io",
+            )
+    if costs.workers == 0 and costs.tried:
+        computes = seen.step_ms - waits
+        batch_ms = costs.workers_ms
+        tried = f"with {costs.tried} workers a batch comes every"
+        if batch_ms is None:
+            batch_ms, tried = costs.batch_ms / costs.tried, "workers could give one every"
+        after = max(computes, batch_ms, (costs.batch_ms + computes) / seen.cores)
+        saves = seen.step_ms - after
+        if saves >= least_ms:
+            yield seen.finding(
+                "no-workers",
+                saves_ms=saves,
+                at_most=costs.workers_ms is None,
+                what=f"{told}, and num_workers is 0; {tried} {batch_ms:.3g} ms",
+                why="the step and the loader take turns, and a core idles",
+                remedy=f"DataLoader(..., num_workers={costs.tried}, persistent_workers=True)",
+                notebook="03_dali_io",
+            )
+    saves = min(waits, rest * costs.decoding)
+    if saves >= least_ms and costs.decoding >= 0.3:
+        yield seen.finding(
+            "slow-decoding",
+            saves_ms=saves,
+            at_most=True,
+            where=costs.sample_at,
+            what=f"{told}, {costs.decoding:.0%} of it in reading and decoding",
+            why="large pictures are decoded anew in every epoch, to be made small afterwards",
+            remedy="store them small: dlhelpers.lmdb_io.write_lmdb(folder, 'small.lmdb', "
+            "resize=256), or decode by DALI's threads",
+            notebook="02_lmdb_io",
+        )
+
+
+def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """Find Python that goes through samples, and numbers that are taken out one by one."""
+    for calls in seen.calls:
+        each = calls.count / seen.steps
+        if each >= 4 and calls.rows == 1:
+            one = _forward(calls)
+            many = _forward(calls, round(each))
+            factor = speedup(lambda one=one, each=each: [one() for _ in range(round(each))], many)
+            saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)
+            if saves >= least_ms:
+                yield seen.finding(
+                    "python-loop",
+                    saves_ms=saves,
+                    where=seen.hot_line,
+                    what=f"{type(calls.module).__name__} is called {each:.0f} times a step, on "
+                    "one sample each",
+                    why=f"{each:.0f} samples in one call take {factor:.2g} times less, tried here",
+                    remedy="outputs = model(torch.stack(samples))",
+                    notebook="08_profiling",
+                )
+                return
+    outside = seen.outside
+    name, count = outside.commonest
+    in_python = seen.step_ms * seen.hot_share
+    if outside.ms < least_ms or (count < 8 and in_python < max(least_ms, outside.ms / 4)):
+        return
+    told = f"{outside.ms / seen.step_ms:.0%} of a step is neither loader, model nor optimizer"
+    if 3 * outside.items >= outside.operators and outside.items >= 8:
+        yield seen.finding(
+            "item-every-step",
+            saves_ms=outside.ms * (1 - 1 / outside.items),
+            at_most=True,
+            where=seen.hot_line,
+            what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
+            why="each .item() is a call of its own, and on a GPU each one waits for all kernels",
+            remedy="keep tensors: total += loss.detach(), and one .item() or .tolist() at the end",
+            notebook="08_profiling",
+        )
+    else:
+        doing = f"{name} is called {count:.0f} times a step" if count >= 8 else "Python computes"
+        yield seen.finding(
+            "python-loop",
+            saves_ms=outside.ms * (1 - 1 / count) if count >= 8 else in_python,
+            at_most=True,
+            where=seen.hot_line,
+            what=f"{told}; {doing}",
+            why="each call costs the same few microseconds, however little it computes",
+            remedy="one operation over the whole batch: (images - mean) / std, not for image in "
+            "images",
+            notebook="08_profiling",
+        )
+
+
+def batch_of_one(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """Try a batch of sixteen where one sample goes through the model in a step."""
+    for calls in seen.calls:
+        if calls.rows != 1 or calls.count > seen.steps:
+            continue
+        one, many = _forward(calls), _forward(calls, 16)
+        if many is None:
+            continue
+        factor = speedup(lambda one=one: [one() for _ in range(16)], many)
+        saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)
+        saves += 15 / 16 * seen.ms("optimizer")
+        if saves >= least_ms:
+            yield seen.finding(
+                "batch-of-one",
+                saves_ms=saves,
+                what=f"{type(calls.module).__name__} sees one sample a step",
+                why=f"16 samples at a time take {factor:.2g} times less each, tried here",
+                remedy="DataLoader(..., batch_size=16), with the learning rate tuned anew",
+                notebook="04_memory",
+            )
+
+
+def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """Find evaluation that builds graphs, and BatchNorms that could be folded."""
+    if seen.has_backward:
+        return
+    for calls in seen.calls:
+        if calls.training:
+            continue
+        model_ms = max(0.0, seen.ms("forward") - seen.outside.ms)
+        gain = 1.0
+        if calls.makes_graph:
+            plain, without = _forward(calls, grad=True), _forward(calls)
+            gain = max(1.0, speedup(plain, without))
+            yield seen.finding(
+                "evaluation-without-no-grad",
+                severity="error",
+                saves_ms=model_ms * (1 - 1 / gain),
+                saves_bytes=_graph_bytes(calls),
+                what=f"{type(calls.module).__name__} is in eval mode, its outputs hang on a "
+                "graph, and no backward follows",
+                why="every input of every layer is kept for gradients that nobody asks for",
+                remedy="with torch.inference_mode(): outputs = model(inputs)",
+                notebook="04_memory",
+            )
+        if factor := _folding_gain(calls, speedup):
+            saves = model_ms / gain * (1 - 1 / factor)
+            if saves >= least_ms:
+                yield seen.finding(
+                    "batchnorm-unfused",
+                    saves_ms=saves,
+                    what=f"{type(calls.module).__name__} is in eval mode and has BatchNorms beside "
+                    "convolutions",
+                    why=f"folded away it is {factor:.2f} times as fast, tried here",
+                    remedy="model, report = dlhelpers.fusion.fuse_conv_bn(model, inputs)",
+                    notebook="06_fusion",
+                )
+
+
+def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """Find steps each of which leaves a graph behind."""
+    if not seen.kept_nodes:
+        return
+    yield seen.finding(
+        "loss-tensors-kept",
+        severity="error",
+        saves_bytes=seen.kept_bytes,
+        where=seen.hot_line if not seen.has_backward else "",
+        what=f"each step leaves {seen.kept_nodes} nodes of autograd's graph in memory, and "
+        f"{seen.kept_bytes:,} bytes of tensors",
+        why="a tensor that is kept keeps its graph, and the memory grows with every step",
+        remedy="losses.append(loss.detach()), or total += loss.item()",
+        notebook="04_memory",
+    )
+
+
+RULES: tuple[Rule, ...] = (loading, loops, batch_of_one, evaluation, kept_graphs)
+
+
+def _forward(
+    calls: ModelCalls, rows: int | None = None, *, grad: bool | None = None
+) -> Callable[[], Any] | None:
+    """Return a function that calls a copy of the model as it was called, on ``rows`` samples.
+
+    With gradients, forward and backward, if the call made a graph in train mode, or if asked for.
+    None where the copy cannot be called so.
+    """
+
+    def grown(value: Any) -> Any:
+        if rows is None or not isinstance(value, Tensor) or not value.dim() or len(value) != 1:
+            return value
+        return value.expand(rows, *value.shape[1:]).contiguous()
+
+    try:
+        model = copy.deepcopy(calls.module).train(calls.training)
+        args = tuple(map(grown, calls.args))
+        kwargs = {name: grown(value) for name, value in calls.kwargs.items()}
+        training = calls.training and calls.makes_graph
+
+        def run() -> Any:
+            if grad is not None:
+                with torch.set_grad_enabled(grad):
+                    return model(*args, **kwargs)
+            with torch.set_grad_enabled(training):
+                output = model(*args, **kwargs)
+            if training:
+                sum(t.float().sum() for t in _with_graph(output)).backward()
+            return None
+
+        run()
+    except Exception:  # no copy, or a shape that it does not take
+        return None
+    return run
+
+
+def _with_graph(output: Any) -> list[Tensor]:
+    from dlhelpers.fakes import tensors_in
+
+    return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+
+
+def _folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
+    """Return how many times as fast the model is with its BatchNorms folded; None if it is not."""
+    from dlhelpers.fusion import fuse_conv_bn
+
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    if calls.kwargs or not any(isinstance(m, kinds) for m in calls.module.modules()):
+        return None
+    try:
+        fused, report = fuse_conv_bn(calls.module, *calls.args)
+    except Exception:
+        return None
+    if not report.folded:
+        return None
+    model = copy.deepcopy(calls.module)
+
+    def run(network: nn.Module) -> Callable[[], Any]:
+        def once() -> Any:
+            with torch.inference_mode():
+                return network(*calls.args)
+
+        return once
+
+    return speedup(run(model), run(fused))
+
+
+def _graph_bytes(calls: ModelCalls) -> int:
+    """Return by how many bytes the peak falls without a graph; 0 where it cannot be measured."""
+    from dlhelpers.memory import measure_peak
+
+    plain, without = _forward(calls, grad=True), _forward(calls, grad=False)
+    try:
+        kept = measure_peak(plain).peak_bytes - measure_peak(without).peak_bytes
+    except Exception:
+        return 0
+    return max(0, kept)

@@ -1,0 +1,111 @@
+"""Which bottleneck does a GPU's record point to? Rules that say nothing where none was used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from dlhelpers.profiling.seen import Bottleneck, Seen
+
+__all__ = ["CUDA_RULES"]
+
+Speedup = Callable[[Callable[[], Any], Callable[[], Any]], float]
+
+
+def waiting_gpu(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """The GPU has nothing to do while the CPU is at work on something else than loading."""
+    if not seen.trace.gpu:
+        return
+    idle = seen.step_ms * (1 - seen.trace.gpu_busy_us / seen.trace.wall_us)
+    saves = idle - seen.ms("data loading")
+    if saves >= max(least_ms, 0.2 * seen.step_ms):
+        launches = sum(e.kind == "kernel" for e in seen.trace.gpu) / seen.steps
+        yield seen.finding(
+            "gpu-waits",
+            saves_ms=saves,
+            at_most=True,
+            what=f"the GPU is idle for {idle / seen.step_ms:.0%} of a step, which launches "
+            f"{launches:.0f} kernels",
+            why="the CPU does not launch kernels as fast as the GPU ends them",
+            remedy="a larger batch, or torch.compile(model, mode='reduce-overhead')",
+            notebook="08_profiling",
+        )
+
+
+def synchronisation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """The CPU waits for the GPU in the middle of a step, after which the GPU waits for the CPU."""
+    if not seen.trace.gpu:
+        return
+    items = seen.trace.count("aten::_local_scalar_dense")
+    waits = seen.ms("waiting for the GPU")
+    idle = seen.step_ms * (1 - seen.trace.gpu_busy_us / seen.trace.wall_us)
+    saves = min(waits, idle)
+    if saves >= least_ms:
+        yield seen.finding(
+            "synchronisation",
+            saves_ms=saves,
+            at_most=True,
+            where=seen.hot_line,
+            what=f"the CPU waits for the GPU for {waits / seen.step_ms:.0%} of a step, in which "
+            f"{items:.0f} numbers are read",
+            why=".item(), .cpu(), print and if need a number: all kernels must end first",
+            remedy="total += loss.detach(), and one .item() every hundred steps",
+            notebook="08_profiling",
+        )
+
+
+def unpinned(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """Batches are copied to the GPU from memory that the system may move."""
+    slow = [e for e in seen.trace.gpu if e.name.startswith("Memcpy HtoD (Pageable")]
+    took = sum(event.us for event in slow) / 1e3 / seen.steps
+    if slow and took >= least_ms:
+        has = seen.loader is not None and seen.loader.pinned
+        yield seen.finding(
+            "not-pinned",
+            saves_ms=took,
+            at_most=True,
+            what=f"{len(slow) / seen.steps:.0f} copies a step go to the GPU from pageable memory, "
+            f"{took:.3g} ms",
+            why="such a copy goes through a buffer, and the CPU waits for it",
+            remedy="batch.pin_memory().to('cuda', non_blocking=True)"
+            if has
+            else "DataLoader(..., pin_memory=True) and batch.to('cuda', non_blocking=True)",
+            notebook="03_dali_io",
+        )
+
+
+def full_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """The model computes in float32 on a GPU that multiplies bfloat16 many times as fast."""
+    if not seen.trace.gpu or torch.cuda.get_device_capability() < (8, 0):
+        return
+    for calls in seen.calls:
+        kinds = {p.dtype for p in calls.module.parameters() if p.is_cuda}
+        if kinds != {torch.float32} or calls.autocast:
+            continue
+        model = copy.deepcopy(calls.module)
+
+        def run(enabled: bool, model: Any = model, calls: Any = calls) -> Callable[[], Any]:
+            def once() -> Any:
+                with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+                    model(*calls.args, **calls.kwargs)
+                torch.cuda.synchronize()
+
+            return once
+
+        factor = speedup(run(False), run(True))
+        saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)
+        if saves >= least_ms:
+            yield seen.finding(
+                "full-precision",
+                saves_ms=saves,
+                what=f"{type(calls.module).__name__} computes in float32",
+                why=f"under autocast to bfloat16 it is {factor:.2g} times as fast, tried here",
+                remedy="with torch.autocast('cuda', torch.bfloat16): loss = criterion(model(x), y)",
+                notebook="04_memory",
+            )
+
+
+CUDA_RULES = (waiting_gpu, synchronisation, unpinned, full_precision)

@@ -1,0 +1,267 @@
+"""Where is the program, looked at a thousand times a second? Two samplers.
+
+``sample`` is pyinstrument, which follows the thread that calls it. ``sample_threads`` looks at the
+stacks of all threads and gives each sample to the line at which that thread is, which samplers of
+the processor's clock get wrong for threads (plasma-umass/scalene#428).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dlhelpers.profiling.code_report import (
+    CodeReport,
+    Row,
+    Unseen,
+    need_callable,
+    place_of,
+    unseen,
+    write_whole,
+)
+
+__all__ = ["SampleReport", "attribute", "sample", "sample_threads"]
+
+Line = tuple[str, int, str]  # file, line, function
+Stack = Sequence[Line]  # the outermost first
+
+_SEES = (
+    "pyinstrument looks at the thread that called fn {hz:,.0f} times a second; what is shorter "
+    "than its interval is seen by chance, and calls are not counted."
+)
+_SEES_ALL = (
+    "Looks at all threads of this process {hz:,.0f} times a second, at their lines; not at other "
+    "processes, and not inside C. A thread that waits for a lock or a queue is left out."
+)
+_WAITING = {"threading.py", "queue.py", "selectors.py", "socket.py", "connection.py"}
+
+
+@dataclass(frozen=True, repr=False)
+class SampleReport(CodeReport):
+    """What a sampler found: seconds are samples times the interval between them.
+
+    Attributes:
+        samples: how many were taken.
+    """
+
+    samples: int
+    session: Any = field(repr=False, compare=False, default=None)
+
+    def save(self, path: str | Path) -> Path:
+        """Write pyinstrument's own page (``.html``) or tree (``.txt``); whole, or not at all.
+
+        Raises:
+            ValueError: another suffix, or a report of ``sample_threads``, which has no such page.
+            FileNotFoundError: there is no such folder.
+        """
+        if self.session is None:
+            raise ValueError("sample_threads keeps a table alone: print it, or take sample(fn)")
+        from pyinstrument.renderers import ConsoleRenderer, HTMLRenderer
+
+        renderer = HTMLRenderer() if str(path).endswith(".html") else ConsoleRenderer()
+        text = renderer.render(self.session)
+        return write_whole(
+            path, (".html", ".txt"), lambda name: Path(name).write_text(text, "utf-8")
+        )
+
+
+def sample(fn: Callable[[], Any], *, interval_s: float = 0.001) -> SampleReport:
+    """Run ``fn`` once under pyinstrument; return the functions in which it was seen.
+
+    Args:
+        fn: what to run; some hundreds of milliseconds or more, to be seen often enough.
+        interval_s: seconds between two looks.
+
+    Raises:
+        TypeError: fn cannot be called.
+        ValueError: interval_s is not above 0.
+        ImportError: pyinstrument is not installed.
+        RuntimeError: pyinstrument is at work in this thread already.
+    """
+    need_callable(fn)
+    _need_interval(interval_s)
+    try:
+        from pyinstrument import Profiler
+    except ImportError:
+        raise ImportError('sample needs pyinstrument: pip install "dlhelpers[profiling]"') from None
+    profiler = Profiler(interval=interval_s, async_mode="disabled")
+    with unseen() as not_seen:
+        begin = time.perf_counter()
+        profiler.start()
+        try:
+            fn()
+        finally:
+            profiler.stop()
+        wall = time.perf_counter() - begin
+    session = profiler.last_session
+    rows = _functions(session.root_frame(trim_stem=False))
+    sees = _SEES.format(hz=1 / interval_s)
+    return SampleReport("pyinstrument", sees, rows, wall, not_seen, session.sample_count, session)
+
+
+def sample_threads(fn: Callable[[], Any], *, interval_s: float = 0.002) -> SampleReport:
+    """Run ``fn`` once; return the lines at which each thread was seen meanwhile.
+
+    Raises:
+        TypeError: fn cannot be called.
+        ValueError: interval_s is not above 0.
+
+    Cost: the interpreter changes threads more often meanwhile, a few per cent.
+    """
+    need_callable(fn)
+    _need_interval(interval_s)
+    samples, wall, not_seen = take_stacks(fn, interval_s)
+    rows = attribute(samples, wall)
+    left = Unseen(0.0, not_seen.processes_s, not_seen.wall_s)
+    sees = _SEES_ALL.format(hz=1 / interval_s)
+    return SampleReport("all threads", sees, rows, wall, left, len(samples))
+
+
+def take_stacks(
+    fn: Callable[[], Any], interval_s: float
+) -> tuple[list[dict[str, Stack]], float, Unseen]:
+    """Run ``fn``; return the stacks of all threads at each look, the seconds, what is unseen."""
+    samples: list[dict[str, Stack]] = []
+    done = threading.Event()
+    caller = threading.get_ident()
+
+    def look() -> None:
+        me = threading.get_ident()
+        while not done.wait(interval_s):
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            seen = {}
+            for ident, frame in sys._current_frames().items():
+                if ident != me:
+                    name = "" if ident == caller else names.get(ident, f"thread {ident}")
+                    seen[name] = _stack(frame)
+            samples.append(seen)
+
+    looking = threading.Thread(target=look, name="sampler", daemon=True)
+    interval = sys.getswitchinterval()
+    base = len(_stack(sys._getframe()))
+    with unseen() as not_seen:
+        begin = time.perf_counter()
+        sys.setswitchinterval(min(interval, 5e-4))
+        looking.start()
+        try:
+            fn()
+        finally:
+            wall = time.perf_counter() - begin
+            done.set()
+            looking.join()
+            sys.setswitchinterval(interval)
+    for seen in samples:
+        seen[""] = seen.get("", [])[base:]  # what called this function is no news
+    return samples, wall, not_seen
+
+
+def attribute(samples: Sequence[Mapping[str, Stack]], wall_s: float) -> tuple[Row, ...]:
+    """Give each sample of each thread to lines; return them, the longest own time first.
+
+    Args:
+        samples: thread's name -> its stack, the outermost line first; the caller's name is empty.
+        wall_s: time over which they were taken.
+
+    Own is the innermost line's; total counts a line once a sample, however often it stands on
+    the stack. A thread that waits is left out.
+    """
+    each = wall_s / len(samples) if samples else 0.0
+    own: dict[tuple[str, Line], int] = {}
+    total: dict[tuple[str, Line], int] = {}
+    for sample_ in samples:
+        for thread, stack in sample_.items():
+            if not stack or _waits(stack):
+                continue
+            own[thread, stack[-1]] = own.get((thread, stack[-1]), 0) + 1
+            for line in set(stack):
+                total[thread, line] = total.get((thread, line), 0) + 1
+    rows = [
+        Row(
+            f"{function} [{thread}]" if thread else function,
+            place_of(file, number),
+            None,
+            own.get((thread, (file, number, function)), 0) * each,
+            count * each,
+        )
+        for (thread, (file, number, function)), count in total.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: (-row.own_s, -row.total_s, row.place, row.name)))
+
+
+def hot_line(samples: Sequence[Mapping[str, Stack]]) -> tuple[str, float]:
+    """Return the program's own line on or below which the calling thread was seen most often.
+
+    Libraries, and what a DataLoader does, are not the program's own.
+
+    Returns:
+        The place, empty if there is none, and the share of samples in which that line itself was
+        at work, not something that it called.
+    """
+    below: dict[Line, int] = {}
+    itself: dict[Line, int] = {}
+    for seen in samples:
+        stack = seen.get("", ())
+        if any("torch/utils/data/" in file.replace("\\", "/") for file, _, _ in stack):
+            continue
+        line = next((line for line in reversed(stack) if _is_own(line[0])), None)
+        if line is not None:
+            below[line] = below.get(line, 0) + 1
+            itself[line] = itself.get(line, 0) + (line == stack[-1])
+    if not below:
+        return "", 0.0
+    most = max(below, key=below.__getitem__)
+    return place_of(*most[:2]), itself[most] / len(samples)
+
+
+def _is_own(file: str) -> bool:
+    name = file.replace("\\", "/")
+    return not (
+        "site-packages/" in name
+        or "/lib/python" in name
+        or "dlhelpers/profiling/" in name
+        or (name.startswith("<") and "ipython" not in name)
+    )
+
+
+def _waits(stack: Stack) -> bool:
+    return Path(stack[-1][0]).name in _WAITING
+
+
+def _stack(frame: FrameType | None) -> list[Line]:
+    lines: list[Line] = []
+    while frame is not None:
+        lines.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return lines[::-1]
+
+
+def _functions(root: Any) -> tuple[Row, ...]:
+    """Sum pyinstrument's tree over functions; one inside itself counts once."""
+    own: dict[tuple[str, str], float] = {}
+    total: dict[tuple[str, str], float] = {}
+    todo = [(root, frozenset())] if root is not None else []
+    while todo:
+        frame, above = todo.pop()
+        inside = above
+        if not frame.is_synthetic:
+            key = frame.function, place_of(frame.file_path or "", frame.line_no or 0)
+            children = [child for child in frame.children if not child.is_synthetic]
+            alone = frame.time - sum(child.time for child in children)
+            own[key] = own.get(key, 0.0) + max(0.0, alone)
+            if key not in above:
+                total[key] = total.get(key, 0.0) + frame.time
+            inside = above | {key}
+        todo += [(child, inside) for child in frame.children]
+    rows = [Row(name, place, None, own[name, place], total[name, place]) for name, place in own]
+    return tuple(sorted(rows, key=lambda row: (-row.own_s, -row.total_s, row.name)))
+
+
+def _need_interval(interval_s: float) -> None:
+    if not interval_s > 0:
+        raise ValueError(f"interval_s must be above 0 seconds, got {interval_s!r}")

@@ -1,0 +1,197 @@
+"""Which DataLoader and which models does a step use? Seen while it runs, nothing is asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from dlhelpers.profiling.trace import MODEL
+
+__all__ = ["Loader", "ModelCalls", "Watch", "count_graph_nodes", "watch"]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A DataLoader that gave a batch.
+
+    Attributes:
+        dataset, collate: its own.
+        workers: how many processes it has.
+        sampler: gives lists of indices, or single ones where batching is off.
+        batched: whether it makes batches itself (``batch_size`` is not None).
+        pinned: ``pin_memory``.
+    """
+
+    dataset: Any
+    collate: Any
+    workers: int
+    sampler: Any
+    batched: bool
+    pinned: bool
+
+    @property
+    def by_index(self) -> bool:
+        """Whether its samples can be asked for one by one."""
+        return not isinstance(self.dataset, IterableDataset)
+
+
+@dataclass
+class ModelCalls:
+    """Calls of one module from outside any other module, in one mode.
+
+    Attributes:
+        module: which.
+        training: its mode.
+        count: calls so far.
+        rows: size of dimension 0 of the first tensor, in the last call; 0 without a tensor.
+        makes_graph: whether the last output hangs on a graph.
+        autocast: whether the last call ran under autocast on the tensor's device.
+        args, kwargs: of the last call, detached.
+    """
+
+    module: nn.Module
+    training: bool
+    count: int = 0
+    rows: int = 0
+    makes_graph: bool = False
+    autocast: bool = False
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Watch:
+    """What was seen inside ``with watch() as seen``.
+
+    Attributes:
+        loaders: those that gave a batch, by ``id`` of their data set.
+        calls: of modules with parameters, by ``id`` and mode.
+    """
+
+    loaders: dict[int, Loader] = field(default_factory=dict)
+    calls: dict[tuple[int, bool], ModelCalls] = field(default_factory=dict)
+
+
+@contextmanager
+def watch() -> Iterator[Watch]:
+    """Note the DataLoaders and the models that this thread uses; mark their calls in the record."""
+    seen = Watch()
+    with ExitStack() as stack:
+        stack.enter_context(_loaders_noted(seen))
+        stack.enter_context(_models_noted(seen))
+        yield seen
+
+
+@contextmanager
+def _loaders_noted(seen: Watch) -> Iterator[None]:
+    give = _BaseDataLoaderIter.__next__
+
+    def noted(loader: Any) -> Any:
+        seen.loaders[id(loader._dataset)] = Loader(
+            loader._dataset,
+            loader._collate_fn,
+            loader._num_workers,
+            loader._index_sampler,
+            loader._auto_collation,
+            loader._pin_memory,
+        )
+        return give(loader)
+
+    _BaseDataLoaderIter.__next__ = noted
+    try:
+        yield
+    finally:
+        _BaseDataLoaderIter.__next__ = give
+
+
+@contextmanager
+def _models_noted(seen: Watch) -> Iterator[None]:
+    from torch.nn.modules.module import (
+        register_module_forward_hook,
+        register_module_forward_pre_hook,
+    )
+
+    me = threading.get_ident()
+    depth: list[Any] = []  # a mark for each call that is under way; only the outermost is kept
+
+    def before(module: nn.Module, args: tuple) -> None:
+        if threading.get_ident() != me:
+            return
+        mark = None
+        if not depth:
+            mark = torch.autograd.profiler.record_function(MODEL)
+            mark.__enter__()
+        depth.append(mark)
+
+    def after(module: nn.Module, args: tuple, *rest: Any) -> None:
+        if threading.get_ident() != me or not depth:
+            return
+        mark = depth.pop()
+        if mark is None:
+            return
+        mark.__exit__(None, None, None)
+        if len(rest) == 2 and next(module.parameters(), None) is not None:
+            _note(seen, module, args, *rest)  # else it raised, and torch gives no kwargs
+
+    handles = (
+        register_module_forward_pre_hook(before),
+        register_module_forward_hook(after, with_kwargs=True, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    calls = seen.calls.setdefault(
+        (id(module), module.training), ModelCalls(module, module.training)
+    )
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    calls.count += 1
+    calls.rows = len(tensors[0]) if tensors and tensors[0].dim() else 0
+    calls.makes_graph = any(t.grad_fn is not None for t in _tensors_of(output))
+    calls.autocast = bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type)
+    calls.args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
+    calls.kwargs = {k: t.detach() if isinstance(t, Tensor) else t for k, t in kwargs.items()}
+
+
+def _tensors_of(output: Any) -> list[Tensor]:
+    from dlhelpers.fakes import tensors_in
+
+    return list(tensors_in(output))
+
+
+def count_graph_nodes(limit: int = 200_000) -> int:
+    """Return how many nodes of autograd's graphs the tensors that are alive hold in memory."""
+    import gc
+
+    todo = [
+        thing.grad_fn
+        for thing in gc.get_objects()
+        if issubclass(type(thing), Tensor) and _has_graph(thing)  # asks no object anything
+    ]
+    seen: set[Any] = set()
+    while todo and len(seen) < limit:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return len(seen)
+
+
+def _has_graph(tensor: Tensor) -> bool:
+    try:
+        return tensor.grad_fn is not None
+    except (RuntimeError, ReferenceError):  # a dead proxy, or a tensor without storage
+        return False

@@ -1,0 +1,436 @@
+"""Each of ten planted bottlenecks is told apart, the right one first; a tuned loop has none."""
+
+import random
+
+import numpy as np
+import planted_bottlenecks as planted
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from dlhelpers.findings import Findings
+from dlhelpers.profiling import loaders
+from dlhelpers.profiling.diagnosing import diagnose, observe, rank
+from dlhelpers.profiling.loaders import LoaderCosts, loader_costs
+from dlhelpers.profiling.rules_cuda import CUDA_RULES
+from dlhelpers.profiling.seen import Seen
+from dlhelpers.profiling.trace import MODEL, Event, Trace, in_order
+from dlhelpers.profiling.watching import ModelCalls, count_graph_nodes, watch
+
+BACK = "autograd::engine::evaluate_function: "
+LOADER = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
+
+
+def step_of(loading=0, model=40, backward=40, optimizer=4, outside=(), gpu=(), start=0):
+    """Events of one step, one part after the other; all times are milliseconds."""
+    events, now = [], start
+
+    def add(name, ms, kind="operator", **more):
+        nonlocal now
+        if ms:
+            events.append(Event(name, 1e3 * now, 1e3 * (now + ms), 1, kind, **more))
+            now += ms
+
+    add(LOADER, loading, "mark")
+    for name, ms in outside:
+        add(name, ms)
+    add(MODEL, model, "mark")
+    add(BACK + "A", backward)
+    add("Optimizer.step#SGD.step", optimizer, "mark")
+    for name, first, last, kind in gpu:
+        events.append(Event(name, 1e3 * (start + first), 1e3 * (start + last), 7, kind))
+    return events, now
+
+
+def seen(steps=3, allocated=(), **parts):
+    """What a recorded trace of equal steps says."""
+    events, ends, now = [], [], 0
+    for _ in range(steps):
+        of_step, end = step_of(start=now, **parts.get("step", {}))
+        events += of_step
+        ends.append((1e3 * now, 1e3 * end))
+        now = end
+    facts = {name: value for name, value in parts.items() if name != "step"}
+    return Seen(Trace(in_order(events), tuple(ends), 1, allocated), ends[0][1] / 1e3, **facts)
+
+
+def costs(**given):
+    facts = {
+        "workers": 0, "batch": 10, "sample_ms": 10.0, "decoding": 0.0, "repeats": False,
+        "collate_ms": 0.0, "plain_collate_ms": 0.0,
+    }  # fmt: skip
+    return LoaderCosts(**facts | given)
+
+
+def calls(rows=16, count=3, training=True, makes_graph=True, model=None):
+    model = model or nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    x = torch.zeros(rows, 3, 4, 4)
+    return ModelCalls(model.train(training), training, count, rows, makes_graph, False, (x,))
+
+
+def names(findings):
+    return [finding.name for finding in findings]
+
+
+def twice_as_fast(before, after):
+    """A trial whose remedy always halves the time."""
+    return 2.0
+
+
+SLOW = {"step": {"loading": 100}}  # 100 of 184 ms
+RECORDED = {
+    "slow-decoding": seen(**SLOW, cores=4, costs=costs(workers=1, decoding=0.9)),
+    "no-workers": seen(
+        step={"loading": 60}, cores=4,
+        costs=costs(sample_ms=6.0, decoding=0.6, workers_ms=20.0, tried=4),
+    ),
+    "python-loop": seen(step={"outside": [("aten::sub", 2), ("aten::div", 2)] * 16}),
+    "slow-collate": seen(
+        **SLOW, cores=4,
+        costs=costs(sample_ms=1.0, collate_ms=90.0, plain_collate_ms=1.0, workers_ms=30.0, tried=4),
+    ),
+    "item-every-step": seen(step={"outside": [("aten::_local_scalar_dense", 1)] * 40}),
+    "batch-of-one": seen(calls=[calls(rows=1)]),
+    "repeated-transforms": seen(
+        **SLOW, cores=2, costs=costs(repeats=True, decoding=0.1, workers_ms=50.0, tried=2)
+    ),
+    "evaluation-without-no-grad": seen(
+        step={"backward": 0, "optimizer": 0}, calls=[calls(training=False)]
+    ),
+    "loss-tensors-kept": seen(graph_nodes=(10, 22, 34, 46)),
+    "batchnorm-unfused": seen(
+        step={"backward": 0, "optimizer": 0}, calls=[calls(training=False, makes_graph=False)]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_bottleneck_is_named_first(name):
+    found = rank(RECORDED[name], 0.05, twice_as_fast)
+    assert names(found)[0] == name
+    first = found[0]
+    assert first.what
+    assert first.why
+    assert first.remedy
+    assert first.notebook[:2].isdigit()
+    assert first.gain in str(first)
+
+
+def test_all_ten_of_the_live_loops_are_recorded_as_well():
+    assert set(RECORDED) == set(planted.PLANTED)
+
+
+def test_a_step_without_waste_has_no_finding_and_says_what_it_does():
+    found = rank(seen(calls=[calls()], graph_nodes=(5, 5, 5), cores=4), 0.05, twice_as_fast)
+    assert found == []
+    assert "backward 48%" in str(found)
+    assert "nothing found" in str(found)
+
+
+def test_a_remedy_that_does_not_help_is_no_finding():
+    for name in ("batch-of-one", "batchnorm-unfused"):
+        assert rank(RECORDED[name], 0.05, lambda before, after: 1.0) == []
+
+
+def test_the_gain_is_amdahls():
+    [found, *_] = rank(RECORDED["slow-collate"], 0.05, twice_as_fast)
+    assert found.saves_ms == pytest.approx(89)
+    assert found.speedup == pytest.approx(184 / (184 - 89))
+    assert not found.at_most
+    [found] = rank(RECORDED["slow-decoding"], 0.05, twice_as_fast)
+    assert found.saves_ms == pytest.approx(90)
+    assert found.at_most
+
+
+def test_workers_save_what_they_hide_and_no_more_than_the_cores_allow():
+    def saved(**given):
+        parts = {"sample_ms": 6.0, "workers_ms": 20.0, "tried": 4} | given
+        cores = parts.pop("cores", 8)
+        found = rank(seen(step={"loading": 60}, cores=cores, costs=costs(**parts)), 0.01, max)
+        return next((f.saves_ms for f in found if f.name == "no-workers"), 0.0)
+
+    assert saved() == pytest.approx(60)  # 84 ms of computing hide a batch each 20
+    assert saved(workers_ms=100.0) == pytest.approx(144 - 100)  # they are the slower ones
+    assert saved(sample_ms=16.0, cores=2) == pytest.approx(144 - (160 + 84) / 2)  # two cores
+    assert saved(workers=2) == 0
+    assert saved(workers_ms=None) == pytest.approx(60)
+
+
+def test_what_is_waited_for_is_all_that_can_be_saved():
+    """Workers hide most of a slow collate: what is left of the wait bounds the gain."""
+    slow = costs(workers=2, sample_ms=0.1, collate_ms=500.0, plain_collate_ms=1.0)
+    [found] = rank(seen(step={"loading": 20}, cores=4, costs=slow), 0.05, twice_as_fast)
+    assert found.saves_ms == pytest.approx(20)
+
+
+def test_a_kept_loss_is_told_only_if_every_step_keeps_one():
+    for nodes in ((10, 10, 10, 10), (10, 22, 22, 34), (40, 20, 60)):
+        assert rank(seen(graph_nodes=nodes), 0.05, twice_as_fast) == []
+
+
+def test_kept_bytes_are_those_of_the_median_step():
+    kept = seen(allocated=((1e4, 500), (2e4, -100), (1e5, 400), (1.8e5, 400)))
+    assert kept.kept_bytes == 400
+
+
+# ---- CUDA, from records in torch's format ----
+
+
+def on_gpu(*gpu, **parts):
+    return seen(step={"gpu": gpu, **parts})
+
+
+def rules_of_cuda(facts, speedup=twice_as_fast):
+    return [finding.name for rule in CUDA_RULES for finding in rule(facts, 4.0, speedup)]
+
+
+@pytest.fixture
+def ampere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (8, 0))
+
+
+def test_the_rules_of_cuda_are_silent_without_cuda():
+    assert rules_of_cuda(seen(calls=[calls()])) == []
+
+
+@pytest.mark.usefixtures("ampere")
+def test_an_idle_gpu_is_told_and_a_busy_one_not():
+    assert rules_of_cuda(on_gpu(("conv", 0, 20, "kernel"))) == ["gpu-waits"]
+    assert rules_of_cuda(on_gpu(("conv", 0, 80, "kernel"))) == []
+
+
+@pytest.mark.usefixtures("ampere")
+def test_a_gpu_that_waits_for_the_loader_is_the_loaders_finding():
+    assert rules_of_cuda(on_gpu(("conv", 100, 180, "kernel"), loading=100)) == []
+
+
+@pytest.mark.usefixtures("ampere")
+def test_a_synchronisation_in_the_step_is_told():
+    facts = on_gpu(("conv", 0, 50, "kernel"), outside=[("aten::_local_scalar_dense", 0)])
+    steps = facts.trace.steps
+    waits = [Event("cudaStreamSynchronize", s + 5e4, s + 7e4, 1, "runtime") for s, _ in steps]
+    trace = Trace(in_order([*facts.trace.events, *waits]), steps)
+    found = rules_of_cuda(Seen(trace, facts.step_ms))
+    assert "synchronisation" in found
+
+
+@pytest.mark.usefixtures("ampere")
+def test_copies_from_pageable_memory_are_told_and_pinned_ones_not():
+    def copied(name):
+        return rules_of_cuda(on_gpu((name, 0, 10, "copy"), ("conv", 10, 80, "kernel")))
+
+    assert copied("Memcpy HtoD (Pageable -> Device)") == ["not-pinned"]
+    assert copied("Memcpy HtoD (Pinned -> Device)") == []
+
+
+# ---- what a loader costs, by a fake clock ----
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Timed(Dataset):
+    """Ten milliseconds a sample on a clock of its own."""
+
+    def __init__(self, clock, random_part=False):
+        self.clock, self.random_part = clock, random_part
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        self.clock.now += 0.010
+        return torch.full((2,), index + (random.random() if self.random_part else 0))
+
+
+def loader_of(dataset, **options):
+    iterator = iter(DataLoader(dataset, batch_size=8, **options))
+    with watch() as seen:
+        next(iterator)
+    [loader] = seen.loaders.values()
+    return loader
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(loaders, "decoding_share", lambda fn: 0.0)
+    monkeypatch.setattr(loaders, "workers_ms", lambda loader, tried, clock: 7.0)
+    return Clock()
+
+
+def test_the_parts_of_a_batch_are_measured(clock):
+    def collate(samples):
+        clock.now += 0.025
+        return default_collate(samples)
+
+    found = loader_costs(loader_of(Timed(clock), collate_fn=collate), cores=2, clock=clock)
+    assert found.sample_ms == pytest.approx(10)
+    assert found.collate_ms == pytest.approx(25)
+    assert found.plain_collate_ms == pytest.approx(0)
+    assert found.batch_ms == pytest.approx(8 * 10 + 25)
+    assert (found.batch, found.workers, found.tried, found.workers_ms) == (8, 0, 2, 7.0)
+    assert found.repeats
+    assert "test_profiling_diagnose.py" in found.collate_at
+
+
+def test_a_collate_that_gives_something_else_has_no_plain_one(clock):
+    found = loader_costs(loader_of(Timed(clock), collate_fn=list), cores=1, clock=clock)
+    assert found.plain_collate_ms is None
+    assert found.tried == 0  # one core
+
+
+def test_a_random_sample_does_not_repeat(clock):
+    assert not loader_costs(loader_of(Timed(clock, True)), cores=1, clock=clock).repeats
+
+
+def test_a_stream_is_measured_as_well(clock):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            for index in range(100):
+                clock.now += 0.004
+                yield index
+
+    found = loader_costs(loader_of(Stream()), cores=4, clock=clock)
+    assert found.sample_ms == pytest.approx(4)
+    assert found.tried == 0  # each worker would give the whole stream
+
+
+def test_the_random_states_are_put_back(clock):
+    generator = torch.Generator().manual_seed(3)
+    loader = loader_of(Timed(clock, True), shuffle=True, generator=generator)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    own = generator.get_state().tolist()
+    loader_costs(loader, cores=2, clock=clock)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert before == after
+    assert generator.get_state().tolist() == own
+
+
+def test_decoding_is_counted_once_however_deep_it_calls_itself():
+    def work(n):
+        return sum(range(n))
+
+    def decode(n):
+        return work(n) + (decode_inner(n) if n else 0)
+
+    def decode_inner(n):
+        return work(n)
+
+    assert loaders.decoding_share(lambda: [decode(10_000) for _ in range(20)]) > 0.9
+    assert loaders.decoding_share(lambda: [work(10_000) for _ in range(20)]) == 0
+
+
+# ---- what is seen while a step runs ----
+
+
+def test_models_and_loaders_are_found_and_the_hooks_are_gone_afterwards():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    iterator = iter(DataLoader(torch.zeros(10, 2), 5))
+    give = type(iterator).__next__
+    with watch() as seen:
+        model(next(iterator))
+        model.eval()(next(iterator))
+        nn.ReLU()(torch.zeros(1))  # without parameters: no model
+    assert [(c.module, c.training, c.count, c.rows) for c in seen.calls.values()] == [
+        (model, True, 1, 5),
+        (model, False, 1, 5),
+    ]
+    assert type(iterator).__next__ is give
+    with watch() as other:
+        pass
+    model(torch.zeros(1, 2))
+    assert not other.calls
+
+
+def test_a_model_that_raises_leaves_the_watch_in_order():
+    model = nn.Linear(2, 2)
+    with watch() as seen:
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(1, 3))
+        model(torch.zeros(4, 2))
+    assert [c.rows for c in seen.calls.values()] == [4]
+
+
+def test_nodes_of_graphs_are_those_that_living_tensors_hold():
+    before = count_graph_nodes()
+    x = torch.ones(2, requires_grad=True)
+    y = (x * 2).sum()  # Sum, Mul, AccumulateGrad
+    assert count_graph_nodes() == before + 3
+    del y
+    assert count_graph_nodes() == before
+
+
+def test_the_outside_of_a_step_is_what_no_model_does():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def step():
+        x = torch.ones(8, 4)
+        for _ in range(10):
+            x = x + 1
+        return model(x).sum().item()
+
+    outside = observe(step, 3).outside
+    assert outside.commonest == ("aten::add", 10)
+    assert outside.items == 1
+    assert 12 <= outside.operators <= 14  # ones, ten additions, sum, item
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 2}, "steps must be a whole number, 3 or more, got 2"),
+        ({"at_least": 5}, "at_least must be a share between 0 and 1, got 5"),
+    ],
+)
+def test_arguments_that_are_off_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(lambda: None, **arguments)
+    with pytest.raises(TypeError, match="train_step must be a function"):
+        diagnose(3)
+
+
+def test_findings_of_time_are_shown_like_all_findings():
+    found = rank(RECORDED["loss-tensors-kept"], 0.05, twice_as_fast)
+    assert isinstance(found, Findings)
+    assert found.errors == found
+    assert "memory that does not grow" in found._repr_html_()
+    assert "losses.append(loss.detach())" in str(found)
+
+
+# ---- live ----
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", planted.PLANTED)
+def test_a_planted_bottleneck_is_named_first(name):
+    found = diagnose(planted.PLANTED[name]())
+    assert names(found)[:1] == [name], str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_model_that_is_called_sample_by_sample_is_a_loop():
+    assert names(diagnose(planted.model_by_sample()))[0] == "python-loop"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", planted.TUNED)
+def test_a_tuned_loop_has_no_finding(name):
+    found = diagnose(planted.TUNED[name]())
+    assert found == [], str(found)

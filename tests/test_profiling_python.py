@@ -1,0 +1,433 @@
+"""Python's profilers behind one face: what each counts, what it cannot see, how it ends."""
+
+import builtins
+import collections
+import json
+import math
+import multiprocessing
+import pstats
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlhelpers.profiling import code_report, overheads, sampling
+from dlhelpers.profiling.code_report import Row, Unseen, place_of, unseen
+from dlhelpers.profiling.line_profile import profile_lines
+from dlhelpers.profiling.overheads import overhead
+from dlhelpers.profiling.python_profile import profile_python
+from dlhelpers.profiling.sampling import attribute, hot_line, sample, sample_threads
+
+sys.path.insert(0, str(Path(__file__).parent / "browser"))
+import lab_session
+
+
+def leaf(n):
+    total = 0
+    for i in range(n):
+        total += i
+    return total
+
+
+def tree():
+    for _ in range(3):
+        leaf(10)
+    return max(leaf(5), 1)
+
+
+def burn(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        leaf(1000)
+
+
+def fails():
+    raise KeyError("mine")
+
+
+RUNS = {"cProfile": profile_python, "lines": profile_lines, "sample": sample}
+every_profiler = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+
+
+# ---- the common face ----
+
+
+@every_profiler
+def test_an_error_is_passed_on_and_the_profiler_is_off_afterwards(run):
+    for _ in range(2):  # a second time: nothing is left of the first
+        with pytest.raises(KeyError, match="mine"):
+            run(fails)
+    assert sys.getprofile() is None
+    assert run(lambda: burn(0.03)).rows
+
+
+@every_profiler
+def test_what_cannot_be_called_is_refused(run):
+    with pytest.raises(TypeError, match="fn must be a function without arguments, got int"):
+        run(3)
+
+
+@every_profiler
+def test_a_report_prints_its_table_and_what_it_sees(run):
+    report = run(lambda: burn(0.03))
+    text, page = str(report), report._repr_html_()
+    assert report.profiler in text
+    assert report.sees.split()[0] in page
+    assert "own ms" in text
+    owns = [row.own_s for row in report.table(50)]
+    assert owns == sorted(owns, reverse=True)
+    totals = [row.total_s for row in report.table(50, by="total")]
+    assert totals == sorted(totals, reverse=True)
+    assert len(report.table(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"by": "calls"}, "by must be 'own' or 'total', got 'calls'"),
+        ({"top": 0}, "top must be a whole number, 1 or more, got 0"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        profile_python(tree).table(**arguments)
+
+
+def test_places_are_short():
+    assert place_of("/a/b/site-packages/torch/x.py", 3) == "torch/x.py:3"
+    assert place_of("/home/me/course/train.py", 12) == "course/train.py:12"
+    assert place_of("<frozen importlib>", 5) == ""
+    assert place_of("", 5) == ""
+    assert place_of("/tmp/ipykernel_77/123.py", 2) == "cell:2"
+
+
+def test_a_place_in_a_notebook_is_its_cell():
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell("def in_a_cell():\n    return 1", store_history=True)
+        name = shell.user_ns["in_a_cell"].__code__.co_filename
+        assert re.fullmatch(r"In\[\d+\]:2", place_of(name, 2))
+    finally:
+        InteractiveShell.clear_instance()
+
+
+# ---- what is not seen ----
+
+
+def test_time_of_other_threads_is_noted():
+    with unseen() as found:
+        thread = threading.Thread(target=burn, args=(0.1,))
+        thread.start()
+        thread.join()
+    assert found.threads_s >= 0.09
+    assert "other threads" in str(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes that live are counted on Linux")
+def test_time_of_worker_processes_is_noted_alive_or_ended():
+    context = multiprocessing.get_context("fork")
+    gate = context.Event()
+
+    def alive():
+        burn(0.1)
+        gate.wait()
+
+    with unseen() as found:
+        child = context.Process(target=burn, args=(0.1,))
+        child.start()
+        child.join()
+    assert found.processes_s >= 0.07
+    living = context.Process(target=alive)
+    with unseen() as found:
+        living.start()
+        while code_report._used_by(living.pid) < 0.07:  # the kernel counts in hundredths
+            time.sleep(0.01)
+    gate.set()
+    living.join()
+    assert found.processes_s >= 0.07
+    assert "worker processes" in str(found)
+
+
+def test_what_is_next_to_nothing_is_not_mentioned():
+    assert str(Unseen(0.001, 0.001, 0.05)) == ""
+    assert str(Unseen(0.5, 0.0, 100.0)) == ""
+    assert str(Unseen(2.0, 0.0, 100.0)) == "Not seen: 2 s of processor time in other threads."
+
+
+# ---- cProfile ----
+
+
+def test_calls_are_counted_as_they_were_made():
+    report = profile_python(tree)
+    counts = {row.name: row.calls for row in report.rows}
+    assert counts["leaf"] == 4
+    assert counts["tree"] == 1
+    assert counts["<built-in method builtins.max>"] == 1
+    assert report.find("leaf").place.startswith("tests/test_profiling_python.py:")
+    assert report.find("no such name") is None
+
+
+def test_the_file_is_what_pstats_and_snakeviz_read(tmp_path):
+    report = profile_python(tree)
+    path = report.save(tmp_path / "run.prof")
+    assert pstats.Stats(str(path)).stats == report.stats.stats
+    assert [p.name for p in tmp_path.iterdir()] == ["run.prof"]
+    with pytest.raises(ValueError, match=r"must end in \.prof"):
+        report.save(tmp_path / "run.txt")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        report.save(tmp_path / "none" / "run.prof")
+
+
+def test_a_second_profiler_is_told_what_to_do():
+    report = []
+
+    def inner():
+        with pytest.raises(RuntimeError, match="another profiler of Python is at work"):
+            profile_python(tree)
+        report.append(1)
+
+    profile_python(inner)
+    assert report == [1]
+
+
+# ---- the interactive view ----
+
+
+def test_the_page_needs_nothing_from_outside():
+    page = profile_python(tree).flame().page
+    assert 'src="/static' not in page
+    assert 'href="/static' not in page
+    assert "importScripts(" not in page
+    assert "url(" not in re.search(r"<style>.*?</style>", page, re.S)[0]
+    links = re.findall(r"(?:src|href)=[\"'](http[^\"']*)", page)
+    assert all("snakeviz" in link for link in links)  # its own documentation, where one clicks
+
+
+def test_no_name_of_a_function_breaks_out_of_the_script():
+    namespace = {}
+    code = compile("def evil():\n    return len([])\nevil()", "</script><b>", "exec")
+    page = profile_python(lambda: exec(code, namespace)).flame().page
+    assert "</script><b>" not in page
+    data = re.search(r"var profile_data = (.*?);\n", page)[1]
+    assert any("</script><b>" in name for name in json.loads(data))
+
+
+def test_a_height_that_is_no_height_and_an_empty_profile_are_refused():
+    with pytest.raises(ValueError, match="100 pixels or more, got 5"):
+        profile_python(tree).flame(height=5)
+
+
+def test_the_view_is_a_frame_that_may_run_scripts_and_nothing_else(tmp_path):
+    flame = profile_python(tree).flame(height=321)
+    assert 'sandbox="allow-scripts"' in flame._repr_html_()
+    assert "height:321px" in flame._repr_html_()
+    assert re.fullmatch(r"an interactive view of \d+ functions; a click zooms in", repr(flame))
+    assert flame.save(tmp_path / "view.html").read_text("utf-8") == flame.page
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(lab_session.chromium() is None, reason="no Chromium: `make chromium`")
+def test_the_icicle_is_drawn_and_a_click_zooms(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra dev)")
+    file = tmp_path / "page.html"
+    file.write_text(f"<body>{profile_python(tree).flame()._repr_html_()}</body>", "utf-8")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=lab_session.chromium(),
+            args=["--no-sandbox", "--disable-dev-shm-usage"],
+        )
+        page = browser.new_page()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(file.as_uri())
+        frame = page.frame_locator("iframe")
+        boxes = frame.locator("#chart rect")
+        boxes.nth(1).wait_for(timeout=30_000)
+        before = boxes.count()
+        assert before >= 3
+        boxes.nth(1).click(force=True)
+        frame.locator("#resetbutton-zoom:enabled").wait_for(timeout=30_000)
+        assert all(not url.startswith("http") for url in asked)
+        browser.close()
+
+
+# ---- line_profiler ----
+
+
+def test_lines_are_counted_as_they_ran():
+    pytest.importorskip("line_profiler", reason="extra profiling")
+    report = profile_lines(tree)
+    hits = {row.name: row.calls for row in report.rows}
+    assert hits["total += i"] == 3 * 10 + 5
+    assert hits["leaf(10)"] == 3
+    assert hits["return total"] == 4
+    assert "leaf" in report.sees  # tree names it, so it is timed as well
+    alone = profile_lines(tree, leaf)
+    assert "leaf(10)" not in {row.name for row in alone.rows}
+
+
+def test_only_python_has_lines(tmp_path):
+    pytest.importorskip("line_profiler", reason="extra profiling")
+    with pytest.raises(TypeError, match="not written in Python"):
+        profile_lines(tree, math.sqrt)
+    path = profile_lines(tree).save(tmp_path / "run.lprof")
+    assert path.stat().st_size > 0
+
+
+# ---- samplers ----
+
+lines = st.tuples(st.sampled_from("ab"), st.integers(1, 3), st.just("f"))
+stacks = st.lists(lines, max_size=4)
+samples = st.lists(st.dictionaries(st.sampled_from(["", "other"]), stacks), max_size=6)
+
+
+@settings(deadline=None)
+@given(samples, st.integers(1, 50))
+def test_each_sample_of_each_thread_is_given_to_its_lines_once(taken, wall):
+    rows = {(row.name, row.place): row for row in attribute(taken, float(wall))}
+    own, total = collections.Counter(), collections.Counter()
+    for seen in taken:
+        for thread, stack in seen.items():
+            name = "f" if not thread else f"f [{thread}]"
+            keys = [(name, place_of(file, line)) for file, line, _ in stack]
+            own.update(keys[-1:])
+            total.update(set(keys))
+    assert set(rows) == set(total)
+    for key, row in rows.items():
+        assert row.own_s == pytest.approx(own[key] * wall / len(taken))
+        assert row.total_s == pytest.approx(total[key] * wall / len(taken))
+
+
+def test_a_thread_that_waits_is_left_out():
+    waiting = [("prog.py", 1, "main"), ("/usr/lib/python3.11/queue.py", 180, "get")]
+    assert attribute([{"": waiting}], 1.0) == ()
+
+
+def test_time_of_several_threads_is_put_on_the_right_lines():
+    """Each thread burns at a line of its own; that line is the one where it is seen most."""
+
+    def at_one_place(gate):
+        gate.wait()
+        burn_here(0.15)
+
+    def burn_here(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    def elsewhere(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            math.sqrt(2.0)
+
+    def program():
+        gate = threading.Barrier(2)
+        thread = threading.Thread(target=at_one_place, args=(gate,), name="second")
+        thread.start()
+        gate.wait()
+        elsewhere(0.15)
+        thread.join()
+
+    report = sample_threads(program)
+    mine = {"own": collections.Counter(), "second": collections.Counter()}
+    for row in report.rows:
+        thread = "second" if row.name.endswith("[second]") else "own"
+        mine[thread][row.name.removesuffix(" [second]")] += row.own_s
+    assert mine["own"].most_common(1)[0][0] == "elsewhere"
+    assert mine["second"].most_common(1)[0][0] == "burn_here"
+    assert report.samples > 0
+    assert sys.getswitchinterval() == pytest.approx(0.005)
+
+
+def test_the_hot_line_is_the_programs_own_and_not_the_loaders():
+    own, lib = ("/me/train.py", 7, "step"), ("/x/site-packages/torch/f.py", 1, "conv")
+    other = ("/me/train.py", 9, "step")
+    loader = ("/x/site-packages/torch/utils/data/dataloader.py", 2, "__next__")
+    taken = [{"": [own, lib]}, {"": [own]}, {"": [other]}, {"": [other, loader, own]}]
+    assert hot_line(taken) == ("me/train.py:7", 0.25)
+    assert hot_line([{"": [lib]}]) == ("", 0.0)
+
+
+@pytest.mark.parametrize("run", [sample, sample_threads])
+def test_an_interval_that_is_none_is_refused(run):
+    with pytest.raises(ValueError, match="interval_s must be above 0 seconds, got 0"):
+        run(tree, interval_s=0)
+
+
+def test_a_sampler_finds_the_function_that_burns_and_saves_its_page(tmp_path):
+    pytest.importorskip("pyinstrument", reason="extra profiling")
+    report = sample(lambda: burn(0.1))
+    assert {row.name for row in report.table(2)} <= {"burn", "leaf"}
+    assert all(row.calls is None for row in report.rows)
+    assert "burn" in report.save(tmp_path / "run.txt").read_text("utf-8")
+    assert report.save(tmp_path / "run.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+    with pytest.raises(ValueError, match="keeps a table alone"):
+        sample_threads(tree).save(tmp_path / "run.html")
+
+
+# ---- what is not installed, and what looking costs ----
+
+
+@pytest.mark.parametrize(
+    ("run", "package"), [(profile_lines, "line_profiler"), (sample, "pyinstrument")]
+)
+def test_a_package_that_is_not_there_says_what_to_install(monkeypatch, run, package):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=re.escape('pip install "dlhelpers[profiling]"')):
+        run(tree)
+
+
+def test_the_cost_compares_a_run_under_the_profiler_with_one_without(monkeypatch):
+    seen = []
+
+    def compare(under, plain, *, budget_s):
+        calls.clear()
+        under()
+        with_it = len(calls)
+        calls.clear()
+        plain()
+        assert with_it == len(calls)  # the same work on both sides
+        seen.append(budget_s)
+        return "a comparison"
+
+    calls = []
+    monkeypatch.setattr(overheads, "compare", compare)
+    monkeypatch.setattr(overheads, "perf_counter", iter([0.0, 0.01] * 9).__next__)
+    report = overhead(lambda: calls.append(1), budget_s=3.0, run_s=0.05)
+    assert len(calls) == 5
+    assert seen == [3.0] * len(report)
+    assert dict(report) == dict.fromkeys(report, "a comparison")
+    assert {"cProfile", "torch.profiler"} <= set(report)
+    assert sys.getprofile() is None
+
+
+def test_a_missing_profiler_is_a_row_and_an_unknown_one_an_error(monkeypatch):
+    def absent(fn):
+        raise ImportError
+
+    monkeypatch.setitem(overheads.PROFILERS, "pyinstrument", absent)
+    report = overhead(tree, profilers=["pyinstrument"])
+    assert not report
+    assert "pip install" in str(report)
+    with pytest.raises(ValueError, match="no profiler 'perf'"):
+        overhead(tree, profilers=["perf"])
+
+
+def test_a_row_is_what_it_says():
+    row = Row("f", "a.py:1", 2, 0.5, 1.0)
+    assert (row.own_s, row.total_s, row.calls) == (0.5, 1.0, 2)
+    assert sampling.attribute([], 1.0) == ()
