@@ -100,7 +100,7 @@ def sample(fn: Callable[[], Any], *, interval_s: float = 0.001) -> SampleReport:
             profiler.stop()
         wall = time.perf_counter() - begin
     session = profiler.last_session
-    rows = _functions(session.root_frame(trim_stem=False))
+    rows = _functions(_below_sample(session.root_frame(trim_stem=False)))
     sees = _SEES.format(hz=1 / interval_s)
     return SampleReport("pyinstrument", sees, rows, wall, not_seen, session.sample_count, session)
 
@@ -241,11 +241,21 @@ def _stack(frame: FrameType | None) -> list[Line]:
     return lines[::-1]
 
 
+def _below_sample(frame: Any) -> Any:
+    """Return the frame of :func:`sample` itself, whose callers are no news; else the root."""
+    root = frame
+    while frame is not None:
+        if frame.function == "sample" and (frame.file_path or "").endswith("sampling.py"):
+            return frame
+        frame = max(frame.children, key=lambda child: child.time, default=None)
+    return root
+
+
 def _functions(root: Any) -> tuple[Row, ...]:
     """Sum pyinstrument's tree over functions; one inside itself counts once."""
     own: dict[tuple[str, str], float] = {}
     total: dict[tuple[str, str], float] = {}
-    todo = [(root, frozenset())] if root is not None else []
+    todo = [(child, frozenset()) for child in (root.children if root is not None else ())]
     while todo:
         frame, above = todo.pop()
         inside = above
