@@ -433,7 +433,98 @@ def ignores_groups(channels, groups):
     return weight
 
 
+def owns(add_up=False, deep=False, touch=False, twice=False):
+    """Own times, with a mistake switched on."""
+
+    def f(calls):
+        own, stack = {}, []
+        for name, start, end in calls:
+            while stack and (stack[-1][2] < start if touch else stack[-1][2] <= start):
+                stack.pop()
+            if not add_up:
+                for above in stack if deep else stack[-1:]:
+                    own[above[0]] -= end - start
+            own[name] = (0 if twice else own.get(name, 0)) + end - start
+            stack.append((name, start, end))
+        return own
+
+    return f
+
+
+def loops_over_images(images, mean, std):
+    return torch.stack([((image / 255 - mean) / std).permute(2, 0, 1) for image in images])
+
+
+def forgets_overlap(kernels, start, end):
+    return 1 - sum(min(e, end) - max(s, start) for s, e in kernels if s < end and e > start) / (
+        end - start
+    )
+
+
+def merges_unsorted(kernels, start, end):
+    busy, reached = 0, start
+    for s, e in kernels:
+        busy += max(0, min(e, end) - max(s, reached, start))
+        reached = max(reached, e)
+    return 1 - busy / (end - start)
+
+
+def merges_unclipped(kernels, start, end):
+    busy, reached = 0, float("-inf")
+    for s, e in sorted(kernels):
+        busy += max(0, e - max(s, reached))
+        reached = max(reached, e)
+    return 1 - busy / (end - start)
+
+
 MISTAKES = [
+    ("08.1", lambda calls: {name: end for name, _, end in calls}, "one call"),
+    ("08.1", owns(add_up=True), "a call inside"),
+    ("08.1", owns(deep=True), "three deep"),
+    ("08.1", owns(twice=True), "the same name twice"),
+    ("08.1", owns(touch=True), "calls that touch"),
+    ("08.2", lambda parts, factors: sum(parts.values()) * max(factors.values()), "one part"),
+    ("08.2", lambda parts, factors: sum(parts.values()) / max(factors.values()), "the rest stays"),
+    ("08.2", lambda p, f: sum(ms / f[name] for name, ms in p.items()), "a part without a factor"),
+    (
+        "08.2",
+        lambda p, f: sum(ms / (max(f.values()) if f.get(n, 1) > 1 else 1) for n, ms in p.items()),
+        "two factors",
+    ),
+    ("08.2", lambda p, f: sum(ms / max(1, f.get(n, 1)) for n, ms in p.items()), "slower"),
+    ("08.3", lambda images, mean, std: (images / 255 - mean) / std, "one image"),
+    (
+        "08.3",
+        lambda images, mean, std: (
+            (images.permute(0, 3, 1, 2) - mean[:, None, None]) / std[:, None, None]
+        ),
+        "one image",
+    ),
+    (
+        "08.3",
+        lambda images, mean, std: (
+            ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+            if images.shape[2] != 3
+            else (images.permute(0, 3, 1, 2) / 255 - mean) / std
+        ),
+        "as many rows as channels",
+    ),
+    ("08.3", loops_over_images, "no loop"),
+    ("08.4", lambda k, s, e: sum(b - a for a, b in k) / (e - s), "one kernel"),
+    ("08.4", lambda k, s, e: 1 - sum(b - a for a, b in k) / e, "a window that begins later"),
+    ("08.4", forgets_overlap, "two streams at a time"),
+    ("08.4", merges_unsorted, "one inside another, out of order"),
+    ("08.4", merges_unclipped, "past the ends"),
+    ("08.5", lambda load, compute, workers, cores: max(load, compute), "no workers"),
+    ("08.5", lambda load, compute, workers, cores: load + compute, "hidden"),
+    ("08.5", lambda load, compute, w, cores: compute if w else load + compute, "not hidden"),
+    ("08.5", lambda l_, c, w, cores: max(l_, c) / w if w else l_ + c, "three workers"),
+    ("08.5", lambda l_, c, w, cores: max(c, l_ / w) if w else l_ + c, "more workers than cores"),
+    (
+        "08.5",
+        lambda l_, c, w, cores: max(c, l_ / max(1, min(w, cores - 1))) if w else l_ + c,
+        "one core",
+    ),
     ("07.1", grids(steps=lambda b: 2**b), "from zero"),
     ("07.1", grids(zero=lambda low, s: 0), "both signs"),
     ("07.1", grids(zero=lambda low, s: -low / s), "both signs"),

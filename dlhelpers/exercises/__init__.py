@@ -27,6 +27,7 @@ _MODULES = {
     "05": "shufflenet",
     "06": "fusion",
     "07": "quantization",
+    "08": "profiling",
 }  # a notebook's number -> its module of exercises
 
 

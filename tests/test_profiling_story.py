@@ -1,0 +1,104 @@
+"""Each step of the story changes what it says, and no answer that it promises to keep."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dlhelpers import pairing
+from dlhelpers.memory import measure_peak
+from dlhelpers.profiling import story
+from dlhelpers.profiling.story import STEPS, Script, Settings, after
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    return Script(tmp_path_factory.mktemp("story"), count=24, side=80, max_epochs=2)
+
+
+def test_every_step_changes_one_habit_and_the_last_has_none_left():
+    seen = Settings()
+    for step in list(STEPS)[1:]:
+        now = after(step)
+        changed = [
+            field.name
+            for field in dataclasses.fields(Settings)
+            if getattr(now, field.name) != getattr(seen, field.name)
+        ]
+        assert changed == list(STEPS[step][1])
+        seen = now
+    slow = [f.name for f in dataclasses.fields(Settings) if getattr(seen, f.name) == f.default]
+    assert slow == []
+    with pytest.raises(ValueError, match="there is no step 'faster'"):
+        after("faster")
+
+
+def test_the_database_holds_the_same_images_and_classes(script):
+    files = script.dataset("train", Settings())
+    stored = script.dataset("train", Settings(database=True))
+    assert len(files) == len(stored) == 24
+    for index in range(24):
+        assert torch.equal(files[index][0], stored[index][0])
+        assert files[index][1] == stored[index][1]
+
+
+def test_both_ways_to_put_a_batch_together_are_equal(script):
+    by_row = list(script.loader("valid", Settings()))
+    stacked = list(script.loader("valid", Settings(stack=True)))
+    assert len(by_row) == len(stacked) == 1
+    for one, other in zip(by_row, stacked, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_training_is_the_same_to_the_last_bit_through_database_and_stacking(script):
+    def weights(step):
+        return torch.cat([p.flatten() for p in script.train(after(step))[0].parameters()])
+
+    before = weights("logits into the loss")
+    assert torch.equal(before, weights("small photographs in LMDB"))
+    assert torch.equal(before, weights("one call stacks a batch"))
+
+
+def test_scoring_gives_the_same_classes_in_batches_and_folded(script):
+    model = script.train(after("one call stacks a batch"))[0]
+
+    def labels(**changes):
+        return script.score_step(dataclasses.replace(Settings(), **changes), model)()
+
+    one_by_one = labels()
+    assert len(one_by_one) == 24
+    assert labels(score_batch=16) == one_by_one
+    assert labels(score_batch=16, fold=True) == one_by_one
+
+
+def test_the_softmax_in_front_of_the_loss_is_what_pairing_finds(script):
+    images, labels = next(iter(script.loader("valid", Settings())))
+    loss = torch.nn.CrossEntropyLoss()
+    wrong = pairing.check(script.model(Settings()), loss, labels, images)
+    right = pairing.check(script.model(after("logits into the loss")), loss, labels, images)
+    assert [finding.name for finding in wrong] == ["softmax-into-cross-entropy"]
+    assert right == []
+
+
+def test_validation_without_graphs_needs_less_memory(script):
+    model, batches = script.model(Settings()), list(script.loader("valid", Settings()))
+    kept, plain = (
+        measure_peak(lambda no_grad=no_grad: story.validate(model, batches, no_grad)).peak_bytes
+        for no_grad in (False, True)
+    )
+    assert plain < kept
+
+
+def test_a_run_is_whole(script):
+    outcome = script.run(Settings())
+    assert outcome.epochs == 2
+    assert len(outcome.labels) == 24
+    assert outcome.agreement(outcome) == 1
+    assert outcome.total_s > 0
+
+
+def test_the_steps_for_a_profiler_have_no_end(script):
+    step = script.train_step(after("one call stacks a batch"))
+    for _ in range(4):  # one batch is an epoch
+        step()
+    script.validate_step(Settings())()
