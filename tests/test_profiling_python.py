@@ -347,12 +347,12 @@ def test_time_of_several_threads_is_put_on_the_right_lines():
 
 
 def test_the_hot_line_is_the_programs_own_and_not_the_loaders():
-    own, lib = ("/me/train.py", 7, "step"), ("/x/site-packages/torch/f.py", 1, "conv")
+    own, lib = ("/me/train.py", 7, "step"), ("/x/site-packages/PIL/ImageFile.py", 1, "load")
     other = ("/me/train.py", 9, "step")
     loader = ("/x/site-packages/torch/utils/data/dataloader.py", 2, "__next__")
     taken = [{"": [own, lib]}, {"": [own]}, {"": [other]}, {"": [other, loader, own]}]
-    assert hot_line(taken) == ("me/train.py:7", 0.25)
-    assert hot_line([{"": [lib]}]) == ("", 0.0)
+    assert hot_line(taken) == ("me/train.py:7", 0.25, 0.25)
+    assert hot_line([{"": [lib]}]) == ("", 0.0, 1.0)
 
 
 @pytest.mark.parametrize("run", [sample, sample_threads])

@@ -55,8 +55,8 @@ def test_training_is_the_same_to_the_last_bit_through_database_and_stacking(scri
         return torch.cat([p.flatten() for p in script.train(after(step))[0].parameters()])
 
     before = weights("logits into the loss")
-    assert torch.equal(before, weights("small photographs in LMDB"))
     assert torch.equal(before, weights("one call stacks a batch"))
+    assert torch.equal(before, weights("small photographs in LMDB"))
 
 
 def test_scoring_gives_the_same_classes_in_batches_and_folded(script):

@@ -202,7 +202,8 @@ class _Epoch:
         return self._batches
 
     def __next__(self) -> Batch:
-        with self._lock:
+        # as torch's own loader does, so that a profile tells what is waited for
+        with self._lock, torch.autograd.profiler.record_function("data loading"):
             self.started = True
             return self._seen.popleft() if self._seen else self._next()
 

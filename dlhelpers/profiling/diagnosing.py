@@ -24,9 +24,9 @@ from dlhelpers.profiling.watching import count_graph_nodes, watch
 
 __all__ = ["diagnose", "observe", "rank"]
 
-# of two remedies that save about as much, the one that does less work comes before the one that
-# does it elsewhere
+# of two remedies that save about as much, the one that is simpler comes first
 _PREFERRED = {"slow-collate": 1.2, "repeated-transforms": 1.1, "no-workers": 1.05}
+_REMOVED = ("slow-collate", "repeated-transforms")
 
 
 def diagnose(
@@ -81,7 +81,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     step_ms = statistics.median(report.plain_ms)
     nodes = []
     stacks, _, _ = take_stacks(lambda: [train_step() for _ in range(steps)], 0.001)
-    line, share = hot_line(stacks)
+    line, share, decoding = hot_line(stacks)
     for _ in range(4):
         train_step()
         nodes.append(count_graph_nodes())
@@ -98,6 +98,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         graph_nodes=tuple(nodes),
         hot_line=line,
         hot_share=share,
+        decoding_share=decoding,
         cores=cores,
     )
 
@@ -107,11 +108,15 @@ def rank(seen: Seen, at_least: float, speedup: Callable[..., float] | None = Non
     tried = speedup or _speedup
     least_ms = at_least * seen.step_ms
     found = [finding for rule in (*RULES, *CUDA_RULES) for finding in rule(seen, least_ms, tried)]
+    # work that need not be done is taken away before what is left of it is done elsewhere
+    removed = sum(f.saves_ms for f in found if f.name in _REMOVED)
     folding = max((f.saves_ms for f in found if f.name == "batchnorm-unfused"), default=0.0)
 
     def weight(finding: Bottleneck) -> float:
         if finding.name == "evaluation-without-no-grad":  # it changes nothing else, so it is first
             return max(finding.saves_ms, 1.01 * folding)
+        if finding.name == "no-workers" and removed >= finding.saves_ms:
+            return min(f.saves_ms for f in found if f.name in _REMOVED)
         return finding.saves_ms * _PREFERRED.get(finding.name, 1.0)
 
     findings = Findings(sorted(found, key=weight, reverse=True))
@@ -129,5 +134,5 @@ def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) 
 
     if before is None or after is None:
         return 1.0
-    result = compare(before, after, budget_s=0.6)
+    result = compare(before, after, budget_s=0.4)
     return result.speedup if result.outcome == "faster" else 1.0

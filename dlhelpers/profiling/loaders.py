@@ -7,7 +7,6 @@ afterwards, so that the program goes on with the numbers that it would have seen
 from __future__ import annotations
 
 import random
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +18,10 @@ from typing import Any
 import torch
 
 from dlhelpers.profiling.python_profile import profile_python
+from dlhelpers.profiling.sampling import decodes
 from dlhelpers.profiling.watching import Loader
 
 __all__ = ["LoaderCosts", "decoding_share", "loader_costs", "workers_ms"]
-
-_DECODING = re.compile(r"decode|decompress|imread|read_image|default_loader|pil_loader", re.I)
-_READING = re.compile(r"ImageFile\.py$")
 
 
 @dataclass(frozen=True)
@@ -105,9 +102,9 @@ def decoding_share(fn: Callable[[], Any]) -> float:
     whole = sum(own for _, _, own, _, _ in stats.stats.values())
     decoding = 0.0
     for where, (_, _, _, total, callers) in stats.stats.items():
-        if not _decodes(where):
+        if not decodes(where):
             continue
-        inside = sum(entry[3] for caller, entry in callers.items() if _decodes(caller))
+        inside = sum(entry[3] for caller, entry in callers.items() if decodes(caller))
         decoding += max(0.0, total - inside)
     return min(1.0, decoding / whole) if whole else 0.0
 
@@ -177,11 +174,6 @@ def _ms(fn: Callable[[], Any], clock: Callable[[], float]) -> float:
     begin = clock()
     fn()
     return 1000 * (clock() - begin)
-
-
-def _decodes(where: tuple[str, int, str]) -> bool:
-    file, _, name = where
-    return bool(_DECODING.search(name) or (_READING.search(file) and name == "load"))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -54,6 +54,12 @@ def _pyinstrument(fn: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
+def _stacks(fn: Callable[[], Any]) -> Callable[[], Any]:
+    from dlhelpers.profiling.sampling import take_stacks
+
+    return lambda: take_stacks(fn, 0.002)
+
+
 def _torch(fn: Callable[[], Any]) -> Callable[[], Any]:
     from torch.profiler import ProfilerActivity
 
@@ -71,6 +77,7 @@ PROFILERS: dict[str, Callable[[Callable[[], Any]], Callable[[], Any]]] = {
     "profile": _profile,
     "line_profiler": _line_profiler,
     "pyinstrument": _pyinstrument,
+    "sample_threads": _stacks,
     "torch.profiler": _torch,
 }
 _INSTALL = 'pip install "dlhelpers[profiling]"'
@@ -123,7 +130,8 @@ def overhead(
 
     Args:
         fn: what to run; repeated inside one session of a profiler until it takes about ``run_s``
-            without, so that starting the profiler is a small part.
+            without, so that starting the profiler is a small part; fewer times under a profiler
+            that is so slow that an interval would not fit into the budget.
         profilers: which of ``PROFILERS``.
         budget_s: seconds for each of them.
         run_s: seconds of a run.
@@ -141,16 +149,23 @@ def overhead(
     fn()
     repeats = max(1, math.ceil(run_s / max(perf_counter() - begin, 1e-7)))
 
-    def plain() -> None:
-        for _ in range(repeats):
-            fn()
-
     rows, missing = {}, {}
     for name in profilers:
         try:
-            under = PROFILERS[name](plain)
+            begin = perf_counter()
+            PROFILERS[name](fn)()
+            once = max(perf_counter() - begin, 1e-7)
         except ImportError:
             missing[name] = "left with Python 3.17" if name == "profile" else _INSTALL
             continue
-        rows[name] = compare(under, plain, budget_s=budget_s)
+        plain = _repeated(fn, max(1, min(repeats, int(budget_s / 20 / once))))
+        rows[name] = compare(PROFILERS[name](plain), plain, budget_s=budget_s)
     return OverheadReport(rows, missing)
+
+
+def _repeated(fn: Callable[[], Any], times: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(times):
+            fn()
+
+    return run

@@ -65,7 +65,7 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
         if costs.repeats:
             yield seen.finding(
                 "repeated-transforms",
-                saves_ms=saves,
+                saves_ms=min(waits, rest),  # what is stored is not decoded either
                 where=costs.sample_at,
                 what=f"{told}; a sample comes out the same each time, and {1 - costs.decoding:.0%} "
                 "of its time is not decoding",
@@ -159,9 +159,14 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         )
     else:
         doing = f"{name} is called {count:.0f} times a step" if count >= 8 else "Python computes"
+        # Python takes about as long to call a small operator as the operator itself
+        called = min(1.0, 2 * outside.in_operators) * outside.ms * (1 - 1 / max(count, 1))
+        saves = max(called if count >= 8 else 0.0, in_python)
+        if saves < least_ms:
+            return
         yield seen.finding(
             "python-loop",
-            saves_ms=outside.ms * (1 - 1 / count) if count >= 8 else in_python,
+            saves_ms=saves,
             at_most=True,
             where=seen.hot_line,
             what=f"{told}; {doing}",
@@ -169,6 +174,22 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             remedy="one operation over the whole batch: (images - mean) / std, not for image in "
             "images",
             notebook="08_profiling",
+        )
+
+
+def decoding(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
+    """Find pictures that are decoded in the step itself."""
+    saves = seen.step_ms * seen.decoding_share
+    if saves >= least_ms:
+        yield seen.finding(
+            "slow-decoding",
+            saves_ms=saves,
+            at_most=True,
+            where=seen.hot_line,
+            what=f"{seen.decoding_share:.0%} of a step is reading and decoding, in the step itself",
+            why="nothing is computed meanwhile, and large pictures are decoded to be made small",
+            remedy="a DataLoader with workers, or image.draft('RGB', (64, 64)) before decoding",
+            notebook="02_lmdb_io",
         )
 
 
@@ -248,7 +269,7 @@ def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
     )
 
 
-RULES: tuple[Rule, ...] = (loading, loops, batch_of_one, evaluation, kept_graphs)
+RULES: tuple[Rule, ...] = (loading, loops, decoding, batch_of_one, evaluation, kept_graphs)
 
 
 def _forward(

@@ -7,6 +7,7 @@ the processor's clock get wrong for threads (plasma-umass/scalene#428).
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ _SEES_ALL = (
     "Looks at all threads of this process {hz:,.0f} times a second, at their lines; not at other "
     "processes, and not inside C. A thread that waits for a lock or a queue is left out."
 )
+_DECODING = re.compile(r"decode|decompress|imread|read_image|default_loader|pil_loader", re.I)
 _WAITING = {"threading.py", "queue.py", "selectors.py", "socket.py", "connection.py"}
 
 
@@ -194,29 +196,38 @@ def attribute(samples: Sequence[Mapping[str, Stack]], wall_s: float) -> tuple[Ro
     return tuple(sorted(rows, key=lambda row: (-row.own_s, -row.total_s, row.place, row.name)))
 
 
-def hot_line(samples: Sequence[Mapping[str, Stack]]) -> tuple[str, float]:
+def hot_line(samples: Sequence[Mapping[str, Stack]]) -> tuple[str, float, float]:
     """Return the program's own line on or below which the calling thread was seen most often.
 
     Libraries, and what a DataLoader does, are not the program's own.
 
     Returns:
-        The place, empty if there is none, and the share of samples in which that line itself was
-        at work, not something that it called.
+        The place, empty if there is none; the share of samples in which that line itself was at
+        work, not something that it called; and the share in which a picture was decoded.
     """
+    decoding = 0
     below: dict[Line, int] = {}
     itself: dict[Line, int] = {}
     for seen in samples:
         stack = seen.get("", ())
         if any("torch/utils/data/" in file.replace("\\", "/") for file, _, _ in stack):
             continue
+        decoding += any(decodes((file, line, name)) for file, line, name in stack)
         line = next((line for line in reversed(stack) if _is_own(line[0])), None)
         if line is not None:
             below[line] = below.get(line, 0) + 1
             itself[line] = itself.get(line, 0) + (line == stack[-1])
+    share = decoding / len(samples) if samples else 0.0
     if not below:
-        return "", 0.0
+        return "", 0.0, share
     most = max(below, key=below.__getitem__)
-    return place_of(*most[:2]), itself[most] / len(samples)
+    return place_of(*most[:2]), itself[most] / len(samples), share
+
+
+def decodes(where: Line) -> bool:
+    """Whether a function reads or decodes pictures, by its name."""
+    file, _, name = where
+    return bool(_DECODING.search(name)) or (name == "load" and file.endswith("ImageFile.py"))
 
 
 def _is_own(file: str) -> bool:

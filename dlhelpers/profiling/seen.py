@@ -65,6 +65,7 @@ class Seen:
         graph_nodes: nodes of autograd's graphs that are alive after each of some steps.
         hot_line: the program's own line on or below which most samples fell, as ``file.py:12``.
         hot_share: share of all samples in which that line itself was at work, 0 to 1.
+        decoding_share: share of all samples in which the step itself, not its loader, decoded.
         cores: that this process may use.
     """
 
@@ -76,6 +77,7 @@ class Seen:
     graph_nodes: Sequence[int] = ()
     hot_line: str = ""
     hot_share: float = 0.0
+    decoding_share: float = 0.0
     cores: int = 1
 
     @cached_property

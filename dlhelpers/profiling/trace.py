@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch.autograd import DeviceType
+
 __all__ = ["MODEL", "STEP", "Event", "Trace", "read_trace", "union_us"]
 
 STEP = "dlhelpers::step"  # marks one call of the function that is profiled
@@ -152,25 +154,23 @@ def _event(event: Any, start: float, end: float) -> Event:
     name = event.name()
     if _is_on_gpu(event):
         kind: Kind = "copy" if name.startswith(("Memcpy", "Memset")) else "kernel"
-        return Event(name, start, end, event.device_resource_id(), kind, _link(event))
+        return Event(
+            name, start, end, event.device_resource_id(), kind, event.linked_correlation_id()
+        )
     kind = "operator"
     if name.startswith(("cuda", "cuLaunch", "hip")):
         kind = "runtime"
     elif event.is_user_annotation() or name.startswith(("enumerate(", "Optimizer.")):
         kind = "mark"
-    shapes = tuple(tuple(s) for s in event.shapes() if all(isinstance(n, int) for n in s))
+    shapes = tuple(tuple(s) for s in event.shapes() if s and isinstance(s[0], int))
     return Event(
         name, start, end, event.start_thread_id(), kind, event.correlation_id(), shapes,
         event.flops(),
     )  # fmt: skip
 
 
-def _link(event: Any) -> int:
-    return event.linked_correlation_id()
-
-
 def _is_on_gpu(event: Any) -> bool:
-    return "CPU" not in str(event.device_type())
+    return event.device_type() != DeviceType.CPU
 
 
 def _is_hidden(event: Any) -> bool:
