@@ -97,7 +97,7 @@ def test_a_waterfall_falls_from_the_first_to_the_last():
     for bar, (left, width) in zip(bars, wanted, strict=True):
         assert bar == pytest.approx((left, width))
     texts = [text.get_text().strip() for text in figure.axes[0].texts]
-    assert texts == ["8", "2×", "0.8×", "skipped", "4.99"]
+    assert texts == ["8", "2×", "0.80×", "skipped", "4.99"]
     assert to_hex(figure.axes[0].patches[2].get_facecolor()) == plots.FAILING
     assert "one: 2×" in alt_text(figure)
     assert "three: no gain" in alt_text(figure)

@@ -1,6 +1,8 @@
 """Each of ten planted bottlenecks is told apart, the right one first; a tuned loop has none."""
 
+import dataclasses
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import planted_bottlenecks as planted
@@ -58,7 +60,7 @@ def seen(steps=3, allocated=(), **parts):
 def costs(**given):
     facts = {
         "workers": 0, "batch": 10, "sample_ms": 10.0, "decoding": 0.0, "repeats": False,
-        "collate_ms": 0.0, "plain_collate_ms": 0.0,
+        "copy_ms": 0.0, "collate_ms": 0.0, "plain_collate_ms": 0.0,
     }  # fmt: skip
     return LoaderCosts(**facts | given)
 
@@ -154,7 +156,14 @@ def test_workers_save_what_they_hide_and_no_more_than_the_cores_allow():
     assert saved(workers_ms=100.0) == pytest.approx(144 - 100)  # they are the slower ones
     assert saved(sample_ms=16.0, cores=2) == pytest.approx(144 - (160 + 84) / 2)  # two cores
     assert saved(workers=2) == 0
+    assert saved(ready_ms=10.0) == pytest.approx(50)  # each batch has to be fetched
     assert saved(workers_ms=None) == pytest.approx(60)
+
+
+def test_a_sample_that_is_only_fetched_is_no_transform():
+    stored = {"repeats": True, "sample_ms": 6.0, "copy_ms": 6.0}
+    found = rank(seen(step={"loading": 60}, cores=1, costs=costs(**stored)), 0.05, max)
+    assert names(found) == ["slow-loading"]
 
 
 def test_what_is_waited_for_is_all_that_can_be_saved():
@@ -224,6 +233,34 @@ def test_copies_from_pageable_memory_are_told_and_pinned_ones_not():
     assert copied("Memcpy HtoD (Pinned -> Device)") == []
 
 
+class OnGpu(nn.Module):
+    """A model that says of itself that it lies on a GPU."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def parameters(self, recurse=True):
+        return iter([SimpleNamespace(is_cuda=True, dtype=self.dtype)])
+
+
+@pytest.mark.usefixtures("ampere")
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "wanted"),
+    [
+        (torch.float32, False, ["full-precision"]),
+        (torch.float32, True, []),
+        (torch.bfloat16, False, []),
+    ],
+)
+def test_float32_is_told_where_bfloat16_would_be_faster(dtype, autocast, wanted):
+    facts = on_gpu(("conv", 0, 80, "kernel"))
+    call = ModelCalls(OnGpu(dtype), True, 3, 16, True, autocast)
+    found = dataclasses.replace(facts, calls=[call])
+    assert rules_of_cuda(found) == wanted
+    assert rules_of_cuda(found, lambda before, after: 1.0) == []
+
+
 # ---- what a loader costs, by a fake clock ----
 
 
@@ -260,7 +297,7 @@ def loader_of(dataset, **options):
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.setattr(loaders, "decoding_share", lambda fn: 0.0)
-    monkeypatch.setattr(loaders, "workers_ms", lambda loader, tried, clock: 7.0)
+    monkeypatch.setattr(loaders, "workers_ms", lambda loader, tried, clock: (7.0, 0.5))
     return Clock()
 
 
@@ -275,6 +312,7 @@ def test_the_parts_of_a_batch_are_measured(clock):
     assert found.plain_collate_ms == pytest.approx(0)
     assert found.batch_ms == pytest.approx(8 * 10 + 25)
     assert (found.batch, found.workers, found.tried, found.workers_ms) == (8, 0, 2, 7.0)
+    assert found.ready_ms == 0.5
     assert found.repeats
     assert "test_profiling_diagnose.py" in found.collate_at
 

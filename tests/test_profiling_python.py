@@ -236,8 +236,16 @@ def test_the_view_is_a_frame_that_may_run_scripts_and_nothing_else(tmp_path):
 @pytest.mark.skipif(lab_session.chromium() is None, reason="no Chromium: `make chromium`")
 def test_the_icicle_is_drawn_and_a_click_zooms(tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra dev)")
+
+    def outer():
+        middle()
+
+    def middle():
+        for _ in range(50):
+            leaf(2000)
+
     file = tmp_path / "page.html"
-    file.write_text(f"<body>{profile_python(tree).flame()._repr_html_()}</body>", "utf-8")
+    file.write_text(f"<body>{profile_python(outer).flame()._repr_html_()}</body>", "utf-8")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=lab_session.chromium(),
@@ -252,7 +260,7 @@ def test_the_icicle_is_drawn_and_a_click_zooms(tmp_path):
         boxes.nth(1).wait_for(timeout=30_000)
         before = boxes.count()
         assert before >= 3
-        boxes.nth(1).click(force=True)
+        boxes.nth(1).click(force=True)  # middle, nearly as wide as outer
         frame.locator("#resetbutton-zoom:enabled").wait_for(timeout=30_000)
         assert all(not url.startswith("http") for url in asked)
         browser.close()

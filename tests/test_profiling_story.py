@@ -7,7 +7,7 @@ import torch
 
 from dlhelpers import pairing
 from dlhelpers.memory import measure_peak
-from dlhelpers.profiling import story
+from dlhelpers.profiling import profile_torch, story
 from dlhelpers.profiling.story import STEPS, Script, Settings, after
 
 
@@ -95,6 +95,12 @@ def test_a_run_is_whole(script):
     assert len(outcome.labels) == 24
     assert outcome.agreement(outcome) == 1
     assert outcome.total_s > 0
+
+
+def test_dalis_wait_is_a_phase_of_its_own(script):
+    pytest.importorskip("nvidia.dali", reason="extra dali")
+    step = script.train_step(after("DALI prepares batches"))
+    assert profile_torch(step, steps=2).phases["data loading"] > 0
 
 
 def test_the_steps_for_a_profiler_have_no_end(script):

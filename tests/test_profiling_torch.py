@@ -1,6 +1,7 @@
 """Phases are exclusive and add up; operators' own times do; both follow torch's own events."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dlhelpers.profiling import trace
+from dlhelpers.profiling.code_report import Unseen
 from dlhelpers.profiling.operators import find_operators, own_times
 from dlhelpers.profiling.phases import PHASES, find_phases, phase_spans
-from dlhelpers.profiling.torch_profile import profile_torch, record_steps
+from dlhelpers.profiling.torch_profile import TorchReport, profile_torch, record_steps
 from dlhelpers.profiling.trace import Event, Trace, union_us
 
 BACK = "autograd::engine::evaluate_function: "
@@ -197,6 +199,26 @@ def test_a_kernel_belongs_to_the_operator_that_launched_it_and_bytes_to_the_inne
     assert rows["aten::conv2d"].flops == 10
 
 
+def test_kernels_are_summed_by_name_the_longest_first():
+    trace_ = record(
+        Event("gemm", 0, 30, 7, "kernel"),
+        Event("gemm", 40, 50, 8, "kernel"),
+        Event("Memcpy HtoD (Pinned -> Device)", 50, 55, 7, "copy"),
+        steps=((0.0, 50.0), (50.0, 100.0)),
+    )
+    report = TorchReport(trace_, (1.0,), (1.0,), Unseen())
+    rows = [(row.name, row.calls, row.gpu_ms * 1e3) for row in report.kernels()]
+    assert rows == [
+        ("gemm", 1.0, pytest.approx(20)),
+        ("Memcpy HtoD (Pinned -> Device)", 0.5, pytest.approx(2.5)),
+    ]
+    assert report.gpu_busy == pytest.approx(0.45)
+    assert "GPU ms" in str(report.kernels())
+    assert "busy for 45.0%" in str(report)
+    with pytest.raises(ValueError, match="holds no record"):
+        report.save("trace.json")
+
+
 # ---- the real profiler ----
 
 
@@ -209,12 +231,12 @@ class Pictures(Dataset):
         return torch.rand(3, 24, 24, generator=generator), index % 10
 
 
-def training_step(workers=0, batch=8):
+def training_step(workers=0, batch=8, data=None):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 22 * 22, 10)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    batches = iter(DataLoader(Pictures(), batch, num_workers=workers))
+    batches = iter(DataLoader(data or Pictures(), batch, num_workers=workers))
 
     def step():
         images, labels = next(batches)
@@ -232,6 +254,26 @@ def test_all_phases_of_a_real_step_are_there_with_any_number_of_workers(workers)
     assert len(report.trace.steps) == len(report.step_ms) == len(report.plain_ms) == 3
     assert sum(report.shares.values()) == pytest.approx(1)
     assert sum(report.phases.values()) == pytest.approx(report.trace.wall_us / 1e3 / 3)
+
+
+class Sleepy(Dataset):
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return torch.zeros(3, 24, 24), 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_slow_loader_is_most_of_the_step_with_any_number_of_workers(workers):
+    """Eight samples sleep for 160 ms, or 80 with two workers; the step computes for a few."""
+    report = profile_torch(training_step(workers, data=Sleepy()), steps=3)
+    assert report.shares["data loading"] > 0.5
+    clock = sum(report.step_ms) / len(report.step_ms)
+    assert sum(report.phases.values()) == pytest.approx(clock, rel=0.05)
+    assert "data loading" in report.what_to_do
 
 
 def test_the_phases_follow_a_clock_that_is_read_around_the_step():

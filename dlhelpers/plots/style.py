@@ -126,7 +126,8 @@ def log_axis(axes: Any, values: Sequence[float]) -> None:
     reach = max(*known, math.log(1.05), 0.0) * 1.15
     axes.set_xscale("log")
     axes.set_xlim(math.exp(-reach), math.exp(reach))
-    ticks = [m * 10.0**e for e in range(-3, 4) for m in (1, 2, 5)]
+    digits = (1, 2, 5) if reach < math.log(50) else (1,)
+    ticks = [m * 10.0**e for e in range(-3, 4) for m in digits]
     inside = [tick for tick in ticks if abs(math.log(tick)) <= reach]
     axes.xaxis.set_major_locator(FixedLocator(inside) if len(inside) > 2 else MaxNLocator(7))
     axes.xaxis.set_minor_locator(NullLocator())

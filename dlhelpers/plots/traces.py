@@ -158,7 +158,8 @@ def waterfall(
 
 def _factor(before: float, after: float) -> str:
     ratio = before / after
-    return "no gain" if abs(ratio - 1) < 0.02 else f"{ratio:.2g}×"
+    text = f"{ratio:.2f}×" if ratio < 2 else f"{ratio:.2g}×"
+    return "no gain" if abs(ratio - 1) < 0.02 else text
 
 
 def _write(axes: Any, x: float, y: float, text: str) -> None:

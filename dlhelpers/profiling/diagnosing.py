@@ -8,6 +8,7 @@ fast (Amdahl 1967, doi:10.1145/1465482.1465560).
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -38,9 +39,9 @@ def diagnose(
 ) -> Findings:
     """Name what a step of training, evaluation or inference wastes, the largest waste first.
 
-    The step runs about ``3 * steps + 8`` times, so it trains on; remedies are tried on copies of
-    the model and with samples read anew from the data set, and the random states are put back
-    after that. The DataLoader and the model are found while they run. Nothing is changed.
+    The step runs about ``3 * steps + 8`` times, a short one more often, so it trains on. Remedies
+    are tried on copies of the model, and with samples read anew from the data set, after which the
+    random states are put back. The DataLoader and the model are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
@@ -80,7 +81,8 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         report = record_steps(train_step, steps, 2, on_record=seen.calls.clear, progress=progress)
     step_ms = statistics.median(report.plain_ms)
     nodes = []
-    stacks, _, _ = take_stacks(lambda: [train_step() for _ in range(steps)], 0.001)
+    looked_at = min(200, max(steps, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
+    stacks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
     line, share, decoding = hot_line(stacks)
     for _ in range(4):
         train_step()

@@ -16,6 +16,8 @@ from dlhelpers.profiling.code_report import write_whole
 
 __all__ = ["Flame"]
 
+_SHRUNK = 0.7
+
 
 class Flame:
     """The interactive view of a profile; shows itself in a notebook.
@@ -42,11 +44,14 @@ class Flame:
         return f"an interactive view of {len(self._stats.stats)} functions; a click zooms in"
 
     def _repr_html_(self) -> str:
+        # the page is made for a whole window: it is drawn larger, and shrunk
         return (
-            f'<iframe title="{html.escape(repr(self))}" sandbox="allow-scripts" '
-            f'style="width:100%;height:{self._height}px;border:1px solid '
-            f'var(--jp-border-color2,#ccc);background:white" '
-            f'srcdoc="{html.escape(self.page)}"></iframe>'
+            f'<div style="width:100%;height:{self._height}px;overflow:hidden;border:1px solid '
+            f'var(--jp-border-color2,#ccc)"><iframe title="{html.escape(repr(self))}" '
+            f'sandbox="allow-scripts" style="width:{100 / _SHRUNK:.2f}%;'
+            f"height:{self._height / _SHRUNK:.0f}px;border:0;background:white;"
+            f'transform:scale({_SHRUNK});transform-origin:0 0" '
+            f'srcdoc="{html.escape(self.page)}"></iframe></div>'
         )
 
 

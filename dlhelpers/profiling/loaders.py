@@ -6,13 +6,14 @@ afterwards, so that the program goes on with the numbers that it would have seen
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ class LoaderCosts:
         sample_ms: one sample, read and transformed.
         decoding: share of it in reading and decoding, 0 to 1.
         repeats: whether a sample comes out the same when it is asked for again.
+        copy_ms: copying a sample that is there, which no store is faster at.
         collate_ms: putting a batch together.
         plain_collate_ms: the same by torch's own collate, where that gives the same; else None.
         workers_ms: what a batch takes with ``tried`` workers; None where that was not tried.
+        ready_ms: what it takes to fetch a batch from a worker that has it ready.
         tried: how many workers were tried.
         collate_at, sample_at: where their code is, as ``file.py:12``, or empty.
     """
@@ -46,9 +49,11 @@ class LoaderCosts:
     sample_ms: float
     decoding: float
     repeats: bool
+    copy_ms: float
     collate_ms: float
     plain_collate_ms: float | None
     workers_ms: float | None = None
+    ready_ms: float = 0.0
     tried: int = 0
     collate_at: str = ""
     sample_at: str = ""
@@ -71,8 +76,8 @@ def loader_costs(
         few = first[: min(8, len(first))] if loader.batched else first
         if loader.by_index:
             make(few[0])  # files are opened, caches are warm
-            times = [_ms(lambda index=index: make(index), clock) for index in few]
-            sample_ms = statistics.fmean(times)
+            each = [_ms(lambda index=index: make(index), clock) for index in few]
+            sample_ms = statistics.fmean(each)
             repeats = all(_equal(make(index), make(index)) for index in few[:2])
             decoding = decoding_share(lambda: [make(index) for index in few])
             samples = [make(index) for index in (first * size)[:size]]
@@ -82,15 +87,15 @@ def loader_costs(
             samples = list(islice(stream, size))
             sample_ms = 1000 * (clock() - begin) / max(1, len(samples))
             repeats, decoding = False, 0.0
+        copying = min(_ms(lambda: copy.deepcopy(samples[0]), clock) for _ in range(3))
         collate_ms, plain_ms = _collate_ms(loader, samples, clock)
-        tried, with_workers = 0, None
+        tried, with_workers, ready = 0, None, 0.0
         if loader.workers == 0 and loader.by_index and cores > 1:
             tried = min(4, cores)
-            with_workers = workers_ms(loader, tried, clock)
-    return LoaderCosts(
-        loader.workers, size, sample_ms, decoding, repeats, collate_ms, plain_ms, with_workers,
-        tried, _place(loader.collate), _place(type(loader.dataset)),
-    )  # fmt: skip
+            with_workers, ready = workers_ms(loader, tried, clock)
+    places = _place(loader.collate), _place(type(loader.dataset))
+    times = sample_ms, decoding, repeats, copying, collate_ms, plain_ms, with_workers, ready
+    return LoaderCosts(loader.workers, size, *times, tried, *places)
 
 
 def decoding_share(fn: Callable[[], Any]) -> float:
@@ -109,30 +114,36 @@ def decoding_share(fn: Callable[[], Any]) -> float:
     return min(1.0, decoding / whole) if whole else 0.0
 
 
-def workers_ms(loader: Loader, workers: int, clock: Callable[[], float]) -> float | None:
-    """Return the milliseconds of a batch from ``workers`` processes; None where they cannot run."""
+def workers_ms(
+    loader: Loader, workers: int, clock: Callable[[], float]
+) -> tuple[float | None, float]:
+    """Try ``workers`` processes: ms between two batches, and ms to fetch one that is ready.
+
+    None for the first where they cannot run.
+    """
     from torch.utils.data import DataLoader, Subset
 
-    batches = 2 * workers + 2
-    indices = [
-        index for batch in _some_batches(loader, batches) for index in (
-            batch if isinstance(batch, list) else [batch])
-    ]  # fmt: skip
-    size = len(indices) // batches or 1
+    batches = 3 * workers + 2
+    given = _some_batches(loader, batches)
+    indices = [index for batch in given for index in batch]
     try:
         trial = DataLoader(
             Subset(loader.dataset, indices),
-            batch_size=size if loader.batched else None,
+            batch_size=len(given[0]) if loader.batched else None,
             num_workers=workers,
             collate_fn=loader.collate,
         )
-        ends = []
-        for _ in trial:
+        fetching, ends = iter(trial), []
+        for _ in range(2 * workers + 2):
+            next(fetching)
             ends.append(clock())
+        kept = ends[workers:]  # the first ones were made while the processes began
+        between = (kept[-1] - kept[0]) / (len(kept) - 1)
+        sleep(min(0.2, 3 * workers * between))  # now the rest are ready
+        ready = min(_ms(lambda: next(fetching), clock) for _ in range(workers))
     except Exception:  # cannot be sent to a process, or fails there
-        return None
-    kept = ends[workers:]  # the first ones were made while the processes began
-    return 1000 * (kept[-1] - kept[0]) / (len(kept) - 1) if len(kept) > 1 else None
+        return None, 0.0
+    return 1000 * between, ready
 
 
 def _some_batches(loader: Loader, count: int = 1) -> list[Any]:

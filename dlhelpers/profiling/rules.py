@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.seen import Bottleneck, Seen
 from dlhelpers.profiling.watching import ModelCalls
 
@@ -39,6 +40,28 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
             notebook="03_dali_io",
         )
         return
+    found = list(_parts_of_loading(seen, costs, waits, least_ms))
+    explained = min(waits, costs.batch_ms)  # the rest is the transport from workers
+    if not found and not costs.tried and explained >= least_ms:  # tried workers do not help
+        found = [
+            seen.finding(
+                "slow-loading",
+                saves_ms=explained,
+                at_most=True,
+                where=costs.sample_at,
+                what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, with "
+                f"{costs.workers} workers; a batch takes {costs.batch_ms:.3g} ms in one process",
+                why="no part of it stands out, so all of it would have to become faster",
+                remedy="profile_python(lambda: [dataset[i] for i in range(100)])",
+                notebook="03_dali_io",
+            )
+        ]
+    yield from found
+
+
+def _parts_of_loading(
+    seen: Seen, costs: LoaderCosts, waits: float, least_ms: float
+) -> Iterator[Bottleneck]:
     side = max(1, costs.workers)  # batches that are made at the same time
     told = (
         f"{waits / seen.step_ms:.0%} of a step waits for the loader; one batch of {costs.batch} "
@@ -61,11 +84,13 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
         )
     rest = costs.batch * costs.sample_ms / side
     saves = min(waits, rest * (1 - costs.decoding))
+    # what is stored is not decoded either, but it has to be read
+    stored = min(waits, rest - costs.batch * costs.copy_ms / side)
     if saves >= least_ms and costs.decoding < 0.5:
-        if costs.repeats:
+        if costs.repeats and stored >= least_ms:
             yield seen.finding(
                 "repeated-transforms",
-                saves_ms=min(waits, rest),  # what is stored is not decoded either
+                saves_ms=stored,
                 where=costs.sample_at,
                 what=f"{told}; a sample comes out the same each time, and {1 - costs.decoding:.0%} "
                 "of its time is not decoding",
@@ -74,7 +99,7 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
                 "dlhelpers.lmdb_io.write_lmdb(folder, 'small.lmdb', resize=...), or a tensor",
                 notebook="02_lmdb_io",
             )
-        elif costs.workers or seen.cores == 1:
+        elif not costs.repeats and (costs.workers or seen.cores == 1):
             yield seen.finding(
                 "slow-transforms",
                 saves_ms=saves,
@@ -92,7 +117,7 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
         tried = f"with {costs.tried} workers a batch comes every"
         if batch_ms is None:
             batch_ms, tried = costs.batch_ms / costs.tried, "workers could give one every"
-        after = max(computes, batch_ms, (costs.batch_ms + computes) / seen.cores)
+        after = max(computes + costs.ready_ms, batch_ms, (costs.batch_ms + computes) / seen.cores)
         saves = seen.step_ms - after
         if saves >= least_ms:
             yield seen.finding(
@@ -142,8 +167,11 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
                 return
     outside = seen.outside
     name, count = outside.commonest
-    in_python = seen.step_ms * seen.hot_share
-    if outside.ms < least_ms or (count < 8 and in_python < max(least_ms, outside.ms / 4)):
+    loops = count >= max(8, seen.samples)  # as often as there are samples, not as micro-batches
+    in_python = min(seen.step_ms * seen.hot_share, outside.ms * (1 - outside.in_operators))
+    if in_python < 0.4 * seen.step_ms:
+        in_python = 0.0  # what every program has between its calls
+    if outside.ms < least_ms:
         return
     told = f"{outside.ms / seen.step_ms:.0%} of a step is neither loader, model nor optimizer"
     if 3 * outside.items >= outside.operators and outside.items >= 8:
@@ -158,10 +186,10 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             notebook="08_profiling",
         )
     else:
-        doing = f"{name} is called {count:.0f} times a step" if count >= 8 else "Python computes"
+        doing = f"{name} is called {count:.0f} times a step" if loops else "Python computes"
         # Python takes about as long to call a small operator as the operator itself
         called = min(1.0, 2 * outside.in_operators) * outside.ms * (1 - 1 / max(count, 1))
-        saves = max(called if count >= 8 else 0.0, in_python)
+        saves = max(called if loops else 0.0, in_python)
         if saves < least_ms:
             return
         yield seen.finding(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from dlhelpers.findings import Finding
 from dlhelpers.profiling.loaders import LoaderCosts
-from dlhelpers.profiling.operators import own_times
-from dlhelpers.profiling.phases import phase_spans
-from dlhelpers.profiling.trace import MODEL, Trace, union_us
+from dlhelpers.profiling.phases import PHASES, Span, find_phases, phase_spans
+from dlhelpers.profiling.trace import MODEL, Event, Trace, union_us
 from dlhelpers.profiling.watching import Loader, ModelCalls
 
 __all__ = ["Bottleneck", "Seen"]
@@ -83,8 +83,6 @@ class Seen:
     @cached_property
     def shares(self) -> dict[str, float]:
         """Phase -> its share of the steps, 0 to 1; those that do not occur are there as 0."""
-        from dlhelpers.profiling.phases import PHASES, find_phases
-
         found = find_phases(self.trace)
         whole = sum(found.values()) or 1.0
         return {name: found.get(name, 0.0) / whole for name in PHASES}
@@ -97,6 +95,11 @@ class Seen:
     def steps(self) -> int:
         """How many were recorded."""
         return len(self.trace.steps)
+
+    @property
+    def samples(self) -> float:
+        """How many samples go through models in a step; 0 where none was seen."""
+        return max((calls.rows * calls.count / self.steps for calls in self.calls), default=0.0)
 
     @property
     def has_backward(self) -> bool:
@@ -139,7 +142,7 @@ class Outside:
         ms: how long, on the clock without the profiler.
         in_operators: share of it inside torch's operators; the rest is Python's.
         operators: outermost operators a step.
-        commonest: (name, calls a step) of the most frequent operator, nested ones included.
+        commonest: (name, calls a step) of the most frequent of these.
         items: numbers a step that are taken out of tensors (``.item()``, ``float``, ``if``).
     """
 
@@ -157,19 +160,16 @@ def _outside(trace: Trace, step_ms: float) -> Outside:
     own = sum(
         s.end_us - s.start_us - union_us(models, s.start_us, s.end_us) for s in spans
     )  # spans do not overlap
-    starts = [s.start_us for s in spans]
-    inside = _lies_inside(spans, starts, models)
+    inside = _lies_inside(spans, models)
     operators = [e for e in events if e.kind == "operator" and inside(e)]
-    _, outermost = own_times([*operators])
     tops, reached = [], float("-inf")
     for event in operators:
         if event.start_us >= reached:
             tops.append(event)
             reached = event.end_us
     counts: dict[str, int] = {}
-    for event, is_outermost in zip(operators, outermost, strict=True):
-        if is_outermost:
-            counts[event.name] = counts.get(event.name, 0) + 1
+    for event in tops:
+        counts[event.name] = counts.get(event.name, 0) + 1
     name = max(counts, key=counts.__getitem__, default="")
     n = len(trace.steps)
     in_operators = sum(event.us for event in tops)
@@ -178,21 +178,21 @@ def _outside(trace: Trace, step_ms: float) -> Outside:
         in_operators=min(1.0, in_operators / own) if own else 0.0,
         operators=len(tops) / n,
         commonest=(name, counts.get(name, 0) / n),
-        items=counts.get("aten::_local_scalar_dense", 0) / n,
+        items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
     )
 
 
-def _lies_inside(spans, starts, models):
-    from bisect import bisect_right
+def _lies_inside(
+    spans: Sequence[Span], models: Sequence[tuple[float, float]]
+) -> Callable[[Event], bool]:
+    """Return whether an event begins in one of the spans and in no model; both in order."""
+    starts, begins = [span.start_us for span in spans], [start for start, _ in models]
 
-    ends = sorted(models)
-    begins = [start for start, _ in ends]
-
-    def inside(event) -> bool:
+    def inside(event: Event) -> bool:
         place = bisect_right(starts, event.start_us) - 1
         if place < 0 or event.start_us >= spans[place].end_us:
             return False
         model = bisect_right(begins, event.start_us) - 1
-        return model < 0 or event.start_us >= ends[model][1]
+        return model < 0 or event.start_us >= models[model][1]
 
     return inside

@@ -48,7 +48,8 @@ class Operators(list[Operator]):
         shaped = any(row.shapes for row in self)
         on_gpu = any(row.gpu_ms for row in self)
         head = ["operator", *["shapes"] * shaped, "calls", "own ms", "total ms"]
-        head += [*["GPU ms"] * on_gpu, "MiB", "MFLOP"]
+        has_flops = any(row.flops for row in self)
+        head += [*["GPU ms"] * on_gpu, "MiB", *["MFLOP"] * has_flops]
         rows = [
             [
                 row.name,
@@ -58,7 +59,7 @@ class Operators(list[Operator]):
                 f"{row.total_ms:.3f}",
                 *[f"{row.gpu_ms:.3f}"] * on_gpu,
                 f"{row.nbytes / 2**20:.2f}" if row.nbytes else "",
-                f"{row.flops / 1e6:,.1f}" if row.flops else "",
+                *[f"{row.flops / 1e6:,.1f}" if row.flops else ""] * has_flops,
             ]
             for row in self
         ]
@@ -117,14 +118,14 @@ class TorchReport:
     def what_to_do(self) -> str:
         """The largest phase, and where to go on."""
         name = max(self.shares, key=self.shares.__getitem__)
-        return f"Most of the time is {name}, {self.shares[name]:.0%}. {NEXT[name]}"
+        return f"The largest part is {name}, {self.shares[name]:.0%}. {NEXT[name]}"
 
     def operators(self, top: int = 20, by: str = "own", *, by_shape: bool = False) -> Operators:
         """Return the longest operators, each number for one step.
 
         Args:
             top: how many.
-            by: ``own`` time, ``total`` time, ``calls``, ``nbytes`` or ``flops``.
+            by: ``own``, ``total`` or ``gpu`` time, ``calls``, ``nbytes`` or ``flops``.
             by_shape: a row for each shape of the inputs.
 
         Raises:
@@ -134,10 +135,28 @@ class TorchReport:
         keys |= {name: name for name in ("calls", "nbytes", "flops")}
         if by not in keys:
             raise ValueError(f"by must be one of {', '.join(keys)}, got {by!r}")
-        if not isinstance(top, int) or top < 1:
-            raise ValueError(f"top must be a whole number, 1 or more, got {top!r}")
+        _need_count("top", top)
         rows = find_operators(self.trace, by_shape=by_shape)
         return Operators(sorted(rows, key=lambda row: -getattr(row, keys[by]))[:top])
+
+    def kernels(self, top: int = 20) -> Operators:
+        """Return the GPU's kernels and copies that take longest; empty where none ran.
+
+        Raises:
+            ValueError: top is below 1.
+        """
+        _need_count("top", top)
+        sums: dict[str, list[float]] = {}
+        for event in self.trace.gpu:
+            found = sums.setdefault(event.name, [0.0, 0.0])
+            found[0] += 1
+            found[1] += event.us / 1e3
+        n = len(self.trace.steps)
+        rows = [
+            Operator(name, (), calls / n, 0.0, 0.0, gpu_ms=ms / n)
+            for name, (calls, ms) in sums.items()
+        ]
+        return Operators(sorted(rows, key=lambda row: -row.gpu_ms)[:top])
 
     def overview(self) -> Any:
         """Draw where the time goes: the phases of the CPU, and the GPU's busy and idle time."""
@@ -148,7 +167,7 @@ class TorchReport:
             busy = self.trace.gpu_busy_us / 1e3 / len(self.trace.steps)
             rows["GPU"] = {"busy": busy, "idle": sum(self.phases.values()) - busy}
         name = max(self.shares, key=self.shares.__getitem__)
-        return plots.shares(rows, title=f"{name[:1].upper()}{name[1:]} takes most of a step")
+        return plots.shares(rows, title=f"The largest part of a step is {name}")
 
     def timeline(self, steps: int = 3) -> Any:
         """Draw the first steps: the phases of the calling thread, other threads, the GPU."""

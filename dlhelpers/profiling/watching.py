@@ -114,42 +114,28 @@ def _loaders_noted(seen: Watch) -> Iterator[None]:
 
 @contextmanager
 def _models_noted(seen: Watch) -> Iterator[None]:
-    from torch.nn.modules.module import (
-        register_module_forward_hook,
-        register_module_forward_pre_hook,
-    )
+    """Stand in front of ``Module.__call__``: global hooks would make torch.compile start anew."""
+    call, me, inside = nn.Module.__call__, threading.get_ident(), False
 
-    me = threading.get_ident()
-    depth: list[Any] = []  # a mark for each call that is under way; only the outermost is kept
+    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside or threading.get_ident() != me or torch.compiler.is_compiling():
+            return call(module, *args, **kwargs)
+        inside = True
+        try:
+            with torch.autograd.profiler.record_function(MODEL):
+                output = call(module, *args, **kwargs)
+        finally:
+            inside = False
+        if next(module.parameters(), None) is not None:
+            _note(seen, module, args, kwargs, output)
+        return output
 
-    def before(module: nn.Module, args: tuple) -> None:
-        if threading.get_ident() != me:
-            return
-        mark = None
-        if not depth:
-            mark = torch.autograd.profiler.record_function(MODEL)
-            mark.__enter__()
-        depth.append(mark)
-
-    def after(module: nn.Module, args: tuple, *rest: Any) -> None:
-        if threading.get_ident() != me or not depth:
-            return
-        mark = depth.pop()
-        if mark is None:
-            return
-        mark.__exit__(None, None, None)
-        if len(rest) == 2 and next(module.parameters(), None) is not None:
-            _note(seen, module, args, *rest)  # else it raised, and torch gives no kwargs
-
-    handles = (
-        register_module_forward_pre_hook(before),
-        register_module_forward_hook(after, with_kwargs=True, always_call=True),
-    )
+    nn.Module.__call__ = noted
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        nn.Module.__call__ = call
 
 
 def _note(seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

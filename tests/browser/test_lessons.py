@@ -131,6 +131,24 @@ def test_a_lesson_runs_and_its_figure_follows_the_widget(page, address, name):
     run_and_move(page, address, name, WIDGETS[name], timeout_s=400)
 
 
+def test_the_flame_view_of_notebook_08_zooms(page, address):
+    run_and_move(page, address, "08_profiling", select("timeline", 0), timeout_s=400)
+    overview = page.locator(".jp-OutputArea-output img[alt*='largest part of a step']").first
+    overview.scroll_into_view_if_needed()
+    assert overview.is_visible()
+    keep_screenshot(page, "08_overview")
+    select("calls (snakeviz)", 0)(page)
+    frame = page.frame_locator("iframe[title*='interactive view']")
+    boxes = frame.locator("#chart rect")
+    boxes.nth(2).wait_for(timeout=60_000)
+    before = boxes.count()
+    boxes.nth(2).click(force=True)
+    frame.locator("#resetbutton-zoom:enabled").wait_for(timeout=30_000)
+    assert boxes.count() != before
+    page.locator("iframe[title*='interactive view']").scroll_into_view_if_needed()
+    keep_screenshot(page, "08_flame")
+
+
 def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
     notebook = "window.jupyterapp.shell.currentWidget"
