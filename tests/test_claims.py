@@ -763,3 +763,35 @@ def test_importing_claims_loads_neither_torch_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+# The course as it stands on this machine
+
+
+def test_the_standing_counts_each_tips_verdicts(declared, monkeypatch):
+    from dlhelpers.claims import course
+
+    monkeypatch.setattr(course, "all_claims", lambda: declared)
+    monkeypatch.setattr(course, "all_tips", catalog.all_tips)
+    before = course.standing()
+    assert before.counts == {"not run": 2}
+    assert "no notebook has been run" in str(before)
+    timed, exact = declared
+    exact.judge({c.name: 0.5 for c in exact.conditions})
+    timed.judge(by_time(timed, FAST, FAST))
+    after = course.standing()
+    assert sum(after.counts.values()) == 2
+    assert "not run" not in after.counts
+    assert after.machine == "this machine"
+    assert after.counts["holds"] >= 1
+
+
+def test_the_standing_says_why_a_claim_is_unsettled(declared, monkeypatch):
+    from dlhelpers.claims import course
+
+    monkeypatch.setattr(course, "all_claims", lambda: declared)
+    monkeypatch.setattr(course, "all_tips", catalog.all_tips)
+    timed, _ = declared
+    timed.judge(by_time(timed, FAST, FAST, control=FAST))
+    assert course.standing().unsettled == ((timed.id, "the control came back faster"),)
+    assert timed.id in course.standing()._repr_html_()

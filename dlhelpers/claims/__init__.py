@@ -19,7 +19,7 @@ Source: tips.toml and claims.toml in this package, which name the source of each
 from dlhelpers.claims.cards import card
 from dlhelpers.claims.catalog import all_claims, all_tips, load
 from dlhelpers.claims.claim import Claim, Tip
-from dlhelpers.claims.course import course_map
+from dlhelpers.claims.course import course_map, standing
 from dlhelpers.claims.judging import Verdict, not_measured
 from dlhelpers.claims.predictions import answer, predict, score
 
@@ -36,4 +36,5 @@ __all__ = [
     "not_measured",
     "predict",
     "score",
+    "standing",
 ]

@@ -1,13 +1,18 @@
-"""Where is each tip treated?"""
+"""Where is each tip treated, and what became of it on this machine?"""
 
 from __future__ import annotations
 
 import html
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dlhelpers.claims.catalog import NOTEBOOKS, all_claims, all_tips
 
-__all__ = ["CourseMap", "course_map"]
+__all__ = ["CourseMap", "Standing", "course_map", "standing"]
+
+_ORDER = ("holds", "fails", "depends", "unsettled", "not-measured", "not run")
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,6 +53,104 @@ def course_map() -> CourseMap:
                 claims = [c for c in all_claims() if (c.tip, c.notebook) == (tip.id, stem)]
                 rows.append((stem, tip.says, len(claims)))
     return CourseMap(tuple(rows))
+
+
+@dataclass(frozen=True, repr=False)
+class Standing:
+    """What the ledger of this machine says of every tip; shows itself.
+
+    Attributes:
+        rows: (notebook's stem, tip as people say it, verdict -> number of its claims there).
+        unsettled: (claim's id, why) of those that this machine could not settle.
+        machine: the machine in a line; empty where there is no ledger yet.
+    """
+
+    rows: tuple[tuple[str, str, Mapping[str, int]], ...]
+    unsettled: tuple[tuple[str, str], ...]
+    machine: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Verdict -> number of claims, all notebooks together."""
+        sums = Counter()
+        for _, _, verdicts in self.rows:
+            sums.update(verdicts)
+        return {name: sums[name] for name in _ORDER if sums[name]}
+
+    def _head(self) -> str:
+        where = self.machine or "no notebook has been run on this machine yet"
+        return f"{_said(self.counts)} · {where}"
+
+    def __repr__(self) -> str:
+        lines = [self._head()]
+        lines += [f"{stem:16} {_said(found):28} {says}" for stem, says, found in self.rows]
+        return "\n".join([*lines, *(f"unsettled: {id}: {why}" for id, why in self.unsettled)])
+
+    def _repr_html_(self) -> str:
+        left = " style='text-align:left'"
+        body = "".join(
+            f"<tr><td{left}>{_link(stem, True)}</td><td{left}>{html.escape(says)}</td>"
+            f"<td{left}>{_said(found)}</td></tr>"
+            for stem, says, found in self.rows
+        )
+        why = "".join(
+            f"<li><code>{html.escape(id)}</code>: {html.escape(why)}</li>"
+            for id, why in self.unsettled
+        )
+        return (
+            f"<p>{html.escape(self._head())}</p><table><thead><tr><th>notebook</th><th>tip</th>"
+            f"<th>here</th></tr></thead><tbody>{body}</tbody></table>"
+            + (f"<p>Unsettled, and why:</p><ul>{why}</ul>" if why else "")
+        )
+
+
+def standing() -> Standing:
+    """Return the verdicts of this machine's ledger, tip by tip, in the notebooks' order.
+
+    Raises:
+        LedgerError: the ledger's file is no ledger.
+    """
+    from dlhelpers import ledger
+
+    try:
+        found = ledger.read()
+    except FileNotFoundError:
+        found = {"rows": [], "machine": {}}
+    verdicts = {row["id"]: row for row in found["rows"]}
+    rows, unsettled = [], []
+    for stem in NOTEBOOKS:
+        for tip in all_tips():
+            claims = [c for c in all_claims() if (c.tip, c.notebook) == (tip.id, stem)]
+            names = [verdicts.get(c.id, {}).get("verdict", "not run") for c in claims]
+            if claims:
+                rows.append((stem, tip.says, dict(Counter(names))))
+            unsettled += [
+                (claim.id, _why(verdicts[claim.id]))
+                for claim, name in zip(claims, names, strict=True)
+                if name == "unsettled"
+            ]
+    line = found["machine"].get("line", "") if verdicts else ""
+    return Standing(tuple(rows), tuple(unsettled), line)
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    """Say from a ledger's row why it is unsettled: the control, or intervals."""
+    outcome = (row.get("control") or {}).get("outcome", "")
+    if outcome in ("faster", "slower", "not measured"):
+        return f"the control came back {outcome}"
+    parts = []
+    for c in row["conditions"]:
+        if c["verdict"] == "unsettled":
+            known = c["low"] and c["high"]
+            interval = f"[{c['low']:.3g}, {c['high']:.3g}]" if known else "without an interval"
+            parts.append(f"{c['name']} {c['effect']:.3g} {interval}")
+    return "too little time to tell: " + "; ".join(parts)
+
+
+def _said(verdicts: Mapping[str, int]) -> str:
+    return ", ".join(
+        f"{verdicts[name]} {name.replace('-', ' ')}" for name in _ORDER if verdicts.get(name)
+    )
 
 
 def _counted(count: int) -> str:
