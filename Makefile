@@ -4,15 +4,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dali,engines,quant,codecs,stores,profiling,dev
+OLDEST := .venv-oldest
 NBVAL := $(BIN)/python -m pytest --nbval -p no:cacheprovider
 # notebooks settle claims while they are tested: their ledger is not the learner's
 TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test verify report bench lint chromium clean
+.PHONY: help lab test test-oldest verify report bench lint chromium clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 lab: .venv/.stamp  ## open the course in JupyterLab; ARGS="--no-browser --port 8899" is passed on
 	@$(BIN)/python tools/lab.py $(ARGS)
@@ -20,6 +21,10 @@ lab: .venv/.stamp  ## open the course in JupyterLab; ARGS="--no-browser --port 8
 test: lint  ## lint, unit tests with doctests, every notebook cell by cell
 	$(BIN)/python -m pytest
 	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) notebooks
+
+# the extras whose packages ask for a newer torch are left out
+test-oldest: $(OLDEST)/.stamp  ## the unit tests on the oldest torch that is supported
+	$(OLDEST)/bin/python -m pytest --ignore=tests/browser -m "not slow and not browser"
 
 verify: lint  ## the same with the full sweeps (minutes)
 	$(BIN)/python -m pytest -m "slow or not slow"
@@ -44,7 +49,7 @@ chromium:  ## install Chromium for the browser tests (Debian and Ubuntu, as root
 	|| echo "no Chromium: the browser tests will be skipped; install it by your system's means"
 
 clean:  ## remove the environment and what was generated; never work/
-	rm -rf .venv report.html ledger.json .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OLDEST) report.html ledger.json .pytest_cache .ruff_cache .hypothesis
 
 # the stamp is newer than pyproject.toml unless something has to be installed
 .venv/.stamp: pyproject.toml
@@ -53,6 +58,12 @@ clean:  ## remove the environment and what was generated; never work/
 	% v[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(OLDEST)/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -e ".[stores,profiling,dev]" \
+	  "torch==2.11.*" "torchvision==0.26.*"
 	@touch $@
 
 .venv/.stamp-bench: .venv/.stamp

@@ -1,9 +1,14 @@
 """The pages that are made from the code are those that the code makes."""
 
 import importlib.util
+import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from dlhelpers import claims
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,3 +49,17 @@ def test_no_module_of_the_picture_leans_on_itself_by_way_of_others():
 
     for start in set(used) - architecture.EVERYWHERE:
         below(start, set())
+
+
+def test_the_readmes_table_is_that_of_the_notebooks_and_their_claims():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    counts = Counter(claim.notebook for claim in claims.all_claims())
+    rows = re.findall(
+        r"^\| \[.*?\]\(notebooks/(.+)\.ipynb\) \|.*\| (\d+) \| (\d+) \|$", readme, re.M
+    )
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    assert [stem for stem, _, _ in rows] == [path.stem for path in notebooks]
+    for (stem, settled, minutes), path in zip(rows, notebooks, strict=True):
+        opening = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+        assert int(settled) == counts[stem], stem
+        assert f"Minutes: {minutes}" in opening, stem

@@ -103,6 +103,15 @@ def test_has_every_section_in_order(path):
     assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
 
 
+@every_lesson
+def test_links_back_to_the_previous_and_to_the_next(path):
+    text = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    place = LESSONS.index(path)
+    around = [NOTEBOOKS[0], *LESSONS[max(0, place - 1) : place], *LESSONS[place + 1 : place + 2]]
+    for other in around:
+        assert f"]({other.name})" in text, other.name
+
+
 @every_notebook
 def test_at_least_half_of_what_is_printed_is_compared(path):
     says = [cell for cell in cells(path) if prints(cell)]

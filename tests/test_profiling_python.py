@@ -260,7 +260,7 @@ def test_the_icicle_is_drawn_and_a_click_zooms(tmp_path):
         boxes.nth(1).wait_for(timeout=30_000)
         before = boxes.count()
         assert before >= 3
-        boxes.nth(1).click(force=True)  # middle, nearly as wide as outer
+        boxes.nth(1).dispatch_event("click")  # middle, nearly as wide as outer
         frame.locator("#resetbutton-zoom:enabled").wait_for(timeout=30_000)
         assert all(not url.startswith("http") for url in asked)
         browser.close()

@@ -142,7 +142,7 @@ def test_the_flame_view_of_notebook_08_zooms(page, address):
     boxes = frame.locator("#chart rect")
     boxes.nth(2).wait_for(timeout=60_000)
     before = boxes.count()
-    boxes.nth(2).click(force=True)
+    boxes.nth(1).dispatch_event("click")  # below the root, wherever it is drawn
     frame.locator("#resetbutton-zoom:enabled").wait_for(timeout=30_000)
     assert boxes.count() != before
     page.locator("iframe[title*='interactive view']").scroll_into_view_if_needed()
