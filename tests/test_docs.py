@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dlhelpers import claims
+from dlhelpers import claims, ledger
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,3 +63,14 @@ def test_the_readmes_table_is_that_of_the_notebooks_and_their_claims():
         opening = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         assert int(settled) == counts[stem], stem
         assert f"Minutes: {minutes}" in opening, stem
+
+
+def test_the_page_of_ledgers_is_up_to_date():
+    page = (ROOT / "docs" / "where-tips-hold.md").read_text(encoding="utf-8")
+    assert page == tool("ledger_page").render(), "make it: .venv/bin/python tools/ledger_page.py"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data" / "ledgers").glob("*.json")))
+def test_a_committed_ledger_knows_no_claim_that_is_gone(path):
+    known = {claim.id for claim in claims.all_claims()}
+    assert {row["id"] for row in ledger.read(path)["rows"]} <= known
