@@ -1,0 +1,74 @@
+"""The report of a real ledger in a real browser, light and dark: read, filtered, looked at."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import lab_session
+
+from dlhelpers import ledger
+from dlhelpers.report.page import render
+
+LEDGERS = sorted((lab_session.ROOT / "data" / "ledgers").glob("*.json"))
+SCREENSHOTS = lab_session.ROOT / ".pytest_cache" / "screenshots"
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        lab_session.chromium() is None,
+        reason="no Chromium: `make chromium` installs it on Debian and Ubuntu",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    file.write_text(render(ledger.read(LEDGERS[0]), notebooks="notebooks"), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra dev)")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=lab_session.chromium(),
+            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"],
+        )
+        yield browser
+        browser.close()
+
+
+def brightness(colour):
+    """Mean of the three channels of ``rgb(…)``."""
+    return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_is_legible_and_its_filters_filter(browser, report, scheme):
+    page = browser.new_page(viewport={"width": 1280, "height": 1600}, color_scheme=scheme)
+    asked, said = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(report.as_uri())
+    style = "getComputedStyle(document.body)"
+    paper, ink = (brightness(page.evaluate(f"{style}.{n}")) for n in ("backgroundColor", "color"))
+    assert (paper > ink) == (scheme == "light")
+    assert abs(paper - ink) > 150  # far apart
+    rows = page.locator("#claims > tbody > tr")
+    every = rows.count()
+    assert every >= len(ledger.read(LEDGERS[0])["rows"])
+    page.locator("select[data-filter='topic']").select_option("profiling")
+    page.locator("select[data-filter='verdict']").select_option("depends")
+    shown = page.locator("#claims > tbody > tr:visible").count()
+    assert 0 < shown < every
+    assert page.locator("#shown").inner_text() == f"{shown} of {every} claims shown"
+    assert page.locator("#claims svg").count() > 0  # effects with intervals
+    page.evaluate("window.scrollTo(0, 0)")
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"report_{scheme}.png")
+    assert said == []
+    assert [url for url in asked if url.startswith("http")] == []  # nothing from outside
+    page.close()
