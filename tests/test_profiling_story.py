@@ -103,6 +103,15 @@ def test_dalis_wait_is_a_phase_of_its_own(script):
     assert profile_torch(step, steps=2).phases["data loading"] > 0
 
 
+def test_without_dali_a_worker_prepares_batches(script, monkeypatch):
+    monkeypatch.setattr(story, "has_dali", lambda: False)
+    loader = script.loader("valid", after("DALI prepares batches"))
+    assert loader.num_workers == 1
+    wanted = list(script.loader("valid", after("small photographs in LMDB")))
+    for one, other in zip(loader, wanted, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
 def test_the_steps_for_a_profiler_have_no_end(script):
     step = script.train_step(after("one call stacks a batch"))
     for _ in range(4):  # one batch is an epoch

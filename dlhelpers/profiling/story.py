@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as G
 
-__all__ = ["STEPS", "Outcome", "Photos", "Script", "Settings", "after", "forever"]
+__all__ = ["STEPS", "Outcome", "Photos", "Script", "Settings", "after", "forever", "has_dali"]
 
 SIDE = 64  # of the images that the network sees
 BATCH = 16
@@ -37,7 +37,7 @@ class Settings:
         softmax: the network ends in Softmax, in front of a loss that has its own.
         database: photographs come from an LMDB database of small ones, not from large files.
         stack: a batch is put together by one call.
-        dali: batches are prepared by DALI's threads.
+        dali: batches are prepared by DALI's threads; by a worker process where there is no DALI.
         no_grad: validation keeps neither graphs nor losses.
         score_batch: photographs that are scored at a time.
         fold: BatchNorms are folded before scoring.
@@ -87,6 +87,15 @@ def after(step: str) -> Settings:
         if name == step:
             break
     return settings
+
+
+def has_dali() -> bool:
+    """Whether NVIDIA DALI is installed."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def write_parts(folder: Path, count: int, side: int, seed: int) -> Path:
@@ -271,7 +280,7 @@ class Script:
     def loader(self, name: str, settings: Settings) -> Any:
         """Return a loader of batches (images [N, 3, 64, 64], classes [N])."""
         dataset, train = self.dataset(name, settings), name == "train"
-        if settings.dali:
+        if settings.dali and has_dali():
             from dlhelpers.dali_io import DALILoader, image_pipeline
             from dlhelpers.lmdb_io import LMDBDataset
 
@@ -288,6 +297,8 @@ class Script:
             generator=torch.Generator().manual_seed(0),
             collate_fn=default_collate if settings.stack else collate_by_list,
             drop_last=train,
+            num_workers=int(settings.dali),
+            persistent_workers=settings.dali,
         )
 
     def model(self, settings: Settings) -> nn.Sequential:
@@ -344,7 +355,7 @@ class Script:
             model = self.model(settings)
             optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
             train, valid = (self.loader(name, settings) for name in ("train", "valid"))
-            for loader in (train, valid) if settings.dali else ():
+            for loader in (train, valid) if settings.dali and has_dali() else ():
                 loader.peek()  # DALI starts once, whatever the number of epochs
             took, looked, accuracy, epoch = 0.0, 0.0, 0.0, 0
             while accuracy < TARGET and epoch < self.max_epochs:
