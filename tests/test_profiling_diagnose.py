@@ -135,6 +135,17 @@ def test_a_remedy_that_does_not_help_is_no_finding():
         assert rank(RECORDED[name], 0.05, lambda before, after: 1.0) == []
 
 
+class Uncopied(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise TypeError("a handle of the system's cannot be copied")
+
+
+@pytest.mark.parametrize("count", [3, 48])
+def test_a_model_that_cannot_be_copied_is_not_tried(count):
+    call = calls(rows=1, count=count, model=Uncopied(4, 4))
+    assert rank(seen(calls=[call]), 0.05, twice_as_fast) == []
+
+
 def test_the_gain_is_amdahls():
     [found, *_] = rank(RECORDED["slow-collate"], 0.05, twice_as_fast)
     assert found.saves_ms == pytest.approx(89)

@@ -19,7 +19,7 @@ from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.rules import RULES
 from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import hot_line, take_stacks
-from dlhelpers.profiling.seen import Bottleneck, Seen
+from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
 from dlhelpers.profiling.watching import count_graph_nodes, watch
 
@@ -105,7 +105,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     )
 
 
-def rank(seen: Seen, at_least: float, speedup: Callable[..., float] | None = None) -> Findings:
+def rank(seen: Seen, at_least: float, speedup: Speedup | None = None) -> Findings:
     """Apply all rules; return what they found, the largest saving first."""
     tried = speedup or _speedup
     least_ms = at_least * seen.step_ms
@@ -136,5 +136,5 @@ def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) 
 
     if before is None or after is None:
         return 1.0
-    result = compare(before, after, budget_s=0.4)
+    result = compare(before, after, budget_s=0.3)
     return result.speedup if result.outcome == "faster" else 1.0

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.profiling.loaders import LoaderCosts
-from dlhelpers.profiling.seen import Bottleneck, Seen
+from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.watching import ModelCalls
 
 __all__ = ["RULES"]
 
-Speedup = Callable[[Callable[[], Any], Callable[[], Any]], float]
 Rule = Callable[[Seen, float, Speedup], Iterator[Bottleneck]]
 
 
@@ -149,8 +148,9 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
     for calls in seen.calls:
         each = calls.count / seen.steps
         if each >= 4 and calls.rows == 1:
-            one = _forward(calls)
-            many = _forward(calls, round(each))
+            one, many = _forward(calls), _forward(calls, round(each))
+            if one is None or many is None:
+                continue
             factor = speedup(lambda one=one, each=each: [one() for _ in range(round(each))], many)
             saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)
             if saves >= least_ms:
@@ -167,7 +167,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
                 return
     outside = seen.outside
     name, count = outside.commonest
-    loops = count >= max(8, seen.samples)  # as often as there are samples, not as micro-batches
+    in_loop = count >= max(8, seen.samples)  # as often as there are samples, not as micro-batches
     in_python = min(seen.step_ms * seen.hot_share, outside.ms * (1 - outside.in_operators))
     if in_python < 0.4 * seen.step_ms:
         in_python = 0.0  # what every program has between its calls
@@ -186,10 +186,10 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             notebook="08_profiling",
         )
     else:
-        doing = f"{name} is called {count:.0f} times a step" if loops else "Python computes"
+        doing = f"{name} is called {count:.0f} times a step" if in_loop else "Python computes"
         # Python takes about as long to call a small operator as the operator itself
         called = min(1.0, 2 * outside.in_operators) * outside.ms * (1 - 1 / max(count, 1))
-        saves = max(called if loops else 0.0, in_python)
+        saves = max(called if in_loop else 0.0, in_python)
         if saves < least_ms:
             return
         yield seen.finding(
@@ -227,7 +227,7 @@ def batch_of_one(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
         if calls.rows != 1 or calls.count > seen.steps:
             continue
         one, many = _forward(calls), _forward(calls, 16)
-        if many is None:
+        if one is None or many is None:
             continue
         factor = speedup(lambda one=one: [one() for _ in range(16)], many)
         saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)

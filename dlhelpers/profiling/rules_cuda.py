@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from dlhelpers.profiling.seen import Bottleneck, Seen
+from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 
 __all__ = ["CUDA_RULES"]
-
-Speedup = Callable[[Callable[[], Any], Callable[[], Any]], float]
 
 
 def waiting_gpu(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from dlhelpers.findings import Finding
 from dlhelpers.profiling.loaders import LoaderCosts
@@ -13,7 +14,10 @@ from dlhelpers.profiling.phases import PHASES, Span, find_phases, phase_spans
 from dlhelpers.profiling.trace import MODEL, Event, Trace, union_us
 from dlhelpers.profiling.watching import Loader, ModelCalls
 
-__all__ = ["Bottleneck", "Seen"]
+__all__ = ["Bottleneck", "Seen", "Speedup"]
+
+Trial = Callable[[], Any] | None  # None where it cannot be run
+Speedup = Callable[[Trial, Trial], float]  # how many times as fast the second one is
 
 
 @dataclass(frozen=True)
