@@ -71,6 +71,26 @@ def test_scoring_gives_the_same_classes_in_batches_and_folded(script):
     assert labels(score_batch=16, fold=True) == one_by_one
 
 
+def test_photographs_decoded_small_are_nearly_the_whole_ones(tmp_path):
+    story.write_parts(tmp_path, 12, 320, seed=0)
+    whole, small = story.Photos(tmp_path), story.Photos(tmp_path, draft=True)
+    for index in range(12):
+        apart = (whole[index][0] - small[index][0]).abs().mean() / 2  # of the range -1 to 1
+        assert 0 < apart < 0.03  # 0 would mean that draft did nothing
+        assert whole[index][1] == small[index][1]
+
+
+def test_the_fastest_road_gives_the_networks_numbers_on_photographs_it_has_not_seen(script):
+    model = script.train(after("one call stacks a batch"))[0].eval()
+    road = script.road(after("the fastest road"), model)
+    photos = story.Photos(script.folders["new"])
+    images = torch.stack([image for image, _ in photos])[:16]
+    with torch.inference_mode():
+        exact, found = model(images).double(), road(images).double()
+    signal, noise = exact.square().sum(), (found - exact).square().sum()
+    assert noise < signal / 100  # 20 dB; 25 are asked for on the calibration photographs
+
+
 def test_the_softmax_in_front_of_the_loss_is_what_pairing_finds(script):
     images, labels = next(iter(script.loader("valid", Settings())))
     loss = torch.nn.CrossEntropyLoss()
@@ -90,6 +110,11 @@ def test_validation_without_graphs_needs_less_memory(script):
 
 
 def test_a_run_is_whole(script):
+    assert {name: len(story.Photos(script.folders[name])) for name in script.folders} == {
+        "train": 24,
+        "valid": 12,
+        "new": 24,
+    }
     outcome = script.run(Settings())
     assert outcome.epochs == 2
     assert len(outcome.labels) == 24

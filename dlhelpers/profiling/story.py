@@ -250,7 +250,7 @@ class Script:
 
     Args:
         root: where the photographs and databases go.
-        count: training photographs; a third as many validate, and as many are scored.
+        count: training photographs; half as many validate, and as many are scored.
         side: of the files, in pixels.
         max_epochs: where training ends at the latest.
     """
