@@ -1,6 +1,6 @@
-"""Ten training loops, each with one bottleneck of its own, and three that waste nothing.
+"""Loops of training or evaluation, each with one bottleneck, and three that waste nothing.
 
-What is planted costs far more than the rest of a step, and far more than five times its noise.
+What is planted costs more than five times the noise of a step.
 """
 
 import io

@@ -20,6 +20,7 @@ from dlhelpers.profiling.seen import Seen
 from dlhelpers.profiling.trace import MODEL, Event, Trace, in_order
 from dlhelpers.profiling.watching import ModelCalls, count_graph_nodes, watch
 
+REAL_WORKERS_MS = loaders.workers_ms
 BACK = "autograd::engine::evaluate_function: "
 LOADER = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
 
@@ -168,7 +169,53 @@ def test_workers_save_what_they_hide_and_no_more_than_the_cores_allow():
     assert saved(sample_ms=16.0, cores=2) == pytest.approx(144 - (160 + 84) / 2)  # two cores
     assert saved(workers=2) == 0
     assert saved(ready_ms=10.0) == pytest.approx(50)  # each batch has to be fetched
-    assert saved(workers_ms=None) == pytest.approx(60)
+    assert saved(workers_ms=None) == 0  # they failed
+
+
+def test_workers_that_fail_are_not_recommended():
+    facts = costs(sample_ms=6.0, decoding=0.4, workers_ms=None, tried=4)
+    found = rank(seen(step={"loading": 60}, cores=4, costs=facts), 0.5, max)
+    assert found == []
+    facts = costs(sample_ms=6.0, decoding=0.2, copy_ms=6.0, repeats=True, workers_ms=None, tried=4)
+    [found] = rank(seen(step={"loading": 60}, cores=4, costs=facts), 0.05, max)
+    assert found.name == "slow-loading"
+    assert "4 workers were tried and failed" in found.what
+
+
+def test_copies_outside_the_model_are_not_taken_from_its_time():
+    facts = seen(step={"outside": [("aten::to", 60)], "model": 40, "backward": 30})
+    assert facts.ms("copies") == pytest.approx(60)
+    assert facts.outside.ms == pytest.approx(60)
+    assert facts.model_ms == pytest.approx(70)
+
+
+def test_the_loader_that_is_waited_for_longest_is_looked_at():
+    few, many = torch.zeros(8, 2), torch.ones(8, 2)
+    with watch() as noted:
+        next(iter(DataLoader(few, 4)))
+        next(iter(DataLoader(many, 4, num_workers=1)))
+    assert set(noted.waited_s) == {id(few), id(many)}
+    noted.waited_s.update({id(few): 2.0, id(many): 1.0})
+    assert noted.slowest.dataset is few  # not the one with more workers
+    noted.begin_anew()
+    assert noted.slowest is None
+
+
+def test_a_loader_that_ends_early_says_what_to_do():
+    batches = iter(DataLoader(torch.zeros(15, 2), 1))  # enough for what is recorded, not for all
+    with pytest.raises(ValueError, match="let train_step begin it anew"):
+        diagnose(lambda: next(batches), steps=3)
+
+
+def test_batches_that_workers_give_at_once_are_counted_over_whole_rounds():
+    """Two workers in step: two batches each 10 ms, so one comes every 5."""
+    times = iter([0.0, 0.0, 0.010, 0.010, 0.020, *[0.020, 0.020] * 4])
+    with watch() as noted:
+        next(iter(DataLoader(torch.zeros(64, 2), 4)))
+    [loader] = noted.loaders.values()
+    between, ready = REAL_WORKERS_MS(loader, 2, lambda: next(times))
+    assert between == pytest.approx(5)
+    assert ready == 0
 
 
 def test_a_sample_that_is_only_fetched_is_no_transform():

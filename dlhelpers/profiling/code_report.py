@@ -163,7 +163,8 @@ class CodeReport:
 
         Args:
             top: how many.
-            by: ``own`` time, which adds up over all rows, or ``total`` time, which does not.
+            by: ``own`` time, which adds up over all rows (of lines it does not: each holds what
+                it calls), or ``total`` time, which never does.
 
         Raises:
             ValueError: another ``by``, or top below 1.
@@ -223,11 +224,11 @@ def _cell_name(file: str) -> str:
     return known[1] if known else "cell" if "ipykernel_" in file else ""
 
 
-def need_callable(fn: object) -> Callable[[], Any]:
+def need_callable(fn: object, name: str = "fn") -> Callable[[], Any]:
     """Return ``fn``, or raise TypeError: a profiler runs a function without arguments."""
     if not callable(fn):
         raise TypeError(
-            f"fn must be a function without arguments, got {type(fn).__name__}: write "
+            f"{name} must be a function without arguments, got {type(fn).__name__}: write "
             "lambda: train(model)"
         )
     return fn
@@ -241,7 +242,7 @@ def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str]
         FileNotFoundError: there is no such folder.
     """
     path = Path(path).expanduser()
-    if path.suffix not in suffixes:
+    if not path.name.endswith(tuple(suffixes)):
         raise ValueError(f"path must end in {' or '.join(suffixes)}, got {path.name!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}: make it first")

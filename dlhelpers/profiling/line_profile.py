@@ -65,7 +65,7 @@ def profile_lines(fn: Callable[[], Any], *functions: Callable[..., Any]) -> Line
         raise ImportError(
             'profile_lines needs line_profiler: pip install "dlhelpers[profiling]"'
         ) from None
-    watched = [_plain(function) for function in functions] or _named_by(_plain(fn))
+    watched = [_plain(function) for function in functions] or named_by(fn)
     profile = LineProfiler(*watched)
     with unseen() as not_seen:
         begin = time.perf_counter()
@@ -106,8 +106,13 @@ def _plain(function: Any) -> FunctionType:
     return inner
 
 
-def _named_by(function: FunctionType) -> list[FunctionType]:
-    """Return the function and those of its own file that its code names, and theirs in turn."""
+def named_by(fn: Callable[[], Any]) -> list[FunctionType]:
+    """Return fn and the functions of its own file that its code names, and theirs in turn.
+
+    Raises:
+        TypeError: fn is not written in Python.
+    """
+    function = _plain(fn)
     found: list[FunctionType] = []
     todo: list[Any] = [function]
     while todo:

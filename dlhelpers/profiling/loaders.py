@@ -80,7 +80,7 @@ def loader_costs(
             sample_ms = statistics.fmean(each)
             repeats = all(_equal(make(index), make(index)) for index in few[:2])
             decoding = decoding_share(lambda: [make(index) for index in few])
-            samples = [make(index) for index in (first * size)[:size]]
+            samples = [make(index) for index in first]
         else:
             stream = iter(loader.dataset)
             begin = clock()
@@ -123,7 +123,7 @@ def workers_ms(
     """
     from torch.utils.data import DataLoader, Subset
 
-    batches = 3 * workers + 2
+    batches = 3 * workers + 1
     given = _some_batches(loader, batches)
     indices = [index for batch in given for index in batch]
     try:
@@ -134,7 +134,7 @@ def workers_ms(
             collate_fn=loader.collate,
         )
         fetching, ends = iter(trial), []
-        for _ in range(2 * workers + 2):
+        for _ in range(2 * workers + 1):  # workers in step deliver as many at once
             next(fetching)
             ends.append(clock())
         kept = ends[workers:]  # the first ones were made while the processes began

@@ -22,7 +22,7 @@ class Operator:
         own_ms: time in it and in no operator that it called, on the CPU.
         total_ms: time in it, on the CPU; a call inside itself counts once.
         gpu_ms: time of the kernels that it launched itself.
-        nbytes: bytes that it allocated itself on the CPU, freed ones not subtracted.
+        nbytes: bytes that it allocated itself, on whatever device, freed ones not subtracted.
         flops: floating-point operations, by torch's formulas; 0 where torch has none.
     """
 

@@ -34,10 +34,11 @@ def _profile(fn: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _line_profiler(fn: Callable[[], Any]) -> Callable[[], Any]:
-    from dlhelpers.profiling.line_profile import profile_lines
+    from dlhelpers.profiling.line_profile import named_by, profile_lines
 
     importlib.import_module("line_profiler")
-    return lambda: profile_lines(fn)
+    watched = named_by(fn)
+    return lambda: profile_lines(fn, *watched)
 
 
 def _pyinstrument(fn: Callable[[], Any]) -> Callable[[], Any]:
@@ -152,12 +153,16 @@ def overhead(
     rows, missing = {}, {}
     for name in profilers:
         try:
-            begin = perf_counter()
-            PROFILERS[name](fn)()
-            once = max(perf_counter() - begin, 1e-7)
+            under = PROFILERS[name](fn)
         except ImportError:
             missing[name] = "left with Python 3.17" if name == "profile" else _INSTALL
             continue
+        except TypeError as error:  # lines of what is not written in Python
+            missing[name] = str(error)
+            continue
+        begin = perf_counter()
+        under()
+        once = max(perf_counter() - begin, 1e-7)
         plain = _repeated(fn, max(1, min(repeats, int(budget_s / 20 / once))))
         rows[name] = compare(PROFILERS[name](plain), plain, budget_s=budget_s)
     return OverheadReport(rows, missing)
@@ -168,4 +173,5 @@ def _repeated(fn: Callable[[], Any], times: int) -> Callable[[], None]:
         for _ in range(times):
             fn()
 
+    run.__wrapped__ = fn  # type: ignore[attr-defined]  # whose lines line_profiler looks at
     return run

@@ -17,7 +17,7 @@ from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "trial"]
 
 Rule = Callable[[Seen, float, Speedup], Iterator[Bottleneck]]
 
@@ -41,7 +41,9 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
         return
     found = list(_parts_of_loading(seen, costs, waits, least_ms))
     explained = min(waits, costs.batch_ms)  # the rest is the transport from workers
-    if not found and not costs.tried and explained >= least_ms:  # tried workers do not help
+    # workers that were tried and do not help leave nothing to say
+    if not found and costs.workers_ms is None and explained >= least_ms:
+        failed = f"; {costs.tried} workers were tried and failed" if costs.tried else ""
         found = [
             seen.finding(
                 "slow-loading",
@@ -49,7 +51,8 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
                 at_most=True,
                 where=costs.sample_at,
                 what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, with "
-                f"{costs.workers} workers; a batch takes {costs.batch_ms:.3g} ms in one process",
+                f"{costs.workers} workers; a batch takes {costs.batch_ms:.3g} ms in one process"
+                + failed,
                 why="no part of it stands out, so all of it would have to become faster",
                 remedy="profile_python(lambda: [dataset[i] for i in range(100)])",
                 notebook="03_dali_io",
@@ -110,20 +113,17 @@ def _parts_of_loading(
                 remedy="transforms.v2 on uint8 tensors, or a pipeline of DALI's",
                 notebook="03_dali_io",
             )
-    if costs.workers == 0 and costs.tried:
+    batch_ms = costs.workers_ms
+    if costs.workers == 0 and batch_ms is not None:
         computes = seen.step_ms - waits
-        batch_ms = costs.workers_ms
-        tried = f"with {costs.tried} workers a batch comes every"
-        if batch_ms is None:
-            batch_ms, tried = costs.batch_ms / costs.tried, "workers could give one every"
         after = max(computes + costs.ready_ms, batch_ms, (costs.batch_ms + computes) / seen.cores)
         saves = seen.step_ms - after
         if saves >= least_ms:
             yield seen.finding(
                 "no-workers",
                 saves_ms=saves,
-                at_most=costs.workers_ms is None,
-                what=f"{told}, and num_workers is 0; {tried} {batch_ms:.3g} ms",
+                what=f"{told}, and num_workers is 0; with {costs.tried} workers a batch comes "
+                f"every {batch_ms:.3g} ms",
                 why="the step and the loader take turns, and a core idles",
                 remedy=f"DataLoader(..., num_workers={costs.tried}, persistent_workers=True)",
                 notebook="03_dali_io",
@@ -148,11 +148,11 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
     for calls in seen.calls:
         each = calls.count / seen.steps
         if each >= 4 and calls.rows == 1:
-            one, many = _forward(calls), _forward(calls, round(each))
+            one, many = trial(calls), trial(calls, round(each))
             if one is None or many is None:
                 continue
             factor = speedup(lambda one=one, each=each: [one() for _ in range(round(each))], many)
-            saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)
+            saves = seen.model_ms * (1 - 1 / factor)
             if saves >= least_ms:
                 yield seen.finding(
                     "python-loop",
@@ -226,11 +226,11 @@ def batch_of_one(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
     for calls in seen.calls:
         if calls.rows != 1 or calls.count > seen.steps:
             continue
-        one, many = _forward(calls), _forward(calls, 16)
+        one, many = trial(calls), trial(calls, 16)
         if one is None or many is None:
             continue
         factor = speedup(lambda one=one: [one() for _ in range(16)], many)
-        saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)
+        saves = seen.model_ms * (1 - 1 / factor)
         saves += 15 / 16 * seen.ms("optimizer")
         if saves >= least_ms:
             yield seen.finding(
@@ -250,16 +250,16 @@ def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
     for calls in seen.calls:
         if calls.training:
             continue
-        model_ms = max(0.0, seen.ms("forward") - seen.outside.ms)
         gain = 1.0
         if calls.makes_graph:
-            plain, without = _forward(calls, grad=True), _forward(calls)
+            plain, without = trial(calls, grad=True), trial(calls)
             gain = max(1.0, speedup(plain, without))
             yield seen.finding(
                 "evaluation-without-no-grad",
                 severity="error",
-                saves_ms=model_ms * (1 - 1 / gain),
+                saves_ms=seen.model_ms * (1 - 1 / gain),
                 saves_bytes=_graph_bytes(calls),
+                besides="no graph that is built for nothing",
                 what=f"{type(calls.module).__name__} is in eval mode, its outputs hang on a "
                 "graph, and no backward follows",
                 why="every input of every layer is kept for gradients that nobody asks for",
@@ -267,7 +267,7 @@ def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
                 notebook="04_memory",
             )
         if factor := _folding_gain(calls, speedup):
-            saves = model_ms / gain * (1 - 1 / factor)
+            saves = seen.model_ms / gain * (1 - 1 / factor)
             if saves >= least_ms:
                 yield seen.finding(
                     "batchnorm-unfused",
@@ -288,6 +288,7 @@ def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
         "loss-tensors-kept",
         severity="error",
         saves_bytes=seen.kept_bytes,
+        besides="memory that does not grow",
         where=seen.hot_line if not seen.has_backward else "",
         what=f"each step leaves {seen.kept_nodes} nodes of autograd's graph in memory, and "
         f"{seen.kept_bytes:,} bytes of tensors",
@@ -300,13 +301,13 @@ def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
 RULES: tuple[Rule, ...] = (loading, loops, decoding, batch_of_one, evaluation, kept_graphs)
 
 
-def _forward(
+def trial(
     calls: ModelCalls, rows: int | None = None, *, grad: bool | None = None
 ) -> Callable[[], Any] | None:
     """Return a function that calls a copy of the model as it was called, on ``rows`` samples.
 
-    With gradients, forward and backward, if the call made a graph in train mode, or if asked for.
-    None where the copy cannot be called so.
+    By default forward and backward, if the call made a graph in train mode, else forward alone;
+    with ``grad`` forward alone, with or without a graph. None where the copy cannot be called so.
     """
 
     def grown(value: Any) -> Any:
@@ -371,7 +372,7 @@ def _graph_bytes(calls: ModelCalls) -> int:
     """Return by how many bytes the peak falls without a graph; 0 where it cannot be measured."""
     from dlhelpers.memory import measure_peak
 
-    plain, without = _forward(calls, grad=True), _forward(calls, grad=False)
+    plain, without = trial(calls, grad=True), trial(calls, grad=False)
     try:
         kept = measure_peak(plain).peak_bytes - measure_peak(without).peak_bytes
     except Exception:

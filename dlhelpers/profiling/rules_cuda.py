@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from dlhelpers.profiling.rules import trial
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
+from dlhelpers.profiling.watching import ModelCalls
 
 __all__ = ["CUDA_RULES"]
 
@@ -17,7 +18,7 @@ def waiting_gpu(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
     """The GPU has nothing to do while the CPU is at work on something else than loading."""
     if not seen.trace.gpu:
         return
-    idle = seen.step_ms * (1 - seen.trace.gpu_busy_us / seen.trace.wall_us)
+    idle = seen.gpu_idle_ms
     saves = idle - seen.ms("data loading")
     if saves >= max(least_ms, 0.2 * seen.step_ms):
         launches = sum(e.kind == "kernel" for e in seen.trace.gpu) / seen.steps
@@ -39,8 +40,7 @@ def synchronisation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[B
         return
     items = seen.trace.count("aten::_local_scalar_dense")
     waits = seen.ms("waiting for the GPU")
-    idle = seen.step_ms * (1 - seen.trace.gpu_busy_us / seen.trace.wall_us)
-    saves = min(waits, idle)
+    saves = min(waits, seen.gpu_idle_ms)
     if saves >= least_ms:
         yield seen.finding(
             "synchronisation",
@@ -83,18 +83,8 @@ def full_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
         kinds = {p.dtype for p in calls.module.parameters() if p.is_cuda}
         if kinds != {torch.float32} or calls.autocast:
             continue
-        model = copy.deepcopy(calls.module)
-
-        def run(enabled: bool, model: Any = model, calls: Any = calls) -> Callable[[], Any]:
-            def once() -> Any:
-                with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=enabled):
-                    model(*calls.args, **calls.kwargs)
-                torch.cuda.synchronize()
-
-            return once
-
-        factor = speedup(run(False), run(True))
-        saves = (seen.ms("forward", "backward") - seen.outside.ms) * (1 - 1 / factor)
+        factor = speedup(_under_autocast(calls, False), _under_autocast(calls, True))
+        saves = seen.model_ms * (1 - 1 / factor)
         if saves >= least_ms:
             yield seen.finding(
                 "full-precision",
@@ -104,6 +94,24 @@ def full_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
                 remedy="with torch.autocast('cuda', torch.bfloat16): loss = criterion(model(x), y)",
                 notebook="04_memory",
             )
+
+
+def _under_autocast(calls: ModelCalls, enabled: bool) -> Callable[[], Any] | None:
+    """Return the model's trial with or without autocast; None where it cannot be run so."""
+    once = trial(calls)
+    if once is None:
+        return None
+
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            once()
+        torch.cuda.synchronize()
+
+    try:
+        run()
+    except Exception:  # an operator that autocast refuses
+        return None
+    return run
 
 
 CUDA_RULES = (waiting_gpu, synchronisation, unpinned, full_precision)

@@ -38,9 +38,11 @@ _SEES = (
 )
 _SEES_ALL = (
     "Looks at all threads of this process {hz:,.0f} times a second, at their lines; not at other "
-    "processes, and not inside C. A thread that waits for a lock or a queue is left out."
+    "processes, and not inside C. A thread that waits in threading, queue, selectors, sockets or "
+    "pipes is left out; one that waits in a lock of its own counts."
 )
 _DECODING = re.compile(r"decode|decompress|imread|read_image|default_loader|pil_loader", re.I)
+_STANDARD = str(Path(threading.__file__).parent)  # Python's own library
 _WAITING = {"threading.py", "queue.py", "selectors.py", "socket.py", "connection.py"}
 
 
@@ -136,7 +138,7 @@ def take_stacks(
     def look() -> None:
         me = threading.get_ident()
         while not done.wait(interval_s):
-            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            names = _names(threading.enumerate())
             seen = {}
             for ident, frame in sys._current_frames().items():
                 if ident != me:
@@ -235,13 +237,24 @@ def _is_own(file: str) -> bool:
     return not (
         "site-packages/" in name
         or "/lib/python" in name
-        or "dlhelpers/profiling/" in name
+        or ("dlhelpers/profiling/" in name and not name.endswith("/story.py"))
         or (name.startswith("<") and "ipython" not in name)
     )
 
 
 def _waits(stack: Stack) -> bool:
-    return Path(stack[-1][0]).name in _WAITING
+    file = stack[-1][0]
+    return file.startswith(_STANDARD) and Path(file).name in _WAITING
+
+
+def _names(threads: Sequence[threading.Thread]) -> dict[int | None, str]:
+    """Return ident -> name; of threads with one name, the later ones get a number."""
+    found: dict[int | None, str] = {}
+    counts: dict[str, int] = {}
+    for thread in sorted(threads, key=lambda thread: thread.ident or 0):
+        counts[thread.name] = count = counts.get(thread.name, 0) + 1
+        found[thread.ident] = thread.name if count == 1 else f"{thread.name} ({count})"
+    return found
 
 
 def _stack(frame: FrameType | None) -> list[Line]:

@@ -30,6 +30,7 @@ class Bottleneck(Finding):
         saves_bytes: of memory: a step, or its peak.
         notebook: of the course, that treats it.
         at_most: whether the gain is a bound, because no remedy could be tried.
+        besides: what the remedy brings beside time and bytes, in words.
     """
 
     saves_ms: float = 0.0
@@ -37,6 +38,7 @@ class Bottleneck(Finding):
     saves_bytes: int = 0
     notebook: str = ""
     at_most: bool = False
+    besides: str = ""
 
     @property
     def gain(self) -> str:
@@ -49,7 +51,7 @@ class Bottleneck(Finding):
             )
         if self.saves_bytes >= 2**16:
             parts.append(f"{self.saves_bytes / 2**20:.3g} MiB less memory")
-        return "; ".join(parts) or "memory that does not grow"
+        return "; ".join(parts) or self.besides
 
     def details(self) -> list[tuple[str, str]]:
         """Return what a finding says, the gain and the notebook as well."""
@@ -94,6 +96,16 @@ class Seen:
     def ms(self, *phases: str) -> float:
         """Return milliseconds of a step in these phases, on the clock without the profiler."""
         return self.step_ms * sum(self.shares[name] for name in phases)
+
+    @property
+    def model_ms(self) -> float:
+        """Milliseconds of a step in its models, forward and backward."""
+        return max(0.0, self.ms("forward", "copies", "backward") - self.outside.ms)
+
+    @property
+    def gpu_idle_ms(self) -> float:
+        """Milliseconds of a step in which the GPU does nothing."""
+        return self.step_ms * (1 - self.trace.gpu_busy_us / self.trace.wall_us)
 
     @property
     def steps(self) -> int:

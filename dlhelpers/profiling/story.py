@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as G
 
+from dlhelpers.dali_io.sources import has_dali
+
 __all__ = ["STEPS", "Outcome", "Photos", "Script", "Settings", "after", "forever", "has_dali"]
 
 SIDE = 64  # of the images that the network sees
@@ -87,15 +89,6 @@ def after(step: str) -> Settings:
         if name == step:
             break
     return settings
-
-
-def has_dali() -> bool:
-    """Whether NVIDIA DALI is installed."""
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def write_parts(folder: Path, count: int, side: int, seed: int) -> Path:
@@ -328,6 +321,8 @@ class Script:
     def road(self, settings: Settings, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return the trained model as it is scored with: as it is, folded, or its fastest road."""
         model = model.eval()
+        if not (settings.int8 or settings.fold):
+            return model
         photos = Photos(self.folders["train"])
         spread = range(0, len(photos), max(1, len(photos) // 48))  # some of each class
         some = torch.stack([photos[index][0] for index in spread])
@@ -342,11 +337,9 @@ class Script:
                 calibrator="min-max", budget_s=0.2,
             )  # fmt: skip
             return self._roads[weights]
-        if settings.fold:
-            from dlhelpers.fusion import fuse_conv_bn
+        from dlhelpers.fusion import fuse_conv_bn
 
-            return fuse_conv_bn(model, some[:2])[0]
-        return model
+        return fuse_conv_bn(model, some[:2])[0]
 
     def train(self, settings: Settings) -> tuple[nn.Sequential, int, float, float, float]:
         """Return model, epochs, accuracy, seconds of training and of validation, at the target."""

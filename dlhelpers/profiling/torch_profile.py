@@ -9,7 +9,6 @@ with and without workers.
 from __future__ import annotations
 
 import gzip
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from dlhelpers.profiling.code_report import Unseen, unseen
+from dlhelpers.profiling.code_report import Unseen, need_callable, unseen, write_whole
 from dlhelpers.profiling.operators import Operator, find_operators
 from dlhelpers.profiling.phases import find_phases, phase_spans
 from dlhelpers.profiling.trace import STEP, Trace, read_trace
@@ -81,7 +80,8 @@ class TorchReport:
     Attributes:
         trace: the record.
         step_ms: each recorded step, by a clock of its own around the call.
-        plain_ms: each of the steps before, which ran without the profiler.
+        plain_ms: each of the steps before, which ran without the profiler; where there is a GPU,
+            which steps wait for at the end alone, their mean.
         not_seen: processor time of other threads and of worker processes, which is in no phase.
     """
 
@@ -201,21 +201,14 @@ class TorchReport:
             ValueError: another suffix, or a report that was not made by ``profile_torch``.
             FileNotFoundError: there is no such folder.
         """
-        path = Path(path).expanduser()
-        if not path.name.endswith((".json", ".json.gz")):
-            raise ValueError(f"path must end in .json or .json.gz, got {path.name!r}")
         if self.session is None:
             raise ValueError("this report holds no record to save: make it by profile_torch")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
-        record = gzip.compress(self._record) if path.suffix == ".gz" else self._record
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            partial.write_bytes(record)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        return path
+
+        def write(name: str) -> None:
+            record = self._record
+            Path(name).write_bytes(gzip.compress(record) if name.endswith(".gz") else record)
+
+        return write_whole(path, (".json", ".json.gz"), write)
 
     @cached_property
     def _record(self) -> bytes:
@@ -294,8 +287,7 @@ def profile_torch(
     >>> sorted(report.phases)
     ['backward', 'forward']
     """
-    if not callable(fn):
-        raise TypeError(f"fn must be a function without arguments, got {type(fn).__name__}")
+    need_callable(fn)
     _need_count("steps", steps)
     if not isinstance(warmup, int) or warmup < 0:
         raise ValueError(f"warmup must be a whole number, 0 or more, got {warmup!r}")
@@ -341,7 +333,11 @@ def record_steps(
             for _ in range(warmup):
                 timed()
             catch_up()
+            begin = clock()
             plain += [timed() for _ in range(steps)]
+            if on_gpu:  # a step returns before its kernels have run
+                catch_up()
+                plain = [1000 * (clock() - begin) / steps] * steps
             options = {"record_shapes": True, "profile_memory": True, "with_flops": True}
             options["schedule"] = schedule(wait=0, warmup=1, active=1, repeat=1)
             with recording("profile_torch", activities=activities, **options) as session:
@@ -358,7 +354,7 @@ def record_steps(
     if not recorded:
         raise ValueError(
             f"the loader ended before a step was recorded: {total - steps} steps come before the "
-            "second one that is; let fn begin the loader anew, or ask for fewer steps"
+            "first one that is; let fn begin the loader anew, or ask for fewer steps"
         )
     trace = read_trace(session, len(recorded))
     return TorchReport(trace, tuple(recorded), tuple(plain), not_seen, session)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -73,11 +74,24 @@ class Watch:
 
     Attributes:
         loaders: those that gave a batch, by ``id`` of their data set.
+        waited_s: seconds in each of them, by the same key.
         calls: of modules with parameters, by ``id`` and mode.
     """
 
     loaders: dict[int, Loader] = field(default_factory=dict)
+    waited_s: dict[int, float] = field(default_factory=dict)
     calls: dict[tuple[int, bool], ModelCalls] = field(default_factory=dict)
+
+    def begin_anew(self) -> None:
+        """Forget calls and waiting, of steps that warm up; loaders are known already."""
+        self.calls.clear()
+        self.waited_s.clear()
+
+    @property
+    def slowest(self) -> Loader | None:
+        """The loader that was waited for longest; None where none gave a batch."""
+        key = max(self.waited_s, key=self.waited_s.__getitem__, default=None)
+        return None if key is None else self.loaders[key]
 
 
 @contextmanager
@@ -95,7 +109,8 @@ def _loaders_noted(seen: Watch) -> Iterator[None]:
     give = _BaseDataLoaderIter.__next__
 
     def noted(loader: Any) -> Any:
-        seen.loaders[id(loader._dataset)] = Loader(
+        key = id(loader._dataset)
+        seen.loaders[key] = Loader(
             loader._dataset,
             loader._collate_fn,
             loader._num_workers,
@@ -103,7 +118,11 @@ def _loaders_noted(seen: Watch) -> Iterator[None]:
             loader._auto_collation,
             loader._pin_memory,
         )
-        return give(loader)
+        begin = perf_counter()
+        try:
+            return give(loader)
+        finally:
+            seen.waited_s[key] = seen.waited_s.get(key, 0.0) + perf_counter() - begin
 
     _BaseDataLoaderIter.__next__ = noted
     try:
