@@ -77,14 +77,14 @@ def test_each_moment_belongs_to_the_innermost_label(found):
         around = [s for s in found if s[0] < moment < s[1] and s[2] != "op"]
         label = min(around, key=lambda s: s[1] - s[0], default=None)
         here = next(s for s in phase_spans(got) if s.start_us < moment < s.end_us)
-        if label is not None:
-            assert here.phase == {"back": "backward"}.get(label[2], label[2])
-        elif here.phase == "backward":  # a gap between two functions, in which nothing begins
+        wanted = "forward" if label is None else label[2]
+        if here.phase == "backward" and wanted != "back":  # between two functions of autograd's
             before = max(s[1] for s in found if s[2] == "back" and s[1] < moment)
             after = min(s[0] for s in found if s[2] == "back" and s[0] > moment)
             assert not [s for s in found if before <= s[0] < after and s[2] != "back"]
+            assert not [s for s in found if before < s[1] <= after and s[2] != "back"]
         else:
-            assert here.phase == "forward"
+            assert here.phase == {"back": "backward"}.get(wanted, wanted)
 
 
 @settings(deadline=None, max_examples=100)
