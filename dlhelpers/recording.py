@@ -57,16 +57,20 @@ def _without_noise() -> Iterator[None]:
         yield  # a program without a stderr
         return
     reading, writing = os.pipe()
-    os.dup2(writing, 2)
-    os.close(writing)
+    end = os.fdopen(writing, "wb", buffering=0)
     pump = threading.Thread(target=_pass_on, args=(reading, kept), daemon=True)
     pump.start()
-    try:
+    try:  # from here on Ctrl-C may come at any moment
+        os.dup2(end.fileno(), 2)
+        end.close()
         yield
     finally:
-        if sys.stderr is not None:
-            sys.stderr.flush()
-        os.dup2(kept, 2)
+        try:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+        finally:
+            os.dup2(kept, 2)
+            end.close()
         pump.join(timeout=1.0)  # it lives on only for a child process that was started meanwhile
 
 

@@ -151,15 +151,16 @@ def take_stacks(
     base = len(_stack(sys._getframe()))
     with unseen() as not_seen:
         begin = time.perf_counter()
-        sys.setswitchinterval(min(interval, 5e-4))
-        looking.start()
         try:
+            sys.setswitchinterval(min(interval, 5e-4))
+            looking.start()
             fn()
         finally:
+            sys.setswitchinterval(interval)
             wall = time.perf_counter() - begin
             done.set()
-            looking.join()
-            sys.setswitchinterval(interval)
+            if looking.ident is not None:
+                looking.join()
     for seen in samples:
         seen[""] = seen.get("", [])[base:]  # what called this function is no news
     return samples, wall, not_seen
