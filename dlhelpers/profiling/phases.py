@@ -132,6 +132,7 @@ def _innermost(labels: Sequence[Span], start: float, end: float) -> list[Span]:
 
     for span in sorted(inside, key=lambda s: (s.start_us, -s.end_us)):
         give(span.start_us)
-        stack.append(span)
+        if span.phase != "copies" or not stack:  # the loader's own copies are loading
+            stack.append(span)
     give(end)
     return found
