@@ -147,6 +147,13 @@ def test_a_model_that_cannot_be_copied_is_not_tried(count):
     assert rank(seen(calls=[call]), 0.05, twice_as_fast) == []
 
 
+def test_trials_of_a_model_leave_the_random_state_alone():
+    model = nn.Sequential(nn.Dropout(), nn.Linear(4, 4))
+    before = torch.get_rng_state()
+    rank(seen(calls=[calls(rows=1, model=model)]), 0.05, lambda one, many: (one(), 2.0)[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_gain_is_amdahls():
     [found, *_] = rank(RECORDED["slow-collate"], 0.05, twice_as_fast)
     assert found.saves_ms == pytest.approx(89)

@@ -192,6 +192,25 @@ def test_the_file_is_what_pstats_and_snakeviz_read(tmp_path):
         report.save(tmp_path / "none" / "run.prof")
 
 
+@pytest.mark.parametrize("outer", [profile_python, sample])
+def test_a_sampler_inside_another_profiler_is_refused(outer):
+    pytest.importorskip("pyinstrument", reason="extra profiling")
+    with pytest.raises(RuntimeError, match="at work: stop it before sample"):
+        outer(lambda: sample(tree))
+    assert sample(lambda: burn(0.03)).rows
+
+
+def test_functions_of_one_name_in_files_of_one_name_stay_apart(tmp_path):
+    pytest.importorskip("pyinstrument", reason="extra profiling")
+    spaces = []
+    for folder in "ab":
+        code = compile("def work(burn): burn(0.05)", str(tmp_path / folder / "p" / "u.py"), "exec")
+        spaces.append({})
+        exec(code, spaces[-1])
+    report = sample(lambda: [space["work"](burn) for space in spaces])
+    assert len([row for row in report.rows if row.name == "work"]) == 2
+
+
 def test_a_second_profiler_is_told_what_to_do():
     report = []
 

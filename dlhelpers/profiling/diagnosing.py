@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from dlhelpers import machine
 from dlhelpers.findings import Findings
 from dlhelpers.profiling.code_report import need_callable
@@ -115,7 +117,8 @@ def rank(seen: Seen, at_least: float, speedup: Speedup | None = None) -> Finding
     """Apply all rules; return what they found, in the order that :func:`diagnose` promises."""
     tried = speedup or _speedup
     least_ms = at_least * seen.step_ms
-    found = [finding for rule in (*RULES, *CUDA_RULES) for finding in rule(seen, least_ms, tried)]
+    with torch.random.fork_rng():  # trials of models draw, the program must not see that
+        found = [f for rule in (*RULES, *CUDA_RULES) for f in rule(seen, least_ms, tried)]
     # work that need not be done is taken away before what is left of it is done elsewhere
     removed = sum(f.saves_ms for f in found if f.name in _REMOVED)
     folding = max((f.saves_ms for f in found if f.name == "batchnorm-unfused"), default=0.0)

@@ -86,7 +86,7 @@ def sample(fn: Callable[[], Any], *, interval_s: float = 0.001) -> SampleReport:
         TypeError: fn cannot be called.
         ValueError: interval_s is not above 0.
         ImportError: pyinstrument is not installed.
-        RuntimeError: pyinstrument is at work in this thread already.
+        RuntimeError: another profiler of Python is at work in this thread already.
     """
     need_callable(fn)
     _need_interval(interval_s)
@@ -94,6 +94,8 @@ def sample(fn: Callable[[], Any], *, interval_s: float = 0.001) -> SampleReport:
         from pyinstrument import Profiler
     except ImportError:
         raise ImportError('sample needs pyinstrument: pip install "dlhelpers[profiling]"') from None
+    if sys.getprofile() is not None:
+        raise RuntimeError("another profiler of Python is at work: stop it before sample")
     profiler = Profiler(interval=interval_s, async_mode="disabled")
     with unseen() as not_seen:
         begin = time.perf_counter()
@@ -278,14 +280,14 @@ def _below_sample(frame: Any) -> Any:
 
 def _functions(root: Any) -> tuple[Row, ...]:
     """Sum pyinstrument's tree over functions; one inside itself counts once."""
-    own: dict[tuple[str, str], float] = {}
-    total: dict[tuple[str, str], float] = {}
+    own: dict[Line, float] = {}
+    total: dict[Line, float] = {}
     todo = [(child, frozenset()) for child in (root.children if root is not None else ())]
     while todo:
         frame, above = todo.pop()
         inside = above
         if not frame.is_synthetic:
-            key = frame.function, place_of(frame.file_path or "", frame.line_no or 0)
+            key = frame.file_path or "", frame.line_no or 0, frame.function
             children = [child for child in frame.children if not child.is_synthetic]
             alone = frame.time - sum(child.time for child in children)
             own[key] = own.get(key, 0.0) + max(0.0, alone)
@@ -293,7 +295,7 @@ def _functions(root: Any) -> tuple[Row, ...]:
                 total[key] = total.get(key, 0.0) + frame.time
             inside = above | {key}
         todo += [(child, inside) for child in frame.children]
-    rows = [Row(name, place, None, own[name, place], total[name, place]) for name, place in own]
+    rows = [Row(key[2], place_of(*key[:2]), None, own[key], total[key]) for key in own]
     return tuple(sorted(rows, key=lambda row: (-row.own_s, -row.total_s, row.name)))
 
 
