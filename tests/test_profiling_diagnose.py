@@ -451,6 +451,15 @@ def test_models_and_loaders_are_found_and_the_hooks_are_gone_afterwards():
     assert not other.calls
 
 
+def test_one_watches_at_a_time():
+    call = nn.Module.__call__
+    with watch(), pytest.raises(RuntimeError, match="one runs at a time"), watch():
+        pass
+    assert nn.Module.__call__ is call
+    with watch():
+        pass
+
+
 def test_a_model_that_raises_leaves_the_watch_in_order():
     model = nn.Linear(2, 2)
     with watch() as seen:

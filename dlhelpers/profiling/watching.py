@@ -18,6 +18,8 @@ from dlhelpers.profiling.trace import MODEL
 
 __all__ = ["Loader", "ModelCalls", "Watch", "count_graph_nodes", "watch"]
 
+_ALONE = threading.Lock()
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -96,12 +98,21 @@ class Watch:
 
 @contextmanager
 def watch() -> Iterator[Watch]:
-    """Note the DataLoaders and the models that this thread uses; mark their calls in the record."""
+    """Note the DataLoaders and the models that this thread uses; mark their calls in the record.
+
+    Raises:
+        RuntimeError: another thread watches: what one puts back would be the other's.
+    """
+    if not _ALONE.acquire(blocking=False):
+        raise RuntimeError("another thread diagnoses already: wait for it, one runs at a time")
     seen = Watch()
-    with ExitStack() as stack:
-        stack.enter_context(_loaders_noted(seen))
-        stack.enter_context(_models_noted(seen))
-        yield seen
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(_loaders_noted(seen))
+            stack.enter_context(_models_noted(seen))
+            yield seen
+    finally:
+        _ALONE.release()
 
 
 @contextmanager
