@@ -344,17 +344,19 @@ def test_a_thread_that_waits_is_left_out():
     assert attribute([{"": waiting}], 1.0) == ()
     own = [("prog.py", 1, "main"), ("/home/me/queue.py", 180, "get")]  # no file of Python's own
     assert len(attribute([{"": own}], 1.0)) == 2
+    package = str(Path(queue.__file__).parent / "site-packages" / "mine" / "queue.py")
+    assert len(attribute([{"": [own[0], (package, 1, "get")]}], 1.0)) == 2
 
 
 def test_threads_of_one_name_are_told_apart():
     gate = threading.Barrier(3)
-    threads = [threading.Thread(target=gate.wait, name="w") for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    names = sampling._names(threading.enumerate())
+    first, second = (threading.Thread(target=gate.wait, name="w") for _ in range(2))
+    first.start()
+    second.start()
+    known = {}
+    assert sampling._names([first, second], known) == {first.ident: "w", second.ident: "w (2)"}
+    assert sampling._names([second], known) == {second.ident: "w (2)"}  # when the first has ended
     gate.wait()
-    assert {"w", "w (2)"} <= set(names.values())
-    assert len(set(names.values())) == len(names)
 
 
 def test_time_of_several_threads_is_put_on_the_right_lines():

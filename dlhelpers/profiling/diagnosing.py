@@ -117,7 +117,8 @@ def rank(seen: Seen, at_least: float, speedup: Speedup | None = None) -> Finding
     """Apply all rules; return what they found, in the order that :func:`diagnose` promises."""
     tried = speedup or _speedup
     least_ms = at_least * seen.step_ms
-    with torch.random.fork_rng():  # trials of models draw, the program must not see that
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):  # trials of models draw, the program must not see that
         found = [f for rule in (*RULES, *CUDA_RULES) for f in rule(seen, least_ms, tried)]
     # work that need not be done is taken away before what is left of it is done elsewhere
     removed = sum(f.saves_ms for f in found if f.name in _REMOVED)

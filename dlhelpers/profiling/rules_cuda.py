@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from dlhelpers.profiling.rules import trial
-from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
-from dlhelpers.profiling.watching import ModelCalls
+from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup, Trial
 
 __all__ = ["CUDA_RULES"]
 
@@ -83,7 +81,8 @@ def full_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
         kinds = {p.dtype for p in calls.module.parameters() if p.is_cuda}
         if kinds != {torch.float32} or calls.autocast:
             continue
-        factor = speedup(_under_autocast(calls, False), _under_autocast(calls, True))
+        once = trial(calls)
+        factor = speedup(_under_autocast(once, False), _under_autocast(once, True))
         saves = seen.model_ms * (1 - 1 / factor)
         if saves >= least_ms:
             yield seen.finding(
@@ -96,9 +95,8 @@ def full_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
             )
 
 
-def _under_autocast(calls: ModelCalls, enabled: bool) -> Callable[[], Any] | None:
+def _under_autocast(once: Trial, enabled: bool) -> Trial:
     """Return the model's trial with or without autocast; None where it cannot be run so."""
-    once = trial(calls)
     if once is None:
         return None
 

@@ -139,8 +139,9 @@ def take_stacks(
 
     def look() -> None:
         me = threading.get_ident()
+        known: dict[tuple[int | None, str], str] = {}
         while not done.wait(interval_s):
-            names = _names(threading.enumerate())
+            names = _names(threading.enumerate(), known)
             seen = {}
             for ident, frame in sys._current_frames().items():
                 if ident != me:
@@ -247,17 +248,23 @@ def _is_own(file: str) -> bool:
 
 def _waits(stack: Stack) -> bool:
     file = stack[-1][0]
-    return file.startswith(_STANDARD) and Path(file).name in _WAITING
+    own = file.startswith(_STANDARD) and "site-packages" not in file
+    return own and Path(file).name in _WAITING
 
 
-def _names(threads: Sequence[threading.Thread]) -> dict[int | None, str]:
-    """Return ident -> name; of threads with one name, the later ones get a number."""
-    found: dict[int | None, str] = {}
-    counts: dict[str, int] = {}
-    for thread in sorted(threads, key=lambda thread: thread.ident or 0):
-        counts[thread.name] = count = counts.get(thread.name, 0) + 1
-        found[thread.ident] = thread.name if count == 1 else f"{thread.name} ({count})"
-    return found
+def _names(
+    threads: Sequence[threading.Thread], known: dict[tuple[int | None, str], str]
+) -> dict[int | None, str]:
+    """Return ident -> name; of threads with one name, those that come later get a number.
+
+    ``known`` is kept between looks, so that a thread keeps its name when another one ends.
+    """
+    for thread in threads:
+        if (thread.ident, thread.name) not in known:
+            count = 1 + sum(name == thread.name for _, name in known)
+            own = thread.name if count == 1 else f"{thread.name} ({count})"
+            known[thread.ident, thread.name] = own
+    return {thread.ident: known[thread.ident, thread.name] for thread in threads}
 
 
 def _stack(frame: FrameType | None) -> list[Line]:

@@ -14,7 +14,7 @@ from dlhelpers.profiling.phases import PHASES, Span, find_phases, phase_spans
 from dlhelpers.profiling.trace import MODEL, Event, Trace, union_us
 from dlhelpers.profiling.watching import Loader, ModelCalls
 
-__all__ = ["Bottleneck", "Seen", "Speedup"]
+__all__ = ["Bottleneck", "Seen", "Speedup", "Trial"]
 
 Trial = Callable[[], Any] | None  # None where it cannot be run
 Speedup = Callable[[Trial, Trial], float]  # how many times as fast the second one is
