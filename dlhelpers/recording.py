@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["recording"]
+__all__ = ["need_no_recording", "recording"]
 
 # what torch's profiler writes past Python's stderr, whatever one does
 _NOISE = re.compile(rb"(CPUAllocator|SyncActivityProfilerHandler|DeviceProperties)\.cpp")
@@ -34,10 +34,7 @@ def recording(who: str, **options: Any) -> Iterator[Any]:
     from torch.profiler import profile
 
     if torch._C._autograd._profiler_enabled() or not _ALONE.acquire(blocking=False):
-        raise RuntimeError(
-            "torch's profiler is at work already, here or in another thread: it records one "
-            f"run at a time, so stop it, or wait for it, before {who}"
-        )
+        raise _busy(who)
     try:
         with _without_noise(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*[Pp]rofiler.*")
@@ -45,6 +42,19 @@ def recording(who: str, **options: Any) -> Iterator[Any]:
                 yield session
     finally:
         _ALONE.release()
+
+
+def need_no_recording(who: str) -> None:
+    """Raise what :func:`recording` would raise, before anything has run."""
+    if torch._C._autograd._profiler_enabled() or _ALONE.locked():
+        raise _busy(who)
+
+
+def _busy(who: str) -> RuntimeError:
+    return RuntimeError(
+        "torch's profiler is at work already, here or in another thread: it records one "
+        f"run at a time, so stop it, or wait for it, before {who}"
+    )
 
 
 @contextmanager

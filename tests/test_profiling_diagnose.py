@@ -15,10 +15,17 @@ from dlhelpers.findings import Findings
 from dlhelpers.profiling import loaders
 from dlhelpers.profiling.diagnosing import diagnose, observe, rank
 from dlhelpers.profiling.loaders import LoaderCosts, loader_costs
+from dlhelpers.profiling.program_lines import ProgramLines
 from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.seen import Seen
 from dlhelpers.profiling.trace import MODEL, Event, Trace, in_order
-from dlhelpers.profiling.watching import ModelCalls, count_graph_nodes, watch
+from dlhelpers.profiling.trials import trial
+from dlhelpers.profiling.watching import (
+    ModelCalls,
+    count_graph_nodes,
+    trained_parameters,
+    watch,
+)
 
 BACK = "autograd::engine::evaluate_function: "
 LOADER = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
@@ -128,6 +135,84 @@ def test_a_step_without_waste_has_no_finding_and_says_what_it_does():
     assert found == []
     assert "backward 48%" in str(found)
     assert "nothing found" in str(found)
+
+
+def in_python(ms, share=1.0):
+    """Steps in which this many milliseconds pass under a label, in no operator and no model."""
+    facts = seen(lines=ProgramLines("me/a.py:1", "me/a.py:2", share))
+    shift, events, ends = 0.0, [], []
+    for start, end in facts.trace.steps:
+        of_step = [e for e in facts.trace.events if start <= e.start_us < end]
+        moved = 1e3 * ms + shift
+        events += [
+            dataclasses.replace(e, start_us=e.start_us + moved, end_us=e.end_us + moved)
+            for e in of_step
+        ]
+        ends.append((start + shift, end + moved))
+        shift = moved
+    trace = Trace(in_order(events), tuple(ends), 1)
+    return dataclasses.replace(facts, trace=trace, step_ms=84.0 + ms)
+
+
+def test_what_no_operator_does_is_named_with_its_line():
+    [found] = rank(in_python(60), 0.05, twice_as_fast)
+    assert (found.name, found.where) == ("python-in-step", "me/a.py:2")
+    assert found.saves_ms == pytest.approx(60)
+    assert rank(in_python(60, share=0.1), 0.05, twice_as_fast) == []  # the record's own time
+    little = rank(in_python(10), 0.05, twice_as_fast)
+    assert little == []
+    assert "10 ms of it are Python outside models and operators, most of it at me/a.py:2" in str(
+        little
+    )
+
+
+def test_python_between_the_calls_of_a_short_step_is_no_finding():
+    facts = dataclasses.replace(in_python(84), step_ms=0.5)
+    assert rank(facts, 0.05, twice_as_fast) == []
+
+
+def test_a_teacher_whose_graph_nobody_needs_is_told():
+    def found(held=(), **given):
+        student, teacher = calls(), dataclasses.replace(calls(training=False), **given)
+        own = [*student.module.parameters(), *held]
+        facts = seen(calls=[student, teacher], trained=frozenset(map(id, own)))
+        return names(rank(facts, 0.05, lambda before, after: 1.0))
+
+    assert found() == ["evaluation-without-no-grad"]
+    assert found(needs_input_grad=True) == []  # as of a perceptual loss
+    assert found(makes_graph=False) == []
+    tuned = calls(training=False)  # its BatchNorms stand still while it is trained
+    assert found(tuned.module.parameters(), module=tuned.module) == []
+    frozen = nn.Conv2d(3, 4, 1).requires_grad_(False)
+    assert found(module=frozen) == []
+
+
+def test_the_parameters_that_optimizers_hold_are_known():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held = trained_parameters()
+    assert {id(p) for p in model.parameters()} <= held
+    assert not {id(p) for p in other.parameters()} & held
+    del optimizer
+
+
+def test_a_trial_is_not_seen_by_the_programs_hooks():
+    model, widths = nn.Sequential(nn.Linear(4, 4)), []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, inputs, output: widths.append(len(output)))
+        module.register_forward_pre_hook(lambda module, inputs: widths.append(len(inputs[0])))
+    call = ModelCalls(model, True, 3, 1, True, args=(torch.zeros(1, 4),))
+    trial(call, 16)()
+    assert widths == []
+    assert len(model._forward_hooks) == 1  # on the model itself they stay
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    call = ModelCalls(normed, True, 3, 1, True, args=(torch.zeros(1, 4),))
+    assert trial(call, 16) is not None
+
+
+def test_one_sample_is_no_finding_if_more_bring_nothing():
+    facts = seen(step={"optimizer": 40}, calls=[calls(rows=1)])
+    assert rank(facts, 0.05, lambda before, after: 1.0) == []
 
 
 def test_a_remedy_that_does_not_help_is_no_finding():
@@ -398,6 +483,33 @@ def test_a_stream_is_measured_as_well(clock):
     found = loader_costs(loader_of(Stream()), cores=4, clock=clock)
     assert found.sample_ms == pytest.approx(4)
     assert found.tried == 0  # each worker would give the whole stream
+
+
+class Counting(IterableDataset):
+    """It goes on where it was left."""
+
+    def __init__(self, source=None):
+        self.position, self.source = 0, source
+
+    def __iter__(self):
+        while True:
+            self.position += 1
+            yield self.position
+
+
+def test_a_stream_that_counts_loses_nothing(clock):
+    stream = Counting()
+    loader = loader_of(stream)
+    before = stream.position
+    loader_costs(loader, cores=1, clock=clock)
+    assert stream.position == before
+
+
+def test_a_stream_that_can_be_read_once_is_not_tried(clock):
+    numbers = iter(range(100))
+    loader = loader_of(Counting(numbers))
+    assert loader_costs(loader, cores=1, clock=clock) is None
+    assert next(numbers) == 0
 
 
 def test_the_random_states_are_put_back(clock):

@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import functools
 import html
 import json
 import math
@@ -9,6 +10,7 @@ import multiprocessing
 import pstats
 import queue
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -22,8 +24,9 @@ from dlhelpers.profiling import code_report, overheads, sampling
 from dlhelpers.profiling.code_report import Unseen, place_of, unseen
 from dlhelpers.profiling.line_profile import profile_lines
 from dlhelpers.profiling.overheads import overhead
+from dlhelpers.profiling.program_lines import ProgramLines, program_lines
 from dlhelpers.profiling.python_profile import profile_python
-from dlhelpers.profiling.sampling import attribute, hot_line, sample, sample_threads
+from dlhelpers.profiling.sampling import Look, attribute, sample, sample_threads
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))
 import lab_session
@@ -319,33 +322,47 @@ def test_only_python_has_lines(tmp_path):
 
 lines = st.tuples(st.sampled_from("ab"), st.integers(1, 3), st.just("f"))
 stacks = st.lists(lines, max_size=4)
-samples = st.lists(st.dictionaries(st.sampled_from(["", "other"]), stacks), max_size=6)
+threads = st.dictionaries(st.sampled_from(["", "other"]), stacks)
+looks = st.lists(st.builds(Look, st.integers(1, 50), threads), max_size=6)
 
 
 @settings(deadline=None)
-@given(samples, st.integers(1, 50))
-def test_each_sample_of_each_thread_is_given_to_its_lines_once(taken, wall):
-    rows = {(row.name, row.place): row for row in attribute(taken, float(wall))}
+@given(looks)
+def test_the_time_of_each_look_is_given_to_the_lines_of_each_thread_once(taken):
+    rows = {(row.name, row.place): row for row in attribute(taken)}
     own, total = collections.Counter(), collections.Counter()
-    for seen in taken:
+    for seconds, seen in taken:
         for thread, stack in seen.items():
             name = "f" if not thread else f"f [{thread}]"
             keys = [(name, place_of(file, line)) for file, line, _ in stack]
-            own.update(keys[-1:])
-            total.update(set(keys))
+            own.update(keys[-1:] * seconds)
+            total.update([*set(keys)] * seconds)
     assert set(rows) == set(total)
     for key, row in rows.items():
-        assert row.own_s == pytest.approx(own[key] * wall / len(taken))
-        assert row.total_s == pytest.approx(total[key] * wall / len(taken))
+        assert row.own_s == own[key]
+        assert row.total_s == total[key]
+
+
+def test_c_that_holds_the_gil_counts_for_all_of_its_time():
+    """No look comes through while it runs; the one after it stands for the whole of it."""
+    took = []
+
+    def in_c():
+        begin = time.perf_counter()
+        sum(range(3_000_000))
+        took.append(time.perf_counter() - begin)
+
+    report = sample_threads(lambda: (burn(0.05), in_c(), burn(0.05)))
+    assert report.find("in_c").own_s > 0.7 * took[0]
 
 
 def test_a_thread_that_waits_is_left_out():
     waiting = [("prog.py", 1, "main"), (queue.__file__, 180, "get")]
-    assert attribute([{"": waiting}], 1.0) == ()
+    assert attribute([Look(1.0, {"": waiting})]) == ()
     own = [("prog.py", 1, "main"), ("/home/me/queue.py", 180, "get")]  # no file of Python's own
-    assert len(attribute([{"": own}], 1.0)) == 2
+    assert len(attribute([Look(1.0, {"": own})])) == 2
     package = str(Path(queue.__file__).parent / "site-packages" / "mine" / "queue.py")
-    assert len(attribute([{"": [own[0], (package, 1, "get")]}], 1.0)) == 2
+    assert len(attribute([Look(1.0, {"": [own[0], (package, 1, "get")]})])) == 2
 
 
 def test_threads_of_one_name_are_told_apart():
@@ -399,15 +416,19 @@ def test_the_hot_line_is_the_programs_own_and_not_the_loaders():
     own, lib = ("/me/train.py", 7, "step"), ("/x/site-packages/PIL/ImageFile.py", 1, "load")
     other = ("/me/train.py", 9, "step")
     loader = ("/x/site-packages/torch/utils/data/dataloader.py", 2, "__next__")
-    taken = [{"": [own, lib]}, {"": [own]}, {"": [other]}, {"": [other, loader, own]}]
-    assert hot_line(taken) == ("me/train.py:7", 0.25, 0.25)
-    assert hot_line([{"": [lib]}]) == ("", 0.0, 1.0)
+    model = ("/x/site-packages/torch/nn/modules/module.py", 3, "_call_impl")
+    stacks = [own, lib], [own], [other], [other, loader, own], [other, model, lib]
+    found = program_lines([Look(1 + 3 * (len(s) == 3), {"": s}) for s in stacks])
+    assert found == ProgramLines("me/train.py:9", "me/train.py:7", 2 / 11, 5 / 11)
+    assert program_lines([Look(2.0, {"": [lib]})]) == ProgramLines("", "", 0.0, 1.0)
+    assert program_lines([]) == ProgramLines()
 
 
 @pytest.mark.parametrize("run", [sample, sample_threads])
 def test_an_interval_that_is_none_is_refused(run):
-    with pytest.raises(ValueError, match="interval_s must be above 0 seconds, got 0"):
-        run(tree, interval_s=0)
+    for interval in (0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"interval_s must be above 0 .*got {interval}"):
+            run(tree, interval_s=interval)
 
 
 def test_a_sampler_finds_the_function_that_burns_and_saves_its_page(tmp_path):
@@ -486,4 +507,94 @@ def test_a_missing_profiler_is_a_row_and_an_unknown_one_an_error(monkeypatch):
 
 
 def test_without_samples_there_are_no_rows():
-    assert sampling.attribute([], 1.0) == ()
+    assert sampling.attribute([]) == ()
+
+
+# ---- functions and folders that do not fit ----
+
+
+def lazy():
+    yield 1
+
+
+async def later():
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "mend"),
+    [
+        (lazy, r"write lambda: list\(lazy\(\)\)"),
+        (functools.partial(lazy), r"write lambda: list\(lazy\(\)\)"),
+        (later, r"write lambda: asyncio.run\(later\(\)\)"),
+    ],
+)
+def test_a_function_that_only_begins_its_work_is_refused(fn, mend):
+    for run in (profile_python, profile_lines, sample, sample_threads, overhead):
+        with pytest.raises(TypeError, match=mend):
+            run(fn)
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(self, target):
+        raise PermissionError(13, "Permission denied")
+
+    report = profile_python(tree)
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError, match=r"cannot write 'a.prof' into .*own"):
+        report.save(tmp_path / "a.prof")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_of_recursion_are_said_to_count_for_each_level():
+    pytest.importorskip("line_profiler", reason="extra profiling")
+
+    def down(levels):
+        if levels:
+            down(levels - 1)
+        return sum(range(20_000))
+
+    report = profile_lines(lambda: down(12), down)
+    assert "counts once for each level" in report.sees
+    assert "each level" not in profile_lines(lambda: down(0), down).sees
+
+
+def test_a_name_without_a_value_is_no_function_to_time():
+    pytest.importorskip("line_profiler", reason="extra profiling")
+
+    def outer():
+        def inner():
+            return unset if hits else 1
+
+        hits = 0
+        report = profile_lines(inner)
+        unset = 1
+        return report
+
+    assert outer().rows
+
+
+def test_a_child_that_began_before_counts_with_what_it_uses_meanwhile():
+    if sys.platform != "linux":
+        pytest.skip("processes are counted from /proc")
+    code = "import time\nfor _ in iter(input, 'end'):\n    end = time.process_time() + float(_)\n"
+    code += "    while time.process_time() < end: pass\n    print('done', flush=True)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def burn_there(seconds):
+        child.stdin.write(f"{seconds}\n")
+        child.stdin.flush()
+        child.stdout.readline()
+
+    with child:
+        burn_there(1.0)  # before anybody looks
+        with unseen() as found:
+            burn_there(0.3)
+        with unseen() as nothing:
+            child.stdin.write("end\n")
+            child.stdin.close()
+            child.wait()
+    assert found.processes_s == pytest.approx(0.3, abs=0.1)
+    assert nothing.processes_s < 0.2  # it ended meanwhile, and used its time before

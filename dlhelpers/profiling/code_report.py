@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+import inspect
 import multiprocessing
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,8 +71,15 @@ def unseen() -> Iterator[Unseen]:
         found.processes_s = max(0.0, alive + gone)
 
 
-def _children() -> list[int]:
-    return [child.pid for child in multiprocessing.active_children() if child.pid]
+def _children() -> set[int]:
+    """Return the processes that this one started, by whatever means; elsewhere than on Linux those
+    of multiprocessing alone."""
+    multiprocessing.active_children()  # waits for those that have ended
+    tasks = Path("/proc/self/task").glob("*/children")
+    try:
+        return {int(pid) for task in tasks for pid in task.read_text().split()}
+    except OSError:
+        return {child.pid for child in multiprocessing.active_children() if child.pid}
 
 
 def _used_by(pid: int) -> float:
@@ -231,6 +239,17 @@ def need_callable(fn: object, name: str = "fn") -> Callable[[], Any]:
             f"{name} must be a function without arguments, got {type(fn).__name__}: write "
             "lambda: train(model)"
         )
+    inner = getattr(fn, "func", fn)  # functools.partial
+    for lazy, run in (
+        (inspect.isgeneratorfunction, "lambda: list({0}())"),
+        (inspect.iscoroutinefunction, "lambda: asyncio.run({0}())"),
+    ):
+        if lazy(inner):
+            called = getattr(inner, "__name__", name)
+            raise TypeError(
+                f"{name} must be a function that does its work when it is called; {called} returns "
+                f"at once, and works when somebody asks it to: write {run.format(called)}"
+            )
     return fn
 
 
@@ -240,6 +259,7 @@ def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str]
     Raises:
         ValueError: the suffix is another one.
         FileNotFoundError: there is no such folder.
+        PermissionError: nothing may be written into it.
     """
     path = Path(path).expanduser()
     if not path.name.endswith(tuple(suffixes)):
@@ -250,6 +270,12 @@ def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str]
     try:
         write(str(partial))
         partial.replace(path)
+    except PermissionError as error:
+        raise PermissionError(
+            f"cannot write {path.name!r} into {path.parent}: choose a folder of your own, or allow "
+            f"it there ({error.strerror})"
+        ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     return path

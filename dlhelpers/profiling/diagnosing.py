@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,12 +20,13 @@ from dlhelpers import machine
 from dlhelpers.findings import Findings
 from dlhelpers.profiling.code_report import need_callable
 from dlhelpers.profiling.loaders import loader_costs
+from dlhelpers.profiling.program_lines import program_lines
 from dlhelpers.profiling.rules import RULES
 from dlhelpers.profiling.rules_cuda import CUDA_RULES
-from dlhelpers.profiling.sampling import hot_line, take_stacks
+from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
-from dlhelpers.profiling.watching import count_graph_nodes, watch
+from dlhelpers.profiling.watching import count_graph_nodes, trained_parameters, watch
 
 __all__ = ["diagnose", "observe", "rank"]
 
@@ -90,8 +92,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     step_ms = statistics.median(report.plain_ms)
     nodes = []
     looked_at = min(200, max(steps, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
-    stacks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
-    line, share, decoding = hot_line(stacks)
+    looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
     for _ in range(4):
         train_step()
         nodes.append(count_graph_nodes())
@@ -105,10 +106,9 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         loader=loader,
         costs=costs,
         calls=tuple(seen.calls.values()),
+        trained=trained_parameters(),
         graph_nodes=tuple(nodes),
-        hot_line=line,
-        hot_share=share,
-        decoding_share=decoding,
+        lines=program_lines(looks),
         cores=cores,
     )
 
@@ -132,12 +132,20 @@ def rank(seen: Seen, at_least: float, speedup: Speedup | None = None) -> Finding
         return finding.saves_ms * _PREFERRED.get(finding.name, 1.0)
 
     findings = Findings(sorted(found, key=weight, reverse=True))
+    findings.scope = _scope(seen, at_least)
+    return findings
+
+
+def _scope(seen: Seen, at_least: float) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares.items() if share > 0)
-    findings.scope = (
+    told = (
         f"nothing found that takes {at_least:.0%} of a step and need not; a step takes "
         f"{seen.step_ms:.3g} ms: {shares}"
     )
-    return findings
+    if seen.python_ms >= at_least * seen.step_ms:
+        place = f", most of it at {seen.lines.outside}" * bool(seen.lines.outside)
+        told += f"; {seen.python_ms:.3g} ms of it are Python outside models and operators{place}"
+    return told
 
 
 def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) -> float:
@@ -146,5 +154,9 @@ def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) 
 
     if before is None or after is None:
         return 1.0
-    result = compare(before, after, budget_s=0.3)
+    begin = perf_counter()
+    before()
+    after()
+    # an interval needs a dozen pairs
+    result = compare(before, after, budget_s=min(3.0, max(0.3, 16 * (perf_counter() - begin))))
     return result.speedup if result.outcome == "faster" else 1.0

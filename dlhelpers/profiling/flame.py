@@ -56,9 +56,12 @@ class Flame:
 
 
 def _page(stats: pstats.Stats) -> str:
-    import snakeviz
-    from snakeviz.stats import json_stats, table_rows
-    from tornado.template import Loader
+    try:
+        import snakeviz
+        from snakeviz.stats import json_stats, table_rows
+        from tornado.template import Loader
+    except ImportError as error:
+        raise ImportError(f'flame needs {error.name}: pip install "snakeviz>=2.2,<2.3"') from None
 
     callees = json_stats(stats)
     if not callees:

@@ -6,6 +6,7 @@ import inspect
 import linecache
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -25,6 +26,10 @@ __all__ = ["LinesReport", "profile_lines"]
 SEES = (
     "line_profiler tells each line of the functions that it was given, with all that the line "
     "calls: {functions}. It pays for every line that runs, so short lines look longer."
+)
+_NESTED = (
+    " A line that calls its own function again counts once for each level, so some stand here with "
+    "more than the whole time; cProfile tells such functions right."
 )
 
 
@@ -89,9 +94,10 @@ def profile_lines(fn: Callable[[], Any], *functions: Callable[..., Any]) -> Line
     ]
     rows.sort(key=lambda row: (-row.own_s, row.place))
     names = ", ".join(dict.fromkeys(function.__qualname__ for function in watched))
-    return LinesReport(
-        "line_profiler", SEES.format(functions=names), tuple(rows), wall, not_seen, stats
-    )
+    sees = SEES.format(functions=names)
+    if any(row.own_s > 1.05 * wall for row in rows):
+        sees += _NESTED
+    return LinesReport("line_profiler", sees, tuple(rows), wall, not_seen, stats)
 
 
 def _plain(function: Any) -> FunctionType:
@@ -122,6 +128,9 @@ def named_by(fn: Callable[[], Any]) -> list[FunctionType]:
         if one.__globals__ is not function.__globals__:
             continue
         found.append(one)
-        around = inspect.getclosurevars(one)
-        todo += [*around.nonlocals.values(), *around.globals.values()]
+        named = set(one.__code__.co_names)
+        todo += [value for name, value in one.__globals__.items() if name in named]
+        for cell in one.__closure__ or ():
+            with suppress(ValueError):  # a name that has no value yet
+                todo.append(cell.cell_contents)
     return found

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from dlhelpers.profiling.program_lines import decodes
 from dlhelpers.profiling.python_profile import profile_python
-from dlhelpers.profiling.sampling import decodes
 from dlhelpers.profiling.watching import Loader
 
 __all__ = ["LoaderCosts", "decoding_share", "loader_costs", "workers_ms"]
@@ -66,8 +66,13 @@ class LoaderCosts:
 
 def loader_costs(
     loader: Loader, *, cores: int, clock: Callable[[], float] = perf_counter
-) -> LoaderCosts:
-    """Measure the parts of one batch; try workers where there are none and there are cores."""
+) -> LoaderCosts | None:
+    """Measure the parts of one batch; try workers where there are none and there are cores.
+
+    None for a stream that goes on where it was left: what is read for a trial would be missing.
+    """
+    if not loader.by_index and _has_state(loader.dataset):
+        return None
     with _random_states_kept(loader):
         batches = _some_batches(loader)
         first = batches[0]
@@ -82,10 +87,11 @@ def loader_costs(
             decoding = decoding_share(lambda: [make(index) for index in few])
             samples = [make(index) for index in first]
         else:
-            stream = iter(loader.dataset)
+            counters = dict(vars(loader.dataset))
             begin = clock()
-            samples = list(islice(stream, size))
+            samples = list(islice(iter(loader.dataset), size))
             sample_ms = 1000 * (clock() - begin) / max(1, len(samples))
+            vars(loader.dataset).update(counters)
             repeats, decoding = False, 0.0
         copying = min(_ms(lambda: copy.deepcopy(samples[0]), clock) for _ in range(3))
         collate_ms, plain_ms = _collate_ms(loader, samples, clock)
@@ -96,6 +102,12 @@ def loader_costs(
     places = _place(loader.collate), _place(type(loader.dataset))
     times = sample_ms, decoding, repeats, copying, collate_ms, plain_ms, with_workers, ready
     return LoaderCosts(loader.workers, size, *times, tried, *places)
+
+
+def _has_state(dataset: Any) -> bool:
+    """Whether a stream is, or holds, something that is read once: an iterator, an open file."""
+    held = getattr(dataset, "__dict__", {}).values()
+    return any(hasattr(thing, "__next__") or hasattr(thing, "read") for thing in (dataset, *held))
 
 
 def decoding_share(fn: Callable[[], Any]) -> float:

@@ -6,18 +6,16 @@ the spot, and says nothing where the gain would be below the share of a step tha
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
+from dlhelpers.profiling.trials import folding_gain, graph_bytes, trial
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["RULES", "trial"]
+__all__ = ["RULES"]
+
+_BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 
 Rule = Callable[[Seen, float, Speedup], Iterator[Bottleneck]]
 
@@ -158,7 +156,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
                 yield seen.finding(
                     "python-loop",
                     saves_ms=saves,
-                    where=seen.hot_line,
+                    where=seen.lines.hottest,
                     what=f"{type(calls.module).__name__} is called {each:.0f} times a step, on "
                     "one sample each",
                     why=f"{rows} samples in one call take {factor:.2g} times less, tried here",
@@ -166,12 +164,9 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
                     notebook="08_profiling",
                 )
                 return
-    outside = seen.outside
+    outside, in_python = seen.outside, seen.python_ms
     name, count = outside.commonest
     in_loop = count >= max(8, seen.samples)  # as often as there are samples, not as micro-batches
-    in_python = min(seen.step_ms * seen.hot_share, outside.ms * (1 - outside.in_operators))
-    if in_python < 0.4 * seen.step_ms:
-        in_python = 0.0  # what every program has between its calls
     if outside.ms < least_ms:
         return
     told = f"{outside.ms / seen.step_ms:.0%} of a step is neither loader, model nor optimizer"
@@ -180,42 +175,53 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             "item-every-step",
             saves_ms=outside.ms * (1 - 1 / outside.items),
             at_most=True,
-            where=seen.hot_line,
+            where=seen.lines.outside,
             what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
             why="each .item() is a call of its own, and on a GPU each one waits for all kernels",
             remedy="keep tensors: total += loss.detach(), and one .item() or .tolist() at the end",
             notebook="08_profiling",
         )
-    else:
-        doing = f"{name} is called {count:.0f} times a step" if in_loop else "Python computes"
-        # Python takes about as long to call a small operator as the operator itself
-        called = min(1.0, 2 * outside.in_operators) * outside.ms * (1 - 1 / max(count, 1))
-        saves = max(called if in_loop else 0.0, in_python)
-        if saves < least_ms:
-            return
+        return
+    # Python takes about as long to call a small operator as the operator itself
+    called = min(1.0, 2 * outside.in_operators) * outside.ms * (1 - 1 / max(count, 1))
+    saves = max(called, in_python)
+    if in_loop and saves >= least_ms:
         yield seen.finding(
             "python-loop",
             saves_ms=saves,
             at_most=True,
-            where=seen.hot_line,
-            what=f"{told}; {doing}",
+            where=seen.lines.outside,
+            what=f"{told}; {name} is called {count:.0f} times a step",
             why="each call costs the same few microseconds, however little it computes",
             remedy="one operation over the whole batch: (images - mean) / std, not for image in "
             "images",
+            notebook="08_profiling",
+        )
+    elif in_python >= max(least_ms, seen.step_ms / 5, _BETWEEN_CALLS_MS):
+        yield seen.finding(
+            "python-in-step",
+            saves_ms=in_python,
+            at_most=True,
+            where=seen.lines.outside,
+            what=f"{told}; {in_python:.3g} ms of it pass outside torch's operators",
+            why="it is Python, or what Python calls at this line: numbers, texts, files, a lock",
+            remedy="profiling.sample(train_step) names the function: compute on whole tensors, let "
+            "the loader's workers do it, or do it once in a hundred steps",
             notebook="08_profiling",
         )
 
 
 def decoding(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
     """Find pictures that are decoded in the step itself."""
-    saves = seen.step_ms * seen.decoding_share
+    saves = seen.step_ms * seen.lines.decoding_share
     if saves >= least_ms:
         yield seen.finding(
             "slow-decoding",
             saves_ms=saves,
             at_most=True,
-            where=seen.hot_line,
-            what=f"{seen.decoding_share:.0%} of a step is reading and decoding, in the step itself",
+            where=seen.lines.hottest,
+            what=f"{seen.lines.decoding_share:.0%} of a step is reading and decoding, in the step "
+            "itself",
             why="nothing is computed meanwhile, and large pictures are decoded to be made small",
             remedy="a DataLoader with workers, or image.draft('RGB', (64, 64)) before decoding",
             notebook="02_lmdb_io",
@@ -233,7 +239,7 @@ def batch_of_one(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
         factor = speedup(lambda one=one: [one() for _ in range(16)], many)
         saves = seen.model_ms * (1 - 1 / factor)
         saves += 15 / 16 * seen.ms("optimizer")
-        if saves >= least_ms:
+        if factor > 1 and saves >= least_ms:
             yield seen.finding(
                 "batch-of-one",
                 saves_ms=saves,
@@ -246,10 +252,11 @@ def batch_of_one(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
 
 def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
     """Find evaluation that builds graphs, and BatchNorms that could be folded."""
-    if seen.has_backward:
-        return
     for calls in seen.calls:
         if calls.training:
+            continue
+        if seen.has_backward:
+            yield from _teacher(seen, calls)
             continue
         gain = 1.0
         if calls.makes_graph:
@@ -259,7 +266,7 @@ def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
                 "evaluation-without-no-grad",
                 severity="error",
                 saves_ms=seen.model_ms * (1 - 1 / gain),
-                saves_bytes=_graph_bytes(calls),
+                saves_bytes=graph_bytes(calls),
                 besides="no graph that is built for nothing",
                 what=f"{type(calls.module).__name__} is in eval mode, its outputs hang on a "
                 "graph, and no backward follows",
@@ -267,7 +274,7 @@ def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
                 remedy="with torch.inference_mode(): outputs = model(inputs)",
                 notebook="04_memory",
             )
-        if factor := _folding_gain(calls, speedup):
+        if factor := folding_gain(calls, speedup):
             saves = seen.model_ms / gain * (1 - 1 / factor)
             if saves >= least_ms:
                 yield seen.finding(
@@ -281,6 +288,27 @@ def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
                 )
 
 
+def _teacher(seen: Seen, calls: ModelCalls) -> Iterator[Bottleneck]:
+    """Find a model beside the one that is trained, whose graph nobody needs."""
+    held = [parameter for parameter in calls.module.parameters() if parameter.requires_grad]
+    if not (calls.makes_graph and held and seen.trained) or calls.needs_input_grad:
+        return
+    if any(id(parameter) in seen.trained for parameter in held):
+        return
+    yield seen.finding(
+        "evaluation-without-no-grad",
+        severity="error",
+        saves_bytes=graph_bytes(calls),
+        besides="no graph that is built for nothing",
+        what=f"{type(calls.module).__name__} is in eval mode, its outputs hang on a graph, and no "
+        "optimizer holds any of its parameters",
+        why="every input of every layer is kept, and backward may compute gradients that nobody "
+        "takes",
+        remedy="with torch.no_grad(): targets = teacher(inputs)",
+        notebook="04_memory",
+    )
+
+
 def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
     """Find steps each of which leaves a graph behind."""
     if not seen.kept_nodes:
@@ -290,7 +318,7 @@ def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
         severity="error",
         saves_bytes=seen.kept_bytes,
         besides="memory that does not grow",
-        where=seen.hot_line if not seen.has_backward else "",
+        where=seen.lines.hottest if not seen.has_backward else "",
         what=f"each step leaves {seen.kept_nodes} nodes of autograd's graph in memory, and "
         f"{seen.kept_bytes:,} bytes of tensors",
         why="a tensor that is kept keeps its graph, and the memory grows with every step",
@@ -300,82 +328,3 @@ def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
 
 
 RULES: tuple[Rule, ...] = (loading, loops, decoding, batch_of_one, evaluation, kept_graphs)
-
-
-def trial(
-    calls: ModelCalls, rows: int | None = None, *, grad: bool | None = None
-) -> Callable[[], Any] | None:
-    """Return a function that calls a copy of the model as it was called, on ``rows`` samples.
-
-    By default forward and backward, if the call made a graph in train mode, else forward alone;
-    with ``grad`` forward alone, with or without a graph. None where the copy cannot be called so.
-    """
-
-    def grown(value: Any) -> Any:
-        if rows is None or not isinstance(value, Tensor) or not value.dim() or len(value) != 1:
-            return value
-        return value.expand(rows, *value.shape[1:]).contiguous()
-
-    try:
-        model = copy.deepcopy(calls.module).train(calls.training)
-        args = tuple(map(grown, calls.args))
-        kwargs = {name: grown(value) for name, value in calls.kwargs.items()}
-        training = calls.training and calls.makes_graph
-
-        def run() -> Any:
-            if grad is not None:
-                with torch.set_grad_enabled(grad):
-                    return model(*args, **kwargs)
-            with torch.set_grad_enabled(training):
-                output = model(*args, **kwargs)
-            if training:
-                sum(t.float().sum() for t in _with_graph(output)).backward()
-            return None
-
-        run()
-    except Exception:  # no copy, or a shape that it does not take
-        return None
-    return run
-
-
-def _with_graph(output: Any) -> list[Tensor]:
-    from dlhelpers.fakes import tensors_in
-
-    return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-
-
-def _folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
-    """Return how many times as fast the model is with its BatchNorms folded; None if it is not."""
-    from dlhelpers.fusion import fuse_conv_bn
-
-    kinds = (nn.modules.batchnorm._BatchNorm,)
-    if calls.kwargs or not any(isinstance(m, kinds) for m in calls.module.modules()):
-        return None
-    try:
-        fused, report = fuse_conv_bn(calls.module, *calls.args)
-    except Exception:
-        return None
-    if not report.folded:
-        return None
-    model = copy.deepcopy(calls.module)
-
-    def run(network: nn.Module) -> Callable[[], Any]:
-        def once() -> Any:
-            with torch.inference_mode():
-                return network(*calls.args)
-
-        return once
-
-    return speedup(run(model), run(fused))
-
-
-def _graph_bytes(calls: ModelCalls) -> int:
-    """Return by how many bytes the peak falls without a graph; 0 where it cannot be measured."""
-    from dlhelpers.memory import measure_peak
-
-    plain, without = trial(calls, grad=True), trial(calls, grad=False)
-    try:
-        kept = measure_peak(plain).peak_bytes - measure_peak(without).peak_bytes
-    except Exception:
-        return 0
-    return max(0, kept)

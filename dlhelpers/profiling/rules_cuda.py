@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dlhelpers.profiling.rules import trial
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup, Trial
+from dlhelpers.profiling.trials import trial
 
 __all__ = ["CUDA_RULES"]
 
@@ -44,7 +44,7 @@ def synchronisation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[B
             "synchronisation",
             saves_ms=saves,
             at_most=True,
-            where=seen.hot_line,
+            where=seen.lines.hottest,
             what=f"the CPU waits for the GPU for {waits / seen.step_ms:.0%} of a step, in which "
             f"{items:.0f} numbers are read",
             why=".item(), .cpu(), print and if need a number: all kernels must end first",

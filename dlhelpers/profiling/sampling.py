@@ -7,7 +7,7 @@ the processor's clock get wrong for threads (plasma-umass/scalene#428).
 
 from __future__ import annotations
 
-import re
+import math
 import sys
 import threading
 import time
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from dlhelpers.profiling.code_report import (
     CodeReport,
@@ -27,7 +27,7 @@ from dlhelpers.profiling.code_report import (
     write_whole,
 )
 
-__all__ = ["SampleReport", "attribute", "sample", "sample_threads"]
+__all__ = ["Line", "Look", "SampleReport", "Stack", "attribute", "sample", "sample_threads"]
 
 Line = tuple[str, int, str]  # file, line, function
 Stack = Sequence[Line]  # the outermost first
@@ -39,16 +39,15 @@ _SEES = (
 _SEES_ALL = (
     "Looks at all threads of this process {hz:,.0f} times a second, at their lines; not at other "
     "processes, and not inside C. A thread that waits in threading, queue, selectors, sockets or "
-    "pipes is left out; one that waits in a lock of its own counts."
+    "pipes is left out; one that waits in a lock of its own, or for Python's (the GIL), counts."
 )
-_DECODING = re.compile(r"decode|decompress|imread|read_image|default_loader|pil_loader", re.I)
 _STANDARD = str(Path(threading.__file__).parent)  # Python's own library
 _WAITING = {"threading.py", "queue.py", "selectors.py", "socket.py", "connection.py"}
 
 
 @dataclass(frozen=True, repr=False)
 class SampleReport(CodeReport):
-    """What a sampler found: seconds are samples times the interval between them.
+    """What a sampler found: each look counts for the time since the look before it.
 
     Attributes:
         samples: how many were taken.
@@ -122,32 +121,46 @@ def sample_threads(fn: Callable[[], Any], *, interval_s: float = 0.002) -> Sampl
     """
     need_callable(fn)
     _need_interval(interval_s)
-    samples, wall, not_seen = take_stacks(fn, interval_s)
-    rows = attribute(samples, wall)
+    looks, wall, not_seen = take_stacks(fn, interval_s)
     left = Unseen(0.0, not_seen.processes_s, not_seen.wall_s)
     sees = _SEES_ALL.format(hz=1 / interval_s)
-    return SampleReport("all threads", sees, rows, wall, left, len(samples))
+    return SampleReport("all threads", sees, attribute(looks), wall, left, len(looks))
 
 
-def take_stacks(
-    fn: Callable[[], Any], interval_s: float
-) -> tuple[list[dict[str, Stack]], float, Unseen]:
-    """Run ``fn``; return the stacks of all threads at each look, the seconds, what is unseen."""
-    samples: list[dict[str, Stack]] = []
+class Look(NamedTuple):
+    """What one look saw.
+
+    Attributes:
+        seconds: since the look before. C that holds the GIL lets no look through until it is
+            over, so the look after it counts for all of it.
+        stacks: thread's name -> its stack, the outermost line first; the caller's name is empty.
+    """
+
+    seconds: float
+    stacks: Mapping[str, Stack]
+
+
+def take_stacks(fn: Callable[[], Any], interval_s: float) -> tuple[list[Look], float, Unseen]:
+    """Run ``fn``; return all looks, the seconds that it took, and what is unseen."""
+    looks: list[Look] = []
     done = threading.Event()
     caller = threading.get_ident()
 
     def look() -> None:
         me = threading.get_ident()
         known: dict[tuple[int | None, str], str] = {}
+        last = begin
         while not done.wait(interval_s):
+            now = time.perf_counter()
             names = _names(threading.enumerate(), known)
             seen = {}
             for ident, frame in sys._current_frames().items():
                 if ident != me:
                     name = "" if ident == caller else names.get(ident, f"thread {ident}")
-                    seen[name] = _stack(frame)
-            samples.append(seen)
+                    # what called this function is no news
+                    seen[name] = _stack(frame)[base if ident == caller else 0 :]
+            looks.append(Look(now - last, seen))
+            last = now
 
     looking = threading.Thread(target=look, name="sampler", daemon=True)
     interval = sys.getswitchinterval()
@@ -164,86 +177,35 @@ def take_stacks(
             done.set()
             if looking.ident is not None:
                 looking.join()
-    for seen in samples:
-        seen[""] = seen.get("", [])[base:]  # what called this function is no news
-    return samples, wall, not_seen
+    return looks, wall, not_seen
 
 
-def attribute(samples: Sequence[Mapping[str, Stack]], wall_s: float) -> tuple[Row, ...]:
-    """Give each sample of each thread to lines; return them, the longest own time first.
+def attribute(looks: Sequence[Look]) -> tuple[Row, ...]:
+    """Give the time of each look at each thread to lines; return them, the longest own time first.
 
-    Args:
-        samples: thread's name -> its stack, the outermost line first; the caller's name is empty.
-        wall_s: time over which they were taken.
-
-    Own is the innermost line's; total counts a line once a sample, however often it stands on
-    the stack. A thread that waits is left out.
+    Own is the innermost line's; total counts a line once a look, however often it stands on the
+    stack. A thread that waits is left out.
     """
-    each = wall_s / len(samples) if samples else 0.0
-    own: dict[tuple[str, Line], int] = {}
-    total: dict[tuple[str, Line], int] = {}
-    for sample_ in samples:
-        for thread, stack in sample_.items():
+    own: dict[tuple[str, Line], float] = {}
+    total: dict[tuple[str, Line], float] = {}
+    for seconds, stacks in looks:
+        for thread, stack in stacks.items():
             if not stack or _waits(stack):
                 continue
-            own[thread, stack[-1]] = own.get((thread, stack[-1]), 0) + 1
+            own[thread, stack[-1]] = own.get((thread, stack[-1]), 0.0) + seconds
             for line in set(stack):
-                total[thread, line] = total.get((thread, line), 0) + 1
+                total[thread, line] = total.get((thread, line), 0.0) + seconds
     rows = [
         Row(
             f"{function} [{thread}]" if thread else function,
             place_of(file, number),
             None,
-            own.get((thread, (file, number, function)), 0) * each,
-            count * each,
+            own.get((thread, (file, number, function)), 0.0),
+            seconds,
         )
-        for (thread, (file, number, function)), count in total.items()
+        for (thread, (file, number, function)), seconds in total.items()
     ]
     return tuple(sorted(rows, key=lambda row: (-row.own_s, -row.total_s, row.place, row.name)))
-
-
-def hot_line(samples: Sequence[Mapping[str, Stack]]) -> tuple[str, float, float]:
-    """Return the program's own line on or below which the calling thread was seen most often.
-
-    Libraries, and what a DataLoader does, are not the program's own.
-
-    Returns:
-        The place, empty if there is none; the share of samples in which that line itself was at
-        work, not something that it called; and the share in which a picture was decoded.
-    """
-    decoding = 0
-    below: dict[Line, int] = {}
-    itself: dict[Line, int] = {}
-    for seen in samples:
-        stack = seen.get("", ())
-        if any("torch/utils/data/" in file.replace("\\", "/") for file, _, _ in stack):
-            continue
-        decoding += any(decodes((file, line, name)) for file, line, name in stack)
-        line = next((line for line in reversed(stack) if _is_own(line[0])), None)
-        if line is not None:
-            below[line] = below.get(line, 0) + 1
-            itself[line] = itself.get(line, 0) + (line == stack[-1])
-    share = decoding / len(samples) if samples else 0.0
-    if not below:
-        return "", 0.0, share
-    most = max(below, key=below.__getitem__)
-    return place_of(*most[:2]), itself[most] / len(samples), share
-
-
-def decodes(where: Line) -> bool:
-    """Whether a function reads or decodes pictures, by its name."""
-    file, _, name = where
-    return bool(_DECODING.search(name)) or (name == "load" and file.endswith("ImageFile.py"))
-
-
-def _is_own(file: str) -> bool:
-    name = file.replace("\\", "/")
-    return not (
-        "site-packages/" in name
-        or "/lib/python" in name
-        or ("dlhelpers/profiling/" in name and not name.endswith("/story.py"))
-        or (name.startswith("<") and "ipython" not in name)
-    )
 
 
 def _waits(stack: Stack) -> bool:
@@ -307,5 +269,5 @@ def _functions(root: Any) -> tuple[Row, ...]:
 
 
 def _need_interval(interval_s: float) -> None:
-    if not interval_s > 0:
-        raise ValueError(f"interval_s must be above 0 seconds, got {interval_s!r}")
+    if not 0 < interval_s < math.inf:
+        raise ValueError(f"interval_s must be above 0 seconds, and finite, got {interval_s!r}")

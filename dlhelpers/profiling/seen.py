@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from dlhelpers.findings import Finding
 from dlhelpers.profiling.loaders import LoaderCosts
-from dlhelpers.profiling.phases import PHASES, Span, find_phases, phase_spans
-from dlhelpers.profiling.trace import MODEL, Event, Trace, union_us
+from dlhelpers.profiling.outside import Outside, outside_of_models
+from dlhelpers.profiling.phases import PHASES, find_phases
+from dlhelpers.profiling.program_lines import ProgramLines
+from dlhelpers.profiling.trace import Trace
 from dlhelpers.profiling.watching import Loader, ModelCalls
 
 __all__ = ["Bottleneck", "Seen", "Speedup", "Trial"]
@@ -68,10 +69,9 @@ class Seen:
         loader: that gave the batches, None where no DataLoader of torch's did.
         costs: of its parts, None without a loader or where loading takes next to no time.
         calls: of models, over all recorded steps.
+        trained: ids of the parameters that an optimizer holds.
         graph_nodes: nodes of autograd's graphs that are alive after each of some steps.
-        hot_line: the program's own line on or below which most samples fell, as ``file.py:12``.
-        hot_share: share of all samples in which that line itself was at work, 0 to 1.
-        decoding_share: share of all samples in which the step itself, not its loader, decoded.
+        lines: of the program, where the step was seen.
         cores: that this process may use.
     """
 
@@ -80,10 +80,9 @@ class Seen:
     loader: Loader | None = None
     costs: LoaderCosts | None = None
     calls: Sequence[ModelCalls] = ()
+    trained: frozenset[int] = frozenset()
     graph_nodes: Sequence[int] = ()
-    hot_line: str = ""
-    hot_share: float = 0.0
-    decoding_share: float = 0.0
+    lines: ProgramLines = field(default_factory=ProgramLines)
     cores: int = 1
 
     @cached_property
@@ -125,7 +124,14 @@ class Seen:
     @cached_property
     def outside(self) -> Outside:
         """What the step does by itself: in the forward phase, and in no model."""
-        return _outside(self.trace, self.step_ms)
+        return outside_of_models(self.trace, self.step_ms)
+
+    @property
+    def python_ms(self) -> float:
+        """Milliseconds of a step in Python, or C of its, outside models and torch's operators."""
+        outside = self.outside
+        recorded = outside.ms * (1 - outside.in_operators)  # with what recording itself takes
+        return min(recorded, self.step_ms * self.lines.outside_share)
 
     @property
     def kept_nodes(self) -> int:
@@ -148,67 +154,3 @@ class Seen:
         """Make a finding whose speedup follows from what is saved."""
         left = self.step_ms - min(saves_ms, 0.99 * self.step_ms)
         return Bottleneck(name, severity, saves_ms=saves_ms, speedup=self.step_ms / left, **told)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Outside:
-    """What a step does outside the loader, the models, backward and the optimizer.
-
-    Attributes:
-        ms: how long, on the clock without the profiler.
-        in_operators: share of it inside torch's operators; the rest is Python's.
-        operators: outermost operators a step.
-        commonest: (name, calls a step) of the most frequent of these.
-        items: numbers a step that are taken out of tensors (``.item()``, ``float``, ``if``).
-    """
-
-    ms: float
-    in_operators: float
-    operators: float
-    commonest: tuple[str, float]
-    items: float
-
-
-def _outside(trace: Trace, step_ms: float) -> Outside:
-    events = trace.on()
-    models = [(e.start_us, e.end_us) for e in events if e.kind == "mark" and e.name == MODEL]
-    spans = [s for s in phase_spans(trace) if s.phase in ("forward", "copies")]
-    own = sum(
-        s.end_us - s.start_us - union_us(models, s.start_us, s.end_us) for s in spans
-    )  # spans do not overlap
-    inside = _lies_inside(spans, models)
-    operators = [e for e in events if e.kind == "operator" and inside(e)]
-    tops, reached = [], float("-inf")
-    for event in operators:
-        if event.start_us >= reached:
-            tops.append(event)
-            reached = event.end_us
-    counts: dict[str, int] = {}
-    for event in tops:
-        counts[event.name] = counts.get(event.name, 0) + 1
-    name = max(counts, key=counts.__getitem__, default="")
-    n = len(trace.steps)
-    in_operators = sum(event.us for event in tops)
-    return Outside(
-        ms=step_ms * own / trace.wall_us if trace.wall_us else 0.0,
-        in_operators=min(1.0, in_operators / own) if own else 0.0,
-        operators=len(tops) / n,
-        commonest=(name, counts.get(name, 0) / n),
-        items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
-    )
-
-
-def _lies_inside(
-    spans: Sequence[Span], models: Sequence[tuple[float, float]]
-) -> Callable[[Event], bool]:
-    """Return whether an event begins in one of the spans and in no model; both in order."""
-    starts, begins = [span.start_us for span in spans], [start for start, _ in models]
-
-    def inside(event: Event) -> bool:
-        place = bisect_right(starts, event.start_us) - 1
-        if place < 0 or event.start_us >= spans[place].end_us:
-            return False
-        model = bisect_right(begins, event.start_us) - 1
-        return model < 0 or event.start_us >= models[model][1]
-
-    return inside

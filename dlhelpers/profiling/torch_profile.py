@@ -20,9 +20,10 @@ from typing import Any
 
 from dlhelpers.profiling.code_report import Unseen, need_callable, unseen, write_whole
 from dlhelpers.profiling.operators import Operator, find_operators
+from dlhelpers.profiling.outside import outside_of_models
 from dlhelpers.profiling.phases import find_phases, phase_spans
 from dlhelpers.profiling.trace import STEP, Trace, read_trace
-from dlhelpers.recording import recording
+from dlhelpers.recording import need_no_recording, recording
 from dlhelpers.tables import html_table, text_table
 
 __all__ = ["Operators", "TorchReport", "profile_torch"]
@@ -38,6 +39,10 @@ NEXT = {
     "optimizer": "Updates of many small parameters: foreach=True, or fused=True. Notebook 04.",
     "waiting for the GPU": "The CPU waits: look for .item(), .cpu() and print in the step.",
 }
+_NEXT_IN_PYTHON = (
+    "the rest is Python between them, or what it calls. profiling.sample(step) names the function, "
+    "profiling.diagnose(step) the line. Notebook 08."
+)
 
 
 class Operators(list[Operator]):
@@ -83,12 +88,14 @@ class TorchReport:
         plain_ms: each of the steps before, which ran without the profiler; where there is a GPU,
             which steps wait for at the end alone, their mean.
         not_seen: processor time of other threads and of worker processes, which is in no phase.
+        recorded_ms: a recorded step on average, the work that it leaves to a GPU with it.
     """
 
     trace: Trace = field(repr=False)
     step_ms: tuple[float, ...]
     plain_ms: tuple[float, ...]
     not_seen: Unseen
+    recorded_ms: float = 0.0
     session: Any = field(repr=False, compare=False, default=None)
 
     @cached_property
@@ -105,7 +112,8 @@ class TorchReport:
     @property
     def overhead(self) -> float:
         """How many times as long a step takes under the profiler as without."""
-        return statistics.median(self.step_ms) / statistics.median(self.plain_ms)
+        took = self.recorded_ms if self.trace.gpu else statistics.median(self.step_ms)
+        return took / statistics.median(self.plain_ms)
 
     @property
     def gpu_busy(self) -> float | None:
@@ -118,7 +126,11 @@ class TorchReport:
     def what_to_do(self) -> str:
         """The largest phase, and where to go on."""
         name = max(self.shares, key=self.shares.__getitem__)
-        return f"The largest part is {name}, {self.shares[name]:.0%}. {NEXT[name]}"
+        told = f"The largest part is {name}, {self.shares[name]:.0%}. "
+        covered = outside_of_models(self.trace, 1.0).in_operators  # without marks: of all forward
+        if name == "forward" and covered < 0.5:
+            return told + f"Operators are {covered:.0%} of it: {_NEXT_IN_PYTHON}"
+        return told + NEXT[name]
 
     def operators(self, top: int = 20, by: str = "own", *, by_shape: bool = False) -> Operators:
         """Return the longest operators, each number for one step.
@@ -329,6 +341,7 @@ def record_steps(
             if on_gpu:
                 torch.cuda.synchronize()
 
+        need_no_recording("profile_torch")
         try:
             for _ in range(warmup):
                 timed()
@@ -347,8 +360,10 @@ def record_steps(
                 if on_record is not None:
                     on_record()
                 with unseen() as not_seen:
+                    begin = clock()
                     _record(timed, steps, recorded)
                     catch_up()
+                    recorded_s = clock() - begin
         except StopIteration:
             pass  # in a step before those that are recorded
     if not recorded:
@@ -357,7 +372,8 @@ def record_steps(
             "first one that is; let fn begin the loader anew, or ask for fewer steps"
         )
     trace = read_trace(session, len(recorded))
-    return TorchReport(trace, tuple(recorded), tuple(plain), not_seen, session)
+    each_ms = 1000 * recorded_s / len(recorded)
+    return TorchReport(trace, tuple(recorded), tuple(plain), not_seen, each_ms, session)
 
 
 def _record(timed: Callable[[], float], steps: int, recorded: list[float]) -> None:

@@ -121,8 +121,8 @@ def read_trace(session: Any, keep: int | None = None) -> Trace:
         ValueError: no step was recorded.
     """
     results = session.profiler.kineto_results
-    every = [event for event in results.events() if not _is_hidden(event)]
-    marks = [e for e in every if e.name() == STEP and not _is_on_gpu(e)]
+    named = [(event.name(), event) for event in results.events() if not _is_hidden(event)]
+    marks = [event for name, event in named if name == STEP and not _is_on_gpu(event)]
     if not marks:
         raise ValueError(
             "the profiler recorded no step: it was stopped before the first one that it was to keep"
@@ -132,14 +132,14 @@ def read_trace(session: Any, keep: int | None = None) -> Trace:
     steps = steps[:keep]
     last = steps[-1][1]
     events, allocated = [], []
-    for event in every:
+    for name, event in named:
         start, end = (event.start_ns() - zero) / 1e3, (event.end_ns() - zero) / 1e3
-        if end < 0 or start > last or event.name() == STEP:
+        if end < 0 or start > last or name == STEP:
             continue
-        if event.name() == "[memory]":
+        if name == "[memory]":
             allocated.append((start, event.nbytes()))
-        elif not event.name().startswith(("ProfilerStep", "[")):
-            events.append(_event(event, start, end))
+        elif not name.startswith(("ProfilerStep", "[")):
+            events.append(_event(name, event, start, end))
     return Trace(
         in_order(events), tuple(steps), marks[0].start_thread_id(), tuple(sorted(allocated))
     )
@@ -150,8 +150,7 @@ def in_order(events: Sequence[Event]) -> tuple[Event, ...]:
     return tuple(sorted(events, key=lambda event: (event.start_us, -event.end_us)))
 
 
-def _event(event: Any, start: float, end: float) -> Event:
-    name = event.name()
+def _event(name: str, event: Any, start: float, end: float) -> Event:
     if _is_on_gpu(event):
         kind: Kind = "copy" if name.startswith(("Memcpy", "Memset")) else "kernel"
         return Event(

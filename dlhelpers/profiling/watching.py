@@ -16,7 +16,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.profiling.trace import MODEL
 
-__all__ = ["Loader", "ModelCalls", "Watch", "count_graph_nodes", "watch"]
+__all__ = ["Loader", "ModelCalls", "Watch", "count_graph_nodes", "trained_parameters", "watch"]
 
 _ALONE = threading.Lock()
 
@@ -58,6 +58,7 @@ class ModelCalls:
         makes_graph: whether the last output hangs on a graph.
         autocast: whether the last call ran under autocast on the tensor's device.
         args, kwargs: of the last call, detached.
+        needs_input_grad: whether gradients flow through it to one of these.
     """
 
     module: nn.Module
@@ -68,6 +69,7 @@ class ModelCalls:
     autocast: bool = False
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    needs_input_grad: bool = False
 
 
 @dataclass
@@ -176,6 +178,7 @@ def _note(seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], o
     calls.count += 1
     calls.rows = len(tensors[0]) if tensors and tensors[0].dim() else 0
     calls.makes_graph = any(t.grad_fn is not None for t in _tensors_of(output))
+    calls.needs_input_grad = any(t.requires_grad for t in tensors)
     calls.autocast = bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type)
     calls.args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
     calls.kwargs = {k: t.detach() if isinstance(t, Tensor) else t for k, t in kwargs.items()}
@@ -187,15 +190,16 @@ def _tensors_of(output: Any) -> list[Tensor]:
     return list(tensors_in(output))
 
 
+def trained_parameters() -> frozenset[int]:
+    """Return the ids of the parameters that optimizers of torch's hold, all that are alive."""
+    alive = _alive(torch.optim.Optimizer)
+    groups = (group for optimizer in alive for group in optimizer.param_groups)
+    return frozenset(id(parameter) for group in groups for parameter in group["params"])
+
+
 def count_graph_nodes(limit: int = 200_000) -> int:
     """Return how many nodes of autograd's graphs the tensors that are alive hold in memory."""
-    import gc
-
-    todo = [
-        thing.grad_fn
-        for thing in gc.get_objects()
-        if issubclass(type(thing), Tensor) and _has_graph(thing)  # asks no object anything
-    ]
+    todo = [tensor.grad_fn for tensor in _alive(Tensor) if _has_graph(tensor)]
     seen: set[Any] = set()
     while todo and len(seen) < limit:
         node = todo.pop()
@@ -204,6 +208,22 @@ def count_graph_nodes(limit: int = 200_000) -> int:
         seen.add(node)
         todo.extend(parent for parent, _ in node.next_functions)
     return len(seen)
+
+
+def _alive(kind: type) -> list[Any]:
+    """Return all objects of a type and of those below it; asks no object anything."""
+    import gc
+
+    kinds: dict[type, bool] = {}
+    found = []
+    for thing in gc.get_objects():
+        own = type(thing)
+        is_kind = kinds.get(own)
+        if is_kind is None:
+            is_kind = kinds[own] = issubclass(own, kind)
+        if is_kind:
+            found.append(thing)
+    return found
 
 
 def _has_graph(tensor: Tensor) -> bool:

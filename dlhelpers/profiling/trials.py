@@ -1,0 +1,106 @@
+"""What would a remedy bring a model? It is tried on a copy, with the inputs that were seen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers.profiling.seen import Speedup
+from dlhelpers.profiling.watching import ModelCalls
+
+__all__ = ["folding_gain", "graph_bytes", "trial"]
+
+
+def trial(
+    calls: ModelCalls, rows: int | None = None, *, grad: bool | None = None
+) -> Callable[[], Any] | None:
+    """Return a function that calls a copy of the model as it was called, on ``rows`` samples.
+
+    By default forward and backward, if the call made a graph in train mode, else forward alone;
+    with ``grad`` forward alone, with or without a graph. None where the copy cannot be called so.
+    """
+
+    def grown(value: Any) -> Any:
+        if rows is None or not isinstance(value, Tensor) or not value.dim() or len(value) != 1:
+            return value
+        return value.expand(rows, *value.shape[1:]).contiguous()
+
+    try:
+        model = _without_hooks(copy.deepcopy(calls.module)).train(calls.training)
+        args = tuple(map(grown, calls.args))
+        kwargs = {name: grown(value) for name, value in calls.kwargs.items()}
+        training = calls.training and calls.makes_graph
+
+        def run() -> Any:
+            if grad is not None:
+                with torch.set_grad_enabled(grad):
+                    return model(*args, **kwargs)
+            with torch.set_grad_enabled(training):
+                output = model(*args, **kwargs)
+            if training:
+                sum(t.float().sum() for t in _with_graph(output)).backward()
+            return None
+
+        run()
+    except Exception:  # no copy, or a shape that it does not take
+        return None
+    return run
+
+
+def _without_hooks(model: nn.Module) -> nn.Module:
+    """Take the program's own hooks off a copy: what is tried is not theirs to see."""
+    for module in model.modules():
+        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+            hooks = getattr(module, f"_{kind}_hooks")
+            for key, hook in list(hooks.items()):
+                home = getattr(hook, "__module__", None) or type(hook).__module__
+                if not home.startswith("torch."):
+                    del hooks[key]
+    return model
+
+
+def _with_graph(output: Any) -> list[Tensor]:
+    from dlhelpers.fakes import tensors_in
+
+    return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+
+
+def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
+    """Return how many times as fast the model is with its BatchNorms folded; None if it is not."""
+    from dlhelpers.fusion import fuse_conv_bn
+
+    kinds = (nn.modules.batchnorm._BatchNorm,)
+    if calls.kwargs or not any(isinstance(m, kinds) for m in calls.module.modules()):
+        return None
+    try:
+        fused, report = fuse_conv_bn(calls.module, *calls.args)
+    except Exception:
+        return None
+    if not report.folded:
+        return None
+    model, fused = _without_hooks(copy.deepcopy(calls.module)), _without_hooks(fused)
+
+    def run(network: nn.Module) -> Callable[[], Any]:
+        def once() -> Any:
+            with torch.inference_mode():
+                return network(*calls.args)
+
+        return once
+
+    return speedup(run(model), run(fused))
+
+
+def graph_bytes(calls: ModelCalls) -> int:
+    """Return by how many bytes the peak falls without a graph; 0 where it cannot be measured."""
+    from dlhelpers.memory import measure_peak
+
+    plain, without = trial(calls, grad=True), trial(calls, grad=False)
+    try:
+        kept = measure_peak(plain).peak_bytes - measure_peak(without).peak_bytes
+    except Exception:
+        return 0
+    return max(0, kept)
