@@ -1,6 +1,7 @@
 """Each of ten planted bottlenecks is told apart, the right one first; a tuned loop has none."""
 
 import dataclasses
+import gc
 import random
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from dlhelpers.profiling.trials import trial
 from dlhelpers.profiling.watching import (
     ModelCalls,
     count_graph_nodes,
+    only_new_objects,
     trained_parameters,
     watch,
 )
@@ -599,6 +601,25 @@ def test_the_outside_of_a_step_is_what_no_model_does():
     assert outside.commonest == ("aten::add", 10)
     assert outside.items == 1
     assert 12 <= outside.operators <= 14  # ones, ten additions, sum, item
+
+
+def test_graphs_that_are_kept_are_counted_among_new_objects_as_well():
+    x, kept = torch.ones(2, requires_grad=True), []
+    kept.append((x * 2).sum())
+    with only_new_objects():
+        begin = count_graph_nodes()
+        kept.append((x * 2).sum())
+        first = count_graph_nodes()
+        kept.append((x * 2).sum())
+        assert count_graph_nodes() - first == first - begin - 1 == 2  # one leaf for all
+    assert gc.get_freeze_count() == 0
+    gc.freeze()  # as a program does before it forks
+    try:
+        with only_new_objects():
+            pass
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,12 @@ from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
-from dlhelpers.profiling.watching import count_graph_nodes, trained_parameters, watch
+from dlhelpers.profiling.watching import (
+    count_graph_nodes,
+    only_new_objects,
+    trained_parameters,
+    watch,
+)
 
 __all__ = ["diagnose", "observe", "rank"]
 
@@ -90,13 +95,11 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     with watch() as seen:
         report = record_steps(train_step, steps, 2, on_record=seen.begin_anew, progress=progress)
     step_ms = statistics.median(report.plain_ms)
-    nodes = []
     looked_at = min(200, max(steps, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
     looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
-    for _ in range(4):
-        train_step()
-        nodes.append(count_graph_nodes())
-    cores = machine.describe().cores
+    with only_new_objects():
+        nodes = [(train_step(), count_graph_nodes())[1] for _ in range(4)]
+    calls, cores = tuple(seen.calls.values()), machine.describe().cores
     loader = seen.slowest
     waits = report.shares.get("data loading", 0.0)
     costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
@@ -105,8 +108,8 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         step_ms=step_ms,
         loader=loader,
         costs=costs,
-        calls=tuple(seen.calls.values()),
-        trained=trained_parameters(),
+        calls=calls,
+        trained=trained_parameters() if any(not c.training for c in calls) else frozenset(),
         graph_nodes=tuple(nodes),
         lines=program_lines(looks),
         cores=cores,

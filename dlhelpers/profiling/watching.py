@@ -16,7 +16,15 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.profiling.trace import MODEL
 
-__all__ = ["Loader", "ModelCalls", "Watch", "count_graph_nodes", "trained_parameters", "watch"]
+__all__ = [
+    "Loader",
+    "ModelCalls",
+    "Watch",
+    "count_graph_nodes",
+    "only_new_objects",
+    "trained_parameters",
+    "watch",
+]
 
 _ALONE = threading.Lock()
 
@@ -208,6 +216,25 @@ def count_graph_nodes(limit: int = 200_000) -> int:
         seen.add(node)
         todo.extend(parent for parent, _ in node.next_functions)
     return len(seen)
+
+
+@contextmanager
+def only_new_objects() -> Iterator[None]:
+    """Let the garbage collector show those objects alone that are made inside the ``with`` block.
+
+    There are a million others, and going through them takes a good part of a second. Where the
+    program has set objects aside itself, nothing is done.
+    """
+    import gc
+
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _alive(kind: type) -> list[Any]:
