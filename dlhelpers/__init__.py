@@ -5,7 +5,8 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 
 ==========================  ====================================================================
 ``dlhelpers.measure``       is one function faster than another? with an interval and an outcome
-``dlhelpers.machine``       what this machine is and what its peaks are
+``dlhelpers.machine``       what this machine is
+``dlhelpers.roofline``      how fast it can be at best
 ``dlhelpers.claims``        a tip as a claim, its evidence, its verdict, the ledger's row
 ``dlhelpers.pairing``       does this loss want what the model's last layer gives?
 ``dlhelpers.lmdb_io``       many small images in one file that is read fast and safely
@@ -48,6 +49,7 @@ _SUBMODULES = (
     "profiling",
     "quantization",
     "report",
+    "roofline",
     "shufflenet",
     "stages",
     "stores",

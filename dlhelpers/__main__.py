@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    data = commands.add_parser("data", help="make or load the course's data")
+    data = commands.add_parser("data", help="make photographs to try things on")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     photos = kinds.add_parser("photos", help="an image folder of crops of real photographs")
     photos.add_argument("directory", metavar="DIR", help="where the image folder shall lie")
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     photos.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
     photos.set_defaults(run=_photos)
 
-    measure = commands.add_parser("measure", help="the measuring core")
+    measure = commands.add_parser("measure", help="try the comparison that all timings rest on")
     actions = measure.add_subparsers(dest="action", required=True, metavar="ACTION")
     selftest = actions.add_parser(
         "selftest", help="false outcomes, power and coverage of `compare` on this machine"
@@ -58,10 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_lmdb(commands.add_parser("lmdb", help="write, verify or describe an image database"))
 
     machine = commands.add_parser("machine", help="what this machine is")
+    machine.description = "Print the processor, memory, builds, devices, and what is installed."
     machine.add_argument("--roofline", action="store_true", help="measure its peaks as well")
     machine.set_defaults(run=_machine)
 
-    commands.add_parser("report", help="the ledger as a page; `report --help` for more")
+    commands.add_parser("report", help="run the course; its verdicts as one page")
     return parser
 
 
@@ -184,7 +185,9 @@ def _machine(options: argparse.Namespace) -> int:
 
     print(machine.describe())
     if options.roofline:
-        print(machine.roofline())
+        from dlhelpers.roofline import roofline
+
+        print(roofline())
     return 0
 
 

@@ -16,16 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dlhelpers.roofline import Roofline, roofline
 from dlhelpers.tables import facts_table
 
-__all__ = ["Machine", "Roofline", "describe", "last_level_cache_bytes", "roofline"]
+__all__ = ["Machine", "describe", "last_level_cache_bytes"]
 
 _EXTRAS = {
     "dali": ("nvidia-dali-cuda130",),
     "engines": ("onnx", "onnxruntime", "onnxscript", "openvino"),
     "quant": ("torchao",),
     "codecs": ("simplejpeg", "opencv-python-headless", "torchcodec"),
+    "stores": ("h5py", "tfrecord", "webdataset"),
     "profiling": ("line_profiler", "pyinstrument"),
 }
 # what the operating systems call the instruction sets that matter here -> one name each

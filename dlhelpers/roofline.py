@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.machine import describe
 from dlhelpers.tables import facts_table
 
 __all__ = ["Roofline", "roofline"]
@@ -74,7 +75,6 @@ def roofline(*, refresh: bool = False) -> Roofline:
     import torch
 
     from dlhelpers.data import cache_dir
-    from dlhelpers.machine import describe
 
     threads = torch.get_num_threads()
     path = cache_dir() / f"roofline-{describe().key}-{threads}-{torch.__version__}.json"
@@ -99,8 +99,6 @@ def roofline(*, refresh: bool = False) -> Roofline:
 
 def _is_loaded() -> bool:
     """Whether other processes keep more than half of the cores busy: then a peak is none."""
-    from dlhelpers.machine import describe
-
     try:
         return os.getloadavg()[0] > max(1.0, describe().cores / 2)
     except (AttributeError, OSError):
@@ -119,8 +117,6 @@ def _keep(path: Path, result: Roofline) -> None:
 
 def _bandwidth_gb_s() -> float:
     import torch
-
-    from dlhelpers.machine import describe
 
     here = describe()
     # a server has a last-level cache for each group of cores: 32 MiB a core are beyond them all

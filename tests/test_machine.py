@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dlhelpers import machine
-from dlhelpers.machine import Roofline, describe, roofline
+from dlhelpers.machine import describe
+from dlhelpers.roofline import Roofline, roofline
 
 PEAKS = importlib.import_module("dlhelpers.roofline")  # the name is the function's elsewhere
 

@@ -21,6 +21,7 @@ from dlhelpers.claims.catalog import all_claims, all_tips, load
 from dlhelpers.claims.claim import Claim, Tip
 from dlhelpers.claims.course import course_map, standing
 from dlhelpers.claims.judging import Verdict, not_measured
+from dlhelpers.claims.lights import lights_up
 from dlhelpers.claims.predictions import answer, predict, score
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "answer",
     "card",
     "course_map",
+    "lights_up",
     "load",
     "not_measured",
     "predict",

@@ -64,7 +64,7 @@ def roofline(
     """Draw a machine's roof and what some layers reach below it.
 
     Args:
-        peaks: a ``machine.Roofline``.
+        peaks: a ``roofline.Roofline``.
         points: name -> (FLOP per byte, 10^9 FLOP a second).
         title, alt: as in ``plots.curves``.
     """

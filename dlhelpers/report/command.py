@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlhelpers import ledger as ledgers
+from dlhelpers.report.cells import cells_of_claims
 from dlhelpers.report.machines import compare
 from dlhelpers.report.page import machine_line, render
 from dlhelpers.report.running import NotebookRun, run_notebooks
@@ -80,7 +81,8 @@ def _report(options: argparse.Namespace) -> int:
         path = Path(options.ledger) if options.ledger else ledgers.default_path()
     ledger = ledgers.read(path)
     folder = _seen_from(Path(options.output).absolute().parent, Path(options.notebooks))
-    _write(options.output, render(ledger, notebooks=folder, failed=failed))
+    cells = cells_of_claims(options.notebooks)
+    _write(options.output, render(ledger, notebooks=folder, failed=failed, cells=cells))
     print(f"{len(ledger['rows'])} verdicts in {path}, on {machine_line(ledger)}")
     return 1 if failed else 0
 

@@ -13,6 +13,7 @@ from dlhelpers.claims.cards import Scale, colour_of, effect_text, interval_svg
 from dlhelpers.claims.catalog import all_claims, all_tips
 from dlhelpers.claims.claim import Claim, Tip
 from dlhelpers.claims.judging import Judged
+from dlhelpers.report.cells import Cell
 from dlhelpers.report.running import NotebookRun
 
 __all__ = ["badge", "document", "machine_line", "render"]
@@ -60,6 +61,7 @@ def render(
     *,
     notebooks: str = "notebooks",
     failed: Sequence[NotebookRun] = (),
+    cells: Mapping[str, Cell] | None = None,
     claims: Sequence[Claim] | None = None,
     tips: Sequence[Tip] | None = None,
 ) -> str:
@@ -69,6 +71,7 @@ def render(
         ledger: as :func:`dlhelpers.ledger.read` returns it.
         notebooks: the folder of the notebooks as seen from where the page will lie.
         failed: notebooks that did not run to their end, named at the top.
+        cells: claim's id -> the cell of its notebook that a link goes to.
         claims, tips: those of the course where None.
     """
     claims = all_claims() if claims is None else claims
@@ -77,7 +80,13 @@ def render(
     verdicts = {claim.id: rows.get(claim.id, {"verdict": _NOT_RUN})["verdict"] for claim in claims}
     said = {tip.id: tip for tip in tips}
     body = "".join(
-        _claim_row(claim, said.get(claim.tip), rows.get(claim.id), notebooks) for claim in claims
+        _claim_row(
+            claim,
+            said.get(claim.tip),
+            rows.get(claim.id),
+            _link(claim.notebook, notebooks, (cells or {}).get(claim.id)),
+        )
+        for claim in claims
     )
     sections = [
         f"<p>{escape(machine_line(ledger))}<br><span class='quiet'>"
@@ -121,7 +130,7 @@ def machine_line(ledger: Mapping[str, Any]) -> str:
     return str(ledger["machine"].get("line") or "a machine that is not described")
 
 
-def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, folder: str) -> str:
+def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, link: str) -> str:
     verdict = row["verdict"] if row else _NOT_RUN
     told = f"“{escape(tip.says)}” ({escape(tip.said_by)})" if tip else escape(claim.tip)
     needs = f"<br>needs {escape(claim.needs)}" if claim.needs else ""
@@ -131,7 +140,7 @@ def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, fol
         f"data-verdict='{escape(verdict)}' data-kind='{escape(claim.kind)}'>"
         f"<td>{badge(verdict)}{_answer(claim, row)}</td>"
         f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Source: {escape(claim.source)}"
-        f"<br><code>{escape(claim.id)}</code> · {_link(claim.notebook, folder)}</div></td>"
+        f"<br><code>{escape(claim.id)}</code> · {link}</div></td>"
         f"<td>{_evidence(claim, row) if row else ''}</td>"
         f"<td>{escape(claim.metric)} <span class='bound'>{escape(str(claim.threshold))}</span>"
         f"{escape(unit)}"
@@ -174,9 +183,11 @@ def _answer(claim: Claim, row: Mapping[str, Any] | None) -> str:
     return f"<div class='quiet'>predicted: {escape(label)}</div>"
 
 
-def _link(notebook: str, folder: str) -> str:
-    address = f"{folder}/{notebook}.ipynb" if folder else f"{notebook}.ipynb"
-    return f"<a href='{escape(quote(address))}'>{escape(notebook)}</a>"
+def _link(notebook: str, folder: str, cell: Cell | None = None) -> str:
+    address = quote(f"{folder}/{notebook}.ipynb" if folder else f"{notebook}.ipynb")
+    address += f"#cell-id={quote(cell.id)}" if cell and cell.id else ""
+    name = f"{notebook}, cell [{cell.number}]" if cell else notebook
+    return f"<a href='{escape(address)}'>{escape(name)}</a>"
 
 
 def _failures(failed: Sequence[NotebookRun]) -> str:
