@@ -20,6 +20,7 @@ Submodules load on first use, so ``import dlhelpers`` costs nothing and
 ``dlhelpers.profiling``     where the time of a step goes, and what mending it would bring
 ``dlhelpers.data``          real digits and photographs without a network
 ``dlhelpers.training``      a small, seeded training loop
+``dlhelpers.story``         a script with many slow habits, which notebook 08 mends
 ``dlhelpers.exercises``     check, hint and solution of the course's exercises
 ``dlhelpers.plots``         one style for all figures, with alt text
 ``dlhelpers.report``        the ledger as one page
@@ -53,6 +54,7 @@ _SUBMODULES = (
     "shufflenet",
     "stages",
     "stores",
+    "story",
     "training",
 )
 

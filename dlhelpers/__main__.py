@@ -111,7 +111,7 @@ def _lmdb_write(options: argparse.Namespace) -> int:
         resume=options.resume,
         on_error="skip" if options.skip_errors else "raise",
         shard=_shard(options.shard),
-        progress=not options.quiet,
+        progress=False if options.quiet else None,
     )
     print(report)
     return 0
@@ -120,7 +120,7 @@ def _lmdb_write(options: argparse.Namespace) -> int:
 def _lmdb_verify(options: argparse.Namespace) -> int:
     from dlhelpers import lmdb_io
 
-    print(lmdb_io.verify_lmdb(options.path, progress=not options.quiet))
+    print(lmdb_io.verify_lmdb(options.path, progress=False if options.quiet else None))
     return 0
 
 

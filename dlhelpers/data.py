@@ -15,6 +15,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dlhelpers.arguments import whole_number
+from dlhelpers.progress import bar
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.utils.data import Dataset
@@ -155,7 +158,7 @@ def photos(
     size: int = 256,
     quality: int = 90,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Path:
     """Make an image folder of JPEG crops of real photographs; return its path.
 
@@ -169,13 +172,12 @@ def photos(
         size: their height and width in pixels, 16 to 427.
         quality: of the JPEGs, 1 to 95.
         seed: of the crops.
-        progress: shows a bar.
+        progress: a bar on long runs; None draws it in a terminal only.
 
     Raises:
         ValueError: a setting is out of range.
         FileExistsError: root holds something else; nothing in it is touched.
     """
-    from tqdm.auto import tqdm
 
     root = Path(root).expanduser().resolve()
     for name, value, low, high in (
@@ -183,8 +185,7 @@ def photos(
         ("size", size, 16, 427),
         ("quality", quality, 1, 95),
     ):
-        if not (isinstance(value, int) and low <= value <= high):
-            raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+        whole_number(name, value, low, high)
     if not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
     settings = {"count": count, "size": size, "quality": quality, "seed": seed, "version": 1}
@@ -199,8 +200,7 @@ def photos(
             (partial / name).mkdir(parents=True)
         names = sorted(sources)
         crops = random.Random(seed)
-        bar = tqdm(range(count), desc="photos", unit="img", disable=None if progress else True)
-        for index in bar:
+        for index in bar(range(count), progress=progress, desc="photos", unit="img"):
             name = names[index % len(names)]
             image = _crop(sources[name], size, crops)
             image.save(partial / name / f"{index:07d}.jpg", quality=quality)

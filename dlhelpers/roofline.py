@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.files import write_whole
 from dlhelpers.machine import describe
 from dlhelpers.tables import facts_table
 
@@ -108,9 +109,7 @@ def _is_loaded() -> bool:
 def _keep(path: Path, result: Roofline) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps(asdict(result)))
-        partial.replace(path)
+        write_whole(path, (), lambda name: Path(name).write_text(json.dumps(asdict(result))))
     except OSError:
         pass  # a read-only home costs the next call a few seconds, no more
 

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from numbers import Real
 from time import perf_counter, sleep
 
+from dlhelpers.arguments import whole_number
+
 __all__ = ["Span", "Timeline", "predict_stages", "run_stages"]
 
 
@@ -197,10 +199,8 @@ def _step(name: str, what: object, batches: int) -> Callable[[int], object]:
 def _need(stages: Mapping[str, object], batches: int, depth: int) -> None:
     if not stages:
         raise ValueError("there is no stage: give a dict such as {'prepare': 0.01, 'train': 0.02}")
-    if not isinstance(batches, int) or batches < 1:
-        raise ValueError(f"batches must be a whole number, 1 or more, got {batches!r}")
-    if not isinstance(depth, int) or depth < 0:
-        raise ValueError(f"depth must be a whole number, 0 (no overlap) or more, got {depth!r}")
+    whole_number("batches", batches, 1)
+    whole_number("depth", depth, 0)
 
 
 def _each(name: str, times: object, batches: int) -> list[float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -116,7 +115,7 @@ def fit(
     >>> history.epoch_loss[-1] < history.epoch_loss[0]
     True
     """
-    from tqdm.auto import tqdm
+    from dlhelpers.progress import bar
 
     if isinstance(optimizer, str):
         if optimizer not in _OPTIMIZERS:
@@ -137,16 +136,14 @@ def fit(
         took = time.perf_counter() - start
         return History(tuple(steps), tuple(means), diverged_at, tuple(accuracies), took)
 
-    # delay: short runs draw no bar at all
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     with (
         _modes_kept(model),
         torch.random.fork_rng(),
-        tqdm(range(epochs), leave=False, delay=1, disable=hidden) as bar,
+        bar(range(epochs), progress=progress, leave=False) as shown,
     ):
         torch.manual_seed(seed)
         model.train()
-        for epoch in bar:
+        for epoch in shown:
             first = len(steps)
             for inputs, targets in _batches(data, batch_size):
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Loops of training or evaluation, each with one bottleneck, and three that waste nothing.
+"""Loops of training or evaluation, each with one bottleneck, and some that waste nothing.
 
 What is planted costs more than five times the noise of a step.
 """
@@ -236,4 +236,43 @@ def tuned_evaluation():
     return step
 
 
-TUNED = {"training": tuned_training, "loading": tuned_loading, "evaluation": tuned_evaluation}
+def tuned_clipping():
+    """Fused updates, clipped gradients, and a moving average of the weights."""
+    model, batches = network(24), in_memory(batch=16)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    average = [p.detach().clone() for p in model.parameters()]
+
+    def step():
+        images, labels = next(batches)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        torch._foreach_lerp_(average, [p.detach() for p in model.parameters()], 0.01)
+
+    return step
+
+
+def tuned_layers():
+    """Layers that are called one by one, in no module of their own."""
+    layers, batches = list(network(24)), in_memory(batch=32)
+    optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=0.01)
+
+    def step():
+        x, labels = next(batches)
+        optimizer.zero_grad()
+        for layer in layers:
+            x = layer(x)
+        F.cross_entropy(x, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+TUNED = {
+    "training": tuned_training,
+    "loading": tuned_loading,
+    "evaluation": tuned_evaluation,
+    "clipping": tuned_clipping,
+    "layers": tuned_layers,
+}

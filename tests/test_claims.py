@@ -795,3 +795,31 @@ def test_the_standing_says_why_a_claim_is_unsettled(declared, monkeypatch):
     timed.judge(by_time(timed, FAST, FAST, control=FAST))
     assert course.standing().unsettled == ((timed.id, "the control came back faster"),)
     assert timed.id in course.standing()._repr_html_()
+
+
+def test_what_is_missing_says_how_to_light_it(monkeypatch):
+    import dataclasses
+
+    from dlhelpers import machine
+    from dlhelpers.claims import lights
+
+    here = machine.describe()
+    bare = {extra: dict.fromkeys(names) for extra, names in here.extras.items()}
+    dark = dataclasses.replace(here, extras=bare, simd=(), compiler=None, cuda_devices=())
+    monkeypatch.setattr(machine, "describe", lambda: dark)
+    monkeypatch.setattr(lights.sys, "platform", "linux")
+    found = claims.lights_up()
+    assert not any(light.on for light in found)
+    assert 'pip install "dlhelpers[engines]"' in str(found)
+    assert "another machine" in found._repr_html_()
+    bright = dataclasses.replace(
+        dark, cuda_devices=("a GPU",), simd=("avx_vnni", "amx_bf16"), compiler="/usr/bin/c++",
+        extras={extra: dict.fromkeys(names, "1.0") for extra, names in bare.items()},
+    )  # fmt: skip
+    monkeypatch.setattr(machine, "describe", lambda: bright)
+    assert all(light.on for light in claims.lights_up())
+    assert "pip install" not in str(claims.lights_up())
+    monkeypatch.setattr(machine, "describe", lambda: dark)
+    monkeypatch.setattr(lights.sys, "platform", "darwin")
+    [dali] = [light for light in claims.lights_up() if light.name == "DALI"]
+    assert dali.get == "a machine with Linux"

@@ -117,3 +117,17 @@ def test_the_readme_counts_the_claims_right():
     assert rows
     for stem, count in rows:
         assert int(count) == sum(claim.notebook == stem for claim in all_claims()), stem
+
+
+def test_the_extras_stand_in_the_package_as_in_the_project():
+    from dlhelpers import machine
+    from dlhelpers.claims import lights
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    own = {name: needs for name, needs in extras.items() if name not in {"dev", "bench"}}
+    assert set(machine._EXTRAS) == set(lights._EXTRAS) == set(own)
+    for name, needs in own.items():
+        assert sorted(machine._EXTRAS[name]) == sorted(split(need)[0] for need in needs)
+    skipped = [need for needs in own.values() for need in needs if "!= 'win32'" in need]
+    assert {(split(need)[0], "win32") for need in skipped} == lights._NO_BUILD

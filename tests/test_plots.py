@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dlhelpers import memory, plots
-from dlhelpers.machine import Roofline
 from dlhelpers.measure import Estimate
 from dlhelpers.plots import style
+from dlhelpers.roofline import Roofline
 from dlhelpers.stages import predict_stages
 
 positive = st.floats(1e-3, 1e3)

@@ -20,14 +20,8 @@ from dlhelpers.profiling.program_lines import ProgramLines
 from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.seen import Seen
 from dlhelpers.profiling.trace import MODEL, Event, Trace, in_order
-from dlhelpers.profiling.trials import trial
-from dlhelpers.profiling.watching import (
-    ModelCalls,
-    count_graph_nodes,
-    only_new_objects,
-    trained_parameters,
-    watch,
-)
+from dlhelpers.profiling.trials import folding_gain, trial
+from dlhelpers.profiling.watching import ModelCalls, graph_counter, watch
 
 BACK = "autograd::engine::evaluate_function: "
 LOADER = "enumerate(DataLoader)#_SingleProcessDataLoaderIter.__next__"
@@ -96,7 +90,10 @@ RECORDED = {
         step={"loading": 60}, cores=4,
         costs=costs(sample_ms=6.0, decoding=0.6, workers_ms=20.0, tried=4),
     ),
-    "python-loop": seen(step={"outside": [("aten::sub", 2), ("aten::div", 2)] * 16}),
+    "python-loop": seen(
+        step={"outside": [("aten::sub", 2), ("aten::div", 2)] * 16},
+        lines=ProgramLines("a.py:1", "a.py:2", 0.4),
+    ),
     "slow-collate": seen(
         **SLOW, cores=4,
         costs=costs(sample_ms=1.0, collate_ms=90.0, plain_collate_ms=1.0, workers_ms=30.0, tried=4),
@@ -141,7 +138,8 @@ def test_a_step_without_waste_has_no_finding_and_says_what_it_does():
 
 def in_python(ms, share=1.0):
     """Steps in which this many milliseconds pass under a label, in no operator and no model."""
-    facts = seen(lines=ProgramLines("me/a.py:1", "me/a.py:2", share))
+    lines = ProgramLines("me/a.py:1", "me/a.py:2", share)
+    facts = seen(lines=lines, calls=[calls()], graph_nodes=(5, 5))
     shift, events, ends = 0.0, [], []
     for start, end in facts.trace.steps:
         of_step = [e for e in facts.trace.events if start <= e.start_us < end]
@@ -168,6 +166,15 @@ def test_what_no_operator_does_is_named_with_its_line():
     )
 
 
+def test_a_step_without_a_model_of_torchs_is_not_judged():
+    assert rank(dataclasses.replace(in_python(60), calls=()), 0.05, twice_as_fast) == []
+
+
+def test_operators_that_do_nothing_are_no_loop():
+    nothing = seen(step={"outside": [("aten::to", 1)] * 40}, lines=ProgramLines("", "", 1.0))
+    assert nothing.outside.commonest[1] == 0
+
+
 def test_python_between_the_calls_of_a_short_step_is_no_finding():
     facts = dataclasses.replace(in_python(84), step_ms=0.5)
     assert rank(facts, 0.05, twice_as_fast) == []
@@ -189,13 +196,37 @@ def test_a_teacher_whose_graph_nobody_needs_is_told():
     assert found(module=frozen) == []
 
 
-def test_the_parameters_that_optimizers_hold_are_known():
+def watched(step):
+    with watch() as seen:
+        step()
+    return seen
+
+
+def test_the_parameters_that_are_trained_are_those_of_optimizers_that_step():
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    held = trained_parameters()
-    assert {id(p) for p in model.parameters()} <= held
-    assert not {id(p) for p in other.parameters()} & held
-    del optimizer
+    stale = torch.optim.SGD(other.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(model.parameters())
+    assert watched(optimizer.step).trained == {id(p) for p in model.parameters()}
+    assert watched(lambda: None).trained == set()
+    del stale
+
+
+def test_gradients_that_flow_through_a_model_are_seen_wherever_they_enter():
+    made, net = torch.ones(1, 2, requires_grad=True), nn.Linear(2, 2).eval()
+
+    class Critic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+
+        def forward(self, given):
+            return self.net(given["x"])
+
+    critic = Critic().eval()
+    seen = watched(lambda: (net(made), net(made.detach()), critic({"x": made})))
+    assert [calls.needs_input_grad for calls in seen.calls.values()] == [True, True]
+    [calls] = watched(lambda: net(made.detach())).calls.values()
+    assert not calls.needs_input_grad
 
 
 def test_a_trial_is_not_seen_by_the_programs_hooks():
@@ -207,9 +238,28 @@ def test_a_trial_is_not_seen_by_the_programs_hooks():
     trial(call, 16)()
     assert widths == []
     assert len(model._forward_hooks) == 1  # on the model itself they stay
+    folded = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    folded.register_forward_hook(lambda module, inputs, output: widths.append(len(output)))
+    call = ModelCalls(folded, False, 3, 1, False, args=(torch.zeros(1, 3, 4, 4),))
+    assert folding_gain(call, lambda one, other: (one(), other(), 1.5)[2]) == 1.5
+    assert widths == []
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     call = ModelCalls(normed, True, 3, 1, True, args=(torch.zeros(1, 4),))
     assert trial(call, 16) is not None
+
+
+def test_folding_is_tried_on_models_of_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+        def forward(self, x, y):
+            return self.net(x) + self.net(y)
+
+    x = torch.zeros(1, 3, 4, 4)
+    call = ModelCalls(Two().eval(), False, 3, 1, False, args=(x, x))
+    assert folding_gain(call, lambda one, other: 1.5) == 1.5
 
 
 def test_one_sample_is_no_finding_if_more_bring_nothing():
@@ -358,6 +408,16 @@ def test_an_idle_gpu_is_told_and_a_busy_one_not():
 
 
 @pytest.mark.usefixtures("ampere")
+def test_python_that_a_gpu_hides_is_no_finding():
+    facts = in_python(60)
+    busy = [Event("conv", s, e, 7, "kernel") for s, e in facts.trace.steps]
+    trace = dataclasses.replace(facts.trace, events=in_order([*facts.trace.events, *busy]))
+    hidden = dataclasses.replace(facts, trace=trace)
+    assert hidden.gpu_idle_ms == pytest.approx(0)
+    assert rank(hidden, 0.05, lambda before, after: 1.0) == []
+
+
+@pytest.mark.usefixtures("ampere")
 def test_a_gpu_that_waits_for_the_loader_is_the_loaders_finding():
     assert rules_of_cuda(on_gpu(("conv", 100, 180, "kernel"), loading=100)) == []
 
@@ -491,24 +551,25 @@ class Counting(IterableDataset):
     """It goes on where it was left."""
 
     def __init__(self, source=None):
-        self.position, self.source = 0, source
+        self.position, self.source, self.rest = 0, source, list(range(1000))
+        self.draws, self.table = np.random.default_rng(0), torch.zeros(4)
 
     def __iter__(self):
         while True:
             self.position += 1
-            yield self.position
+            yield self.rest.pop(0) + self.draws.random() + self.table[0]
 
 
 def test_a_stream_that_counts_loses_nothing(clock):
     stream = Counting()
     loader = loader_of(stream)
-    before = stream.position
-    loader_costs(loader, cores=1, clock=clock)
-    assert stream.position == before
+    before = stream.position, len(stream.rest), stream.draws.bit_generator.state
+    assert loader_costs(loader, cores=1, clock=clock).batch == 8
+    assert (stream.position, len(stream.rest), stream.draws.bit_generator.state) == before
 
 
 def test_a_stream_that_can_be_read_once_is_not_tried(clock):
-    numbers = iter(range(100))
+    numbers = (number for number in range(100))
     loader = loader_of(Counting(numbers))
     assert loader_costs(loader, cores=1, clock=clock) is None
     assert next(numbers) == 0
@@ -580,12 +641,13 @@ def test_a_model_that_raises_leaves_the_watch_in_order():
 
 
 def test_nodes_of_graphs_are_those_that_living_tensors_hold():
-    before = count_graph_nodes()
     x = torch.ones(2, requires_grad=True)
-    y = (x * 2).sum()  # Sum, Mul, AccumulateGrad
-    assert count_graph_nodes() == before + 3
-    del y
-    assert count_graph_nodes() == before
+    with graph_counter() as count:
+        before = count()
+        y = (x * 2).sum()  # Sum, Mul, AccumulateGrad
+        assert count() == before + 3
+        del y
+        assert count() == before
 
 
 def test_the_outside_of_a_step_is_what_no_model_does():
@@ -603,21 +665,24 @@ def test_the_outside_of_a_step_is_what_no_model_does():
     assert 12 <= outside.operators <= 14  # ones, ten additions, sum, item
 
 
-def test_graphs_that_are_kept_are_counted_among_new_objects_as_well():
+@pytest.mark.parametrize("set_aside", [False, True])
+def test_graphs_that_are_kept_are_counted_whether_tensors_are_new_or_old(set_aside):
     x, kept = torch.ones(2, requires_grad=True), []
-    kept.append((x * 2).sum())
-    with only_new_objects():
-        begin = count_graph_nodes()
-        kept.append((x * 2).sum())
-        first = count_graph_nodes()
-        kept.append((x * 2).sum())
-        assert count_graph_nodes() - first == first - begin - 1 == 2  # one leaf for all
-    assert gc.get_freeze_count() == 0
-    gc.freeze()  # as a program does before it forks
+    total = (x * 2).sum()
+    if set_aside:
+        gc.freeze()  # as a program does before it forks
     try:
-        with only_new_objects():
-            pass
-        assert gc.get_freeze_count() > 0
+        with graph_counter() as count:
+            begin = count()
+            kept.append((x * 2).sum())
+            first = count()
+            assert first > begin
+            kept.append((x * 2).sum())
+            assert count() - first == 2  # the leaf is there already
+            total += (x * 2).sum()  # the same tensor, with a longer graph
+            if not set_aside:
+                assert count() - first == 2 + 3
+        assert bool(gc.get_freeze_count()) == set_aside
     finally:
         gc.unfreeze()
 

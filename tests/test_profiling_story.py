@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from dlhelpers import pairing
+from dlhelpers import pairing, story
 from dlhelpers.memory import measure_peak
-from dlhelpers.profiling import profile_torch, story
-from dlhelpers.profiling.story import STEPS, Script, Settings, after
+from dlhelpers.profiling import profile_torch
+from dlhelpers.story import STEPS, Script, Settings, after
 
 
 @pytest.fixture(scope="module")

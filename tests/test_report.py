@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dlhelpers import claims, ledger, report
 from dlhelpers.claims.claim import Claim, Condition, Threshold, Tip
 from dlhelpers.report import command
+from dlhelpers.report.cells import Cell, cells_of_claims
 
 BAR = Threshold(">=", 1.05)
 
@@ -132,6 +133,10 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
     ):
         assert said in page.text, said
     assert "notebooks/06_fusion.ipynb" in page.addresses
+    cells = {"fusion.speeds-up": Cell("fusion 1", 7)}
+    page = Page(report.render(a_ledger(a_row()), claims=[a_claim()], tips=TIPS, cells=cells))
+    assert "notebooks/06_fusion.ipynb#cell-id=fusion%201" in page.addresses
+    assert "06_fusion, cell [7]" in page.text
     assert page.tags.count("svg") == 3, "two conditions and the control"
 
 
@@ -422,3 +427,19 @@ def test_the_link_of_a_page_on_another_drive_is_a_whole_address(monkeypatch):
 
     monkeypatch.setattr(command.os.path, "relpath", on_another_drive)
     assert command._seen_from(Path.cwd(), Path("notebooks")).startswith("file:///")
+
+
+def test_the_report_links_to_the_cell_of_each_claim(tmp_path):
+    from dlhelpers.claims import all_claims
+
+    folder = Path(__file__).parent.parent / "notebooks"
+    cells = cells_of_claims(folder)
+    assert set(cells) == {claim.id for claim in all_claims()}
+    for claim in all_claims():
+        notebook = json.loads((folder / f"{claim.notebook}.ipynb").read_text("utf-8"))
+        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        cell = code[cells[claim.id].number - 1]
+        assert cell["id"] == cells[claim.id].id
+        assert claim.id in "".join(cell["source"])
+    (tmp_path / "broken.ipynb").write_text("{")
+    assert cells_of_claims(tmp_path) == cells_of_claims(tmp_path / "none") == {}

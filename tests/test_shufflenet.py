@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dlhelpers import shufflenet
-from dlhelpers.machine import Roofline
+from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet import (
     ShuffleNetV2,
     Unit,

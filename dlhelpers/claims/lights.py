@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ _EXTRAS = {
     "quant": ("torchao", "its roads in 07"),
     "profiling": ("line_profiler, pyinstrument", "two more profilers in 08"),
 }
+_NO_BUILD = {("torchcodec", "win32")}  # the extra leaves it out there
 _INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "neon_dotprod", "i8mm"}
 _BF16 = {"avx512_bf16", "amx_bf16", "neon_bf16"}
 
@@ -92,6 +94,9 @@ def lights_up() -> Lights:
         ),
     ]
     for extra, (name, what) in _EXTRAS.items():
-        on = all(version is not None for version in here.extras[extra].values())
-        lights.append(Light(name, on, what, f'pip install "dlhelpers[{extra}]"'))
+        exists = extra != "dali" or sys.platform == "linux"
+        get = f'pip install "dlhelpers[{extra}]"' if exists else "a machine with Linux"
+        found = here.extras[extra].items()
+        on = all(v is not None or (package, sys.platform) in _NO_BUILD for package, v in found)
+        lights.append(Light(name, on, what, get))
     return Lights(lights)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dlhelpers.arguments import whole_number
 from dlhelpers.dali_io.edges import edge_gains
 from dlhelpers.dali_io.sources import Source, open_source, require_dali
 from dlhelpers.dali_io.transforms import (
@@ -20,7 +21,6 @@ from dlhelpers.dali_io.transforms import (
     STD,
     numbers,
     shorter_side,
-    whole_number,
 )
 from dlhelpers.dali_io.windows import centre_windows, decoded_parts, random_windows
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
+from dlhelpers.arguments import shard_of, whole_number
 from dlhelpers.dali_io.executor import Executor, Job
 from dlhelpers.dali_io.graph import ImagePipeline
 from dlhelpers.dali_io.sources import ImageError
-from dlhelpers.dali_io.transforms import whole_number
 
 __all__ = ["DALILoader"]
 
@@ -72,12 +72,7 @@ class DALILoader:
             raise TypeError(
                 f"pipeline is of type {type(pipeline).__name__}: give what image_pipeline returns"
             )
-        try:
-            rank, world = (whole_number("shard", part, 0) for part in shard)
-        except (TypeError, ValueError):
-            rank, world = 0, 0
-        if not rank < world:
-            raise ValueError(f"shard must be (rank, processes) with 0 <= rank < N, got {shard!r}")
+        rank, world = shard_of(shard)
         if on_error not in ("raise", "skip"):
             raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
         seed = whole_number("seed", seed, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ __all__ = [
     "numbers",
     "shorter_side",
     "torchvision_transform",
-    "whole_number",
 ]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as torchvision's weights
@@ -62,21 +60,6 @@ def shorter_side(size: int, resize: int | None) -> int:
     256
     """
     return round(size * 256 / 224) if resize is None else resize
-
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """Return ``value`` as an int; NumPy's integers are whole numbers as well.
-
-    Raises:
-        ValueError: it is no whole number, or below ``least``.
-    """
-    try:
-        found = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = None
-    if found is None or not least <= found < 2**63:
-        raise ValueError(f"{name} must be a whole number, {least} or more, got {value!r}")
-    return found
 
 
 def numbers(name: str, values: Any, count: int) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
 from dlhelpers.lmdb_io.shards import part
 from dlhelpers.lmdb_io.sources import Source, SourceError
+from dlhelpers.progress import bar
 
 __all__ = ["Conversion"]
 
@@ -178,22 +179,17 @@ class Conversion:
 
     # ---- the records ----
 
-    def run(self, progress: bool) -> None:
+    def run(self, progress: bool | None) -> None:
         """Convert what is left of the source."""
-        from tqdm.auto import tqdm
 
         if not self.resumed_from and not self.done:
             self._tasks = self._own_tasks()
         total = self._own_count()
         batch: list[Item] = []
         size, since = 0, time.monotonic()
-        with tqdm(
-            total=total,
-            initial=self.done,
-            desc=self.target.name,
-            unit="img",
-            disable=None if progress else True,
-        ) as bar:
+        with bar(
+            progress=progress, total=total, initial=self.done, desc=self.target.name, unit="img"
+        ) as shown:
             begin, begin_bytes = time.monotonic(), self.image_bytes
             for items in load_chunks(self.loader, self._tasks, self.workers):
                 batch += items
@@ -202,11 +198,11 @@ class Conversion:
                 if size >= _COMMIT_BYTES or now - since >= _COMMIT_S:
                     self._commit(batch)
                     speed = (self.image_bytes - begin_bytes) / 1e6 / max(now - begin, 1e-9)
-                    bar.set_postfix_str(f"{speed:.1f} MB/s", refresh=False)
-                    bar.update(len(batch))
+                    shown.set_postfix_str(f"{speed:.1f} MB/s", refresh=False)
+                    shown.update(len(batch))
                     batch, size, since = [], 0, now
             self._commit(batch)
-            bar.update(len(batch))
+            shown.update(len(batch))
 
     def _own_tasks(self) -> Iterator[Any]:
         """Return the tasks of this shard, in order."""

@@ -15,6 +15,7 @@ import lmdb
 import torch
 from torch.utils.data import Dataset, default_collate
 
+from dlhelpers.arguments import whole_number
 from dlhelpers.lmdb_io import decoding, schema
 from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
 from dlhelpers.lmdb_io.environments import Environment, open_environment
@@ -93,8 +94,7 @@ class LMDBDataset(Dataset):
             raise ValueError(
                 f"memory_format must be auto, contiguous or channels_last, got {memory_format!r}"
             )
-        if not isinstance(threads, int) or threads < 1:
-            raise ValueError(f"threads must be a whole number, 1 or more, got {threads!r}")
+        threads = whole_number("threads", threads, 1)
         if collate and decode in (None, "pil") and transform is None:
             raise ValueError(f"collate=True needs tensors, decode={decode!r} gives none")
         self._channels_last = memory_format == "channels_last" or (

@@ -11,6 +11,8 @@ import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dlhelpers.arguments import whole_number
+
 __all__ = ["ENCODINGS", "RAW", "Encoding", "image_format", "jpeg_size"]
 
 ENCODINGS = ("jpeg", "png", "webp", "raw")
@@ -49,10 +51,7 @@ class Encoding:
             )
         if self.quality is not None:
             most = 100 if self.encode == "webp" else 95
-            if not isinstance(self.quality, int) or not 1 <= self.quality <= most:
-                raise ValueError(
-                    f"quality must be a whole number from 1 to {most}, got {self.quality!r}"
-                )
+            whole_number("quality", self.quality, 1, most)
             if self.encode in ("png", "raw"):
                 raise ValueError(f"quality={self.quality} means nothing for {self.encode}")
             if self.encode is None and self.resize is None:

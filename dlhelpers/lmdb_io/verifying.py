@@ -21,6 +21,7 @@ from typing import Any
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
+from dlhelpers.progress import bar
 
 __all__ = [
     "DatabaseInfo",
@@ -95,12 +96,12 @@ class DatabaseInfo:
         return "\n".join(lines + [f"    {what}: {why}" for what, why in self.skipped])
 
 
-def verify_lmdb(path: str | os.PathLike[str], *, progress: bool = True) -> VerifyReport:
+def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -> VerifyReport:
     """Read every record and compare checksums, count, order and index.
 
     Args:
         path: the file, or a folder of shards.
-        progress: shows a bar.
+        progress: a bar on long runs; None draws it in a terminal only.
 
     Returns:
         A VerifyReport where everything is as it was written.
@@ -192,10 +193,9 @@ def _keys_in_two_shards(files: list[Path]) -> list[str]:
 
 
 def _in_a_child(
-    path: Path, progress: bool, entry: bytes = b""
+    path: Path, progress: bool | None, entry: bytes = b""
 ) -> tuple[list[str], dict[str, Any] | None]:
     """Run :func:`_main` on a file; return problems and the meta entry, or the given entry."""
-    from tqdm.auto import tqdm
 
     root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
@@ -209,17 +209,17 @@ def _in_a_child(
         subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors_file, env=environment
         ) as child,
-        tqdm(desc="verify", unit="img", disable=None if progress else True) as bar,
+        bar(progress=progress, desc="verify", unit="img") as shown,
     ):
         try:
             for line in _lines(child):
                 kind, value = json.loads(line)
                 if kind == "at":
-                    bar.update(value - at)
+                    shown.update(value - at)
                     at = value
                 elif kind == "meta":
                     meta = value
-                    bar.total = value["count"]
+                    shown.total = value["count"]
                 elif kind == "problem":
                     problems.append(value)
                 else:

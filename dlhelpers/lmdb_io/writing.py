@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from dlhelpers.arguments import shard_of, whole_number
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
@@ -77,7 +78,7 @@ def write_lmdb(
     resume: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     shard: tuple[int, int] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> WriteReport:
     """Convert images into one LMDB file for :class:`LMDBDataset`.
 
@@ -104,7 +105,7 @@ def write_lmdb(
         shard: (rank, world) writes this rank's part into the folder ``path``, which
             LMDBDataset opens as one. Parts are contiguous; of an iterable without length, rank
             takes each world-th item.
-        progress: shows a bar with images/s and MB/s.
+        progress: a bar with images/s and MB/s; None draws it in a terminal only.
 
     Returns:
         A WriteReport that lists what was skipped.
@@ -229,19 +230,13 @@ def _reason_of_short_write(conversion: Conversion) -> int:
 def _validate(
     workers: int, map_size: int | None, on_error: str, shard: tuple[int, int] | None
 ) -> None:
-    if not isinstance(workers, int) or workers < 0:
-        raise ValueError(f"workers must be a whole number, 0 or more, got {workers!r}")
+    whole_number("workers", workers, 0)
     if map_size is not None and (not isinstance(map_size, int) or map_size < 1):
         raise ValueError(f"map_size must be a number of bytes, such as 2**30, got {map_size!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
-    if shard is not None and not (
-        isinstance(shard, (tuple, list))
-        and len(shard) == 2
-        and all(isinstance(number, int) for number in shard)
-        and 0 <= shard[0] < shard[1]
-    ):
-        raise ValueError(f"shard must be (rank, world) with 0 <= rank < world, got {shard!r}")
+    if shard is not None:
+        shard_of(shard)
 
 
 def _some(names: tuple[str, ...]) -> str:

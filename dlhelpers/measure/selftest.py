@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from dlhelpers.measure.comparison import Comparison, compare
+from dlhelpers.progress import bar
 
 __all__ = ["PLAN", "Trial", "TrialResult", "busy_neighbour", "run", "workload"]
 
@@ -119,7 +120,7 @@ def run(
     runs: int | None = None,
     plan: tuple[Trial, ...] = PLAN,
     compare: Callable[..., Comparison] = compare,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> Iterator[TrialResult]:
     """Yield the result of each trial of the plan as it ends.
 
@@ -128,9 +129,8 @@ def run(
             at most in all).
         plan: the trials.
         compare: the comparison under test.
-        progress: shows a progress bar.
+        progress: a bar on long runs; None draws it in a terminal only.
     """
-    from tqdm.auto import tqdm
 
     for trial in plan:
         truth = 1 / (1 - trial.less_work)
@@ -138,12 +138,8 @@ def run(
         candidate = workload(1 - trial.less_work) if trial.less_work else baseline
         rows = []
         with busy_neighbour() if trial.loaded else nullcontext():
-            for _ in tqdm(
-                range(runs or trial.runs),
-                desc=str(trial),
-                leave=False,
-                disable=None if progress else True,  # None: no bar where nobody watches
-            ):
+            runs_ = range(runs or trial.runs)
+            for _ in bar(runs_, progress=progress, desc=str(trial), leave=False):
                 rows.append(compare(baseline, candidate, budget_s=trial.budget_s))
         outcomes = ("faster", "slower", "no difference", "undecided")
         yield TrialResult(

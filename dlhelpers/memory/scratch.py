@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dlhelpers.fakes import tensors_in
+from dlhelpers.files import write_whole
 from dlhelpers.memory.allocator import record_of
 
 __all__ = ["Call", "Scratch", "call_of"]
@@ -235,9 +236,8 @@ class Scratch:
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_suffix(f".{os.getpid()}.part")
-            partial.write_text(json.dumps(self._known))
-            partial.replace(self._path)
+            known = json.dumps(self._known)
+            write_whole(self._path, (), lambda name: Path(name).write_text(known))
         except OSError:
             pass
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
+from dlhelpers.arguments import whole_number
 from dlhelpers.findings import Findings
 
 from .calls import NAME_OF, LossCall, bind
@@ -81,9 +82,7 @@ def guard(steps: int = 20) -> contextlib.AbstractContextManager[Findings]:
     >>> [(found.severity, found.name) for found in findings]
     [('error', 'softmax-into-cross-entropy')]
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps!r}: expected a whole number of 1 or more, such as 20")
-    return _Guard(steps)
+    return _Guard(whole_number("steps", steps, 1))
 
 
 class _Guard(contextlib.ContextDecorator):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import html
-import inspect
 import multiprocessing
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from dlhelpers.arguments import whole_number
 from dlhelpers.tables import html_table, text_table
 
 __all__ = ["CodeReport", "Row", "Table", "Unseen", "place_of", "unseen"]
@@ -74,12 +73,11 @@ def unseen() -> Iterator[Unseen]:
 def _children() -> set[int]:
     """Return the processes that this one started, by whatever means; elsewhere than on Linux those
     of multiprocessing alone."""
-    multiprocessing.active_children()  # waits for those that have ended
-    tasks = Path("/proc/self/task").glob("*/children")
-    try:
-        return {int(pid) for task in tasks for pid in task.read_text().split()}
-    except OSError:
-        return {child.pid for child in multiprocessing.active_children() if child.pid}
+    found = {child.pid for child in multiprocessing.active_children() if child.pid}
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # of a thread that has just ended
+            found |= set(map(int, task.read_text().split()))
+    return found
 
 
 def _used_by(pid: int) -> float:
@@ -179,8 +177,7 @@ class CodeReport:
         """
         if by not in ("own", "total"):
             raise ValueError(f"by must be 'own' or 'total', got {by!r}")
-        if not isinstance(top, int) or top < 1:
-            raise ValueError(f"top must be a whole number, 1 or more, got {top!r}")
+        top = whole_number("top", top, 1)
         table = Table(sorted(self.rows, key=lambda row: -getattr(row, f"{by}_s"))[:top])
         table.wall_s = self.wall_s
         return table
@@ -230,52 +227,3 @@ def _cell_name(file: str) -> str:
         return "cell" if "ipykernel_" in file else ""
     known = getattr(shell.compile, "format_code_name", lambda name: None)(file)
     return known[1] if known else "cell" if "ipykernel_" in file else ""
-
-
-def need_callable(fn: object, name: str = "fn") -> Callable[[], Any]:
-    """Return ``fn``, or raise TypeError: a profiler runs a function without arguments."""
-    if not callable(fn):
-        raise TypeError(
-            f"{name} must be a function without arguments, got {type(fn).__name__}: write "
-            "lambda: train(model)"
-        )
-    inner = getattr(fn, "func", fn)  # functools.partial
-    for lazy, run in (
-        (inspect.isgeneratorfunction, "lambda: list({0}())"),
-        (inspect.iscoroutinefunction, "lambda: asyncio.run({0}())"),
-    ):
-        if lazy(inner):
-            called = getattr(inner, "__name__", name)
-            raise TypeError(
-                f"{name} must be a function that does its work when it is called; {called} returns "
-                f"at once, and works when somebody asks it to: write {run.format(called)}"
-            )
-    return fn
-
-
-def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str], Any]) -> Path:
-    """Let ``write`` make a file beside the path, then put it there: whole, or not at all.
-
-    Raises:
-        ValueError: the suffix is another one.
-        FileNotFoundError: there is no such folder.
-        PermissionError: nothing may be written into it.
-    """
-    path = Path(path).expanduser()
-    if not path.name.endswith(tuple(suffixes)):
-        raise ValueError(f"path must end in {' or '.join(suffixes)}, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
-    partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
-    try:
-        write(str(partial))
-        partial.replace(path)
-    except PermissionError as error:
-        raise PermissionError(
-            f"cannot write {path.name!r} into {path.parent}: choose a folder of your own, or allow "
-            f"it there ({error.strerror})"
-        ) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return path

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from dlhelpers import machine
+from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
-from dlhelpers.profiling.code_report import need_callable
 from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.program_lines import program_lines
 from dlhelpers.profiling.rules import RULES
@@ -26,12 +26,7 @@ from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
-from dlhelpers.profiling.watching import (
-    count_graph_nodes,
-    only_new_objects,
-    trained_parameters,
-    watch,
-)
+from dlhelpers.profiling.watching import graph_counter, watch
 
 __all__ = ["diagnose", "observe", "rank"]
 
@@ -76,8 +71,7 @@ def diagnose(
     'evaluation-without-no-grad'
     """
     need_callable(train_step, "train_step")
-    if not isinstance(steps, int) or steps < 3:
-        raise ValueError(f"steps must be a whole number, 3 or more, got {steps!r}")
+    steps = whole_number("steps", steps, 3)
     if not 0 < at_least < 1:
         raise ValueError(f"at_least must be a share between 0 and 1, got {at_least!r}")
     try:
@@ -97,9 +91,9 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     step_ms = statistics.median(report.plain_ms)
     looked_at = min(200, max(steps, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
     looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
-    with only_new_objects():
-        nodes = [(train_step(), count_graph_nodes())[1] for _ in range(4)]
-    calls, cores = tuple(seen.calls.values()), machine.describe().cores
+    with graph_counter() as count:
+        nodes = [(train_step(), count())[1] for _ in range(4)]
+    cores = machine.describe().cores
     loader = seen.slowest
     waits = report.shares.get("data loading", 0.0)
     costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
@@ -108,8 +102,8 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         step_ms=step_ms,
         loader=loader,
         costs=costs,
-        calls=calls,
-        trained=trained_parameters() if any(not c.training for c in calls) else frozenset(),
+        calls=tuple(seen.calls.values()),
+        trained=frozenset(seen.trained),
         graph_nodes=tuple(nodes),
         lines=program_lines(looks),
         cores=cores,

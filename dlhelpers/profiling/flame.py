@@ -12,7 +12,8 @@ import pstats
 import re
 from pathlib import Path
 
-from dlhelpers.profiling.code_report import write_whole
+from dlhelpers.arguments import whole_number
+from dlhelpers.files import write_whole
 
 __all__ = ["Flame"]
 
@@ -31,9 +32,7 @@ class Flame:
     """
 
     def __init__(self, stats: pstats.Stats, height: int = 500) -> None:
-        if not isinstance(height, int) or height < 100:
-            raise ValueError(f"height must be 100 pixels or more, got {height!r}")
-        self._stats, self._height = stats, height
+        self._stats, self._height = stats, whole_number("height", height, 100)
         self.page = _page(stats)
 
     def save(self, path: str | Path) -> Path:

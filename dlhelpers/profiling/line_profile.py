@@ -12,14 +12,9 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from dlhelpers.profiling.code_report import (
-    CodeReport,
-    Row,
-    need_callable,
-    place_of,
-    unseen,
-    write_whole,
-)
+from dlhelpers.arguments import need_callable
+from dlhelpers.files import write_whole
+from dlhelpers.profiling.code_report import CodeReport, Row, place_of, unseen
 
 __all__ = ["LinesReport", "profile_lines"]
 

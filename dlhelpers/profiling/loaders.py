@@ -69,9 +69,10 @@ def loader_costs(
 ) -> LoaderCosts | None:
     """Measure the parts of one batch; try workers where there are none and there are cores.
 
-    None for a stream that goes on where it was left: what is read for a trial would be missing.
+    None for a stream that cannot be copied: what is read for a trial would be missing.
     """
-    if not loader.by_index and _has_state(loader.dataset):
+    stream = None if loader.by_index else _copied(loader.dataset)
+    if not loader.by_index and stream is None:
         return None
     with _random_states_kept(loader):
         batches = _some_batches(loader)
@@ -87,11 +88,9 @@ def loader_costs(
             decoding = decoding_share(lambda: [make(index) for index in few])
             samples = [make(index) for index in first]
         else:
-            counters = dict(vars(loader.dataset))
             begin = clock()
-            samples = list(islice(iter(loader.dataset), size))
+            samples = list(islice(iter(stream), size))
             sample_ms = 1000 * (clock() - begin) / max(1, len(samples))
-            vars(loader.dataset).update(counters)
             repeats, decoding = False, 0.0
         copying = min(_ms(lambda: copy.deepcopy(samples[0]), clock) for _ in range(3))
         collate_ms, plain_ms = _collate_ms(loader, samples, clock)
@@ -104,10 +103,17 @@ def loader_costs(
     return LoaderCosts(loader.workers, size, *times, tried, *places)
 
 
-def _has_state(dataset: Any) -> bool:
-    """Whether a stream is, or holds, something that is read once: an iterator, an open file."""
+def _copied(dataset: Any) -> Any:
+    """Return a stream's copy, which reads on from the same place; None where it has none.
+
+    Tensors and arrays that it holds are shared: they may be large, and reading leaves them alone.
+    """
     held = getattr(dataset, "__dict__", {}).values()
-    return any(hasattr(thing, "__next__") or hasattr(thing, "read") for thing in (dataset, *held))
+    shared = {id(t): t for t in held if isinstance(t, torch.Tensor) or hasattr(t, "__array__")}
+    try:
+        return copy.deepcopy(dataset, shared)
+    except Exception:  # an open file, a generator, a queue
+        return None
 
 
 def decoding_share(fn: Callable[[], Any]) -> float:

@@ -11,6 +11,8 @@ from dlhelpers.profiling.trace import MODEL, Event, Trace, union_us
 
 __all__ = ["Outside", "outside_of_models"]
 
+_NOTHING = {"aten::to", "aten::detach"}  # unless they call what does the work
+
 
 @dataclass(frozen=True)
 class Outside:
@@ -41,14 +43,17 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
     )  # spans do not overlap
     inside = _lies_inside(spans, models)
     operators = [e for e in events if e.kind == "operator" and inside(e)]
-    tops, reached = [], float("-inf")
+    tops, parents, reached = [], set(), float("-inf")
     for event in operators:
         if event.start_us >= reached:
             tops.append(event)
             reached = event.end_us
+        else:
+            parents.add(len(tops) - 1)
     counts: dict[str, int] = {}
-    for event in tops:
-        counts[event.name] = counts.get(event.name, 0) + 1
+    for number, event in enumerate(tops):
+        if event.name not in _NOTHING or number in parents:
+            counts[event.name] = counts.get(event.name, 0) + 1
     name = max(counts, key=counts.__getitem__, default="")
     n = len(trace.steps)
     in_operators = sum(event.us for event in tops)

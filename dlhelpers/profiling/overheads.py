@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
+from dlhelpers.arguments import need_callable
 from dlhelpers.measure import Comparison, compare
-from dlhelpers.profiling.code_report import need_callable
 from dlhelpers.profiling.python_profile import start, tracing_module
 from dlhelpers.tables import html_table, text_table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,10 @@ from dlhelpers.profiling.sampling import Line, Look, Stack
 __all__ = ["ProgramLines", "decodes", "program_lines"]
 
 _DECODING = re.compile(r"decode|decompress|imread|read_image|default_loader|pil_loader", re.I)
-_LOADER = "torch/utils/data/"
-_TORCHS = ("torch/nn/modules/module.py", "torch/autograd/", "torch/optim/", "torch/_dynamo/")
+_LOADER = "/torch/utils/data/"
+_PARTS = ("nn/modules/module.py", "nn/utils/", "autograd/", "optim/", "amp/", "_dynamo/")
+_TORCHS = tuple(f"/torch/{part}" for part in _PARTS)
+_STANDARD = sysconfig.get_path("stdlib").replace("\\", "/") + "/"
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ def program_lines(looks: Sequence[Look]) -> ProgramLines:
         stack = stacks.get("", ())
         if _passes(stack, _LOADER):
             continue
-        pictures = any(map(decodes, stack))
+        in_torch = _passes(stack, *_TORCHS)  # where a method named decode decodes no picture
+        pictures = not in_torch and any(map(decodes, stack))
         decoding += seconds * pictures
         line = next((line for line in reversed(stack) if _is_own(line[0])), None)
         if line is None:
             continue
         below[line] = below.get(line, 0.0) + seconds
-        if not pictures and not _passes(stack, *_TORCHS):
+        if not pictures and not in_torch:
             outside[line] = outside.get(line, 0.0) + seconds
     whole = sum(look.seconds for look in looks) or 1.0
     return ProgramLines(
@@ -75,7 +79,7 @@ def _is_own(file: str) -> bool:
     name = file.replace("\\", "/")
     return not (
         "site-packages/" in name
-        or "/lib/python" in name
-        or ("dlhelpers/profiling/" in name and not name.endswith("/story.py"))
+        or name.startswith(_STANDARD)
+        or "dlhelpers/profiling/" in name
         or (name.startswith("<") and "ipython" not in name)
     )

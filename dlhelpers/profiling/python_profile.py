@@ -15,14 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from dlhelpers.profiling.code_report import (
-    CodeReport,
-    Row,
-    need_callable,
-    place_of,
-    unseen,
-    write_whole,
-)
+from dlhelpers.arguments import need_callable
+from dlhelpers.files import write_whole
+from dlhelpers.profiling.code_report import CodeReport, Row, place_of, unseen
 
 if TYPE_CHECKING:
     from dlhelpers.profiling.flame import Flame

@@ -33,7 +33,9 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
             at_most=True,
             what=f"{waits / seen.step_ms:.0%} of a step is data loading",
             why="the step waits until its batch is there",
-            remedy="prepare batches while the step computes: DataLoader(..., num_workers=2)",
+            remedy="prepare batches while the step computes: DataLoader(..., num_workers=2)"
+            + ", each worker giving its own part of the stream, by get_worker_info()"
+            * bool(seen.loader and not seen.loader.by_index),
             notebook="03_dali_io",
         )
         return
@@ -169,7 +171,8 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
     in_loop = count >= max(8, seen.samples)  # as often as there are samples, not as micro-batches
     if outside.ms < least_ms:
         return
-    told = f"{outside.ms / seen.step_ms:.0%} of a step is neither loader, model nor optimizer"
+    share = outside.ms / seen.step_ms
+    told = f"{share:.0%} of a step is outside torch's loaders, modules, backward and optimizers"
     if 3 * outside.items >= outside.operators and outside.items >= 8:
         yield seen.finding(
             "item-every-step",
@@ -184,7 +187,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         return
     # Python takes about as long to call a small operator as the operator itself
     called = min(1.0, 2 * outside.in_operators) * outside.ms * (1 - 1 / max(count, 1))
-    saves = max(called, in_python)
+    saves = min(max(called, in_python), seen.at_most_outside_ms)
     if in_loop and saves >= least_ms:
         yield seen.finding(
             "python-loop",
@@ -197,14 +200,15 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             "images",
             notebook="08_profiling",
         )
-    elif in_python >= max(least_ms, seen.step_ms / 5, _BETWEEN_CALLS_MS):
+    elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _BETWEEN_CALLS_MS):
         yield seen.finding(
             "python-in-step",
             saves_ms=in_python,
             at_most=True,
             where=seen.lines.outside,
             what=f"{told}; {in_python:.3g} ms of it pass outside torch's operators",
-            why="it is Python, or what Python calls at this line: numbers, texts, files, a lock",
+            why="it is Python, or what Python calls at this line: numbers, texts, files, a lock, a "
+            "model or a loader that is not torch's",
             remedy="profiling.sample(train_step) names the function: compute on whole tensors, let "
             "the loader's workers do it, or do it once in a hundred steps",
             notebook="08_profiling",
@@ -297,11 +301,10 @@ def _teacher(seen: Seen, calls: ModelCalls) -> Iterator[Bottleneck]:
         return
     yield seen.finding(
         "evaluation-without-no-grad",
-        severity="error",
         saves_bytes=graph_bytes(calls),
         besides="no graph that is built for nothing",
         what=f"{type(calls.module).__name__} is in eval mode, its outputs hang on a graph, and no "
-        "optimizer holds any of its parameters",
+        "optimizer that made a step holds any of its parameters",
         why="every input of every layer is kept, and backward may compute gradients that nobody "
         "takes",
         remedy="with torch.no_grad(): targets = teacher(inputs)",

@@ -17,15 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dlhelpers.profiling.code_report import (
-    CodeReport,
-    Row,
-    Unseen,
-    need_callable,
-    place_of,
-    unseen,
-    write_whole,
-)
+from dlhelpers.arguments import need_callable
+from dlhelpers.files import write_whole
+from dlhelpers.profiling.code_report import CodeReport, Row, Unseen, place_of, unseen
 
 __all__ = ["Line", "Look", "SampleReport", "Stack", "attribute", "sample", "sample_threads"]
 

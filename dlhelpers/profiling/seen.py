@@ -69,7 +69,7 @@ class Seen:
         loader: that gave the batches, None where no DataLoader of torch's did.
         costs: of its parts, None without a loader or where loading takes next to no time.
         calls: of models, over all recorded steps.
-        trained: ids of the parameters that an optimizer holds.
+        trained: ids of the parameters of the optimizers that made a step.
         graph_nodes: nodes of autograd's graphs that are alive after each of some steps.
         lines: of the program, where the step was seen.
         cores: that this process may use.
@@ -129,9 +129,14 @@ class Seen:
     @property
     def python_ms(self) -> float:
         """Milliseconds of a step in Python, or C of its, outside models and torch's operators."""
-        outside = self.outside
-        recorded = outside.ms * (1 - outside.in_operators)  # with what recording itself takes
-        return min(recorded, self.step_ms * self.lines.outside_share)
+        recorded = self.outside.ms * (1 - self.outside.in_operators)  # and what recording takes
+        return min(recorded, self.at_most_outside_ms)
+
+    @property
+    def at_most_outside_ms(self) -> float:
+        """What of a step can be saved outside models: what was seen there, and no GPU hides."""
+        seen = self.step_ms * self.lines.outside_share
+        return min(seen, self.gpu_idle_ms) if self.trace.gpu else seen
 
     @property
     def kept_nodes(self) -> int:

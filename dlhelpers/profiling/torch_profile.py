@@ -18,11 +18,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from dlhelpers.profiling.code_report import Unseen, need_callable, unseen, write_whole
+from dlhelpers.arguments import need_callable, whole_number
+from dlhelpers.files import write_whole
+from dlhelpers.profiling.code_report import Unseen, unseen
 from dlhelpers.profiling.operators import Operator, find_operators
 from dlhelpers.profiling.outside import outside_of_models
 from dlhelpers.profiling.phases import find_phases, phase_spans
 from dlhelpers.profiling.trace import STEP, Trace, read_trace
+from dlhelpers.progress import bar
 from dlhelpers.recording import need_no_recording, recording
 from dlhelpers.tables import html_table, text_table
 
@@ -147,7 +150,7 @@ class TorchReport:
         keys |= {name: name for name in ("calls", "nbytes", "flops")}
         if by not in keys:
             raise ValueError(f"by must be one of {', '.join(keys)}, got {by!r}")
-        _need_count("top", top)
+        top = whole_number("top", top, 1)
         rows = find_operators(self.trace, by_shape=by_shape)
         return Operators(sorted(rows, key=lambda row: -getattr(row, keys[by]))[:top])
 
@@ -157,7 +160,7 @@ class TorchReport:
         Raises:
             ValueError: top is below 1.
         """
-        _need_count("top", top)
+        top = whole_number("top", top, 1)
         sums: dict[str, list[float]] = {}
         for event in self.trace.gpu:
             found = sums.setdefault(event.name, [0.0, 0.0])
@@ -185,7 +188,7 @@ class TorchReport:
         """Draw the first steps: the phases of the calling thread, other threads, the GPU."""
         from dlhelpers import plots
 
-        _need_count("steps", steps)
+        steps = whole_number("steps", steps, 1)
         end = self.trace.steps[:steps][-1][1]
         lanes = {
             "calling thread": [
@@ -300,9 +303,8 @@ def profile_torch(
     ['backward', 'forward']
     """
     need_callable(fn)
-    _need_count("steps", steps)
-    if not isinstance(warmup, int) or warmup < 0:
-        raise ValueError(f"warmup must be a whole number, 0 or more, got {warmup!r}")
+    steps = whole_number("steps", steps, 1)
+    warmup = whole_number("warmup", warmup, 0)
     return record_steps(fn, steps, warmup, progress=progress)
 
 
@@ -316,25 +318,21 @@ def record_steps(
     progress: bool | None = None,
 ) -> TorchReport:
     """Do what :func:`profile_torch` promises; ``on_record`` is called when recording begins."""
-    import sys
-
     import torch
     from torch.profiler import ProfilerActivity, schedule
-    from tqdm.auto import tqdm
 
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     plain: list[float] = []
     recorded: list[float] = []
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     total = warmup + 2 * steps + 1
-    with tqdm(total=total, desc="steps", leave=False, delay=1, disable=hidden) as bar:
+    with bar(total=total, desc="steps", progress=progress, leave=False) as shown:
 
         def timed() -> float:
             begin = clock()
             fn()
             took = clock() - begin
-            bar.update()
+            shown.update()
             return 1000 * took
 
         def catch_up() -> None:
@@ -385,8 +383,3 @@ def _record(timed: Callable[[], float], steps: int, recorded: list[float]) -> No
                 recorded.append(timed())
         except StopIteration:  # fewer steps then
             return
-
-
-def _need_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number, 1 or more, got {value!r}")

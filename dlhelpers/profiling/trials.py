@@ -77,12 +77,12 @@ def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
     if calls.kwargs or not any(isinstance(m, kinds) for m in calls.module.modules()):
         return None
     try:
-        fused, report = fuse_conv_bn(calls.module, *calls.args)
+        model = _without_hooks(copy.deepcopy(calls.module))
+        fused, report = fuse_conv_bn(model, calls.args)
     except Exception:
         return None
     if not report.folded:
         return None
-    model, fused = _without_hooks(copy.deepcopy(calls.module)), _without_hooks(fused)
 
     def run(network: nn.Module) -> Callable[[], Any]:
         def once() -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -20,9 +21,7 @@ __all__ = [
     "Loader",
     "ModelCalls",
     "Watch",
-    "count_graph_nodes",
-    "only_new_objects",
-    "trained_parameters",
+    "graph_counter",
     "watch",
 ]
 
@@ -66,7 +65,7 @@ class ModelCalls:
         makes_graph: whether the last output hangs on a graph.
         autocast: whether the last call ran under autocast on the tensor's device.
         args, kwargs: of the last call, detached.
-        needs_input_grad: whether gradients flow through it to one of these.
+        needs_input_grad: whether gradients flowed through it to an input, in any call.
     """
 
     module: nn.Module
@@ -88,11 +87,13 @@ class Watch:
         loaders: those that gave a batch, by ``id`` of their data set.
         waited_s: seconds in each of them, by the same key.
         calls: of modules with parameters, by ``id`` and mode.
+        trained: ids of the parameters of optimizers that made a step.
     """
 
     loaders: dict[int, Loader] = field(default_factory=dict)
     waited_s: dict[int, float] = field(default_factory=dict)
     calls: dict[tuple[int, bool], ModelCalls] = field(default_factory=dict)
+    trained: set[int] = field(default_factory=set)
 
     def begin_anew(self) -> None:
         """Forget calls and waiting, of steps that warm up; loaders are known already."""
@@ -120,6 +121,7 @@ def watch() -> Iterator[Watch]:
         with ExitStack() as stack:
             stack.enter_context(_loaders_noted(seen))
             stack.enter_context(_models_noted(seen))
+            stack.enter_context(_optimizers_noted(seen))
             yield seen
     finally:
         _ALONE.release()
@@ -165,10 +167,10 @@ def _models_noted(seen: Watch) -> Iterator[None]:
         try:
             with torch.autograd.profiler.record_function(MODEL):
                 output = call(module, *args, **kwargs)
+                if next(module.parameters(), None) is not None:
+                    _note(seen, module, args, kwargs, output)
         finally:
             inside = False
-        if next(module.parameters(), None) is not None:
-            _note(seen, module, args, kwargs, output)
         return output
 
     nn.Module.__call__ = noted
@@ -176,6 +178,21 @@ def _models_noted(seen: Watch) -> Iterator[None]:
         yield
     finally:
         nn.Module.__call__ = call
+
+
+@contextmanager
+def _optimizers_noted(seen: Watch) -> Iterator[None]:
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    def noted(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        seen.trained.update(map(id, held))
+
+    hook = register_optimizer_step_post_hook(noted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _note(seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -186,7 +203,7 @@ def _note(seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], o
     calls.count += 1
     calls.rows = len(tensors[0]) if tensors and tensors[0].dim() else 0
     calls.makes_graph = any(t.grad_fn is not None for t in _tensors_of(output))
-    calls.needs_input_grad = any(t.requires_grad for t in tensors)
+    calls.needs_input_grad |= any(t.requires_grad for t in _tensors_of((args, kwargs)))
     calls.autocast = bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type)
     calls.args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
     calls.kwargs = {k: t.detach() if isinstance(t, Tensor) else t for k, t in kwargs.items()}
@@ -198,16 +215,34 @@ def _tensors_of(output: Any) -> list[Tensor]:
     return list(tensors_in(output))
 
 
-def trained_parameters() -> frozenset[int]:
-    """Return the ids of the parameters that optimizers of torch's hold, all that are alive."""
-    alive = _alive(torch.optim.Optimizer)
-    groups = (group for optimizer in alive for group in optimizer.param_groups)
-    return frozenset(id(parameter) for group in groups for parameter in group["params"])
+@contextmanager
+def graph_counter(limit: int = 200_000) -> Iterator[Callable[[], int]]:
+    """Give a function that counts the nodes of autograd's graphs that living tensors hold.
+
+    The garbage collector knows a million objects, and to go through them takes a good part of a
+    second. So the tensors that are there already are noted once, and each count looks at them and
+    at objects that are new. Where the program has set objects aside itself, all are gone through.
+    """
+    import gc
+
+    known = [weakref.ref(tensor) for tensor in _alive(Tensor)]
+
+    def count() -> int:
+        old = (tensor for note in known if (tensor := note()) is not None)
+        return _count_nodes({id(t): t for t in (*old, *_alive(Tensor))}.values(), limit)
+
+    if gc.get_freeze_count():
+        yield count
+        return
+    gc.freeze()
+    try:
+        yield count
+    finally:
+        gc.unfreeze()
 
 
-def count_graph_nodes(limit: int = 200_000) -> int:
-    """Return how many nodes of autograd's graphs the tensors that are alive hold in memory."""
-    todo = [tensor.grad_fn for tensor in _alive(Tensor) if _has_graph(tensor)]
+def _count_nodes(tensors: Iterable[Tensor], limit: int) -> int:
+    todo = [tensor.grad_fn for tensor in tensors if _has_graph(tensor)]
     seen: set[Any] = set()
     while todo and len(seen) < limit:
         node = todo.pop()
@@ -216,25 +251,6 @@ def count_graph_nodes(limit: int = 200_000) -> int:
         seen.add(node)
         todo.extend(parent for parent, _ in node.next_functions)
     return len(seen)
-
-
-@contextmanager
-def only_new_objects() -> Iterator[None]:
-    """Let the garbage collector show those objects alone that are made inside the ``with`` block.
-
-    There are a million others, and going through them takes a good part of a second. Where the
-    program has set objects aside itself, nothing is done.
-    """
-    import gc
-
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _alive(kind: type) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers import training
+from dlhelpers.files import write_whole
+from dlhelpers.progress import bar
 from dlhelpers.quantization.batches import Batch, Structure, first_line, sqnr_db
 from dlhelpers.quantization.racing import fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
@@ -82,17 +83,20 @@ class QuantizedModel(nn.Module):
         other._fixed = self._fixed
         return other
 
-    def save(self, path: Any) -> None:
-        """Write the ONNX file of the road that was taken.
+    def save(self, path: str | Path) -> Path:
+        """Write the ONNX file of the road that was taken; whole, or not at all.
 
         Raises:
-            ValueError: it is one of torch's roads, which have no file of their own.
+            ValueError: it is one of torch's roads, which have no file of their own; or the path
+                does not end in ``.onnx``.
+            FileNotFoundError: there is no such folder.
         """
         if self._road.onnx is None:
             raise ValueError(
                 f'{self._road.name} has no ONNX file: quantize with engine="onnxruntime" for one'
             )
-        Path(path).write_bytes(self._road.onnx)
+        content = self._road.onnx
+        return write_whole(path, (".onnx",), lambda name: Path(name).write_bytes(content))
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -109,13 +113,10 @@ def built(
     kept: dict[str, Road] | None = None,
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Return a row for every road, and those that are right; ``kept`` takes the wrong ones, too."""
-    from tqdm.auto import tqdm
-
-    hidden = not (sys.stderr.isatty() if progress is None else progress)
     rows, roads = [], {}
-    with tqdm(plan.items(), leave=False, delay=1, disable=hidden) as bar:
-        for name, (precision, build) in bar:
-            bar.set_postfix_str(name, refresh=True)
+    with bar(plan.items(), progress=progress, leave=False) as shown:
+        for name, (precision, build) in shown:
+            shown.set_postfix_str(name, refresh=True)
             row, road = tried(name, precision, build, task, min_sqnr_db, kept)
             rows.append(row)
             if road is not None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlhelpers import ledger as ledgers
+from dlhelpers.files import write_whole
 from dlhelpers.report.cells import cells_of_claims
 from dlhelpers.report.machines import compare
 from dlhelpers.report.page import machine_line, render
@@ -95,7 +96,10 @@ def _seen_from(page: Path, notebooks: Path) -> str:
 
 
 def _write(path: str, page: str) -> None:
-    Path(path).write_text(page, encoding="utf-8", errors="replace", newline="\n")
+    def write(name: str) -> None:
+        Path(name).write_text(page, encoding="utf-8", errors="replace", newline="\n")
+
+    write_whole(path, (), write)
     print(f"wrote {path}")
 
 

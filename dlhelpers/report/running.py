@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.progress import bar
+
 __all__ = ["NotebookRun", "RunSummary", "kernel_of_this_python", "run_notebooks"]
 
 
@@ -80,16 +82,14 @@ def run_notebooks(
     paths = sorted(folder.glob("*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"no notebook in {folder}: name the folder of *.ipynb files")
-    from tqdm.auto import tqdm
-
     from dlhelpers import ledger as ledgers
 
     ledgers.start(ledger)
     environment = os.environ | {"DLHELPERS_LEDGER": str(ledger)}
     runs = []
-    with tqdm(paths, unit="notebook", disable=not progress) as bar:
-        for path in bar:
-            bar.set_description(path.stem)
+    with bar(paths, progress=progress, unit="notebook", delay=0) as shown:
+        for path in shown:
+            shown.set_description(path.stem)
             runs.append(_run(path, environment, progress, timeout))
     return RunSummary(tuple(runs), ledger)
 
@@ -97,7 +97,6 @@ def run_notebooks(
 def _run(path: Path, environment: Mapping[str, str], progress: bool, timeout: float) -> NotebookRun:
     import nbformat
     from nbclient import NotebookClient
-    from tqdm.auto import tqdm
 
     started = time.perf_counter()
     begun: list[Any] = []  # code cells that were begun, the last one may have failed
@@ -105,10 +104,10 @@ def _run(path: Path, environment: Mapping[str, str], progress: bool, timeout: fl
     try:
         notebook = nbformat.read(path, as_version=4)
         code = [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
-        with tqdm(total=len(code), unit="cell", leave=False, disable=not progress) as bar:
+        with bar(progress=progress, total=len(code), unit="cell", leave=False, delay=0) as shown:
 
             def begin(cell: Any, cell_index: int) -> None:
-                bar.update(bool(begun))
+                shown.update(bool(begun))
                 begun.append(cell)
 
             client = NotebookClient(

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.arguments import whole_number
 from dlhelpers.measure import Comparison, compare_many
 from dlhelpers.shufflenet.costs import layer_costs
 from dlhelpers.shufflenet.paper import TABLES, Row
@@ -111,8 +112,7 @@ def guideline_networks(
     Raises:
         ValueError: there is no such experiment.
     """
-    if isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
-        raise ValueError(f"scale must be a whole number, 1 or more, got {scale!r}")
+    scale = whole_number("scale", scale, 1)
     rows = _rows(guideline, channels)
     networks = {}
     with torch.random.fork_rng(devices=[]):

@@ -24,18 +24,6 @@ def address(tmp_path_factory):
         yield address
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra dev)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=lab_session.chromium(),
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"],
-        )
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(browser):
     page = browser.new_page(viewport={"width": 1280, "height": 1600})
@@ -126,7 +114,12 @@ WIDGETS = {
 }
 
 
-@pytest.mark.parametrize("name", WIDGETS)
+QUICK = {"03_dali_io"}  # nbval runs them all as well; `make verify` sees each in the browser
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in WIDGETS]
+)
 def test_a_lesson_runs_and_its_figure_follows_the_widget(page, address, name):
     run_and_move(page, address, name, WIDGETS[name], timeout_s=400)
 

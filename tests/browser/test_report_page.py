@@ -29,18 +29,6 @@ def report(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright (extra dev)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=lab_session.chromium(),
-            args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking"],
-        )
-        yield browser
-        browser.close()
-
-
 def brightness(colour):
     """Mean of the three channels of ``rgb(…)``."""
     return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 3

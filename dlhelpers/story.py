@@ -23,7 +23,7 @@ from torchvision.transforms.v2 import functional as G
 
 from dlhelpers.dali_io.sources import has_dali
 
-__all__ = ["STEPS", "Outcome", "Photos", "Script", "Settings", "after", "forever", "has_dali"]
+__all__ = ["STEPS", "Photos", "Script", "ScriptRun", "Settings", "after", "forever"]
 
 SIDE = 48  # of the images that the network sees
 BATCH = 16
@@ -210,7 +210,7 @@ def views(images: Tensor) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScriptRun:
     """What a run of the script took and gave.
 
     Attributes:
@@ -232,7 +232,7 @@ class Outcome:
         """All three parts."""
         return self.train_s + self.validate_s + self.score_s
 
-    def agreement(self, other: Outcome) -> float:
+    def agreement(self, other: ScriptRun) -> float:
         """Return the share of photographs to which both give the same class."""
         same = sum(one == two for one, two in zip(self.labels, other.labels, strict=True))
         return same / len(self.labels)
@@ -373,7 +373,7 @@ class Script:
                 took, looked = took + trained - begin, looked + perf_counter() - trained
         return model, epoch, accuracy, took, looked
 
-    def run(self, settings: Settings) -> Outcome:
+    def run(self, settings: Settings) -> ScriptRun:
         """Run the whole script; what is prepared once (database, int8) is not timed.
 
         Training and validation are those of an earlier run where nothing of them has changed.
@@ -383,7 +383,7 @@ class Script:
         begin = perf_counter()
         labels = scoring()
         score_s = perf_counter() - begin
-        return Outcome(train_s, validate_s, score_s, epochs, accuracy, tuple(labels))
+        return ScriptRun(train_s, validate_s, score_s, epochs, accuracy, tuple(labels))
 
 
 def forever(loader: Any) -> Iterator[Any]:

@@ -1,0 +1,63 @@
+"""Checks of arguments that many functions need: each names what was given, and what to give."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["need_callable", "shard_of", "whole_number"]
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Return ``value`` as an int; NumPy's integers are whole numbers as well, True is none.
+
+    Raises:
+        ValueError: it is no whole number, or out of range.
+    """
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or not least <= found <= (2**63 - 1 if most is None else most):
+        range_ = f", {least} or more" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number{range_}, got {value!r}")
+    return found
+
+
+def shard_of(value: Any) -> tuple[int, int]:
+    """Return (rank, world) as integers.
+
+    Raises:
+        ValueError: it is no such pair.
+    """
+    try:
+        rank, world = (whole_number("shard", part, 0) for part in value)
+    except (TypeError, ValueError):
+        rank, world = 0, 0
+    if not rank < world:
+        raise ValueError(f"shard must be (rank, world) with 0 <= rank < world, got {value!r}")
+    return rank, world
+
+
+def need_callable(fn: object, name: str = "fn") -> Callable[[], Any]:
+    """Return ``fn``, or raise TypeError: a profiler runs a function without arguments."""
+    if not callable(fn):
+        raise TypeError(
+            f"{name} must be a function without arguments, got {type(fn).__name__}: write "
+            "lambda: train(model)"
+        )
+    inner = getattr(fn, "func", fn)  # functools.partial
+    for function in (inner, type(inner).__call__):
+        for is_lazy, run in (
+            (inspect.isgeneratorfunction, f"list({name}())"),
+            (inspect.isasyncgenfunction, f"asyncio.run(...) of what goes through {name}()"),
+            (inspect.iscoroutinefunction, f"asyncio.run({name}())"),
+        ):
+            if is_lazy(function):
+                raise TypeError(
+                    f"{name} must be a function that does its work when it is called, but "
+                    f"{getattr(inner, '__name__', inner)} only begins it: write lambda: {run}"
+                )
+    return fn

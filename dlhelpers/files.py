@@ -1,0 +1,43 @@
+"""How does a file appear whole or not at all?"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["write_whole"]
+
+
+def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str], Any]) -> Path:
+    """Let ``write`` make a file beside the path, then put it there: whole, or not at all.
+
+    Args:
+        suffixes: one of which the path must end in; any may, if there are none.
+
+    Raises:
+        ValueError: the suffix is another one.
+        FileNotFoundError: there is no such folder.
+        PermissionError: nothing may be written into it.
+    """
+    path = Path(path).expanduser()
+    if suffixes and not path.name.endswith(tuple(suffixes)):
+        raise ValueError(f"path must end in {' or '.join(suffixes)}, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
+    partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
+    try:
+        write(str(partial))
+        partial.replace(path)
+    except PermissionError as error:
+        raise PermissionError(
+            f"cannot write {path.name!r} into {path.parent}: choose a folder of your own, or allow "
+            f"it there ({error.strerror})"
+        ) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return path

@@ -1,0 +1,97 @@
+"""What many functions share: checks of arguments, files that appear whole, bars."""
+
+import functools
+import sys
+
+import numpy as np
+import pytest
+
+from dlhelpers.arguments import need_callable, shard_of, whole_number
+from dlhelpers.files import write_whole
+from dlhelpers.progress import bar
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
+def test_a_whole_number_comes_back_as_an_int(value):
+    found = whole_number("steps", value, 1)
+    assert (found, type(found)) == (3, int)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "3", None, 0, -1, 2**63])
+def test_what_is_none_is_named(value):
+    with pytest.raises(ValueError, match=r"^steps must be a whole number, 1 or more, got "):
+        whole_number("steps", value, 1)
+
+
+def test_a_range_has_both_its_ends():
+    assert [whole_number("q", value, 1, 95) for value in (1, 95)] == [1, 95]
+    with pytest.raises(ValueError, match="q must be a whole number from 1 to 95, got 96"):
+        whole_number("q", 96, 1, 95)
+
+
+def test_a_shard_is_a_rank_below_the_number_of_processes():
+    assert shard_of([np.int64(1), 2]) == (1, 2)
+    for wrong in ((2, 2), (0,), (0, 1, 2), 1, (0, True), (-1, 2), ("0", "2")):
+        with pytest.raises(ValueError, match=r"0 <= rank < world, got "):
+            shard_of(wrong)
+
+
+def lazy(n=1):
+    yield n
+
+
+async def later():
+    return 1
+
+
+async def stream():
+    yield 1
+
+
+class Begins:
+    def __call__(self):
+        yield 1
+
+
+@pytest.mark.parametrize(
+    ("fn", "mend"),
+    [
+        (lazy, r"lazy only begins it: write lambda: list\(fn\(\)\)"),
+        (functools.partial(lazy, 3), r"lazy only begins it: write lambda: list\(fn\(\)\)"),
+        (Begins(), r"write lambda: list\(fn\(\)\)"),
+        (later, r"write lambda: asyncio.run\(fn\(\)\)"),
+        (stream, r"asyncio.run\(...\) of what goes through fn\(\)"),
+        (3, r"got int: write lambda: train\(model\)"),
+    ],
+)
+def test_what_does_no_work_when_it_is_called_is_refused(fn, mend):
+    with pytest.raises(TypeError, match=mend):
+        need_callable(fn)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    def half(name):
+        with open(name, "w") as file:
+            file.write("half")
+        raise OSError("no space left")
+
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(path, (".txt",), half)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["before"]
+    with pytest.raises(ValueError, match=r"path must end in .html or .txt, got 'a.md'"):
+        write_whole(tmp_path / "a.md", (".html", ".txt"), half)
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        write_whole(tmp_path / "none" / "a", (), half)
+
+
+@pytest.mark.parametrize(
+    ("progress", "terminal", "shown"),
+    [(True, False, True), (False, True, False), (None, True, True), (None, False, False)],
+)
+def test_a_bar_is_shown_where_somebody_looks_or_asks(progress, terminal, shown, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    with bar(range(3), progress=progress) as moved:
+        assert moved.disable is not shown
+        assert list(moved) == [0, 1, 2]
