@@ -161,7 +161,7 @@ def fit(
             means.append(sum(steps[first:]) / (len(steps) - first))
             if validate is not None:
                 accuracies.append(accuracy(model, *validate))
-            bar.set_postfix_str(f"loss {means[-1]:.3f}", refresh=False)
+            shown.set_postfix_str(f"loss {means[-1]:.3f}", refresh=False)
     return history()
 
 
