@@ -490,7 +490,7 @@ def test_the_audit_says_nothing_of_what_the_formulas_are_not_of():
 
 
 def findings_of(model, *shape, least=0.0):
-    return audit(model.eval(), torch.zeros(*shape), least=least, peaks=PEAKS)
+    return audit(model.eval(), torch.zeros(*shape), at_least=least, peaks=PEAKS)
 
 
 def test_unequal_channels_cost_what_passes_the_bound():
@@ -546,7 +546,7 @@ def test_least_leaves_out_what_costs_little_and_says_so():
     none = findings_of(model, 1, 64, 32, 32, least=0.5)
     assert none == []
     assert str(none) == "nothing breaks G1 to G4 for 50.0% of the predicted time or more"
-    with pytest.raises(ValueError, match="between 0 and 1; got 2"):
+    with pytest.raises(ValueError, match="at_least must be a share between 0 and 1, got 2"):
         findings_of(model, 1, 64, 32, 32, least=2)
 
 

@@ -33,7 +33,7 @@ from dlhelpers.fakes import tensors_in
 __all__ = ["BEFORE", "Accounting", "Op", "Storage", "user_code"]
 
 _LIBRARIES = tuple(
-    str(Path(sys.modules[name].__file__ or "").parent) for name in ("torch", __package__)
+    str(Path(sys.modules[name].__file__ or "").parent) for name in ("torch", "dlhelpers")
 )
 BEFORE = -1
 

@@ -73,11 +73,6 @@ class LossCall:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def title(self) -> str:
-        """The module's name, as people say it: ``CrossEntropyLoss``."""
-        return _MODULES[self.name].__name__
-
-    @property
     def reduction(self) -> str:
         """``mean``, ``sum``, ``none`` or ``batchmean``."""
         return self.options.get("reduction", "mean")

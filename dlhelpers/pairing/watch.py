@@ -38,7 +38,10 @@ _SAMPLE = 65_536  # elements of a tensor that one look reads at most
 _LOOKS_FOR_SUSPICION = 5
 _NOTHING_SEEN = "no loss of pairing.LOSSES was seen: other threads and later phases are not watched"
 _SILENT = ("check-failed", "values-not-readable")  # about the look, not about the program
-_SKIPPED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+_SKIPPED = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
+)
 
 
 class PairingWarning(UserWarning):

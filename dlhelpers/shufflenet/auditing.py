@@ -32,7 +32,7 @@ __all__ = ["audit"]
 
 
 def audit(
-    model: nn.Module, inputs: Any, *, least: float = 0.0, peaks: Roofline | None = None
+    model: nn.Module, inputs: Any, *, at_least: float = 0.0, peaks: Roofline | None = None
 ) -> Findings:
     """Name what breaks G1 to G4, the most expensive first.
 
@@ -44,7 +44,7 @@ def audit(
     Args:
         model: in the mode that is to be audited; ``eval()`` for inference.
         inputs: as for ``layer_costs``.
-        least: share of the predicted time; a finding that costs less is left out.
+        at_least: share of the predicted time; a finding that costs less is left out.
         peaks: as for ``layer_costs``.
 
     Returns:
@@ -52,15 +52,15 @@ def audit(
         what it is predicted to cost. Empty if nothing costs that much.
 
     Raises:
-        ValueError: least is not between 0 and 1; or as ``layer_costs``.
+        ValueError: at_least is not between 0 and 1; or as ``layer_costs``.
 
     >>> peaks = Roofline(10.0, {"fp32": 100.0}, 1)
     >>> wide = nn.Sequential(nn.Conv2d(8, 96, 1), nn.ReLU())
     >>> [finding.name for finding in audit(wide, torch.zeros(1, 8, 32, 32), peaks=peaks)]
     ['element-wise (G4)', 'unequal-channels (G1)']
     """
-    if not 0 <= least <= 1:
-        raise ValueError(f"least is a share of the time, between 0 and 1; got {least!r}")
+    if not 0 <= at_least <= 1:
+        raise ValueError(f"at_least must be a share between 0 and 1, got {at_least!r}")
     costs = layer_costs(model, inputs, policy="all", peaks=peaks)
     peaks = costs.roofline
     total = costs.predicted_s or math.inf
@@ -68,7 +68,7 @@ def audit(
         (seconds, finding)
         for rule in (_unequal_channels, _groups, _fragments, _element_wise)
         for seconds, finding in rule(costs, peaks)
-        if seconds > 0 and seconds >= least * total
+        if seconds > 0 and seconds >= at_least * total
     ]
     found.sort(key=lambda pair: -pair[0])
     findings = Findings(
@@ -82,7 +82,7 @@ def audit(
         )
         for seconds, finding in found
     )
-    findings.scope = f"nothing breaks G1 to G4 for {least:.1%} of the predicted time or more"
+    findings.scope = f"nothing breaks G1 to G4 for {at_least:.1%} of the predicted time or more"
     return findings
 
 
