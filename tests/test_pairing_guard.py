@@ -451,6 +451,6 @@ def test_the_line_is_the_programs_own_where_a_helper_of_the_package_trains():
 
     net = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
     data = torch.rand(8, 4), torch.zeros(8, dtype=torch.long)
-    with warnings.catch_warnings(record=True), guard() as findings:
+    with warnings.catch_warnings(record=True), pairing.guard() as findings:
         fit(net, nn.CrossEntropyLoss(), data, epochs=1)
     assert "test_pairing_guard.py" in findings[0].where
