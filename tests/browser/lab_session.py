@@ -104,7 +104,7 @@ def open_notebook(page, address: str, name: str) -> None:
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
 
 
-def run_all(page, timeout_s: float = 150) -> None:
+def run_all(page, timeout_s: float = 300) -> None:
     """Run every cell and wait until each code cell has run."""
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     page.wait_for_function(

@@ -56,7 +56,7 @@ def test_start_here_runs_as_the_lab_opens_it(page, address):
     keep_screenshot(page, "00_start_here")
 
 
-def run_and_move(page, address, name, move, timeout_s=300):
+def run_and_move(page, address, name, move, timeout_s=900):
     """Run a lesson, move its widget, and see its last figure drawn again, without an error."""
     lab_session.open_notebook(page, address, f"{name}.ipynb")
     lab_session.run_all(page, timeout_s=timeout_s)
@@ -101,7 +101,7 @@ def test_pairing_runs_takes_an_answer_and_moves_its_slider(page, address):
         wait_until_redrawn(page, "alt", alt)  # who does not see it is told as well
         assert readout.inner_text() != value
 
-    run_and_move(page, address, "01_pairing", move, timeout_s=150)
+    run_and_move(page, address, "01_pairing", move)
 
 
 WIDGETS = {
@@ -121,11 +121,11 @@ QUICK = {"03_dali_io"}  # nbval runs them all as well; `make verify` sees each i
     "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in WIDGETS]
 )
 def test_a_lesson_runs_and_its_figure_follows_the_widget(page, address, name):
-    run_and_move(page, address, name, WIDGETS[name], timeout_s=400)
+    run_and_move(page, address, name, WIDGETS[name])
 
 
 def test_the_flame_view_of_notebook_08_zooms(page, address):
-    run_and_move(page, address, "08_profiling", select("timeline", 0), timeout_s=400)
+    run_and_move(page, address, "08_profiling", select("timeline", 0))
     overview = page.locator(".jp-OutputArea-output img[alt*='largest part of a step']").first
     overview.scroll_into_view_if_needed()
     assert overview.is_visible()
