@@ -14,10 +14,10 @@ def bar(iterable: Iterable[Any] | None = None, *, progress: bool | None, **optio
 
     Args:
         progress: True shows it, False does not, None shows it in a terminal only, since a notebook
-            keeps what it prints. What takes less than a second shows none.
+            keeps what it prints, and only if the work takes longer than a second.
         options: of ``tqdm``.
     """
     from tqdm.auto import tqdm
 
     shown = sys.stderr.isatty() if progress is None else progress
-    return tqdm(iterable, **{"delay": 1, "disable": not shown} | options)
+    return tqdm(iterable, **{"delay": int(progress is None), "disable": not shown} | options)

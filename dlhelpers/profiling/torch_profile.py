@@ -326,7 +326,7 @@ def record_steps(
     plain: list[float] = []
     recorded: list[float] = []
     total = warmup + 2 * steps + 1
-    with bar(total=total, desc="steps", progress=progress, leave=False) as shown:
+    with bar(total=total, desc="steps", progress=progress, leave=False, delay=1) as shown:
 
         def timed() -> float:
             begin = clock()

@@ -114,7 +114,7 @@ def built(
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Return a row for every road, and those that are right; ``kept`` takes the wrong ones, too."""
     rows, roads = [], {}
-    with bar(plan.items(), progress=progress, leave=False) as shown:
+    with bar(plan.items(), progress=progress, leave=False, delay=1) as shown:
         for name, (precision, build) in shown:
             shown.set_postfix_str(name, refresh=True)
             row, road = tried(name, precision, build, task, min_sqnr_db, kept)

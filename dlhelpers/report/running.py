@@ -87,7 +87,7 @@ def run_notebooks(
     ledgers.start(ledger)
     environment = os.environ | {"DLHELPERS_LEDGER": str(ledger)}
     runs = []
-    with bar(paths, progress=progress, unit="notebook", delay=0) as shown:
+    with bar(paths, progress=progress, unit="notebook") as shown:
         for path in shown:
             shown.set_description(path.stem)
             runs.append(_run(path, environment, progress, timeout))
@@ -104,7 +104,7 @@ def _run(path: Path, environment: Mapping[str, str], progress: bool, timeout: fl
     try:
         notebook = nbformat.read(path, as_version=4)
         code = [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
-        with bar(progress=progress, total=len(code), unit="cell", leave=False, delay=0) as shown:
+        with bar(progress=progress, total=len(code), unit="cell", leave=False) as shown:
 
             def begin(cell: Any, cell_index: int) -> None:
                 shown.update(bool(begun))
