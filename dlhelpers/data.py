@@ -178,14 +178,10 @@ def photos(
         ValueError: a setting is out of range.
         FileExistsError: root holds something else; nothing in it is touched.
     """
-
     root = Path(root).expanduser().resolve()
-    for name, value, low, high in (
-        ("count", count, 1, 10_000_000),
-        ("size", size, 16, 427),
-        ("quality", quality, 1, 95),
-    ):
-        whole_number(name, value, low, high)
+    count = whole_number("count", count, 1, 10_000_000)
+    size = whole_number("size", size, 16, 427)
+    quality = whole_number("quality", quality, 1, 95)
     if not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
     settings = {"count": count, "size": size, "quality": quality, "seed": seed, "version": 1}

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.progress import bar
+
 __all__ = ["History", "accuracy", "digits_mlp", "fit", "seed_everything"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -115,8 +117,6 @@ def fit(
     >>> history.epoch_loss[-1] < history.epoch_loss[0]
     True
     """
-    from dlhelpers.progress import bar
-
     if isinstance(optimizer, str):
         if optimizer not in _OPTIMIZERS:
             raise ValueError(f"optimizer {optimizer!r} is not one of {sorted(_OPTIMIZERS)}")

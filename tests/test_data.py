@@ -214,3 +214,8 @@ def test_the_readme_names_the_licence_of_each_photograph():
     for author in ("danielbuechele", "vultilion"):
         assert author in readme
     assert "creativecommons.org/licenses/by/2.0" in readme
+
+
+def test_numpys_integers_make_the_same_folder(tmp_path):
+    made = photos(tmp_path / "a", count=np.int64(3), size=np.uint8(32), quality=np.int32(80))
+    assert photos(tmp_path / "a", count=3, size=32, quality=80) == made  # found as it is

@@ -306,6 +306,13 @@ def test_an_image_of_the_size_asked_for_is_not_encoded_again(tmp_path, photos):
     assert [item for _, _, item in stored(tmp_path / "db")] == [f.read_bytes() for f in files]
 
 
+def test_numpys_integers_are_whole_numbers_in_the_file_as_well(tmp_path):
+    folder = data.photos(tmp_path / "few", count=4, size=32)
+    options = {"encode": "jpeg", "quality": np.int64(80), "workers": np.int64(0)}
+    report = write_lmdb(folder, tmp_path / "db", shard=(np.int64(0), np.int64(2)), **options)
+    assert 0 < report.count < 4
+
+
 def test_quality_is_what_pil_makes_of_it(tmp_path, photos):
     source = ImageFolder(photos)
     for encode, quality in itertools.product(("jpeg", "webp"), (None, 30)):

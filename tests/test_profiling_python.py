@@ -367,9 +367,10 @@ def test_a_thread_that_waits_is_left_out():
 def test_threads_of_one_name_are_told_apart():
     gate = threading.Barrier(3)
     first, second = (threading.Thread(target=gate.wait, name="w") for _ in range(2))
+    known = {}
+    assert sampling._names([first], known) == {}  # listed, but it has not begun
     first.start()
     second.start()
-    known = {}
     assert sampling._names([first, second], known) == {first.ident: "w", second.ident: "w (2)"}
     assert sampling._names([second], known) == {second.ident: "w (2)"}  # when the first has ended
     gate.wait()

@@ -51,7 +51,7 @@ class Encoding:
             )
         if self.quality is not None:
             most = 100 if self.encode == "webp" else 95
-            whole_number("quality", self.quality, 1, most)
+            object.__setattr__(self, "quality", whole_number("quality", self.quality, 1, most))
             if self.encode in ("png", "raw"):
                 raise ValueError(f"quality={self.quality} means nothing for {self.encode}")
             if self.encode is None and self.resize is None:

@@ -125,7 +125,9 @@ def write_lmdb(
     8
     """
     start = time.perf_counter()
-    _validate(workers, map_size, on_error, shard)
+    _validate(map_size, on_error)
+    workers = whole_number("workers", workers, 0)
+    shard = None if shard is None else shard_of(shard)
     encoding = Encoding(encode, resize, quality)
     opened = open_source(source)
     if opened.problems and on_error == "raise":
@@ -227,16 +229,11 @@ def _reason_of_short_write(conversion: Conversion) -> int:
     return errno.ENOSPC if free < conversion.pending_bytes else errno.EIO
 
 
-def _validate(
-    workers: int, map_size: int | None, on_error: str, shard: tuple[int, int] | None
-) -> None:
-    whole_number("workers", workers, 0)
+def _validate(map_size: int | None, on_error: str) -> None:
     if map_size is not None and (not isinstance(map_size, int) or map_size < 1):
         raise ValueError(f"map_size must be a number of bytes, such as 2**30, got {map_size!r}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error must be "raise" or "skip", got {on_error!r}')
-    if shard is not None:
-        shard_of(shard)
 
 
 def _some(names: tuple[str, ...]) -> str:

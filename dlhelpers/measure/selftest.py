@@ -131,15 +131,14 @@ def run(
         compare: the comparison under test.
         progress: a bar on long runs; None draws it in a terminal only.
     """
-
     for trial in plan:
         truth = 1 / (1 - trial.less_work)
         baseline = workload(1.0)
         candidate = workload(1 - trial.less_work) if trial.less_work else baseline
         rows = []
         with busy_neighbour() if trial.loaded else nullcontext():
-            runs_ = range(runs or trial.runs)
-            for _ in bar(runs_, progress=progress, desc=str(trial), leave=False):
+            count = range(runs or trial.runs)
+            for _ in bar(count, progress=progress, desc=str(trial), leave=False):
                 rows.append(compare(baseline, candidate, budget_s=trial.budget_s))
         outcomes = ("faster", "slower", "no difference", "undecided")
         yield TrialResult(

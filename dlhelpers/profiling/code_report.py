@@ -71,8 +71,7 @@ def unseen() -> Iterator[Unseen]:
 
 
 def _children() -> set[int]:
-    """Return the processes that this one started, by whatever means; elsewhere than on Linux those
-    of multiprocessing alone."""
+    """Return the processes that this one started; of other means than multiprocessing on Linux."""
     found = {child.pid for child in multiprocessing.active_children() if child.pid}
     for task in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):  # of a thread that has just ended

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dlhelpers.profiling.code_report import place_of
-from dlhelpers.profiling.sampling import Line, Look, Stack
+from dlhelpers.profiling.sampling import Line, Look, Stack, is_standard
 
 __all__ = ["ProgramLines", "decodes", "program_lines"]
 
@@ -16,7 +15,6 @@ _DECODING = re.compile(r"decode|decompress|imread|read_image|default_loader|pil_
 _LOADER = "/torch/utils/data/"
 _PARTS = ("nn/modules/module.py", "nn/utils/", "autograd/", "optim/", "amp/", "_dynamo/")
 _TORCHS = tuple(f"/torch/{part}" for part in _PARTS)
-_STANDARD = sysconfig.get_path("stdlib").replace("\\", "/") + "/"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def _is_own(file: str) -> bool:
     name = file.replace("\\", "/")
     return not (
         "site-packages/" in name
-        or name.startswith(_STANDARD)
+        or is_standard(file)
         or "dlhelpers/profiling/" in name
         or (name.startswith("<") and "ipython" not in name)
     )

@@ -8,6 +8,7 @@ the processor's clock get wrong for threads (plasma-umass/scalene#428).
 from __future__ import annotations
 
 import math
+import os
 import sys
 import threading
 import time
@@ -21,7 +22,16 @@ from dlhelpers.arguments import need_callable
 from dlhelpers.files import write_whole
 from dlhelpers.profiling.code_report import CodeReport, Row, Unseen, place_of, unseen
 
-__all__ = ["Line", "Look", "SampleReport", "Stack", "attribute", "sample", "sample_threads"]
+__all__ = [
+    "Line",
+    "Look",
+    "SampleReport",
+    "Stack",
+    "attribute",
+    "is_standard",
+    "sample",
+    "sample_threads",
+]
 
 Line = tuple[str, int, str]  # file, line, function
 Stack = Sequence[Line]  # the outermost first
@@ -35,7 +45,7 @@ _SEES_ALL = (
     "processes, and not inside C. A thread that waits in threading, queue, selectors, sockets or "
     "pipes is left out; one that waits in a lock of its own, or for Python's (the GIL), counts."
 )
-_STANDARD = str(Path(threading.__file__).parent)  # Python's own library
+_STANDARD = str(Path(threading.__file__).parent) + os.sep
 _WAITING = {"threading.py", "queue.py", "selectors.py", "socket.py", "connection.py"}
 
 
@@ -202,10 +212,14 @@ def attribute(looks: Sequence[Look]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: (-row.own_s, -row.total_s, row.place, row.name)))
 
 
+def is_standard(file: str) -> bool:
+    """Whether a file is of Python's own library, not of a package that is installed."""
+    return file.startswith(_STANDARD) and "site-packages" not in file
+
+
 def _waits(stack: Stack) -> bool:
     file = stack[-1][0]
-    own = file.startswith(_STANDARD) and "site-packages" not in file
-    return own and Path(file).name in _WAITING
+    return is_standard(file) and Path(file).name in _WAITING
 
 
 def _names(
@@ -215,12 +229,13 @@ def _names(
 
     ``known`` is kept between looks, so that a thread keeps its name when another one ends.
     """
-    for thread in threads:
+    begun = [thread for thread in threads if thread.ident is not None]  # others have no stack yet
+    for thread in begun:
         if (thread.ident, thread.name) not in known:
             count = 1 + sum(name == thread.name for _, name in known)
             own = thread.name if count == 1 else f"{thread.name} ({count})"
             known[thread.ident, thread.name] = own
-    return {thread.ident: known[thread.ident, thread.name] for thread in threads}
+    return {thread.ident: known[thread.ident, thread.name] for thread in begun}
 
 
 def _stack(frame: FrameType | None) -> list[Line]:

@@ -17,13 +17,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.profiling.trace import MODEL
 
-__all__ = [
-    "Loader",
-    "ModelCalls",
-    "Watch",
-    "graph_counter",
-    "watch",
-]
+__all__ = ["Loader", "ModelCalls", "Watch", "graph_counter", "watch"]
 
 _ALONE = threading.Lock()
 
@@ -221,7 +215,8 @@ def graph_counter(limit: int = 200_000) -> Iterator[Callable[[], int]]:
 
     The garbage collector knows a million objects, and to go through them takes a good part of a
     second. So the tensors that are there already are noted once, and each count looks at them and
-    at objects that are new. Where the program has set objects aside itself, all are gone through.
+    at objects that are new. Tensors that the program itself has set aside (``gc.freeze``), the
+    collector shows to nobody.
     """
     import gc
 
