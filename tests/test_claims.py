@@ -433,7 +433,7 @@ def test_compare_measures_with_the_threshold_and_band_of_the_claim(time_claim, m
     asked = {}
     monkeypatch.setattr("dlhelpers.measure.compare", lambda a, b, **kw: asked.update(kw) or FAST)
     assert time_claim.compare(int, int, budget_s=1.0) is FAST
-    assert asked == {"threshold": 1.05, "negligible": 0.03, "budget_s": 1.0}
+    assert asked == {"threshold": 1.05, "negligible": 0.03, "overtime": 2.0, "budget_s": 1.0}
 
 
 def test_compare_takes_the_threshold_of_a_condition(tmp_path, monkeypatch):

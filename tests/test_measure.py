@@ -183,6 +183,25 @@ def test_too_few_pairs_say_which_budget_would_do(clock):
     assert compare(*pair(), budget_s=budget).outcome == "faster"
 
 
+def test_overtime_ends_with_the_pairs_that_an_interval_needs(clock):
+    def pair():
+        return clock.work(0.3, 0.1), clock.work(0.2, 0.1)
+
+    result = compare(*pair(), budget_s=1, overtime=9)
+    assert (result.pairs, result.outcome) == (min_pairs(0.05), "faster")
+    assert 1 < result.elapsed_s < 6
+    spent = compare(*pair(), budget_s=1, overtime=0.5)  # not enough: no interval
+    assert 1 < spent.elapsed_s <= 2
+    assert (spent.low, spent.high) == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("seconds", [1e-4, 0.003, 0.03])
+def test_where_the_pairs_suffice_there_is_no_overtime(clock, seconds):
+    work = clock.work(seconds, 0.3)
+    result = compare(work, work, budget_s=2, overtime=9, threshold=1.0)
+    assert result.elapsed_s <= 2 + 8 * seconds
+
+
 def test_a_threshold_is_measured_until_it_is_cleared(clock):
     def pair():
         return clock.work(0.002, 0.05), clock.work(0.002 / 1.08, 0.05)
@@ -308,6 +327,8 @@ def test_errors_pass_through_and_the_garbage_collector_is_on_again(error):
         ({"threshold": 0}, "such as 1.05, got 0"),
         ({"cache": "hot"}, "got 'hot'"),
         ({"budget_s": "2"}, "got '2'"),
+        ({"overtime": -1}, "such as 2.0, got -1"),
+        ({"overtime": math.inf}, "overtime must be a share of the budget"),
     ],
 )
 def test_bad_options_are_named(options, message):

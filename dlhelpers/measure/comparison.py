@@ -136,6 +136,7 @@ def compare(
     candidate: Callable[[], Any],
     *,
     budget_s: float = 2.0,
+    overtime: float = 0.0,
     confidence: float = 0.95,
     negligible: float = 0.03,
     threshold: float | None = None,
@@ -151,6 +152,8 @@ def compare(
     Args:
         baseline, candidate: callables without arguments; their results are dropped.
         budget_s: seconds at most, warm-up and calibration included (the call in flight ends).
+        overtime: share of ``budget_s`` that may be added where fewer pairs than an interval needs
+            fit into it, as on a slow machine; measuring ends with the last pair that is needed.
         confidence: of the interval, over all the looks together.
         negligible: speedups within [1/(1+negligible), 1+negligible] count as no difference.
         threshold: a speedup to decide on: measuring goes on until the interval clears it.
@@ -175,6 +178,7 @@ def compare(
         {"baseline": baseline, "candidate": candidate},
         baseline="baseline",
         budget_s=budget_s,
+        overtime=overtime,
         confidence=confidence,
         negligible=negligible,
         threshold=threshold,
@@ -188,6 +192,7 @@ def compare_many(
     *,
     baseline: str,
     budget_s: float = 2.0,
+    overtime: float = 0.0,
     confidence: float = 0.95,
     negligible: float = 0.03,
     threshold: float | None = None,
@@ -203,7 +208,7 @@ def compare_many(
         functions: name -> callable without arguments; two at least.
         baseline: the name of the one that the others are compared with.
         budget_s: seconds at most **for each candidate**.
-        confidence, negligible, threshold, setup, cache: as in :func:`compare`.
+        overtime, confidence, negligible, threshold, setup, cache: as in :func:`compare`.
 
     Returns:
         Comparisons: name -> Comparison for every name but the baseline's.
@@ -211,9 +216,10 @@ def compare_many(
     Raises:
         TypeError, ValueError: as :func:`compare`; or ``baseline`` is not among ``functions``.
     """
-    _validate(functions, baseline, budget_s, confidence, negligible, threshold, setup, cache)
+    _validate(functions, baseline, setup)
+    _validate_options(budget_s, overtime, confidence, negligible, threshold, cache)
     with _garbage_collector_off():
-        race = Race(functions, baseline, budget_s * (len(functions) - 1), setup, cache)
+        race = Race(functions, baseline, budget_s * (len(functions) - 1), overtime, setup, cache)
         race.run(1 - confidence, lambda i: _is_settled(i, negligible, threshold))
     rows = {
         name: Comparison(
@@ -255,12 +261,7 @@ def _is_settled(interval: Interval, negligible: float, threshold: float | None) 
 def _validate(
     functions: Mapping[str, Callable[[], Any]],
     baseline: str,
-    budget_s: float,
-    confidence: float,
-    negligible: float,
-    threshold: float | None,
     setup: Callable[[], Any] | None,
-    cache: str,
 ) -> None:
     if not isinstance(functions, Mapping):
         raise TypeError(
@@ -279,8 +280,22 @@ def _validate(
         raise ValueError(
             f"baseline {baseline!r} must be one of two callables or more, got {list(functions)}"
         )
+
+
+def _validate_options(
+    budget_s: float,
+    overtime: float,
+    confidence: float,
+    negligible: float,
+    threshold: float | None,
+    cache: str,
+) -> None:
     if not (isinstance(budget_s, (int, float)) and math.isfinite(budget_s) and budget_s > 0):
         raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
+    if not (isinstance(overtime, (int, float)) and math.isfinite(overtime) and overtime >= 0):
+        raise ValueError(
+            f"overtime must be a share of the budget, 0 or more, such as 2.0, got {overtime!r}"
+        )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")
     if not 0 < negligible < 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dlhelpers.measure.intervals import Interval, plan_looks, signed_rank_interval
+from dlhelpers.measure.intervals import Interval, min_pairs, plan_looks, signed_rank_interval
 
 __all__ = ["Race", "Timer"]
 
@@ -31,6 +31,7 @@ class Race:
         functions: Mapping[str, Callable[[], Any]],
         baseline: str,
         budget_s: float,
+        overtime: float,
         setup: Callable[[], Any] | None,
         cache: str,
     ) -> None:
@@ -38,6 +39,7 @@ class Race:
         self.functions, self.baseline = functions, baseline
         self.timer = timer = Timer(setup, cache)
         self.deadline = self._start + budget_s
+        self.latest = self.deadline + overtime * budget_s
         self.samples: dict[str, list[float]] = {name: [] for name in functions}
         self.intervals: dict[str, Interval] = {}
         self.running = [name for name in functions if name != baseline]
@@ -51,22 +53,32 @@ class Race:
             self.numbers = dict.fromkeys(self.numbers, most)
 
     def run(self, alpha: float, is_settled: Callable[[Interval], bool]) -> None:
-        """Measure until every candidate is settled or the budget is spent."""
+        """Measure until every candidate is settled or the budget is spent.
+
+        Past the budget, rounds are added only up to those that an interval needs: their number
+        depends on the clock, never on what the rounds have found.
+        """
         begin = _clock()
         self._round()  # one at least, whatever warming up has cost
         round_s = _clock() - begin
         measuring_s = self.deadline - begin
         for share, alpha_look in plan_looks(measuring_s / max(round_s, 1e-9), alpha):
             until = begin + share * measuring_s
-            while _clock() + round_s <= until:
+            need = min_pairs(alpha_look)
+            while _clock() + round_s <= (self.latest if self.rounds < need else until):
                 self._round()
-                round_s = (_clock() - begin) / len(self.samples[self.baseline])
+                round_s = (_clock() - begin) / self.rounds
             for name in tuple(self.running):
                 self.intervals[name] = signed_rank_interval(self.log_ratios(name), alpha_look)
                 if is_settled(self.intervals[name]):
                     self.running.remove(name)
             if not self.running:
                 return
+
+    @property
+    def rounds(self) -> int:
+        """Rounds so far; the baseline runs in each."""
+        return len(self.samples[self.baseline])
 
     def _round(self) -> None:
         order = [self.baseline, *self.running]
