@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["need_callable", "shard_of", "whole_number"]
+__all__ = ["model_inputs", "need_callable", "shard_of", "whole_number"]
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -39,6 +39,20 @@ def shard_of(value: Any) -> tuple[int, int]:
     if not rank < world:
         raise ValueError(f"shard must be (rank, world) with 0 <= rank < world, got {value!r}")
     return rank, world
+
+
+def model_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (positional, keyword) arguments: one rule for what stands for a model's inputs.
+
+    A tuple holds positional arguments, a mapping keyword ones; anything else, a list as well, is
+    the only argument. A model whose only argument is a mapping takes it in a tuple of one.
+
+    >>> model_inputs((1, 2)), model_inputs({"x": 1}), model_inputs([1, 2]), model_inputs(({},))
+    (((1, 2), {}), ((), {'x': 1}), (([1, 2],), {}), (({},), {}))
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
 def need_callable(fn: object, name: str = "fn") -> Callable[[], Any]:

@@ -5,10 +5,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from dlhelpers.arguments import need_callable, shard_of, whole_number
+from dlhelpers.arguments import model_inputs, need_callable, shard_of, whole_number
 from dlhelpers.files import write_whole
+from dlhelpers.fusion import fuse_conv_bn
+from dlhelpers.memory import estimate
+from dlhelpers.pairing.probe import run_model
 from dlhelpers.progress import bar
+from dlhelpers.roofline import Roofline
+from dlhelpers.shufflenet import layer_costs
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
@@ -95,3 +102,49 @@ def test_a_bar_is_shown_where_somebody_looks_or_asks(progress, terminal, shown, 
     with bar(range(3), progress=progress) as moved:
         assert moved.disable is not shown
         assert list(moved) == [0, 1, 2]
+
+
+class Summed(nn.Module):
+    """Two inputs, one with a name."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, image, other):
+        return (self.bn(self.conv(image)) - other.mean()).mean((2, 3))
+
+
+def _costs(model, inputs):
+    return str(layer_costs(model, inputs, peaks=Roofline(10.0, {"fp32": 100.0}, 1)))
+
+
+def _folded(model, inputs):
+    fused, report = fuse_conv_bn(model, inputs)
+    return report.folded, report.max_rel_error, run_model(fused, inputs).tolist()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        pytest.param(_costs, id="layer_costs"),
+        pytest.param(_folded, id="fuse_conv_bn"),
+        pytest.param(lambda m, x: str(estimate(m, x, torch.optim.SGD)), id="estimate"),
+        pytest.param(lambda m, x: run_model(m.eval(), x).tolist(), id="run_model"),
+    ],
+)
+def test_keyword_arguments_are_worth_as_much_as_positional_ones(use):
+    torch.manual_seed(0)
+    image, other = torch.rand(2, 2, 3, 8, 8)
+    model = Summed()
+    by_place = use(model, (image, other))
+    assert by_place == use(model, {"other": other, "image": image})
+    assert by_place != use(model, (image[:1], other[:1]))
+
+
+def test_a_list_is_one_argument_but_for_a_batch_of_a_loader():
+    images = [torch.rand(3, 8, 8), torch.rand(3, 8, 8)]
+    (only,), kwargs = model_inputs(images)
+    assert only is images
+    assert kwargs == {}
+    assert run_model(lambda one, two: one + two, images).shape == (3, 8, 8)

@@ -605,7 +605,12 @@ def test_nor_does_any_elementary_operator_of_any_type_and_layout(dtype):
     assert assert_bounded(calls) > 50
 
 
-@pytest.mark.parametrize("sizes", [(1000, 1, 1000), (3, 5, 7), (4, 4000, 4), (1, 1, 1)])
+# the thin ones are filled up to the blocks of a matrix unit, where there is one
+THIN = [(13, 1770, 2), (8, 2618, 1), (1, 1260, 16), (17, 321, 6)]
+PRODUCTS = [(1000, 1, 1000), (3, 5, 7), (4, 4000, 4), (1, 1, 1), *THIN]
+
+
+@pytest.mark.parametrize("sizes", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nor_does_any_product_of_halves(sizes, dtype):
     rows, inner, columns = sizes
@@ -615,6 +620,31 @@ def test_nor_does_any_product_of_halves(sizes, dtype):
     calls = [call_of(aten.mm.default, (a, b), {}), call_of(aten.addmm.default, (bias, a, b), {})]
     calls.append(call_of(aten.bmm.default, (a.repeat(3, 1, 1), b.repeat(3, 1, 1)), {}))
     assert assert_bounded(calls) == 3
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "channels", "kernel", "size"),
+    [
+        (8, (5, 90), 1, 14),
+        (2, (2, 2), 5, 4),
+        (1, (3, 3), 3, 14),
+        (2, (1, 1), 5, 7),
+        (1, (2, 3), 1, 7),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nor_does_any_convolution_of_halves(batch, channels, kernel, size, groups, dtype):
+    cin, cout = groups * channels[0], groups * channels[1]
+    x = torch.zeros(batch, cin, size, size, dtype=dtype)
+    weight = torch.zeros(cout, cin // groups, kernel, kernel, dtype=dtype)
+    rest = ([2, 2], [kernel // 2] * 2, [1, 1], False, [0, 0], groups)
+    aten = torch.ops.aten
+    out = aten.convolution.default(x, weight, None, *rest)
+    forward = call_of(aten.convolution.default, (x, weight, None, *rest), {})
+    backward = (out, x, weight, None, *rest, [True, True, False])
+    calls = [forward, call_of(aten.convolution_backward.default, backward, {})]
+    assert assert_bounded(calls) == 2
 
 
 def image(*sizes):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import tensors_in
 from dlhelpers.fusion.folding import fold_after, fold_before
 from dlhelpers.fusion.functional import fold_functional
@@ -22,6 +23,8 @@ from dlhelpers.fusion.report import FusionReport, FusionRow, said
 from dlhelpers.fusion.tracing import calls_of, is_batch_norm, is_layer, replace_module
 
 __all__ = ["FusionError", "fuse_conv_bn"]
+
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
 _ALGEBRA = 1e-6  # relative, in float64: far above its rounding, far below any mistake
 _WITHOUT_FLOAT64 = 1e-2
@@ -44,8 +47,8 @@ def fuse_conv_bn(
 
     Args:
         model: any; left as it is.
-        example_inputs: a tensor, or a tuple of positional arguments. Needed to verify, and for
-            linear layers, where BatchNorm may be over another axis.
+        example_inputs: a tensor; a tuple of positional arguments, or a mapping of keyword ones.
+            Needed to verify, and for linear layers, where BatchNorm may be over another axis.
         verify: runs both models on the example, in float64 too, and compares all outputs.
 
     Raises:
@@ -63,9 +66,7 @@ def fuse_conv_bn(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     _check(model)
-    inputs = None
-    if example_inputs is not None:
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = None if example_inputs is None else model_inputs(example_inputs)
     fused, plan = _fold_all(model, inputs)
     report = FusionReport(tuple(plan.rows.values()), bytes_saved=_nbytes(model) - _nbytes(fused))
     if verify and inputs is not None and plan.is_changed:
@@ -102,7 +103,7 @@ class _Plan:
         return bool(self.called) or any(row.into for row in self.rows.values())
 
 
-def _fold_all(model: nn.Module, inputs: tuple[Any, ...] | None) -> tuple[nn.Module, _Plan]:
+def _fold_all(model: nn.Module, inputs: _Inputs | None) -> tuple[nn.Module, _Plan]:
     fused = copy.deepcopy(model).eval()
     found = {name: m for name, m in fused.named_modules() if is_batch_norm(m)}
     rows = {name: FusionRow(name, type(m).__name__) for name, m in found.items()}
@@ -175,7 +176,7 @@ def _by_their_own(fused: nn.Module, found: dict[str, nn.Module], plan: _Plan) ->
         del found[key]
 
 
-def _dimensions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[int, set[int]]:
+def _dimensions(model: nn.Module, inputs: _Inputs) -> dict[int, set[int]]:
     """Return module's id -> dimensions of its outputs on the example; the model is not run."""
     dims: dict[int, set[int]] = {}
     runs = copy.deepcopy(model)  # a run may change a model's buffers
@@ -191,10 +192,11 @@ def _dimensions(model: nn.Module, inputs: tuple[Any, ...]) -> dict[int, set[int]
     return dims
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+def _run(model: nn.Module, inputs: _Inputs) -> Any:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        return model(*_copied(inputs))
+        args, kwargs = _copied(inputs)
+        return model(*args, **kwargs)
 
 
 def _copied(inputs: Any, dtype: torch.dtype | None = None) -> Any:
@@ -223,7 +225,7 @@ class _Errors:
 def _verified(
     model: nn.Module,
     fused: nn.Module,
-    inputs: tuple[Any, ...],
+    inputs: _Inputs,
     report: FusionReport,
     plan: _Plan,
 ) -> FusionReport:
@@ -237,7 +239,7 @@ def _verified(
     )
 
 
-def _errors(model: nn.Module, fused: nn.Module, inputs: tuple[Any, ...], plan: _Plan) -> _Errors:
+def _errors(model: nn.Module, fused: nn.Module, inputs: _Inputs, plan: _Plan) -> _Errors:
     """Run both models, in float64 too; a run may change a model's buffers, so copies run."""
     wanted = _run(copy.deepcopy(model).eval(), inputs)
     runs = copy.deepcopy(fused)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage, user_code
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
@@ -51,7 +52,7 @@ def estimate(
 
     Args:
         model: in the mode, on the device and with the weights' types that it will train with.
-        inputs: a tensor; a tuple of positional arguments, or a dict of named ones, tensors or not.
+        inputs: a tensor; a tuple of positional arguments, or a mapping of keyword ones.
         optimizer: over the model's parameters, whether or not it ever stepped; or what makes one of
             parameters, such as ``torch.optim.AdamW``; None for forward and backward alone.
         loss: model output -> scalar; None for the output's own ``loss`` if it has one, else
@@ -81,8 +82,7 @@ def estimate(
     """
     from torch._subclasses import FakeTensorMode
 
-    kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-    args = inputs if isinstance(inputs, tuple) else () if kwargs else (inputs,)
+    args, kwargs = model_inputs(inputs)
     if next(tensors_in((args, kwargs)), None) is None:
         raise TypeError(f"inputs must hold a tensor, got {type(inputs).__name__}")
     _check_optimizer(optimizer, model)

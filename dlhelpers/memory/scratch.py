@@ -31,7 +31,8 @@ __all__ = ["Call", "Scratch", "call_of"]
 _PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
 _WITHOUT_BOUND = ("upsample", "dist", "linalg")  # theirs grows with the output, or by algorithm
 _SMALL = 64 << 20  # bytes of arguments that a trial is always worth
-_BLOCK = 64 << 10  # bytes that even the smallest convolution may take
+_BLOCK = 256 << 10  # bytes that even the smallest convolution may take
+_FILLED = 64  # rows or columns that a matrix unit works on at once
 _A_FEW_NUMBERS = 64  # bytes: Python's numbers become tensors
 _TILE = 60 * 60  # elements: a copy that transposes works in such squares
 _TRIALS_S = 5.0  # seconds for all trials of one estimate
@@ -102,15 +103,24 @@ class Call:
         # narrow types may be computed in float32
         sizes = [max(4, shape.dtype.itemsize) * prod(shape.size) for shape in shapes]
         bound = 3 * sum(sizes) + _A_FEW_NUMBERS
-        if name in _PRODUCTS:  # the output too, and in blocks
+        if name in _PRODUCTS:  # the output too, and in blocks that thin matrices are filled up to
             left, right = shapes[-2:]
             bound += 8 * prod(left.size[:-1]) * right.size[-1] + _BLOCK
+            bound += 4 * 4 * _FILLED * left.size[-1]
         if "convolution" in name:
             # may unfold its input, once for each weight of a kernel
             weight = self.args[2 if "backward" in name else 1]
             bound += 2 * prod(weight.size[2:]) * max(sizes) + _BLOCK
+            if "backward" not in name:  # and sum its output in float32
+                stride, padding, is_transposed = self.args[3], self.args[4], self.args[6]
+                border = 2 * max(padding) + max(weight.size[2:])
+                widest = [size + border for size in shapes[0].size[2:]]
+                if is_transposed:
+                    widest = [max(stride) * size for size in widest]
+                channels = weight.size[1] * self.args[8] if is_transposed else weight.size[0]
+                bound += 4 * shapes[0].size[0] * channels * prod(widest)
             if weight.size[1] == 1:  # a depthwise one's weights, in blocks of channels
-                bound += 300 * max(4, weight.dtype.itemsize) * prod(weight.size)
+                bound += 400 * max(4, weight.dtype.itemsize) * prod(weight.size)
         return bound
 
     @property

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.arguments import model_inputs
+
 __all__ = ["as_tensor", "first_tensor", "restored", "run_model", "unwrap"]
 
 
@@ -74,10 +76,9 @@ def _arguments(inputs: object, *, track: bool) -> tuple[tuple, dict[str, Any]]:
         return value
 
     with torch.enable_grad():
-        if isinstance(inputs, Mapping):
-            return (), {key: detached(value) for key, value in inputs.items()}
-        many = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-        return tuple(detached(value) for value in many), {}
+        # a loader's batch is a list
+        args, kwargs = model_inputs(tuple(inputs) if isinstance(inputs, list) else inputs)
+        return tuple(map(detached, args)), {key: detached(value) for key, value in kwargs.items()}
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.roofline import Roofline, roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, is_gather, moves_no_bytes
@@ -254,7 +255,7 @@ def layer_costs(
 
     Args:
         model: in the mode (train or eval) that is to be counted.
-        inputs: a tensor, or a tuple of positional arguments.
+        inputs: a tensor; a tuple of positional arguments, or a mapping of keyword ones.
         policy: ``conv+linear``: convolutions, matrix products and attention alone, as
             ``torch.utils.flop_counter``; also attention on the CPU, which that leaves out, and in
             eval mode, where it cannot see into ``nn.MultiheadAttention``. ``all``: everything with
@@ -275,7 +276,7 @@ def layer_costs(
         raise ValueError(f'policy must be "conv+linear" or "all", got {policy!r}')
     peaks = peaks or _peaks(torch.get_num_threads())
     counter = _Counter(model)
-    counter.run(inputs if isinstance(inputs, tuple) else (inputs,))
+    counter.run(*model_inputs(inputs))
     layers, unknown, left_out, activations = [], {}, {}, 0
     for module, func, args, kwargs, out, shapes, elements, nbytes in counter.calls:
         name = func._schema.name.removeprefix("aten::")
@@ -325,7 +326,7 @@ class _Counter(TorchDispatchMode):
         self._at: list[str] = []
         self.calls: list[tuple[Any, ...]] = []
 
-    def run(self, args: tuple[Any, ...]) -> None:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from torch._subclasses.fake_tensor import (
             DataDependentOutputException,
             DynamicOutputShapeException,
@@ -337,8 +338,9 @@ class _Counter(TorchDispatchMode):
             register_module_forward_pre_hook,
         )
 
-        if next(tensors_in(args), None) is None:
-            raise TypeError(f"inputs must hold a tensor, got {[type(a).__name__ for a in args]}")
+        if next(tensors_in((args, kwargs)), None) is None:
+            kinds = [type(value).__name__ for value in (*args, *kwargs.values())]
+            raise TypeError(f"inputs must hold a tensor, got {kinds}")
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fakes: dict[int, Tensor] = {}
 
@@ -349,7 +351,7 @@ class _Counter(TorchDispatchMode):
 
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         state = {name: fake(tensor) for name, tensor in named}
-        args = torch.utils._pytree.tree_map(fake, args)
+        args, kwargs = torch.utils._pytree.tree_map(fake, (args, kwargs))
 
         def enter(module: nn.Module, args: Any) -> None:
             self._at.append(self._names.get(id(module), type(module).__name__))
@@ -365,7 +367,7 @@ class _Counter(TorchDispatchMode):
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with torch.no_grad(), mode, self:
-                torch.func.functional_call(self._model, state, args)
+                torch.func.functional_call(self._model, state, args, kwargs)
         except (
             DataDependentOutputException,
             DynamicOutputShapeException,
