@@ -114,16 +114,13 @@ WIDGETS = {
 }
 
 
-QUICK = {"03_dali_io"}  # nbval runs them all as well; `make verify` sees each in the browser
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in WIDGETS]
-)
+@pytest.mark.slow  # nbval runs them all as well
+@pytest.mark.parametrize("name", WIDGETS)
 def test_a_lesson_runs_and_its_figure_follows_the_widget(page, address, name):
     run_and_move(page, address, name, WIDGETS[name])
 
 
+@pytest.mark.slow  # tests/test_profiling_python.py clicks on the view alone
 def test_the_flame_view_of_notebook_08_zooms(page, address):
     run_and_move(page, address, "08_profiling", select("timeline", 0))
     overview = page.locator(".jp-OutputArea-output img[alt*='largest part of a step']").first
