@@ -44,15 +44,17 @@ def shard_of(value: Any) -> tuple[int, int]:
 def model_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return (positional, keyword) arguments: one rule for what stands for a model's inputs.
 
-    A tuple holds positional arguments, a mapping keyword ones; anything else, a list as well, is
-    the only argument. A model whose only argument is a mapping takes it in a tuple of one.
+    A tuple holds positional arguments, a mapping keyword ones; anything else is the only argument,
+    a list as well, and a named tuple such as PackedSequence. A mapping that is itself the only
+    argument stands in a tuple of one.
 
     >>> model_inputs((1, 2)), model_inputs({"x": 1}), model_inputs([1, 2]), model_inputs(({},))
     (((1, 2), {}), ((), {'x': 1}), (([1, 2],), {}), (({},), {}))
     """
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
-    return inputs if isinstance(inputs, tuple) else (inputs,), {}
+    is_plain = isinstance(inputs, tuple) and not hasattr(inputs, "_fields")
+    return inputs if is_plain else (inputs,), {}
 
 
 def need_callable(fn: object, name: str = "fn") -> Callable[[], Any]:

@@ -104,6 +104,9 @@ def test_a_bar_is_shown_where_somebody_looks_or_asks(progress, terminal, shown, 
         assert list(moved) == [0, 1, 2]
 
 
+PEAKS = Roofline(10.0, {"fp32": 100.0}, 1)
+
+
 class Summed(nn.Module):
     """Two inputs, one with a name."""
 
@@ -116,7 +119,7 @@ class Summed(nn.Module):
 
 
 def _costs(model, inputs):
-    return str(layer_costs(model, inputs, peaks=Roofline(10.0, {"fp32": 100.0}, 1)))
+    return str(layer_costs(model, inputs, peaks=PEAKS))
 
 
 def _folded(model, inputs):
@@ -148,3 +151,20 @@ def test_a_list_is_one_argument_but_for_a_batch_of_a_loader():
     assert only is images
     assert kwargs == {}
     assert run_model(lambda one, two: one + two, images).shape == (3, 8, 8)
+
+
+def test_a_packed_sequence_is_one_argument_and_a_mapping_may_be():
+    packed = nn.utils.rnn.pack_sequence([torch.rand(3, 4), torch.rand(2, 4)])
+    assert model_inputs(packed) == ((packed,), {})
+    assert run_model(nn.LSTM(4, 5), packed)[0].data.shape == (5, 5)
+
+    class OfMapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, batch):
+            return self.layer(batch["x"])
+
+    costs = layer_costs(OfMapping(), ({"x": torch.rand(2, 4)},), peaks=PEAKS)
+    assert costs.multiply_adds == 2 * 4 * 3

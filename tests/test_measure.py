@@ -190,9 +190,24 @@ def test_overtime_ends_with_the_pairs_that_an_interval_needs(clock):
     result = compare(*pair(), budget_s=1, overtime=9)
     assert (result.pairs, result.outcome) == (min_pairs(0.05), "faster")
     assert 1 < result.elapsed_s < 6
+    work = clock.work(0.3, 0.1)
+    rows = compare_many(
+        {"a": work, "b": work, "c": clock.work(0.2, 0.1)}, baseline="a", budget_s=1, overtime=9
+    )
+    assert rows["c"].pairs == rows["b"].pairs == min_pairs(0.05)
     spent = compare(*pair(), budget_s=1, overtime=0.5)  # not enough: no interval
     assert 1 < spent.elapsed_s <= 2
     assert (spent.low, spent.high) == (0.0, math.inf)
+
+
+def test_rounds_that_become_slow_end_with_the_pairs_of_the_last_look(clock):
+    def slower():
+        clock.now += 0.003 if clock.calls < 24 else 0.5
+        clock.calls += 1
+
+    result = compare(slower, slower, budget_s=1, overtime=9)  # the first round plans early looks
+    assert result.pairs == min_pairs(0.025)
+    assert result.high < math.inf
 
 
 @pytest.mark.parametrize("seconds", [1e-4, 0.003, 0.03])

@@ -1,5 +1,6 @@
 import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -645,6 +646,31 @@ def test_nor_does_any_convolution_of_halves(batch, channels, kernel, size, group
     backward = (out, x, weight, None, *rest, [True, True, False])
     calls = [forward, call_of(aten.convolution_backward.default, backward, {})]
     assert assert_bounded(calls) == 2
+
+
+UNFOLDED = {
+    "in groups": ((2, 28, 7, 7, 7), (28, 39, 1, 1, 1), [2] * 3, [1] * 3, 2, torch.float32),
+    "wide": ((8, 6, 7, 7), (6, 102, 3, 3), [1, 1], [1, 1], 1, torch.float64),
+    "large kernels": ((8, 2, 7, 7), (2, 21, 5, 5), [1, 1], [1, 1], 1, torch.float64),
+    "dilated": ((2, 3, 28, 28), (3, 40, 3, 3), [1, 1], [4, 4], 1, torch.bfloat16),
+    "of one dimension": ((2, 3, 200), (3, 40, 5), [2], [1], 1, torch.float64),
+}
+
+
+@pytest.mark.parametrize("case", UNFOLDED)
+def test_nor_does_any_transposed_convolution(case):
+    size, kernel, stride, dilation, groups, dtype = UNFOLDED[case]
+    x, weight = torch.zeros(size, dtype=dtype), torch.zeros(kernel, dtype=dtype)
+    none = [0] * len(stride)
+    rest = (stride, none, dilation, True, none, groups)
+    forward = call_of(torch.ops.aten.convolution.default, (x, weight, None, *rest), {})
+    assert assert_bounded([forward]) == 1
+
+
+def test_a_convolution_of_other_arguments_has_no_bound():
+    x, weight = torch.zeros(2, 3, 8, 8), torch.zeros(4, 3, 3, 3)
+    args = (x, weight, None, [0, 0], [1, 1], [1, 1], 1)
+    assert call_of(torch.ops.aten.mkldnn_convolution.default, args, {}).at_most == sys.maxsize
 
 
 def image(*sizes):

@@ -151,7 +151,8 @@ def compare(
 
     Args:
         baseline, candidate: callables without arguments; their results are dropped.
-        budget_s: seconds at most, warm-up and calibration included (the call in flight ends).
+        budget_s: seconds at most but for ``overtime``, warm-up and calibration included (the call
+            in flight ends).
         overtime: share of ``budget_s`` that may be added where fewer pairs than an interval needs
             fit into it, as on a slow machine; measuring ends with the last pair that is needed.
         confidence: of the interval, over all the looks together.

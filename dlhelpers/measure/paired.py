@@ -55,16 +55,18 @@ class Race:
     def run(self, alpha: float, is_settled: Callable[[Interval], bool]) -> None:
         """Measure until every candidate is settled or the budget is spent.
 
-        Past the budget, rounds are added only up to those that an interval needs: their number
-        depends on the clock, never on what the rounds have found.
+        Past the budget, rounds are added only up to those that an interval needs at the last look.
+        That number is fixed before the first round that it is asked of, and fewer give no interval:
+        the confidence stays.
         """
         begin = _clock()
         self._round()  # one at least, whatever warming up has cost
         round_s = _clock() - begin
         measuring_s = self.deadline - begin
-        for share, alpha_look in plan_looks(measuring_s / max(round_s, 1e-9), alpha):
+        looks = plan_looks(measuring_s / max(round_s, 1e-9), alpha)
+        need = min_pairs(looks[-1][1])
+        for share, alpha_look in looks:
             until = begin + share * measuring_s
-            need = min_pairs(alpha_look)
             while _clock() + round_s <= (self.latest if self.rounds < need else until):
                 self._round()
                 round_s = (_clock() - begin) / self.rounds

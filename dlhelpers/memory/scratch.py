@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = ["Call", "Scratch", "call_of"]
 
 _PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
 _WITHOUT_BOUND = ("upsample", "dist", "linalg")  # theirs grows with the output, or by algorithm
+_CONVOLUTIONS = ("aten.convolution.default", "aten.convolution_backward.default")
 _SMALL = 64 << 20  # bytes of arguments that a trial is always worth
 _BLOCK = 256 << 10  # bytes that even the smallest convolution may take
 _FILLED = 64  # rows or columns that a matrix unit works on at once
@@ -67,6 +68,35 @@ class _Shape:
                 return False
             expected *= n
         return True
+
+
+def _summed(
+    x: _Shape,
+    weight: _Shape,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    is_transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> int:
+    """Bytes of a convolution's output; a transposed one's twice, and of what it sums up."""
+    n, channels, kernel = x.size[0], weight.size[0], weight.size[2:]
+    given = (stride, padding, dilation, output_padding)
+    every = [tuple(each) * len(kernel) if len(each) == 1 else each for each in given]
+    places = []
+    for size, k, s, p, d, more in zip(x.size[2:], kernel, *every, strict=True):
+        reach = d * (k - 1)
+        if is_transposed:
+            places.append((size - 1) * s - 2 * p + reach + more + 1)
+        else:
+            places.append((size + 2 * p - reach - 1) // s + 1)
+    elements = prod(places)
+    if is_transposed:  # in groups, put together at the end; or unfolded
+        channels = weight.size[1] * groups
+        elements = 2 * elements + prod(kernel) * prod(x.size[2:])
+    return max(4, x.dtype.itemsize) * n * channels * elements
 
 
 @dataclass(frozen=True)
@@ -108,17 +138,13 @@ class Call:
             bound += 8 * prod(left.size[:-1]) * right.size[-1] + _BLOCK
             bound += 4 * 4 * _FILLED * left.size[-1]
         if "convolution" in name:
+            if name not in _CONVOLUTIONS:
+                return sys.maxsize
             # may unfold its input, once for each weight of a kernel
             weight = self.args[2 if "backward" in name else 1]
             bound += 2 * prod(weight.size[2:]) * max(sizes) + _BLOCK
             if "backward" not in name:  # and sum its output in float32
-                stride, padding, is_transposed = self.args[3], self.args[4], self.args[6]
-                border = 2 * max(padding) + max(weight.size[2:])
-                widest = [size + border for size in shapes[0].size[2:]]
-                if is_transposed:
-                    widest = [max(stride) * size for size in widest]
-                channels = weight.size[1] * self.args[8] if is_transposed else weight.size[0]
-                bound += 4 * shapes[0].size[0] * channels * prod(widest)
+                bound += _summed(*self.args[:9])
             if weight.size[1] == 1:  # a depthwise one's weights, in blocks of channels
                 bound += 400 * max(4, weight.dtype.itemsize) * prod(weight.size)
         return bound
