@@ -1,10 +1,12 @@
 """The report: one page of its own, every tip and claim on it, and notebooks that may fail."""
 
+import asyncio
 import json
 import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 import pytest
@@ -15,6 +17,7 @@ from dlhelpers import claims, ledger, report
 from dlhelpers.claims.claim import Claim, Condition, Threshold, Tip
 from dlhelpers.report import command
 from dlhelpers.report.cells import Cell, cells_of_claims
+from dlhelpers.report.running import kernel_of_this_python
 
 BAR = Threshold(">=", 1.05)
 
@@ -338,6 +341,37 @@ def test_a_kernel_that_dies_or_hangs_is_a_failure_of_its_notebook(notebooks, tmp
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+@pytest.mark.parametrize("timeout", [600, None])
+def test_a_message_that_woke_nobody_is_found_by_the_next_look(timeout):
+    class Socket:
+        def __init__(self):
+            self.looks = []
+
+        async def poll(self, timeout_ms):
+            self.looks.append(timeout_ms)
+            return len(self.looks) > 2
+
+        async def recv_multipart(self):
+            return [b"message"]
+
+    class Session:
+        def feed_identities(self, parts):
+            return [], parts
+
+        def deserialize(self, parts):
+            return {"parts": parts}
+
+    channel_class = kernel_of_this_python()().client().shell_channel_class
+    channel = channel_class.__new__(channel_class)  # which asks for a true socket
+    channel.socket, channel.session = socket, _ = Socket(), Session()
+    assert asyncio.run(channel.get_msg(timeout=timeout)) == {"parts": [b"message"]}
+    assert socket.looks == [1000, 1000, 1000]
+    socket.looks.clear()
+    with pytest.raises(Empty):
+        asyncio.run(channel.get_msg(timeout=1.5))
+    assert socket.looks == [1000, 500]
+
+
 def test_ctrl_c_stops_the_whole_run_and_keeps_the_ledger(notebooks, tmp_path):
     stop = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(600)"
     folder = notebooks(a=[RECORD, stop], b=["1"])

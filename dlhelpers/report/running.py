@@ -6,16 +6,21 @@ is never written. The ledger's path goes to the kernels in DLHELPERS_LEDGER.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 from dlhelpers.progress import bar
 
 __all__ = ["NotebookRun", "RunSummary", "kernel_of_this_python", "run_notebooks"]
+
+_LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,35 @@ def _run(path: Path, environment: Mapping[str, str], progress: bool, timeout: fl
 
 
 def kernel_of_this_python() -> type:
-    """Return a kernel manager that starts this Python, whatever kernels the user has installed."""
+    """Return a kernel manager that starts this Python, whatever kernels the user has installed.
+
+    Its client looks for messages once a second: now and then a message comes without waking the
+    one that waits for it, who would then sit until the cell's timeout.
+    """
     from ipykernel.kernelspec import get_kernel_dict
-    from jupyter_client import AsyncKernelManager
+    from jupyter_client import AsyncKernelClient, AsyncKernelManager
+    from jupyter_client.channels import AsyncZMQSocketChannel
     from jupyter_client.kernelspec import KernelSpec
+    from traitlets import Type, default
+
+    class Channel(AsyncZMQSocketChannel):
+        async def get_msg(self, timeout: float | None = None) -> dict[str, Any]:
+            left = math.inf if timeout is None else timeout
+            while left > _LOOK_S:
+                with suppress(Empty):
+                    return await super().get_msg(timeout=_LOOK_S)
+                left -= _LOOK_S
+            return await super().get_msg(timeout=left)
+
+    class Client(AsyncKernelClient):
+        shell_channel_class = Type(Channel)
+        iopub_channel_class = Type(Channel)
 
     class ThisPython(AsyncKernelManager):
+        @default("client_factory")
+        def _client_factory_default(self) -> type:
+            return Client
+
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict())
