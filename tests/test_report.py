@@ -340,7 +340,6 @@ def test_a_kernel_that_dies_or_hangs_is_a_failure_of_its_notebook(notebooks, tmp
     assert hung.error.startswith("code cell 2 (time.sleep(600)): CellTimeoutError")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 @pytest.mark.parametrize("timeout", [600, None])
 def test_a_message_that_woke_nobody_is_found_by_the_next_look(timeout):
     class Socket:
@@ -372,6 +371,7 @@ def test_a_message_that_woke_nobody_is_found_by_the_next_look(timeout):
     assert socket.looks == [1000, 500]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_ctrl_c_stops_the_whole_run_and_keeps_the_ledger(notebooks, tmp_path):
     stop = "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(600)"
     folder = notebooks(a=[RECORD, stop], b=["1"])

@@ -136,7 +136,7 @@ class Call:
         if name in _PRODUCTS:  # the output too, and in blocks that thin matrices are filled up to
             left, right = shapes[-2:]
             bound += 8 * prod(left.size[:-1]) * right.size[-1] + _BLOCK
-            bound += 4 * 4 * _FILLED * left.size[-1]
+            bound += 4 * _FILLED * max(4, left.dtype.itemsize) * left.size[-1]
         if "convolution" in name:
             if name not in _CONVOLUTIONS:
                 return sys.maxsize

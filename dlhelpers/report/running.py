@@ -20,7 +20,7 @@ from dlhelpers.progress import bar
 
 __all__ = ["NotebookRun", "RunSummary", "kernel_of_this_python", "run_notebooks"]
 
-_LOOK_S = 1.0
+_LOOK_S = 1.0  # between two looks for a message
 
 
 @dataclass(frozen=True)
