@@ -72,7 +72,7 @@ def test_an_error_is_passed_on_and_the_profiler_is_off_afterwards(run):
         with pytest.raises(KeyError, match="mine"):
             run(fails)
     assert sys.getprofile() is None
-    assert run(lambda: burn(0.03)).rows
+    assert run(lambda: burn(0.15)).rows
 
 
 @every_profiler
@@ -83,7 +83,7 @@ def test_what_cannot_be_called_is_refused(run):
 
 @every_profiler
 def test_a_report_prints_its_table_and_what_it_sees(run):
-    report = run(lambda: burn(0.03))
+    report = run(lambda: burn(0.15))
     text, page = str(report), report._repr_html_()
     assert report.profiler in text
     assert html.escape(report.sees) in page
@@ -199,7 +199,7 @@ def test_a_sampler_inside_another_profiler_is_refused(outer):
     pytest.importorskip("pyinstrument", reason="extra profiling")
     with pytest.raises(RuntimeError, match="at work: stop it before sample"):
         outer(lambda: sample(tree))
-    assert sample(lambda: burn(0.03)).rows
+    assert sample(lambda: burn(0.15)).rows
 
 
 def test_functions_of_one_name_in_files_of_one_name_stay_apart(tmp_path):
@@ -342,7 +342,22 @@ def test_the_time_of_each_look_is_given_to_the_lines_of_each_thread_once(taken):
         assert row.total_s == total[key]
 
 
-def test_c_that_holds_the_gil_counts_for_all_of_its_time():
+@pytest.fixture
+def wait_for_looks(monkeypatch):
+    """Return a function that spins until ``sample_threads`` has looked so many times more."""
+    taken = []
+    names = sampling._names
+    monkeypatch.setattr(sampling, "_names", lambda *given: (taken.append(1), names(*given))[1])
+
+    def wait(looks):
+        enough = len(taken) + looks + 1  # the last of them may not have seen the stacks yet
+        while len(taken) < enough:
+            pass
+
+    return wait
+
+
+def test_c_that_holds_the_gil_counts_for_all_of_its_time(wait_for_looks):
     """No look comes through while it runs; the one after it stands for the whole of it."""
     took = []
 
@@ -350,9 +365,10 @@ def test_c_that_holds_the_gil_counts_for_all_of_its_time():
         begin = time.perf_counter()
         sum(range(3_000_000))
         took.append(time.perf_counter() - begin)
+        wait_for_looks(1)
 
-    report = sample_threads(lambda: (burn(0.05), in_c(), burn(0.05)))
-    assert report.find("in_c").own_s > 0.7 * took[0]
+    report = sample_threads(lambda: (wait_for_looks(3), in_c()))
+    assert sum(row.total_s for row in report.rows if row.name == "in_c") > 0.9 * took[0]
 
 
 def test_a_thread_that_waits_is_left_out():
@@ -376,30 +392,21 @@ def test_threads_of_one_name_are_told_apart():
     gate.wait()
 
 
-def test_time_of_several_threads_is_put_on_the_right_lines():
+def test_time_of_several_threads_is_put_on_the_right_lines(wait_for_looks):
     """Each thread burns at a line of its own; that line is the one where it is seen most."""
 
-    def at_one_place(gate):
-        gate.wait()
-        burn_here(0.15)
-
-    def burn_here(seconds):
-        end = time.thread_time() + seconds
-        while time.thread_time() < end:
+    def burn_here():
+        while going:
             pass
 
-    def elsewhere(seconds):
-        end = time.thread_time() + seconds
-        while time.thread_time() < end:
-            math.sqrt(2.0)
-
     def program():
-        gate = threading.Barrier(2)
-        thread = threading.Thread(target=at_one_place, args=(gate,), name="second")
+        thread = threading.Thread(target=burn_here, name="second")
         thread.start()
-        gate.wait()
-        elsewhere(0.15)
+        wait_for_looks(40)
+        going.clear()
         thread.join()
+
+    going = [True]
 
     report = sample_threads(program)
     mine = {"own": collections.Counter(), "second": collections.Counter()}
@@ -408,7 +415,7 @@ def test_time_of_several_threads_is_put_on_the_right_lines():
             continue  # a thread that an earlier test has left
         thread = "second" if row.name.endswith("[second]") else "own"
         mine[thread][row.name.removesuffix(" [second]")] += row.own_s
-    assert mine["own"].most_common(1)[0][0] == "elsewhere"
+    assert mine["own"].most_common(1)[0][0] == "wait"
     assert mine["second"].most_common(1)[0][0] == "burn_here"
     assert report.samples > 0
     assert sys.getswitchinterval() == pytest.approx(0.005)
