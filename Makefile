@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := dali,engines,quant,codecs,stores,profiling,dev
 OLDEST := .venv-oldest
+# two at a time, each on one thread
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 NBVAL := $(BIN)/python -m pytest --nbval -p no:cacheprovider
 # notebooks settle claims while they are tested: their ledger is not the learner's
 TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json
@@ -19,7 +21,7 @@ lab: .venv/.stamp  ## open the course in JupyterLab; ARGS="--no-browser --port 8
 	@$(BIN)/python tools/lab.py $(ARGS)
 
 test: lint  ## lint, unit tests with doctests, every notebook cell by cell
-	$(BIN)/python -m pytest
+	$(UNIT)
 	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) notebooks
 
 # the extras whose packages ask for a newer torch are left out
@@ -27,7 +29,8 @@ test-oldest: $(OLDEST)/.stamp  ## the unit tests on the oldest torch that is sup
 	$(OLDEST)/bin/python -m pytest --ignore=tests/browser -m "not slow and not browser"
 
 verify: lint  ## the same with the full sweeps (minutes)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(UNIT) -m "not alone"
+	$(BIN)/python -m pytest -m alone
 	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) notebooks
 
 report: .venv/.stamp  ## run every notebook; write report.html and ledger.json

@@ -1,5 +1,6 @@
 """Kills, full disks, damaged files: nothing is lost, half visible, or silently wrong."""
 
+import hashlib
 import json
 import os
 import random
@@ -449,13 +450,16 @@ def flips_in_records(photos, whole, tmp_path, count, seed):
         path.unlink()
 
 
+# in a process of its own: LMDB itself can crash on what is damaged
 READ = """
-import json, sys
+import hashlib, json, sys
 from dlhelpers.lmdb_io import LMDBDataset
-dataset = LMDBDataset(sys.argv[1], decode=None)
-rows = [[key, *dataset[i]] for i, (key, _) in enumerate(dataset.samples)]
-found = [dataset.find(row[0]) for row in rows]
-print(json.dumps([[k, b.hex(), t] for k, b, t in rows] + [found, dataset.classes]))
+for path in map(str.strip, sys.stdin):
+    dataset = LMDBDataset(path, decode=None)
+    rows = [[key, *dataset[i]] for i, (key, _) in enumerate(dataset.samples)]
+    found = [dataset.find(row[0]) for row in rows]
+    held = [[k, b.hex(), t] for k, b, t in rows], found, dataset.classes
+    print(hashlib.sha256(json.dumps(held).encode()).hexdigest(), flush=True)
 """
 
 
@@ -468,24 +472,28 @@ def flips_elsewhere(photos, whole, tmp_path, count, seed):
         for start in starts:
             inside[start : start + length] = b"\1" * length
     outside = [i for i, byte in enumerate(inside) if not byte and content[i]]
-    rows = [[k, b.hex(), t] for k, b, t in whole]
-    expected = [*rows, list(range(COUNT)), ["china", "flower"]]
-    rng, found = random.Random(seed), 0
+    held = [[k, b.hex(), t] for k, b, t in whole], list(range(COUNT)), ["china", "flower"]
+    expected = hashlib.sha256(json.dumps(held).encode()).hexdigest()
+    rng, not_found = random.Random(seed), []
     for number in range(count):
         damaged = bytearray(content)
         damaged[rng.choice(outside)] ^= 1 << rng.randrange(8)
         path = tmp_path / f"{number}"
         path.write_bytes(damaged)
         if problems(path):
-            found += 1
+            path.unlink()
         else:
-            done = subprocess.run(
-                [sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, done.stderr
-            assert json.loads(done.stdout) == expected, number
-        path.unlink()
-    return found
+            not_found.append(str(path))
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        input="\n".join(not_found),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    read = dict(zip(not_found, done.stdout.split(), strict=False))
+    assert read == dict.fromkeys(not_found, expected), done.stderr
+    return count - len(not_found)
 
 
 def test_flipped_bytes_in_records_are_found_and_named(photos, whole, tmp_path):

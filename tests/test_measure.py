@@ -433,6 +433,7 @@ def test_the_selftest_counts_outcomes_and_coverage(clock):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_promises_hold_on_this_machine():
     results = list(run(runs=20, progress=False))
     assert all(result.kept for result in results), "\n".join(map(str, results))

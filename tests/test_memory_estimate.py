@@ -13,9 +13,10 @@ from dlhelpers.memory import checkpoint_blocks, estimate, measure_peak, scratch
 from dlhelpers.memory.accounting import Accounting
 from dlhelpers.memory.scratch import Scratch, call_of
 
+# small steps: behind a loss of 0 gradients are subnormal numbers, which are slow to compute with
 OPTIMIZERS = {
-    "sgd": functools.partial(torch.optim.SGD, lr=0.1),
-    "momentum": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+    "sgd": functools.partial(torch.optim.SGD, lr=1e-3),
+    "momentum": functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
     "adamw": torch.optim.AdamW,
 }
 MORE_OPTIMIZERS = {

@@ -721,6 +721,7 @@ def one_thread():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", planted.PLANTED)
 def test_a_planted_bottleneck_is_named_first(name):
@@ -732,12 +733,14 @@ def test_a_planted_bottleneck_is_named_first(name):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("one_thread")
 def test_a_model_that_is_called_sample_by_sample_is_a_loop():
     assert names(diagnose(planted.model_by_sample()))[0] == "python-loop"
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", planted.TUNED)
 def test_a_tuned_loop_has_no_finding(name):

@@ -269,6 +269,7 @@ class Sleepy(Dataset):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_slow_loader_is_most_of_the_step_with_any_number_of_workers(workers):
     """Eight samples sleep for 160 ms, or 80 with two workers; the step computes for a few."""
