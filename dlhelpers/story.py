@@ -1,7 +1,7 @@
 """A slow script, as people write them: it trains on photographs, validates, and scores a folder.
 
 Each field of :class:`Settings` is one habit that costs time or memory, and can be mended by itself;
-``STEPS`` is an order in which profiles lead to them. Notebook 08 tells the story.
+``STEPS`` is the order in which notebook 08 mends them, asking a profile before each step.
 """
 
 from __future__ import annotations

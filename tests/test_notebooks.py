@@ -27,7 +27,10 @@ SECTIONS = [
     "Take away",
 ]
 IGNORED = {"nbval-ignore-output", "nbval-skip"}
-UNIT = r"(?:ms|µs|us|s|min|MiB|MB|GB|GiB|KB|KiB|GFLOPS?|img/s|images/s|%|times|x|×|points)"
+UNIT = (
+    r"(?:ms|µs|us|ns|s|seconds?|min|hours?|MiB|MB|GB|GiB|KB|KiB|bytes?|GFLOPS?|img/s|images/s|%"
+    r"|percent|per cent|times|x|×|points)"
+)
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +39,56 @@ def render() -> str:
 def _module(module: Any) -> str:
     first, rest = _split(module)
     parts = [f"## {module.__name__}", "", first, *_fenced(rest)]
-    for name in module.__all__:
-        thing = getattr(module, name)
-        if inspect.ismodule(thing):
-            continue
+    public = {name: getattr(module, name) for name in module.__all__}
+    public = {name: thing for name, thing in public.items() if not inspect.ismodule(thing)}
+    given = {}  # classes that are met as results alone
+    for name, thing in public.items():
         parts += ["", f"### {name}"]
         if not (inspect.isclass(thing) or inspect.isroutine(thing)):
             parts += ["", f"A value of type `{type(thing).__name__}`."]
             continue
-        first, rest = _split(thing)
-        parts += [*_fenced(f"{name}{_signature(thing)}", "python"), "", first, *_fenced(rest)]
+        parts += [*_described(name, thing), *_methods(thing)]
+        known = [*given, *public.values()]
+        given |= {kind: name for kind in _results(thing) if kind not in known}
+    for kind, name in given.items():
+        parts += ["", f"### {kind.__name__}", "", f"What `{name}` returns."]
+        first, rest = _split(kind)
+        parts += ["", first, *_fenced(rest), *_methods(kind)]
     return "\n".join([*parts, ""])
+
+
+def _described(name: str, thing: Any) -> list[str]:
+    first, rest = _split(thing)
+    return [*_fenced(f"{name}{_signature(thing)}", "python"), "", first, *_fenced(rest)]
+
+
+def _methods(thing: Any) -> list[str]:
+    """Return the public methods and properties of a class that the package itself describes."""
+    parts: list[str] = []
+    own = [
+        base for base in getattr(thing, "__mro__", ()) if base.__module__.startswith("dlhelpers")
+    ]
+    for name in dict.fromkeys(name for base in own for name in vars(base) if name[0] != "_"):
+        member = inspect.getattr_static(thing, name)
+        if not getattr(member, "__doc__", None):
+            continue
+        if isinstance(member, (property, functools.cached_property)):
+            parts += ["", f"`.{name}`: {_split(member)[0]}"]
+        elif inspect.isfunction(member) or isinstance(member, (classmethod, staticmethod)):
+            parts += _described(f"{thing.__name__}.{name}", getattr(thing, name))
+    return parts
+
+
+def _results(thing: Any) -> list[type]:
+    """Return the classes of the package that a function's annotation says it returns."""
+    if not inspect.isfunction(thing):
+        return []
+    try:
+        hint = typing.get_type_hints(thing).get("return")
+    except NameError:  # a name for type checkers alone
+        return []
+    kinds = [hint, *typing.get_args(hint)]
+    return [k for k in kinds if inspect.isclass(k) and k.__module__.startswith("dlhelpers")]
 
 
 def _signature(thing: Any) -> str:

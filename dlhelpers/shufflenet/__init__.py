@@ -12,13 +12,8 @@ experiments on this machine, ``audit`` names what breaks the guidelines in a mod
 """
 
 from dlhelpers.shufflenet.auditing import audit
-from dlhelpers.shufflenet.costs import (
-    LayerCost,
-    LayerCosts,
-    layer_costs,
-    mac_lower_bound,
-    memory_access_cost,
-)
+from dlhelpers.shufflenet.costs import LayerCost, LayerCosts, layer_costs
+from dlhelpers.shufflenet.formulas import mac_lower_bound, memory_access_cost
 from dlhelpers.shufflenet.guidelines import GuidelineTable, guideline_networks, guideline_table
 from dlhelpers.shufflenet.latency import (
     LatencyFormula,

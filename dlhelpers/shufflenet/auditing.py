@@ -19,14 +19,8 @@ from torch import nn
 
 from dlhelpers.findings import Finding, Findings
 from dlhelpers.roofline import Roofline
-from dlhelpers.shufflenet.costs import (
-    LayerCost,
-    LayerCosts,
-    layer_costs,
-    mac_lower_bound,
-    memory_access_cost,
-)
-from dlhelpers.shufflenet.formulas import is_element_wise
+from dlhelpers.shufflenet.costs import LayerCost, LayerCosts, layer_costs
+from dlhelpers.shufflenet.formulas import is_element_wise, mac_lower_bound, memory_access_cost
 
 __all__ = ["audit"]
 

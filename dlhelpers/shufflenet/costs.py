@@ -1,15 +1,9 @@
 """What does each layer of a model cost? Multiply-adds, FLOPs, bytes, and the time they imply.
 
-A 1x1 convolution from c1 to c2 channels over hw pixels does B = hw c1 c2 multiply-adds and reads or
-writes at least so many elements, the memory access cost (MAC):
-
-    MAC = hw (c1 + c2) + c1 c2  >=  2 sqrt(hw B) + B / hw        (equal only where c1 = c2)
-
 An operator that moves b bytes and does f FLOPs takes max(b / bandwidth, f / peak) seconds
 if its bytes come from memory; from a cache they may come faster.
 
-Source: Ma et al. 2018, arXiv:1807.11164, equations 1 and 2; Williams et al. 2009 (roofline),
-doi:10.1145/1498765.1498785.
+Source: Williams et al. 2009 (roofline), doi:10.1145/1498765.1498785.
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,74 +28,10 @@ from dlhelpers.tables import html_table, text_table
 __all__ = [
     "LayerCost",
     "LayerCosts",
-    "MemoryAccess",
     "layer_costs",
-    "mac_lower_bound",
-    "memory_access_cost",
 ]
 
 Policy = Literal["conv+linear", "all"]
-
-
-class MemoryAccess(NamedTuple):
-    """What a layer reads and writes at least once."""
-
-    elements: int
-    bytes: int
-
-
-def memory_access_cost(
-    c1: int,
-    c2: int,
-    hw: int,
-    *,
-    kernel: int = 1,
-    groups: int = 1,
-    dtype: torch.dtype = torch.float32,
-) -> MemoryAccess:
-    """Return what a convolution with stride 1 and same size reads and writes: equations 1 and 2.
-
-    Input hw c1, output hw c2, weights kernel^2 c1 c2 / groups; each once, as with a cache that
-    holds all of them.
-
-    Args:
-        c1, c2: channels in and out.
-        hw: pixels, height times width.
-        kernel: side of a square kernel.
-        groups: divides c1 and c2.
-        dtype: of all three.
-
-    Raises:
-        ValueError: a size is not positive, or groups does not divide the channels.
-
-    >>> memory_access_cost(128, 128, 56 * 56)
-    MemoryAccess(elements=819200, bytes=3276800)
-    """
-    if min(c1, c2, hw, kernel, groups) < 1 or c1 % groups or c2 % groups:
-        raise ValueError(
-            f"sizes must be 1 or more and groups divide both channels, got c1={c1}, c2={c2}, "
-            f"hw={hw}, kernel={kernel}, groups={groups}"
-        )
-    elements = hw * (c1 + c2) + kernel**2 * c1 * c2 // groups
-    return MemoryAccess(elements, elements * dtype.itemsize)
-
-
-def mac_lower_bound(multiply_adds: float, hw: float) -> float:
-    """Return the fewest elements that a 1x1 convolution can read and write: equation 1's bound.
-
-    Args:
-        multiply_adds: B, which the paper calls FLOPs: hw c1 c2.
-        hw: pixels.
-
-    Raises:
-        ValueError: multiply-adds are negative or no number, or there is no pixel.
-
-    >>> mac_lower_bound(56 * 56 * 128 * 128, 56 * 56)
-    819200.0
-    """
-    if not (multiply_adds >= 0 and hw > 0):
-        raise ValueError(f"multiply_adds must be 0 or more, hw above 0: {multiply_adds!r}, {hw!r}")
-    return 2 * math.sqrt(hw * multiply_adds) + multiply_adds / hw
 
 
 @dataclass(frozen=True)
