@@ -423,13 +423,16 @@ def test_a_gpu_that_waits_for_the_loader_is_the_loaders_finding():
 
 
 @pytest.mark.usefixtures("ampere")
-def test_a_synchronisation_in_the_step_is_told():
-    facts = on_gpu(("conv", 0, 50, "kernel"), outside=[("aten::_local_scalar_dense", 0)])
+@pytest.mark.parametrize(
+    ("outside", "remedy"), [([("aten::_local_scalar_dense", 1)], ".item()"), ([], "non_blocking")]
+)
+def test_a_synchronisation_in_the_step_is_told_with_what_causes_it(outside, remedy):
+    facts = on_gpu(("conv", 0, 50, "kernel"), outside=outside)
     steps = facts.trace.steps
     waits = [Event("cudaStreamSynchronize", s + 5e4, s + 7e4, 1, "runtime") for s, _ in steps]
     trace = Trace(in_order([*facts.trace.events, *waits]), steps)
-    found = rules_of_cuda(Seen(trace, facts.step_ms))
-    assert "synchronisation" in found
+    found = {f.name: f for f in rank(Seen(trace, facts.step_ms), 0.05, lambda *_: 1.0)}
+    assert remedy in found["synchronisation"].remedy
 
 
 @pytest.mark.usefixtures("ampere")

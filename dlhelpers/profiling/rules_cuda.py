@@ -47,8 +47,12 @@ def synchronisation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[B
             where=seen.lines.hottest,
             what=f"the CPU waits for the GPU for {waits / seen.step_ms:.0%} of a step, in which "
             f"{items:.0f} numbers are read",
-            why=".item(), .cpu(), print and if need a number: all kernels must end first",
-            remedy="total += loss.detach(), and one .item() every hundred steps",
+            why=".item(), .cpu(), print and if need a number: all kernels must end first"
+            if items
+            else "a copy without non_blocking, or synchronize(), waits for all kernels before it",
+            remedy="total += loss.detach(), and one .item() every hundred steps"
+            if items
+            else "batch.to('cuda', non_blocking=True), pinned; no synchronize() in a step",
             notebook="08_profiling",
         )
 
