@@ -1,7 +1,7 @@
 """A slow script, as people write them: it trains on photographs, validates, and scores a folder.
 
 Each field of :class:`Settings` is one habit that costs time or memory, and can be mended by itself;
-``STEPS`` is the order in which notebook 08 mends them, asking a profile before each step.
+``STEPS`` is the order in which notebook 08 mends them, asking a profile before all but the first.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def left_in(folder):
 def survives_kills(photos, whole, folder, kills, workers=0):
     """Kill a conversion over an old database up to five times, then let it end.
 
-    A kill comes while the commit after the last one that was read is at work or done: of the 15,
-    five kills see three each at most.
+    A kill comes while the commit after the last one that was read is at work or done: five kills
+    see 12 of the 15 at most.
     """
     old = [("old", photos.joinpath("china", "0000000.jpg").read_bytes(), 7)]
     write_lmdb(old, folder / "db", progress=False)

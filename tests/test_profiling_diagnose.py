@@ -424,10 +424,11 @@ def test_a_gpu_that_waits_for_the_loader_is_the_loaders_finding():
 
 @pytest.mark.usefixtures("ampere")
 @pytest.mark.parametrize(
-    ("outside", "remedy"), [([("aten::_local_scalar_dense", 1)], ".item()"), ([], "non_blocking")]
+    ("copies", "remedy"),
+    [([("Memcpy DtoH (Device -> Pageable)", 50, 51, "copy")], ".item()"), ([], "non_blocking")],
 )
-def test_a_synchronisation_in_the_step_is_told_with_what_causes_it(outside, remedy):
-    facts = on_gpu(("conv", 0, 50, "kernel"), outside=outside)
+def test_a_synchronisation_in_the_step_is_told_with_what_causes_it(copies, remedy):
+    facts = on_gpu(("conv", 0, 50, "kernel"), *copies)
     steps = facts.trace.steps
     waits = [Event("cudaStreamSynchronize", s + 5e4, s + 7e4, 1, "runtime") for s, _ in steps]
     trace = Trace(in_order([*facts.trace.events, *waits]), steps)

@@ -33,10 +33,11 @@ def render() -> str:
         for module in modules
         for short in [module.__name__.partition(".")[2]]
     )
-    return "\n".join([HEAD, index, "", *(_module(module) for module in modules)])
+    shown: list[Any] = []  # classes that are met as results: once each
+    return "\n".join([HEAD, index, "", *(_module(module, shown) for module in modules)])
 
 
-def _module(module: Any) -> str:
+def _module(module: Any, shown: list[Any]) -> str:
     first, rest = _split(module)
     parts = [f"## {module.__name__}", "", first, *_fenced(rest)]
     public = {name: getattr(module, name) for name in module.__all__}
@@ -48,8 +49,9 @@ def _module(module: Any) -> str:
             parts += ["", f"A value of type `{type(thing).__name__}`."]
             continue
         parts += [*_described(name, thing), *_methods(thing)]
-        known = [*given, *public.values()]
+        known = [*shown, *given, *public.values()]
         given |= {kind: name for kind in _results(thing) if kind not in known}
+    shown += given
     for kind, name in given.items():
         parts += ["", f"### {kind.__name__}", "", f"What `{name}` returns."]
         first, rest = _split(kind)

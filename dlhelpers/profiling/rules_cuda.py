@@ -36,7 +36,7 @@ def synchronisation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[B
     """The CPU waits for the GPU in the middle of a step, after which the GPU waits for the CPU."""
     if not seen.trace.gpu:
         return
-    items = seen.trace.count("aten::_local_scalar_dense")
+    fetched = sum(e.name.startswith("Memcpy DtoH") for e in seen.trace.gpu) / seen.steps
     waits = seen.ms("waiting for the GPU")
     saves = min(waits, seen.gpu_idle_ms)
     if saves >= least_ms:
@@ -46,12 +46,12 @@ def synchronisation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[B
             at_most=True,
             where=seen.lines.hottest,
             what=f"the CPU waits for the GPU for {waits / seen.step_ms:.0%} of a step, in which "
-            f"{items:.0f} numbers are read",
+            f"{fetched:.0f} copies come back from it",
             why=".item(), .cpu(), print and if need a number: all kernels must end first"
-            if items
+            if fetched
             else "a copy without non_blocking, or synchronize(), waits for all kernels before it",
             remedy="total += loss.detach(), and one .item() every hundred steps"
-            if items
+            if fetched
             else "batch.to('cuda', non_blocking=True), pinned; no synchronize() in a step",
             notebook="08_profiling",
         )
