@@ -351,8 +351,10 @@ def wait_for_looks(monkeypatch):
 
     def wait(looks):
         enough = len(taken) + looks + 1  # the last of them may not have seen the stacks yet
-        while len(taken) < enough:
-            pass
+        for _ in range(10**9):  # a minute at most, should the sampler have died
+            if len(taken) >= enough:
+                return
+        pytest.fail(f"{len(taken)} looks, expected were {enough}")
 
     return wait
 

@@ -33,7 +33,8 @@ def render() -> str:
         for module in modules
         for short in [module.__name__.partition(".")[2]]
     )
-    shown: list[Any] = []  # classes that are met as results: once each
+    # a class that is met as a result alone is described where it is met first
+    shown = [getattr(module, name) for module in modules for name in module.__all__]
     return "\n".join([HEAD, index, "", *(_module(module, shown) for module in modules)])
 
 
@@ -42,15 +43,14 @@ def _module(module: Any, shown: list[Any]) -> str:
     parts = [f"## {module.__name__}", "", first, *_fenced(rest)]
     public = {name: getattr(module, name) for name in module.__all__}
     public = {name: thing for name, thing in public.items() if not inspect.ismodule(thing)}
-    given = {}  # classes that are met as results alone
+    given = {}
     for name, thing in public.items():
         parts += ["", f"### {name}"]
         if not (inspect.isclass(thing) or inspect.isroutine(thing)):
             parts += ["", f"A value of type `{type(thing).__name__}`."]
             continue
         parts += [*_described(name, thing), *_methods(thing)]
-        known = [*shown, *given, *public.values()]
-        given |= {kind: name for kind in _results(thing) if kind not in known}
+        given |= {kind: name for kind in _results(thing) if kind not in [*shown, *given]}
     shown += given
     for kind, name in given.items():
         parts += ["", f"### {kind.__name__}", "", f"What `{name}` returns."]

@@ -25,11 +25,7 @@ from dlhelpers.roofline import Roofline, roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, is_gather, moves_no_bytes
 from dlhelpers.tables import html_table, text_table
 
-__all__ = [
-    "LayerCost",
-    "LayerCosts",
-    "layer_costs",
-]
+__all__ = ["LayerCost", "LayerCosts", "layer_costs"]
 
 Policy = Literal["conv+linear", "all"]
 
