@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := dali,engines,quant,codecs,stores,profiling,dev
+EXTRAS := course,dali,engines,quant,codecs,stores,profiling,dev
 OLDEST := .venv-oldest
 # two at a time, each on one thread
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
@@ -65,7 +65,7 @@ clean:  ## remove the environment and what was generated; never work/
 
 $(OLDEST)/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -e ".[stores,profiling,dev]" \
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -e ".[course,stores,profiling,dev]" \
 	  "torch==2.11.*" "torchvision==0.26.*"
 	@touch $@
 

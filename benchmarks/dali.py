@@ -32,7 +32,8 @@ from dali_peers import BATCH, Job
 from io_race import Bench, Make, epoch_check
 from torchvision.datasets import ImageFolder
 
-from dlhelpers import data, machine
+from dlhelpers import machine
+from dlhelpers.course import data
 from dlhelpers.dali_io import DALILoader, image_pipeline, torchvision_transform
 from dlhelpers.dali_io.transforms import STD
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb

@@ -45,7 +45,8 @@ from io_race import Bench, Make, Reference
 from io_tables import table_c, table_d, table_e, tables_a_b
 from PIL import Image
 
-from dlhelpers import data, machine
+from dlhelpers import machine
+from dlhelpers.course import data
 from dlhelpers.lmdb_io import write_lmdb
 
 

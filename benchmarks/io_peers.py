@@ -24,8 +24,8 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
+from dlhelpers.course.stores import make_store
 from dlhelpers.lmdb_io import write_lmdb
-from dlhelpers.stores import make_store
 
 BATCH = 64
 Sample = tuple[torch.Tensor, int]
@@ -80,7 +80,7 @@ class Photos:
         return PerProcess(lambda: lmdb.open(path, readonly=True, lock=False))
 
     def store(self, name: str) -> Any:
-        """A container of dlhelpers.stores, the same in every table."""
+        """A container of dlhelpers.course.stores, the same in every table."""
         if name not in self._streams:
             self._streams[name] = make_store(name, self.images, self.targets, self.work)
         return self._streams[name]

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from dlhelpers import machine, pairing
-from dlhelpers.data import digits
+from dlhelpers.course.data import digits
+from dlhelpers.course.training import digits_mlp
 from dlhelpers.measure import compare
-from dlhelpers.training import digits_mlp
 
 
 def convnet() -> nn.Module:

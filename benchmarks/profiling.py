@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as G
 
-from dlhelpers import data, machine
+from dlhelpers import machine
+from dlhelpers.course import data
 from dlhelpers.profiling import overhead, profile_torch
 
 

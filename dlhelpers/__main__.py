@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["report"]:
-        from dlhelpers import report  # has its own parser
+        from dlhelpers.course import report  # has its own parser
 
         return report.main(arguments[1:])
     parser = _parser()
@@ -154,7 +154,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
 
 
 def _photos(options: argparse.Namespace) -> int:
-    from dlhelpers import data
+    from dlhelpers.course import data
 
     root = data.photos(
         options.directory,

@@ -1,4 +1,4 @@
-"""How does a file appear whole or not at all?"""
+"""Where may files be kept, and how does one appear whole or not at all?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_whole"]
+__all__ = ["cache_dir", "write_whole"]
+
+
+def cache_dir() -> Path:
+    """Return the user's cache folder of this package; it need not exist yet."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("dlhelpers", appauthor=False)
 
 
 def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str], Any]) -> Path:

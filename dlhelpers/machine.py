@@ -16,18 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.extras import EXTRAS
 from dlhelpers.tables import facts_table
 
 __all__ = ["Machine", "describe", "last_level_cache_bytes"]
 
-_EXTRAS = {
-    "dali": ("nvidia-dali-cuda130",),
-    "engines": ("onnx", "onnxruntime", "onnxscript", "openvino"),
-    "quant": ("torchao",),
-    "codecs": ("simplejpeg", "opencv-python-headless", "torchcodec"),
-    "stores": ("h5py", "tfrecord", "webdataset"),
-    "profiling": ("line_profiler", "pyinstrument"),
-}
 # what the operating systems call the instruction sets that matter here -> one name each
 _SIMD = {
     "avx2": "avx2",
@@ -153,7 +146,7 @@ def describe() -> Machine:
         python=platform.python_version(),
         torchvision=_version("torchvision"),
         compiler=next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None),
-        extras={extra: {p: _version(p) for p in names} for extra, names in _EXTRAS.items()},
+        extras={extra: {p: _version(p) for p in names} for extra, names in EXTRAS.items()},
         **torch,
     )
 

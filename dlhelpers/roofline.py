@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dlhelpers.files import write_whole
+from dlhelpers.files import cache_dir, write_whole
 from dlhelpers.machine import describe
 from dlhelpers.tables import facts_table
 
@@ -74,8 +74,6 @@ def roofline(*, refresh: bool = False) -> Roofline:
         refresh: measure again, and keep the larger of the old and the new peaks.
     """
     import torch
-
-    from dlhelpers.data import cache_dir
 
     threads = torch.get_num_threads()
     path = cache_dir() / f"roofline-{describe().key}-{threads}-{torch.__version__}.json"

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from dlhelpers import claims, ledger, notebook
-from dlhelpers.claims import catalog, judging, predictions
-from dlhelpers.claims.cards import Scale, effect_text, interval_svg, verdict_html
-from dlhelpers.claims.claim import Threshold
+from dlhelpers.course import claims, ledger, notebook
+from dlhelpers.course.claims import catalog, judging, predictions
+from dlhelpers.course.claims.cards import Scale, effect_text, interval_svg, verdict_html
+from dlhelpers.course.claims.claim import Threshold
 from dlhelpers.measure import Comparison, Estimate, estimate_mean
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,6 @@ TIPS = """
 id = "pair-failure"
 says = "A wrong pair fails."
 said_by = "a README, 2021"
-notebooks = ["01_pairing"]
 """
 TIME = """
 [[claim]]
@@ -40,7 +39,6 @@ kind = "time"
 metric = "latency unfused / fused"
 threshold = ">= 1.05"
 question = "Is it faster?"
-notebook = "01_pairing"
 [[claim.condition]]
 name = "batch 1, launch-bound"
 theory = "wins"
@@ -60,7 +58,6 @@ kind = "exact"
 metric = "loss of a perfect output"
 threshold = "{threshold}"
 question = "Is there a floor?"
-notebook = "01_pairing"
 [[claim.condition]]
 name = "ten classes"
 theory = "wins"
@@ -70,8 +67,8 @@ why = "ln(1 + (C - 1) / e)"
 
 def load(text, tmp_path, tips=TIPS):
     (tmp_path / "tips.toml").write_text(tips, encoding="utf-8")
-    (tmp_path / "claims.toml").write_text(text, encoding="utf-8")
-    return claims.load(tmp_path / "claims.toml", catalog.load_tips(tmp_path / "tips.toml"))
+    (tmp_path / "01_pairing.toml").write_text(text, encoding="utf-8")
+    return claims.load(tmp_path / "01_pairing.toml", catalog.load_tips(tmp_path / "tips.toml"))
 
 
 def comparison(speedup, low, high, outcome="faster"):
@@ -127,7 +124,6 @@ def by_time(claim, first, second, control=QUIET):
         ('source = "a paper', 'sorce = "a paper', "lacks the key 'source'"),
         ("metric =", 'colour = "red"\nmetric =', "unknown key 'colour'"),
         ('tip = "pair-failure"', 'tip = "pair-failur"', "did you mean 'pair-failure'"),
-        ("01_pairing", "01_paring", "did you mean '01_pairing'"),
         (">= 1.05", "=> 1.05", "'=> 1.05' must be one of"),
         (">= 1.05", ">= nan", "'>= nan' must be one of"),
         (">= 1.05", ">= -1", "must bound a positive speedup"),
@@ -149,7 +145,7 @@ def by_time(claim, first, second, control=QUIET):
 )
 def test_a_bad_claim_is_an_error_that_names_file_entry_and_mistake(old, new, said, tmp_path):
     assert old in TIME
-    with pytest.raises(ValueError, match=r"claims\.toml, entry 1") as caught:
+    with pytest.raises(ValueError, match=r"01_pairing\.toml, entry 1") as caught:
         load(TIME.replace(old, new, 1), tmp_path)
     assert said in str(caught.value)
 
@@ -162,14 +158,14 @@ def test_a_second_claim_of_the_same_id_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[[claim]\n", "claims.toml is no TOML"),
+        ("[[claim]\n", "01_pairing.toml is no TOML"),
         ("[claim]\nid = 'x'\n", "double brackets"),
         ("[[tips]]\nid = 'x'\n", "unknown key 'tips'"),
         ("claim = [3]\n", "entry 1: must be a table"),
     ],
 )
 def test_a_file_that_is_no_list_of_claims_is_an_error(text, said, tmp_path):
-    with pytest.raises(ValueError, match="claims") as caught:
+    with pytest.raises(ValueError, match="01_pairing") as caught:
         load(text, tmp_path)
     assert said in str(caught.value)
 
@@ -177,9 +173,7 @@ def test_a_file_that_is_no_list_of_claims_is_an_error(text, said, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('["01_pairing"]', "[]", "notebooks = [] and later = true"),
-        ('["01_pairing"]', '["01_pairing"]\nlater = true', "notebooks = [] and later = true"),
-        ('["01_pairing"]', '["1_pairing"]', "did you mean '01_pairing'"),
+        ("said_by =", "later = true\nsaid_by =", "unknown key 'later'"),
         ("said_by", "who", "lacks the key 'said_by'"),
     ],
 )
@@ -728,18 +722,14 @@ def test_settled_by_reads_calls_and_not_text():
     assert settled_by({"cells": [cell, text]}) == ["x.y", "x.z"]
 
 
-def test_every_tip_has_a_claim_or_names_a_notebook_to_come():
-    written = {path.stem for path in NOTEBOOKS}
-    treated = {claim.tip for claim in claims.all_claims()}
+def test_every_notebook_has_a_lesson_and_every_lesson_a_notebook():
+    assert [lesson.stem for lesson in claims.lessons()] == [path.stem for path in NOTEBOOKS]
+
+
+def test_a_tip_names_the_notebooks_that_have_claims_of_it():
     for tip in claims.all_tips():
-        assert tip.id in treated or tip.later or set(tip.notebooks) - written, tip.id
-
-
-def test_a_claim_stands_in_a_notebook_that_its_tip_names():
-    tips = {tip.id: tip for tip in claims.all_tips()}
-    for claim in claims.all_claims():
-        assert claim.notebook in catalog.NOTEBOOKS
-        assert claim.notebook in tips[claim.tip].notebooks, claim.id
+        stems = {claim.notebook for claim in claims.all_claims() if claim.tip == tip.id}
+        assert set(tip.notebooks) == stems, tip.id
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -750,15 +740,16 @@ def test_a_notebook_settles_each_of_its_claims_once_and_no_other(path):
 
 
 def test_the_catalogue_holds_what_its_files_hold():
-    folder = ROOT / "dlhelpers"
-    with open(folder / "tips.toml", "rb") as tips, open(folder / "claims.toml", "rb") as rows:
-        assert len(claims.all_tips()) == len(tomllib.load(tips)["tip"])
-        assert len(claims.all_claims()) == len(tomllib.load(rows)["claim"])
+    folder = ROOT / "dlhelpers" / "course"
+    rows = [tomllib.loads(path.read_text("utf-8")) for path in (folder / "lessons").glob("*.toml")]
+    tips = tomllib.loads((folder / "tips.toml").read_text("utf-8"))
+    assert len(claims.all_tips()) == len(tips["tip"])
+    assert len(claims.all_claims()) == sum(len(one.get("claim", [])) for one in rows)
 
 
 def test_importing_claims_loads_neither_torch_nor_matplotlib():
     code = (
-        "import sys; from dlhelpers import claims, ledger, report; claims.all_claims();"
+        "import sys; from dlhelpers.course import claims, ledger, report; claims.all_claims();"
         "print([m for m in ('torch', 'matplotlib', 'IPython', 'ipywidgets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -769,7 +760,7 @@ def test_importing_claims_loads_neither_torch_nor_matplotlib():
 
 
 def test_the_standing_counts_each_tips_verdicts(declared, monkeypatch):
-    from dlhelpers.claims import course
+    from dlhelpers.course.claims import course
 
     monkeypatch.setattr(course, "all_claims", lambda: declared)
     monkeypatch.setattr(course, "all_tips", catalog.all_tips)
@@ -787,7 +778,7 @@ def test_the_standing_counts_each_tips_verdicts(declared, monkeypatch):
 
 
 def test_the_standing_says_why_a_claim_is_unsettled(declared, monkeypatch):
-    from dlhelpers.claims import course
+    from dlhelpers.course.claims import course
 
     monkeypatch.setattr(course, "all_claims", lambda: declared)
     monkeypatch.setattr(course, "all_tips", catalog.all_tips)
@@ -801,7 +792,7 @@ def test_what_is_missing_says_how_to_light_it(monkeypatch):
     import dataclasses
 
     from dlhelpers import machine
-    from dlhelpers.claims import lights
+    from dlhelpers.course.claims import lights
 
     here = machine.describe()
     bare = {extra: dict.fromkeys(names) for extra, names in here.extras.items()}

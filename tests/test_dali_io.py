@@ -21,7 +21,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from dlhelpers import dali_io, data
+from dlhelpers import dali_io
+from dlhelpers.course import data
 from dlhelpers.dali_io import (
     CudaPrefetcher,
     DALILoader,
@@ -528,7 +529,7 @@ def test_mean_and_std_are_those_given(photos):
 
 @pytest.mark.parametrize(
     ("platform", "says"),
-    [("linux", "pip install nvidia-dali"), ("darwin", "Linux only"), ("win32", "Linux only")],
+    [("linux", "dlhelpers.dali."), ("darwin", "Linux only"), ("win32", "Linux only")],
 )
 def test_without_dali_the_message_says_what_to_do(monkeypatch, photos, platform, says):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from dlhelpers import data
+from dlhelpers.course import data
 from dlhelpers.dali_io import DALILoader, ImageError, has_dali, image_pipeline
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from dlhelpers import data
-from dlhelpers.data import digits, photos
+from dlhelpers.course import data
+from dlhelpers.course.data import digits, photos
 
 
 def test_digits_are_scikit_learns_and_the_splits_share_none():
@@ -208,7 +208,7 @@ def test_a_wrong_option_of_a_download_is_not_called_a_missing_network(tmp_path, 
 def test_the_readme_names_the_licence_of_each_photograph():
     from pathlib import Path
 
-    readme = (Path(data.__file__).parent.parent / "data" / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "data" / "README.md").read_text()
     for name in load_sample_images().filenames:
         assert Path(name).name in readme
     for author in ("danielbuechele", "vultilion"):

@@ -1,21 +1,22 @@
 """The pages that are made from the code are those that the code makes."""
 
-import importlib.util
+import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from dlhelpers import claims, ledger
+from dlhelpers.course import claims, ledger
 
 ROOT = Path(__file__).parent.parent
 
 
+sys.path.insert(0, str(ROOT / "tools"))  # they import each other, as scripts do
+
+
 def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 def test_the_api_page_is_up_to_date():
@@ -58,6 +59,11 @@ def test_the_readmes_table_is_that_of_the_notebooks_and_their_claims():
     )
     total = sum(int(n) for n in re.findall(r"\| (\d+) \| \d+ \|$", readme, re.M))
     assert total == len(claims.all_claims())
+
+
+def test_the_notebooks_link_to_their_neighbours_and_the_first_to_all():
+    for path, text in tool("links").render().items():
+        assert path.read_text(encoding="utf-8") == text, "make it: .venv/bin/python tools/links.py"
 
 
 def test_the_page_of_ledgers_is_up_to_date():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dlhelpers import ledger
+from dlhelpers.course import ledger
 
 MACHINE = {"line": "2 cores", "key": "here"}
 DESCRIBE = ledger.describe_machine  # before the fixture below replaces it
@@ -144,7 +144,7 @@ def test_an_infinite_literal_in_a_file_reads_as_null(path):
 def test_processes_that_write_at_once_lose_no_row(path, tmp_path):
     code = (
         "import sys\n"
-        "from dlhelpers import ledger\n"
+        "from dlhelpers.course import ledger\n"
         "sys.path.insert(0, sys.argv[3])\n"
         "from test_ledger import row\n"
         "ledger.describe_machine = lambda: {'line': 'm', 'key': 'm'}\n"

@@ -16,8 +16,8 @@ import lmdb
 import pytest
 from torchvision.datasets import ImageFolder
 
-from dlhelpers import data
 from dlhelpers.__main__ import main
+from dlhelpers.course import data
 from dlhelpers.lmdb_io import (
     DatabaseError,
     LMDBDataset,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, default_col
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from dlhelpers import data
+from dlhelpers.course import data
 from dlhelpers.lmdb_io import (
     DatabaseError,
     LMDBDataset,
@@ -122,7 +122,7 @@ def test_options_out_of_range_are_named(database):
 def test_a_decoder_that_is_not_installed_is_named(database, monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     decoding.load_decoder.cache_clear()
-    with pytest.raises(ImportError, match=r"'simplejpeg' needs the package simplejpeg"):
+    with pytest.raises(ImportError, match=r"'simplejpeg' cannot be had .*dlhelpers\[codecs\]"):
         LMDBDataset(database, decode="simplejpeg")
     decoding.load_decoder.cache_clear()
 
@@ -600,7 +600,7 @@ def test_a_readers_own_memory_does_not_grow_with_the_dataset(tmp_path):
     code = (
         "import sys\n"
         "from dlhelpers.lmdb_io import LMDBDataset\n"
-        "from dlhelpers.stores.pagecache import _private_bytes\n"
+        "from dlhelpers.course.stores.pagecache import _private_bytes\n"
         "dataset = LMDBDataset(sys.argv[1])\n"
         "for i in range(100): dataset[i]\n"
         "before = _private_bytes()\n"

@@ -21,7 +21,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 from torchvision.transforms.functional import pil_to_tensor
 
-from dlhelpers import data
+from dlhelpers.course import data
 from dlhelpers.lmdb_io import (
     LMDBDataset,
     SourceError,

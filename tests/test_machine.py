@@ -76,7 +76,7 @@ def test_a_system_that_tells_nothing_is_described_all_the_same(monkeypatch):
 
 
 def test_an_extra_that_is_missing_is_said(monkeypatch):
-    monkeypatch.setattr(machine, "_EXTRAS", {"dali": ("no-such-package-anywhere",)})
+    monkeypatch.setattr(machine, "EXTRAS", {"dali": ("no-such-package-anywhere",)})
     bare = describe.__wrapped__()
     assert bare.extras == {"dali": {"no-such-package-anywhere": None}}
     assert "no-such-package-anywhere" in str(bare)
@@ -84,7 +84,7 @@ def test_an_extra_that_is_missing_is_said(monkeypatch):
 
 def test_the_roofline_is_kept_for_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("dlhelpers.roofline.cache_dir", lambda: tmp_path)
     measured = []
 
     def bandwidth():
@@ -122,7 +122,7 @@ def test_peaks_are_counted_operations_over_seconds(monkeypatch):
 
 
 def test_peaks_only_grow_and_are_not_kept_from_a_loaded_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("dlhelpers.roofline.cache_dir", lambda: tmp_path)
     rates = iter([40.0, 30.0, 20.0])
     monkeypatch.setattr(PEAKS, "_bandwidth_gb_s", lambda: next(rates))
     monkeypatch.setattr(PEAKS, "_matmul_gflops", lambda: {"fp32": 1.0, "int8": None})

@@ -35,7 +35,7 @@ MORE_OPTIMIZERS = {
 def own_cache(monkeypatch, tmp_path_factory):
     """Trials are measured here, not read from an earlier run, and none is left out for time."""
     folder = tmp_path_factory.getbasetemp() / "scratch"
-    monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: folder)
+    monkeypatch.setattr("dlhelpers.memory.scratch.cache_dir", lambda: folder)
     monkeypatch.setattr(scratch, "_TRIALS_S", float("inf"))
     return folder
 
@@ -713,7 +713,7 @@ def test_trials_are_kept_and_a_broken_or_missing_folder_does_no_harm(own_cache, 
     monkeypatch.setattr(scratch, "_measured", lambda call: pytest.fail("it is known already"))
     assert estimate(model, x, torch.optim.SGD).peak_bytes == first
     monkeypatch.undo()
-    monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: own_cache)
+    monkeypatch.setattr("dlhelpers.memory.scratch.cache_dir", lambda: own_cache)
     for broken in ("{half wri", "[1, 2]", "null"):
         path.write_text(broken)
         assert estimate(model, x, torch.optim.SGD).peak_bytes == first
@@ -721,7 +721,7 @@ def test_trials_are_kept_and_a_broken_or_missing_folder_does_no_harm(own_cache, 
     assert not list(own_cache.glob("*.part"))
     blocked = own_cache / "a file"
     blocked.write_text("")
-    monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: blocked)
+    monkeypatch.setattr("dlhelpers.memory.scratch.cache_dir", lambda: blocked)
     assert estimate(model, x, torch.optim.SGD).peak_bytes == first
 
 
@@ -752,7 +752,9 @@ def test_what_cannot_be_tried_is_noted(monkeypatch):
 
     monkeypatch.setattr(scratch, "_measured", fails)
     monkeypatch.setattr(Scratch, "keep", lambda self: None)
-    monkeypatch.setattr("dlhelpers.data.cache_dir", lambda: __import__("pathlib").Path("/nowhere"))
+    monkeypatch.setattr(
+        "dlhelpers.memory.scratch.cache_dir", lambda: __import__("pathlib").Path("/nowhere")
+    )
     report = estimate(*NETWORKS["squeezenet1_1"](), torch.optim.SGD)
     assert any("are not counted: no such kernel here" in note for note in report.notes)
     assert "note   the buffers inside" in str(report)

@@ -9,7 +9,7 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
-from dlhelpers import notebook, plots
+from dlhelpers.course import notebook, plots
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from dlhelpers import exercises
-from dlhelpers.report.running import kernel_of_this_python
+from dlhelpers.course import exercises
+from dlhelpers.course.report.running import kernel_of_this_python
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

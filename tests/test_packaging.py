@@ -30,7 +30,8 @@ def wanted():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lists = [project["dependencies"], *(v for k, v in extras.items() if k not in NOT_A_NEED)]
-    return dict(split(requirement) for requirements in lists for requirement in requirements)
+    every = [need for needs in lists for need in needs if not need.startswith("dlhelpers[")]
+    return dict(map(split, every))
 
 
 def conda():
@@ -69,8 +70,8 @@ def test_versions_agree():
 
 def test_importing_the_package_loads_neither_torch_nor_matplotlib():
     code = (
-        "import sys, dlhelpers, dlhelpers.claims, dlhelpers.report, dlhelpers.measure,"
-        "dlhelpers.lmdb_io;"
+        "import sys, dlhelpers, dlhelpers.measure, dlhelpers.lmdb_io,"
+        "dlhelpers.course.claims, dlhelpers.course.report;"
         "dir(dlhelpers);"
         "sys.exit(' '.join({'torch', 'matplotlib'} & set(sys.modules)) or 0)"
     )
@@ -110,24 +111,16 @@ def test_every_command_explains_itself(command):
     assert "usage: python -m dlhelpers" in done.stdout
 
 
-def test_the_readme_counts_the_claims_right():
-    from dlhelpers.claims import all_claims
-
-    rows = re.findall(r"^\| \[.+\]\(notebooks/(\w+)\.ipynb\) \|.+\| (\d+) \| \d+ \|$", README, re.M)
-    assert rows
-    for stem, count in rows:
-        assert int(count) == sum(claim.notebook == stem for claim in all_claims()), stem
-
-
 def test_the_extras_stand_in_the_package_as_in_the_project():
-    from dlhelpers import machine
-    from dlhelpers.claims import lights
+    from dlhelpers.course.claims import lights
+    from dlhelpers.extras import EXTRAS
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    own = {name: needs for name, needs in extras.items() if name not in {"dev", "bench"}}
-    assert set(machine._EXTRAS) == set(lights._EXTRAS) == set(own)
+    own = {k: needs for k, needs in extras.items() if k not in {"course", "dev", "bench"}}
+    assert set(EXTRAS) == set(own)
+    assert set(lights._EXTRAS) == set(own) - {"lmdb", "plots"}  # these the course brings itself
     for name, needs in own.items():
-        assert sorted(machine._EXTRAS[name]) == sorted(split(need)[0] for need in needs)
+        assert sorted(EXTRAS[name]) == sorted(split(need)[0] for need in needs)
     skipped = [need for needs in own.values() for need in needs if "!= 'win32'" in need]
     assert {(split(need)[0], "win32") for need in skipped} == lights._NO_BUILD

@@ -447,7 +447,7 @@ def test_it_decorates_a_function():
 
 
 def test_the_line_is_the_programs_own_where_a_helper_of_the_package_trains():
-    from dlhelpers.training import fit
+    from dlhelpers.course.training import fit
 
     net = nn.Sequential(nn.Linear(4, 3), nn.Softmax(dim=1))
     data = torch.rand(8, 4), torch.zeros(8, dtype=torch.long)

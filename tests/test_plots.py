@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from dlhelpers import memory, plots
+from dlhelpers import memory
+from dlhelpers.course import plots
+from dlhelpers.drawing import style
 from dlhelpers.measure import Estimate
-from dlhelpers.plots import style
 from dlhelpers.roofline import Roofline
 from dlhelpers.stages import predict_stages
 
@@ -130,7 +131,7 @@ def test_the_pair_panel_says_loss_and_pull_of_both():
 
 
 def test_importing_plots_loads_no_matplotlib():
-    code = "import dlhelpers.plots, sys; sys.exit('matplotlib' in sys.modules)"
+    code = "import dlhelpers.course.plots, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -312,7 +313,7 @@ def test_a_scatter_draws_every_group_and_names_its_points():
     line = axes.lines[0]
     assert list(line.get_xdata()) == list(line.get_ydata())
     assert "here" in [text.get_text() for text in axes.texts]
-    assert plots.style.alt_text(drawn).startswith("what is seen")
+    assert style.alt_text(drawn).startswith("what is seen")
     with pytest.raises(ValueError, match="99 groups"):
         plots.scatter({str(i): ([1], [1]) for i in range(99)}, title="t", xlabel="x", ylabel="y")
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
-from dlhelpers import plots
-from dlhelpers.plots.style import COLOURS, alt_text
-from dlhelpers.plots.traces import _merged
+from dlhelpers.course import plots
+from dlhelpers.drawing.style import COLOURS, alt_text
+from dlhelpers.drawing.traces import _merged
 
 
 def boxes(figure):

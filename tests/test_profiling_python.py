@@ -1,6 +1,5 @@
 """Python's profilers behind one face: what each counts, what it cannot see, how it ends."""
 
-import builtins
 import collections
 import html
 import json
@@ -475,14 +474,7 @@ def test_a_sampler_finds_the_function_that_burns_and_saves_its_page(tmp_path):
     ("run", "package"), [(profile_lines, "line_profiler"), (sample, "pyinstrument")]
 )
 def test_a_package_that_is_not_there_says_what_to_install(monkeypatch, run, package):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.partition(".")[0] == package:
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=re.escape('pip install "dlhelpers[profiling]"')):
         run(tree)
 

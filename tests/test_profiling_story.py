@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from dlhelpers import pairing, story
+from dlhelpers import pairing
+from dlhelpers.course import story
+from dlhelpers.course.story import STEPS, Script, Settings, after
 from dlhelpers.memory import measure_peak
 from dlhelpers.profiling import profile_torch
-from dlhelpers.story import STEPS, Script, Settings, after
 
 
 @pytest.fixture(scope="module")

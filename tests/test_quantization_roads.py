@@ -229,18 +229,12 @@ def test_the_layer_that_costs_most_is_the_one_kept_float():
 @pytest.mark.parametrize("missing", ["onnxruntime", "openvino"])
 def test_a_missing_package_is_a_row_that_says_what_to_install(missing, monkeypatch):
     pytest.importorskip("onnx", reason="extra engines")  # else it is the first that is missing
-    original = importlib.import_module
-
-    def find(name, package=None):
-        if name == missing:
-            raise ImportError(name)
-        return original(name, package)
-
-    monkeypatch.setattr(roads.importlib, "import_module", find)
+    monkeypatch.setitem(sys.modules, missing, None)
     report = quantize_static(network(), [images()], engine=[missing], **FAST).report()
     for row in report.rows:
         if "eager" not in row.name:
-            assert f'{missing} is not installed: pip install "dlhelpers[engines]"' in row.dropped
+            assert f"needs {missing}" in row.dropped
+            assert 'pip install "dlhelpers[engines]"' in row.dropped
     assert report[report.chosen].precision in ("float32", "bfloat16")
 
 
@@ -410,7 +404,7 @@ def test_accuracy_is_taken_in_batches(monkeypatch):
     targets = x.flatten(1)[:, :10].argmax(1)
     found = taking._accuracy(Watch(), (x, targets), (images(8),))
     assert found == 1.0
-    assert sizes == [8, 8, 8, 5]  # the first to look at the output
+    assert sizes == [8, 8, 5]
 
 
 def test_the_fastest_road_is_taken_and_near_ones_race_once_more(monkeypatch):

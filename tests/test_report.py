@@ -13,11 +13,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dlhelpers import claims, ledger, report
-from dlhelpers.claims.claim import Claim, Condition, Threshold, Tip
-from dlhelpers.report import command
-from dlhelpers.report.cells import Cell, cells_of_claims
-from dlhelpers.report.running import kernel_of_this_python
+from dlhelpers.course import claims, ledger, report
+from dlhelpers.course.claims.claim import Claim, Condition, Threshold, Tip
+from dlhelpers.course.report import command
+from dlhelpers.course.report.cells import Cell, cells_of_claims
+from dlhelpers.course.report.running import kernel_of_this_python
 
 BAR = Threshold(">=", 1.05)
 
@@ -48,9 +48,9 @@ def a_claim(id="fusion.speeds-up", says="Fusing is faster.", kind="time", **chan
 
 
 TIPS = (
-    Tip("infer-fuse", "Fuse them.", "a README, 2021", ("06_fusion",)),
-    Tip("io-lmdb", "Use LMDB.", "a README, 2021", ("02_lmdb_io",), note="Still there."),
-    Tip("design-prune", "Prune.", "a README, 2021", (), later=True),
+    Tip("infer-fuse", "Fuse them.", "a README, 2021", notebooks=("06_fusion",)),
+    Tip("io-lmdb", "Use LMDB.", "a README, 2021", "Still there.", ("02_lmdb_io",)),
+    Tip("design-prune", "Prune.", "a README, 2021"),
 )
 
 
@@ -223,7 +223,7 @@ def test_arbitrary_text_is_escaped(text):
     row = a_row(text, answer=text)
     row["conditions"][0] |= {"name": text, "reason": text}
     row["control"] |= {"outcome": text}
-    tip = Tip(text, text, text, (text,), note=text)
+    tip = Tip(text, text, text, text, (text,))
     claim = a_claim(text, says=text, tip=text, source=text, metric=text, unit=text, notebook=text)
     book = a_ledger(row, a_row(f"{text}.orphan"), line=text)
     book["machine"][text], book["versions"][text], book["created"] = text, text, text
@@ -303,7 +303,7 @@ def notebooks(tmp_path, monkeypatch):
 
 
 RECORD = (
-    "from dlhelpers import ledger\n"
+    "from dlhelpers.course import ledger\n"
     "ledger.describe_machine = lambda: {'line': 'm', 'key': 'm'}\n"
     "ledger.update(dict(id='a.b', verdict='holds', effect=1, low=1, high=1, control=None,"
     " answer=None, conditions=[]))"
@@ -466,7 +466,7 @@ def test_the_link_of_a_page_on_another_drive_is_a_whole_address(monkeypatch):
 
 
 def test_the_report_links_to_the_cell_of_each_claim(tmp_path):
-    from dlhelpers.claims import all_claims
+    from dlhelpers.course.claims import all_claims
 
     folder = Path(__file__).parent.parent / "notebooks"
     cells = cells_of_claims(folder)

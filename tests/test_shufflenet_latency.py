@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from dlhelpers import data
+from dlhelpers.course import data
 from dlhelpers.shufflenet import (
     LatencyFormula,
     fit_latency,

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dlhelpers import data, stores
+from dlhelpers.course import data, stores
+from dlhelpers.course.stores import timing
 from dlhelpers.lmdb_io import load_decoder
-from dlhelpers.stores import timing
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux accounts for pages")
 
@@ -104,7 +104,7 @@ def test_mistakes_are_named(photos, tmp_path):
 
 def test_a_missing_package_is_named(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(ImportError, match=r"'hdf5' needs h5py .*: pip install h5py"):
+    with pytest.raises(ImportError, match=r"'hdf5' needs h5py .*dlhelpers\[stores\]"):
         stores.make_store("hdf5", photos, [0] * len(photos), tmp_path)
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dlhelpers.data import digits
-from dlhelpers.training import accuracy, digits_mlp, fit, seed_everything
+from dlhelpers.course.data import digits
+from dlhelpers.course.training import accuracy, digits_mlp, fit, seed_everything
 
 
 def weights(model):

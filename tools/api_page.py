@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-import dlhelpers
+from modules import public
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 HEAD = """# The package, name by name
@@ -27,7 +27,8 @@ def main() -> None:
 
 def render() -> str:
     """Return the whole page as Markdown."""
-    modules = [importlib.import_module(f"dlhelpers.{name}") for name in dlhelpers._SUBMODULES]
+    names = [*public(), *public("dlhelpers/course")]
+    modules = [importlib.import_module(name) for name in names]
     index = " · ".join(
         f"[{short}](#{module.__name__.replace('.', '')})"
         for module in modules

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- made by tools/architecture.py -->\n", "<!-- end -->\n"
 # what nearly every module may use is left out of the picture
-EVERYWHERE = {"tables", "fakes", "notebook", "plots", "machine", "measure", "data", "training"}
+EVERYWHERE = {"extras", "fakes", "machine", "measure", "tables"}
+EVERYWHERE |= {f"course.{name}" for name in ("data", "notebook", "plots", "training")}
 
 
 def main() -> None:
@@ -21,11 +22,15 @@ def main() -> None:
 
 
 def edges() -> dict[str, set[str]]:
-    """Return module or package right below dlhelpers -> those that it imports, at any time."""
+    """Return module or package right below dlhelpers -> those that it imports, at any time.
+
+    Those of the course are named with it: ``course.claims``.
+    """
     found: dict[str, set[str]] = {}
     for file in sorted((ROOT / "dlhelpers").rglob("*.py")):
-        name = file.relative_to(ROOT / "dlhelpers").parts[0].removesuffix(".py")
-        if name.startswith("__"):
+        parts = file.relative_to(ROOT / "dlhelpers").with_suffix("").parts
+        name = ".".join(parts[: 1 + (parts[0] == "course")])
+        if "__" in name:
             continue
         used = found.setdefault(name, set())
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -36,22 +41,29 @@ def edges() -> dict[str, set[str]]:
 
 def _named(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
-        parts = [alias.name.split(".") for alias in node.names]
-        return [part[1] for part in parts if part[0] == "dlhelpers" and len(part) > 1]
-    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dlhelpers":
-        inner = node.module.split(".")[1:]
-        names = inner[:1] or [alias.name for alias in node.names]
-        return [name for name in names if not name.startswith("__")]
-    return []
+        named = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        named = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        named = []
+    parts = [name.split(".") for name in named]
+    parts = [part[1:] for part in parts if part[0] == "dlhelpers" and part[1:]]
+    names = [".".join(part[: 1 + (part[0] == "course")]) for part in parts]
+    return [name for name in names if "__" not in name]
 
 
 def picture() -> str:
-    """Return the graph for Mermaid, which GitHub draws; an arrow means "uses"."""
-    lines = ["```mermaid", "graph LR"]
-    for name, used in sorted(edges().items()):
-        if name not in EVERYWHERE:
-            lines += [f"  {name} --> {other}" for other in sorted(used - EVERYWHERE)]
-    return "\n".join([*lines, "```", ""])
+    """Return the graph for Mermaid, which GitHub draws; an arrow means "uses".
+
+    The library comes first, then the course, of which the library knows nothing.
+    """
+    arrows = [
+        f"  {name} --> {other}"
+        for name, used in sorted(edges().items(), key=lambda edge: ("." in edge[0], edge[0]))
+        if name not in EVERYWHERE
+        for other in sorted(used - EVERYWHERE)
+    ]
+    return "\n".join(["```mermaid", "graph LR", *arrows, "```", ""])
 
 
 if __name__ == "__main__":

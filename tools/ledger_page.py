@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dlhelpers import claims, ledger
+from dlhelpers.course import claims, ledger
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "where-tips-hold.md"

@@ -1,17 +1,20 @@
-"""Write the last two columns of README's table of notebooks: claims settled, and minutes."""
+"""Write README's tables: the notebooks with their claims and minutes, and the library's modules."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
-from dlhelpers import claims
+from modules import public
+
+from dlhelpers.course import claims
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "README.md"
-ROW = re.compile(r"^(\| \[.*?\]\(notebooks/(.+)\.ipynb\) \|.*\|) \d* \| \d* \|$", re.M)
+BEGIN, END = "<!-- {}: made by tools/readme_table.py -->\n\n", "\n<!-- end -->\n"
 
 
 def main() -> None:
@@ -20,18 +23,43 @@ def main() -> None:
 
 
 def render() -> str:
-    """Return README with the numbers of the claims' cards and of the notebooks' own first cells.
+    """Return README with the tables of the notebooks and of the modules that are there.
 
     Raises:
-        ValueError: a notebook has no row, or says nowhere how many minutes it takes.
+        ValueError: a notebook has no lesson's file, or says nowhere how many minutes it takes.
     """
     readme = PAGE.read_text(encoding="utf-8")
+    for name, table in (("notebooks", _notebooks()), ("modules", _modules())):
+        before, _, rest = readme.partition(BEGIN.format(name))
+        readme = f"{before}{BEGIN.format(name)}{table}{END}{rest.partition(END)[2]}"
+    return readme
+
+
+def _notebooks() -> str:
     settled = Counter(claim.notebook for claim in claims.all_claims())
     stems = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    rows = [stem for _, stem in ROW.findall(readme)]
-    if rows != stems:
-        raise ValueError(f"README must have one row for each of {stems}, in order, got {rows}")
-    return ROW.sub(lambda row: f"{row[1]} {settled[row[2]]} | {_minutes(row[2])} |", readme)
+    if stems != [lesson.stem for lesson in claims.lessons()]:
+        raise ValueError(f"dlhelpers/course/lessons must hold one file for each of {stems}")
+    rows = [
+        f"| [{lesson.stem.partition('_')[0]} {lesson.title}](notebooks/{lesson.stem}.ipynb) "
+        f"| {lesson.learn} | {settled[lesson.stem]} | {_minutes(lesson.stem)} |"
+        for lesson in claims.lessons()
+    ]
+    head = ["| notebook | what you learn | claims settled | minutes |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def _modules() -> str:
+    rows = [f"| `{name.partition('.')[2]}` | {_question(name)} |" for name in public()]
+    rows.append(f"| `course` | {_question('dlhelpers.course')} |")
+    return "\n".join(["| module | question |", "|---|---|", *rows, ""])
+
+
+def _question(module: str) -> str:
+    """Return the first line of a module's docstring, read without importing it."""
+    path = ROOT / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n\n")[0]
 
 
 def _minutes(stem: str) -> str:

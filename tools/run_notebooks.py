@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from dlhelpers.report.running import kernel_of_this_python
+from dlhelpers.course.report.running import kernel_of_this_python
 
 
 def run(path: Path) -> float:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dlhelpers import machine, plots
+from dlhelpers import machine
+from dlhelpers.course import plots
 from dlhelpers.measure.selftest import Trial, run
 
 DIFFERENCES = (0.0, 0.01, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.08)
@@ -21,7 +22,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, help="comparisons a point (%(default)s)")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds each (%(default)s)")
     options = parser.parse_args()
-    from dlhelpers.plots.style import new_axes
+    from dlhelpers.course.plots.style import new_axes
 
     figure, axes = new_axes(
         "How often a known difference is found",

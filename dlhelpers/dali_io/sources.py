@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 
+from dlhelpers.extras import install_hint, need
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
 from dlhelpers.lmdb_io.encoding import jpeg_size
 
@@ -171,7 +171,7 @@ def _folder(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
         wanted = "LMDBDataset(PATH)" if root.suffix in (".lmdb", ".mdb") else "a folder of images"
         raise FileNotFoundError(f"{root} is {kind}: give {wanted}")
     try:
-        folder = ImageFolder(root)
+        folder = need("torchvision.datasets", "an image folder").ImageFolder(root)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: give a folder with one folder for each class") from None
     return folder.samples, folder.classes
@@ -196,11 +196,10 @@ def encoded_size(data: bytes) -> tuple[int, int]:
         if 0 in size:
             raise ValueError(f"a JPEG whose header says {size[0]} x {size[1]} pixels")
         return size
-    from PIL import Image, UnidentifiedImageError
-
+    pil = need("PIL.Image", "an image that is no JPEG")
     try:
-        width, height = Image.open(io.BytesIO(data)).size
-    except UnidentifiedImageError:
+        width, height = pil.open(io.BytesIO(data)).size
+    except pil.UnidentifiedImageError:
         what = f"{len(data)} bytes starting with {bytes(data[:8])!r}" if data else "no bytes at all"
         raise ValueError(f"not an image that is known ({what})") from None
     return height, width
@@ -239,5 +238,5 @@ def require_dali() -> None:
     if sys.platform != "linux":
         raise ImportError(f"NVIDIA DALI exists for Linux only, this is {sys.platform}. {instead}")
     raise ImportError(
-        f"NVIDIA DALI is not installed: pip install nvidia-dali-cuda130 (no GPU needed). {instead}"
+        f"NVIDIA DALI is not installed: {install_hint('nvidia.dali')} (no GPU needed). {instead}"
     )

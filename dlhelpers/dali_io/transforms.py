@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dlhelpers.extras import need
+
 __all__ = [
     "FLIP",
     "MEAN",
@@ -40,8 +42,8 @@ def torchvision_transform(
     torch.Size([3, 224, 224])
     """
     import torch
-    from torchvision.transforms import v2
 
+    v2 = need("torchvision.transforms.v2", "torchvision_transform")
     if train:
         first: list[Any] = [
             v2.RandomResizedCrop(size, scale=scale, ratio=ratio, antialias=True),

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import lmdb
 import torch
 from torch.utils.data import Dataset, default_collate
 
@@ -318,7 +317,11 @@ class _File:
     def read(self, txn: Any, position: int, check: bool) -> schema.Record:
         try:
             view = txn.get(schema.position_key(position))
-        except lmdb.Error as error:
+        except Exception as error:
+            import lmdb  # only a failure needs it: reading pays for no import
+
+            if not isinstance(error, lmdb.Error):
+                raise
             raise schema.DatabaseError(
                 f"{self.path}: record {position} cannot be read ({error}): verify_lmdb tells what "
                 "else is damaged"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dlhelpers.extras import install_hint, need
 from dlhelpers.lmdb_io.encoding import RAW, image_format
 
 __all__ = ["DECODERS", "decoders", "load_decoder", "open_pil", "planar"]
@@ -23,11 +24,7 @@ Decoder = Callable[[Any], np.ndarray]
 
 # in the order in which "auto" chooses: the fastest first, as benchmarks/io.py measures them
 DECODERS = ("simplejpeg", "opencv", "torchvision", "torchcodec", "pil")
-_INSTALL = {
-    "simplejpeg": "simplejpeg",
-    "opencv": "opencv-python-headless",
-    "torchcodec": "torchcodec",
-}
+_MODULES = {"opencv": "cv2", "pil": "PIL"}  # where it is not the decoder's name
 
 
 @cache
@@ -67,8 +64,8 @@ def load_decoder(name: str) -> Decoder:
         jpeg = _JPEG[name]()
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise ImportError(
-            f"decode={name!r} needs the package {_INSTALL.get(name, name)} ({error}): pip install "
-            f'{_INSTALL.get(name, name)}, or decode="auto" for the fastest one that is here'
+            f"decode={name!r} cannot be had ({error}): {install_hint(_MODULES.get(name, name))}, "
+            'or decode="auto" for the fastest one that is here'
         ) from None
 
     def decode(data: Any) -> np.ndarray:
@@ -89,11 +86,10 @@ def load_decoder(name: str) -> Decoder:
 
 def open_pil(data: Any) -> Any:
     """Return a PIL image in mode RGB, as ImageFolder's default loader gives it."""
-    from PIL import Image
-
+    pil = need("PIL.Image", "decoding an image that is no JPEG")
     if image_format(data) == "raw":
-        return Image.fromarray(_raw(data))
-    return Image.open(io.BytesIO(data)).convert("RGB")
+        return pil.fromarray(_raw(data))
+    return pil.open(io.BytesIO(data)).convert("RGB")
 
 
 def planar(pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:

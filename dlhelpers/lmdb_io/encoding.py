@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dlhelpers.arguments import whole_number
+from dlhelpers.extras import need
 
 __all__ = ["ENCODINGS", "RAW", "Encoding", "image_format", "jpeg_size"]
 
@@ -92,9 +93,7 @@ class Encoding:
         if image.mode not in ("L", "RGB"):  # before the resize, as after ImageFolder's loader
             image = image.convert("RGB")
         if size != image.size:
-            from PIL import Image
-
-            image = image.resize(size, Image.Resampling.BILINEAR)
+            image = image.resize(size, _pil().Resampling.BILINEAR)
         if target == "raw":
             image = image.convert("RGB")
             return RAW.pack(b"RAW\0", image.height, image.width) + image.tobytes()
@@ -178,16 +177,19 @@ def _frame_and_scan(data: bytes | memoryview) -> tuple[int, int]:
     return frame, 0
 
 
-def _decoded(data: bytes) -> Any:
-    from PIL import Image
+def _pil() -> Any:
+    return need("PIL.Image", "decoding and encoding images")
 
+
+def _decoded(data: bytes) -> Any:
+    pil = _pil()
     if image_format(data) == "raw":
         if not _looks_whole(data, "raw"):
             raise ValueError(f"a raw image of {len(data)} bytes is not whole")
         _, height, width = RAW.unpack_from(data)
-        return Image.frombytes("RGB", (width, height), data[RAW.size :])
+        return pil.frombytes("RGB", (width, height), data[RAW.size :])
     try:
-        image = Image.open(io.BytesIO(data))
+        image = pil.open(io.BytesIO(data))
         image.load()
     except Exception as error:  # PIL raises a dozen kinds for broken files
         what = f"{len(data)} bytes starting with {data[:8]!r}" if data else "no bytes at all"
@@ -197,9 +199,8 @@ def _decoded(data: bytes) -> Any:
 
 def _from_pixels(pixels: Any) -> Any:
     """Return a PIL image of a PIL image, a tensor [C, H, W] or an array [H, W, C]."""
-    from PIL import Image
-
-    if isinstance(pixels, Image.Image):
+    pil = _pil()
+    if isinstance(pixels, pil.Image):
         if pixels.mode in ("I", "F") or pixels.mode.startswith("I;16"):
             raise ValueError(
                 f"a PIL image of mode {pixels.mode!r} has more than 8 bits a channel, of which "
@@ -221,4 +222,4 @@ def _from_pixels(pixels: Any) -> Any:
             f"array [H, W, 3], got {type(pixels).__name__} of shape {tuple(shape)}, dtype "
             f"{getattr(pixels, 'dtype', 'none')}: leave ToTensor and Normalize to the reader"
         )
-    return Image.fromarray(array)
+    return pil.fromarray(array)

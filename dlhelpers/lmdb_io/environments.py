@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 
 __all__ = ["Environment", "open_environment"]
@@ -49,8 +50,7 @@ class Environment:
             FileNotFoundError, PermissionError: as the system says.
             DatabaseError: the file is no LMDB file, has no records, or is truncated.
         """
-        import lmdb
-
+        lmdb = need("lmdb", "a database")
         self.path, self.pid = path, os.getpid()
         size = _file_size(path)
         try:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
@@ -111,6 +112,7 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -
             crashes on the file, which a child process suffers in place of this one.
         FileNotFoundError: there is no such file.
     """
+    need("lmdb", "verify_lmdb")
     path = Path(path).expanduser()
     files = shard_files(path)
     count = image_bytes = 0

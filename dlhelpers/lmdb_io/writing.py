@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from dlhelpers.arguments import shard_of, whole_number
+from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
@@ -118,15 +119,16 @@ def write_lmdb(
         ValueError, TypeError: an argument is out of range.
 
     >>> import tempfile
-    >>> from dlhelpers import data
-    >>> folder = tempfile.mkdtemp()
-    >>> photos = data.photos(f"{folder}/photos", count=8, size=64, progress=False)
-    >>> write_lmdb(photos, f"{folder}/photos.lmdb", progress=False).count
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> images = TensorDataset(torch.zeros(8, 3, 64, 64, dtype=torch.uint8), torch.arange(8))
+    >>> write_lmdb(images, f"{tempfile.mkdtemp()}/black.lmdb", progress=False).count
     8
     """
     start = time.perf_counter()
     _validate(map_size, on_error)
     workers = whole_number("workers", workers, 0)
+    need("lmdb", "write_lmdb")
     shard = None if shard is None else shard_of(shard)
     encoding = Encoding(encode, resize, quality)
     opened = open_source(source)

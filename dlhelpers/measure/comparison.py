@@ -83,12 +83,12 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        from dlhelpers import plots
+        from dlhelpers.drawing import strip_svg
 
         line = html.escape(str(self)).replace("\n", "<br>")
         if not math.isfinite(self.high):
             return f"<div>{line}</div>"
-        strip = plots.strip_svg(
+        strip = strip_svg(
             self.ratios,
             self.low,
             self.high,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dlhelpers.fakes import tensors_in
-from dlhelpers.files import write_whole
+from dlhelpers.files import cache_dir, write_whole
 from dlhelpers.memory.allocator import record_of
 
 __all__ = ["Call", "Scratch", "call_of"]
@@ -206,7 +206,6 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        from dlhelpers.data import cache_dir
         from dlhelpers.machine import describe
 
         self._at_most = (describe().ram_bytes or 4 << 30) // 16  # for one operator's arguments

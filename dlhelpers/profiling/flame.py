@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from dlhelpers.arguments import whole_number
+from dlhelpers.extras import install_hint, need
 from dlhelpers.files import write_whole
 
 __all__ = ["Flame"]
@@ -55,20 +56,16 @@ class Flame:
 
 
 def _page(stats: pstats.Stats) -> str:
-    try:
-        import snakeviz
-        from snakeviz.stats import json_stats, table_rows
-        from tornado.template import Loader
-    except ImportError as error:
-        raise ImportError(f'flame needs {error.name}: pip install "snakeviz>=2.2,<2.3"') from None
-
-    callees = json_stats(stats)
+    snakeviz, of_stats = need("snakeviz", "flame"), need("snakeviz.stats", "flame")
+    callees = of_stats.json_stats(stats)
     if not callees:
         raise ValueError("the profile has no function that calls another: there is nothing to draw")
     folder = Path(snakeviz.__file__).parent
-    made = Loader(str(folder / "templates")).load("viz.html")
-    page = made.generate(
-        profile_name="profile", table_rows=_script(table_rows(stats)), callees=_script(callees)
+    templates = need("tornado.template", "flame").Loader(str(folder / "templates"))
+    page = templates.load("viz.html").generate(
+        profile_name="profile",
+        table_rows=_script(of_stats.table_rows(stats)),
+        callees=_script(callees),
     )
     return _inlined(page.decode(), folder / "static")
 
@@ -95,7 +92,7 @@ def _inlined(page: str, static: Path) -> str:
         if not count:
             raise RuntimeError(
                 f"snakeviz's page is another one than 2.2's: it has no {pattern!r}. "
-                'Mend it by: pip install "snakeviz>=2.2,<2.3"'
+                f"Fix it by: {install_hint('snakeviz')}"
             )
     return page
 

@@ -13,6 +13,7 @@ from types import FunctionType
 from typing import Any
 
 from dlhelpers.arguments import need_callable
+from dlhelpers.extras import need
 from dlhelpers.files import write_whole
 from dlhelpers.profiling.code_report import CodeReport, Row, place_of, unseen
 
@@ -59,14 +60,9 @@ def profile_lines(fn: Callable[[], Any], *functions: Callable[..., Any]) -> Line
     An error of fn's is passed on, and the profiler is off then.
     """
     need_callable(fn)
-    try:
-        from line_profiler import LineProfiler
-    except ImportError:
-        raise ImportError(
-            'profile_lines needs line_profiler: pip install "dlhelpers[profiling]"'
-        ) from None
+    line_profiler = need("line_profiler", "profile_lines")
     watched = [_plain(function) for function in functions] or named_by(fn)
-    profile = LineProfiler(*watched)
+    profile = line_profiler.LineProfiler(*watched)
     with unseen() as not_seen:
         begin = time.perf_counter()
         profile.enable_by_count()

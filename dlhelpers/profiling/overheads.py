@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from dlhelpers.arguments import need_callable
+from dlhelpers.extras import install_hint
 from dlhelpers.measure import Comparison, compare
 from dlhelpers.profiling.python_profile import start, tracing_module
 from dlhelpers.tables import html_table, text_table
@@ -81,7 +82,6 @@ PROFILERS: dict[str, Callable[[Callable[[], Any]], Callable[[], Any]]] = {
     "sample_threads": _stacks,
     "torch.profiler": _torch,
 }
-_INSTALL = 'pip install "dlhelpers[profiling]"'
 
 
 class OverheadReport(Mapping[str, Comparison]):
@@ -155,7 +155,9 @@ def overhead(
         try:
             under = PROFILERS[name](fn)
         except ImportError:
-            missing[name] = "left with Python 3.17" if name == "profile" else _INSTALL
+            missing[name] = (
+                "left with Python 3.17" if name == "profile" else install_hint("pyinstrument")
+            )
             continue
         except TypeError as error:  # lines of what is not written in Python
             missing[name] = str(error)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from dlhelpers.arguments import need_callable
+from dlhelpers.extras import need
 from dlhelpers.files import write_whole
 from dlhelpers.profiling.code_report import CodeReport, Row, Unseen, place_of, unseen
 
@@ -93,13 +94,10 @@ def sample(fn: Callable[[], Any], *, interval_s: float = 0.001) -> SampleReport:
     """
     need_callable(fn)
     _need_interval(interval_s)
-    try:
-        from pyinstrument import Profiler
-    except ImportError:
-        raise ImportError('sample needs pyinstrument: pip install "dlhelpers[profiling]"') from None
+    pyinstrument = need("pyinstrument", "sample")
     if sys.getprofile() is not None:
         raise RuntimeError("another profiler of Python is at work: stop it before sample")
-    profiler = Profiler(interval=interval_s, async_mode="disabled")
+    profiler = pyinstrument.Profiler(interval=interval_s, async_mode="disabled")
     with unseen() as not_seen:
         begin = time.perf_counter()
         profiler.start()

@@ -175,18 +175,18 @@ class TorchReport:
 
     def overview(self) -> Any:
         """Draw where the time goes: the phases of the CPU, and the GPU's busy and idle time."""
-        from dlhelpers import plots
+        from dlhelpers import drawing
 
         rows = {"CPU": self.phases}
         if self.gpu_busy is not None:
             busy = self.trace.gpu_busy_us / 1e3 / len(self.trace.steps)
             rows["GPU"] = {"busy": busy, "idle": sum(self.phases.values()) - busy}
         name = max(self.shares, key=self.shares.__getitem__)
-        return plots.shares(rows, title=f"The largest part of a step is {name}")
+        return drawing.shares(rows, title=f"The largest part of a step is {name}")
 
     def timeline(self, steps: int = 3) -> Any:
         """Draw the first steps: the phases of the calling thread, other threads, the GPU."""
-        from dlhelpers import plots
+        from dlhelpers import drawing
 
         steps = whole_number("steps", steps, 1)
         end = self.trace.steps[:steps][-1][1]
@@ -205,7 +205,7 @@ class TorchReport:
             span = event.start_us / 1e3, event.end_us / 1e3, kind
             lanes.setdefault(lane, []).append(span)
         marks = [stop / 1e3 for _, stop in self.trace.steps[:steps]]
-        return plots.lanes(lanes, title="What each step does when", marks=marks)
+        return drawing.lanes(lanes, title="What each step does when", marks=marks)
 
     def save(self, path: str | Path) -> Path:
         """Write the record for https://ui.perfetto.dev; return the path.
@@ -250,7 +250,7 @@ class TorchReport:
     def _repr_html_(self) -> str:
         import html
 
-        from dlhelpers.plots.style import picture
+        from dlhelpers.drawing.style import picture
 
         step = statistics.mean(self.step_ms)
         head = (

@@ -47,7 +47,7 @@ class _Graph:
     """An ONNX graph of the float model, the ranges of its tensors, and its quantized copies."""
 
     def __init__(self, task: Task) -> None:
-        needed("onnx", "onnxruntime", "onnxscript", extra="engines")
+        needed("onnx", "onnxruntime", "onnxscript")
         self.threads = task.threads
         self.proto, self.fixed_batch = _exported(task)
         self._task = task
@@ -336,7 +336,7 @@ class _OpenVino:
     """A model in OpenVINO, compiled anew for each shape of the inputs."""
 
     def __init__(self, data: bytes, precision: str, threads: int) -> None:
-        needed("openvino", extra="engines")
+        needed("openvino")
         import openvino
 
         self._core = openvino.Core()

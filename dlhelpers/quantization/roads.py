@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.extras import need
 from dlhelpers.quantization.batches import Batch, Outputs
 
 __all__ = ["Road", "RoadError", "Task", "needed", "quiet", "with_free_batch"]
@@ -99,15 +99,13 @@ def with_free_batch(batch: Batch) -> tuple[Batch, tuple[Any, ...]]:
     return batch, free
 
 
-def needed(*modules: str, extra: str) -> None:
+def needed(*modules: str) -> None:
     """Raise a RoadError that says what to install where a package is missing."""
     for module in modules:
         try:
-            importlib.import_module(module)
+            need(module, "it")
         except ImportError as error:
-            raise RoadError(
-                f'{module} is not installed: pip install "dlhelpers[{extra}]"'
-            ) from error
+            raise RoadError(str(error)) from error
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers import training
 from dlhelpers.files import write_whole
 from dlhelpers.progress import bar
 from dlhelpers.quantization.batches import Batch, Structure, first_line, sqnr_db
@@ -215,7 +214,8 @@ def accuracy_in_batches(model: nn.Module, test: Test, batch: Batch) -> float:
     """Return the accuracy on (inputs, class numbers), in batches of the given one's size.
 
     Raises:
-        ValueError: inputs and targets are not equally many, or the output is no tensor [N, C].
+        ValueError: inputs and targets are not equally many, targets are not [N], or the output is
+            no tensor [N, C].
     """
     inputs, targets = test
     if len(inputs) != len(targets) or not len(inputs):
@@ -223,18 +223,22 @@ def accuracy_in_batches(model: nn.Module, test: Test, batch: Batch) -> float:
             f"test must hold as many targets as inputs, got {len(inputs)} and {len(targets)}"
         )
     size = next(len(t) for t in batch if isinstance(t, Tensor))
+    right = 0
     with torch.no_grad():
-        output = model(inputs[:size])
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        raise ValueError(
-            "test needs a model whose output is one tensor [N, C], got "
-            f"{list(output.shape) if isinstance(output, Tensor) else type(output).__name__}"
-        )
-    right = [
-        len(x) * training.accuracy(model, x, y)
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True)
-    ]
-    return sum(right) / len(inputs)
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            output = model(x)
+            if not isinstance(output, Tensor) or output.dim() != 2:
+                found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(
+                    f"test needs a model whose output is one tensor [N, C], got {found}"
+                )
+            if y.shape != output.shape[:1]:  # [N, 1] would be compared with every sample
+                raise ValueError(
+                    "test's targets must be class numbers [N], one for each sample, got "
+                    f"{list(targets.shape)}"
+                )
+            right += int((output.argmax(dim=1) == y).sum())
+    return right / len(inputs)
 
 
 def _why(roads: dict[str, Road], chosen: str, rows: list[RoadRow], min_sqnr_db: float) -> str:

@@ -197,7 +197,7 @@ def torch_ao(task: Task, engine: str) -> Road:
 
 def pt2e(task: Task) -> Road:
     """Return the model quantized by torchao's PT2E for the x86 Inductor, compiled and frozen."""
-    needed("torchao", extra="quant")
+    needed("torchao")
     if machine.describe().compiler is None:
         raise RoadError("no C++ compiler was found: torch.compile needs one")
     with quiet(), torch.no_grad():

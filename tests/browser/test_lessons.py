@@ -165,7 +165,7 @@ def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
         return page.locator(".jp-Notebook .jp-Cell").nth(number)
 
     run("notebook.setup(")
-    run("from dlhelpers import claims")
+    run("from dlhelpers.course import claims")
     asked = run("claims.predict(")
     button = asked.locator("button.widget-button").first
     button.wait_for(timeout=30_000)

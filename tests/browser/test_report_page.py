@@ -8,8 +8,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import lab_session
 
-from dlhelpers import ledger
-from dlhelpers.report.page import render
+from dlhelpers.course import ledger
+from dlhelpers.course.report.page import render
 
 LEDGERS = sorted((lab_session.ROOT / "data" / "ledgers").glob("*.json"))
 SCREENSHOTS = lab_session.ROOT / ".pytest_cache" / "screenshots"

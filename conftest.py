@@ -1,0 +1,30 @@
+"""Doctests of modules whose extra is not installed are skipped, by name."""
+
+import importlib.util
+
+import pytest
+
+# module, or package with all below it -> (what is imported, the extra that brings it)
+NEEDED = {
+    "dlhelpers.lmdb_io": ("lmdb", "lmdb"),
+    "dlhelpers.dali_io": ("torchvision", "dali"),
+    "dlhelpers.drawing": ("matplotlib", "plots"),
+    "dlhelpers.course": ("sklearn", "course"),
+}
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark them; pytest calls this when all tests are found."""
+    for item in items:
+        if not isinstance(item, pytest.DoctestItem):
+            continue
+        for package, (module, extra) in NEEDED.items():
+            if f"{item.name}.".startswith(f"{package}.") and not _has(module):
+                item.add_marker(pytest.mark.skip(reason=f"{item.name} needs the extra {extra}"))

@@ -1,0 +1,44 @@
+"""What becomes of a tip when it is measured?
+
+A tip is a sentence that people repeat. A claim is that tip with a metric, a threshold and the
+conditions it is tried in. Evidence of one condition meets the threshold, misses it, or its
+interval straddles it; the verdict of the claim follows from all of them:
+
+    all meet it: holds    all miss it: fails    some meet and some miss it: depends
+    a straddling interval, or a control that is off: unsettled    nothing measured: not-measured
+
+In a notebook::
+
+    claims.predict("fusion.speeds-up-inference")          # the question, asked beforehand
+    claim = claims.card("fusion.speeds-up-inference")     # tip, source, metric, conditions
+    claim.judge({"batch 1": claim.compare(unfolded, folded), ...})
+
+Source: tips.toml and lessons/ beside this package, which name the source of each.
+"""
+
+from dlhelpers.course.claims.cards import card
+from dlhelpers.course.claims.catalog import all_claims, all_tips, lessons, load
+from dlhelpers.course.claims.claim import Claim, Lesson, Tip
+from dlhelpers.course.claims.course import course_map, standing
+from dlhelpers.course.claims.judging import Verdict, not_measured
+from dlhelpers.course.claims.lights import lights_up
+from dlhelpers.course.claims.predictions import answer, predict, score
+
+__all__ = [
+    "Claim",
+    "Lesson",
+    "Tip",
+    "Verdict",
+    "all_claims",
+    "all_tips",
+    "answer",
+    "card",
+    "course_map",
+    "lessons",
+    "lights_up",
+    "load",
+    "not_measured",
+    "predict",
+    "score",
+    "standing",
+]

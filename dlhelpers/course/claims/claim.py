@@ -1,0 +1,254 @@
+"""What is a tip, and what does a claim need so that an experiment can settle it?
+
+A threshold splits the line in two: an interval [low, high] meets it where both ends do, misses it
+where neither does, and settles nothing where it straddles the bound.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from dlhelpers.course.claims.judging import NotMeasured, Verdict
+    from dlhelpers.measure import Comparison
+
+__all__ = ["Claim", "Condition", "Kind", "Theory", "Threshold", "Tip"]
+
+Kind = Literal["exact", "time", "memory", "accuracy"]
+Theory = Literal["wins", "cannot", "open"]
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+@dataclass(frozen=True)
+class Tip:
+    """A sentence that people repeat.
+
+    Attributes:
+        id: stable name, such as ``pair-failure``.
+        says: the sentence.
+        said_by: who repeats it, and when.
+        note: what became of it where that is on record, else empty.
+        notebooks: stems of the notebooks with claims of it; empty where none treats it yet.
+    """
+
+    id: str
+    says: str
+    said_by: str
+    note: str = ""
+    notebooks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A notebook of the course, as the list of lessons names it.
+
+    Attributes:
+        stem: of its file, such as ``01_pairing``.
+        title: a word or two, such as ``Pairing``.
+        learn: what its reader learns.
+    """
+
+    stem: str
+    title: str
+    learn: str
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What a metric must meet, such as ``>= 1.05`` or ``== true``.
+
+    >>> bar = Threshold.parse(">= 1.05")
+    >>> bar.met_by(1.1), bar.settle(1.01, 1.08)
+    (True, None)
+    """
+
+    op: str
+    bound: float | bool
+
+    @classmethod
+    def parse(cls, text: str) -> Threshold:
+        """Read an operator and a finite number, or ``== true`` and ``== false``.
+
+        Raises:
+            ValueError: the text is neither.
+        """
+        match = re.fullmatch(r"\s*(>=|<=|==|>|<)\s*(\S+)\s*", text)
+        if match:
+            op, bound = match.groups()
+            if op == "==" and bound in ("true", "false"):
+                return cls(op, bound == "true")
+            try:
+                if math.isfinite(number := float(bound)):
+                    return cls(op, number)
+            except ValueError:
+                pass
+        raise ValueError(
+            f"{text!r} must be one of {', '.join(_OPERATORS)} and a number, as in '>= 1.05', "
+            "or '== true'"
+        )
+
+    def met_by(self, value: float | bool) -> bool:
+        """Whether a number meets the bound; NaN meets none."""
+        return bool(_OPERATORS[self.op](value, self.bound))
+
+    def settle(self, low: float, high: float) -> bool | None:
+        """Whether a whole interval meets the bound (True) or misses it (False), else None."""
+        if self.op == "==":
+            inside = low <= self.bound <= high
+            return (True if low == high else None) if inside else False
+        ends = {self.met_by(low), self.met_by(high)}
+        return ends.pop() if len(ends) == 1 else None
+
+    def __str__(self) -> str:
+        bound = str(self.bound).lower() if isinstance(self.bound, bool) else f"{self.bound:g}"
+        return f"{self.op} {bound}"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One circumstance in which a claim is tried.
+
+    Attributes:
+        name: key of the evidence, such as ``batch 1, launch-bound``.
+        theory: whether the tip must win here (``wins``), ``cannot``, or theory leaves it open.
+        why: what theory says, in a sentence.
+        threshold: the claim's own, or this condition's.
+    """
+
+    name: str
+    theory: Theory
+    why: str
+    threshold: Threshold
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A tip with a metric, a threshold and the conditions it is tried in.
+
+    Attributes:
+        id: ``topic.what-it-says``; the part before the point is the topic.
+        tip: id of the tip that it belongs to.
+        says: the tip as people repeat it, made measurable; the verdict says what is true.
+        source: paper with equation or table, or documentation.
+        kind: ``exact`` (counted, the same everywhere), ``time``, ``memory`` or ``accuracy``.
+        metric: what is measured, in words.
+        threshold: what the metric must meet for the claim to hold.
+        unit: of the metric; empty for ratios and counts.
+        question: asked before the experiment.
+        answers: verdict -> label of the answer's button.
+        notebook: stem of the one notebook that settles it.
+        conditions: where it is tried.
+        control: whether the evidence must hold the baseline against itself (kind ``time``).
+        negligible: speedups within 1 ± this count as no difference (kind ``time``).
+        needs: what a machine must have, such as ``cuda``; empty for nothing special.
+    """
+
+    id: str
+    tip: str
+    says: str
+    source: str
+    kind: Kind
+    metric: str
+    threshold: Threshold
+    unit: str
+    question: str
+    answers: Mapping[str, str] = field(hash=False)
+    notebook: str
+    conditions: tuple[Condition, ...]
+    control: bool
+    negligible: float
+    needs: str
+
+    @property
+    def topic(self) -> str:
+        """The part of the id before its point."""
+        return self.id.partition(".")[0]
+
+    def compare(
+        self,
+        baseline: Callable[[], Any],
+        candidate: Callable[[], Any],
+        *,
+        condition: str | None = None,
+        **options: Any,
+    ) -> Comparison:
+        """Measure two callables with this claim's threshold and negligible band.
+
+        Where the budget allows too few pairs for an interval, as on a slow machine, measuring
+        goes on for the missing ones, up to three times ``budget_s`` in all.
+
+        Args:
+            baseline, candidate: callables without arguments.
+            condition: name of a condition that has a threshold of its own.
+            options: of :func:`dlhelpers.measure.compare`, such as ``budget_s`` or ``setup``.
+
+        Raises:
+            TypeError: the claim is not about time.
+            ValueError: the condition is not declared.
+        """
+        if self.kind != "time":
+            raise TypeError(
+                f"{self.id} is a claim of kind {self.kind}: compare() measures times, "
+                "give judge() the counts or estimates themselves"
+            )
+        threshold = self.threshold if condition is None else self._condition(condition).threshold
+        from dlhelpers import measure
+
+        usual = {"threshold": threshold.bound, "negligible": self.negligible, "overtime": 2.0}
+        return measure.compare(baseline, candidate, **(usual | options))
+
+    def judge(self, evidence: Mapping[str, Any] | NotMeasured) -> Verdict:
+        """Settle the claim and write its row to the ledger of this machine.
+
+        Per condition: an interval that wholly meets the threshold holds, one that wholly misses
+        it fails, one that straddles it is unsettled; a number is compared as it is, and NaN
+        meets no threshold. A folder that cannot be written gives one warning, never an error.
+
+        Args:
+            evidence: condition's name -> what was found there, plus ``"control"`` where the
+                claim asks for one. Kind ``time`` takes a Comparison, ``accuracy`` an Estimate
+                over seeds, ``exact`` a number or a truth value, ``memory`` a number or an
+                Estimate; every kind takes ``not_measured(reason)``, also for all at once.
+
+        Returns:
+            A Verdict; as the last expression of a cell it shows itself as a card.
+
+        Raises:
+            ValueError: a declared condition is missing or an undeclared one is given, an
+                interval is no interval, or its unit is not the claim's.
+            TypeError: evidence of another type than the kind takes.
+        """
+        from dlhelpers.course import ledger
+        from dlhelpers.course.claims import judging, predictions
+
+        verdict = judging.settle(self, evidence, answer=predictions.given(self.id))
+        predictions.close(self.id)
+        ledger.record(verdict.as_row())
+        return verdict
+
+    def _condition(self, name: str) -> Condition:
+        for condition in self.conditions:
+            if condition.name == name:
+                return condition
+        raise ValueError(
+            f"{self.id} declares the conditions {[c.name for c in self.conditions]}, got {name!r}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<claim {self.id}: {self.says}>"
+
+    def __str__(self) -> str:
+        from dlhelpers.course.claims.cards import claim_text
+
+        return claim_text(self)

@@ -1,0 +1,99 @@
+"""Which models and layers lie where? Points on log axes, the roof above them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dlhelpers.drawing.style import BASELINE, COLOURS, new_axes, plain_numbers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["roofline", "scatter"]
+
+
+def scatter(
+    groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    alt: str = "",
+    names: Mapping[str, tuple[float, float]] | None = None,
+    diagonal: bool = False,
+) -> Figure:
+    """Draw groups of points on two log axes.
+
+    Args:
+        groups: name -> (x, y), positive; six at most. One group is drawn without a legend.
+        title, xlabel, ylabel, alt: as in ``plots.curves``.
+        names: text -> the point beside which it stands.
+        diagonal: draws y = x, for predicted against measured.
+
+    Raises:
+        ValueError: more groups than colours.
+    """
+    if len(groups) > len(COLOURS):
+        raise ValueError(
+            f"{len(groups)} groups are more than the {len(COLOURS)} colours that can be told apart"
+        )
+    figure, axes = new_axes(title, xlabel, ylabel, alt, figsize=(7.0, 4.2))
+    for colour, (name, (x, y)) in zip(COLOURS, groups.items(), strict=False):
+        small = len(x) > 50
+        axes.scatter(x, y, s=8 if small else 40, color=colour, alpha=0.6, linewidths=0, label=name)
+    axes.set(xscale="log", yscale="log")
+    if diagonal:
+        ends = (
+            min(axes.get_xlim()[0], axes.get_ylim()[0]),
+            max(axes.get_xlim()[1], axes.get_ylim()[1]),
+        )
+        axes.plot(ends, ends, color=BASELINE, linewidth=1.5, zorder=0)
+    for number, (text, point) in enumerate(sorted((names or {}).items(), key=lambda n: n[1])):
+        above = 5 if number % 2 else -11
+        axes.annotate(text, point, textcoords="offset points", xytext=(6, above), fontsize=9)
+    plain_numbers(axes)
+    if len(groups) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def roofline(
+    peaks: Any, points: Mapping[str, tuple[float, float]], *, title: str, alt: str = ""
+) -> Figure:
+    """Draw a machine's roof and what some layers reach below it.
+
+    Args:
+        peaks: a ``roofline.Roofline``.
+        points: name -> (FLOP per byte, 10^9 FLOP a second).
+        title, alt: as in ``plots.curves``.
+    """
+    figure, axes = new_axes(title, "FLOP per byte", "GFLOP a second", alt, figsize=(7.0, 4.2))
+    top, ridge = peaks.gflops["fp32"], peaks.ridge_flop_per_byte
+    left = min([ridge / 30, *(x / 2 for x, _ in points.values())])
+    right = max([ridge * 30, *(x * 2 for x, _ in points.values())])
+    roof = [(left, left * peaks.bandwidth_gb_s), (ridge, top), (right, top)]
+    axes.plot(*zip(*roof, strict=True), color=BASELINE, linewidth=2)
+    axes.annotate(
+        f"{peaks.bandwidth_gb_s:.0f} GB/s", roof[0], textcoords="offset points", xytext=(4, 14)
+    )
+    axes.annotate(
+        f"{top:.0f} GFLOP/s", (right, top), textcoords="offset points", xytext=(-4, 6), ha="right"
+    )
+    for number, (name, (x, y)) in enumerate(points.items()):
+        colour, below = COLOURS[number % len(COLOURS)], -14 if number % 2 else -26
+        axes.plot(x, y, "o", color=colour, markersize=9)
+        axes.annotate(
+            name,
+            (x, y),
+            textcoords="offset points",
+            xytext=(0, below),
+            ha="center",
+            color=colour,
+            fontsize=10,
+        )
+    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    low = min([top / 300, *(y / 2 for _, y in points.values())])
+    axes.set_ylim(low, top * 2.5)
+    plain_numbers(axes)
+    return figure

@@ -1,0 +1,9 @@
+"""What do reports draw of themselves? Ratios, shares and lanes, in one style.
+
+Source of the colours: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/.
+"""
+
+from dlhelpers.drawing.strips import strip_svg
+from dlhelpers.drawing.traces import lanes, shares
+
+__all__ = ["lanes", "shares", "strip_svg"]

@@ -1,0 +1,340 @@
+"""The library stands without the course, and without every package that it can do without."""
+
+import ast
+import os
+import subprocess
+import sys
+import textwrap
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dlhelpers"
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if "course" not in path.parts and path.name != "__main__.py"
+)
+
+
+def run(code, cwd=ROOT, **environment):
+    """Run code in a new Python; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+# The library never imports the course
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_of_the_library_names_the_course_in_its_code(module):
+    path = ROOT.joinpath(*module.split("."))
+    file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        named = [alias.name for alias in getattr(node, "names", []) if isinstance(node, ast.Import)]
+        if isinstance(node, ast.ImportFrom):
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+        assert not [name for name in named if f"{name}.".startswith("dlhelpers.course.")], module
+
+
+def test_examples_of_the_library_do_without_the_course():
+    for module in MODULES:
+        path = ROOT.joinpath(*module.split("."))
+        file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        examples = [line for line in file.read_text("utf-8").splitlines() if ">>>" in line]
+        assert not [line for line in examples if "dlhelpers.course" in line], module
+
+
+def test_the_library_alone_loads_nothing_of_the_course():
+    found = run(f"""
+        import importlib, sys
+        for name in {MODULES!r}:
+            importlib.import_module(name)
+        print([name for name in sys.modules if name.startswith("dlhelpers.course")])
+    """)
+    assert found.strip() == "[]"
+
+
+# Without extras
+
+
+def test_every_module_of_the_library_loads_with_the_core_dependencies_alone():
+    found = run(f"""
+        import sys; sys.path.insert(0, "tests")
+        from core_only import hide
+        hidden = hide()
+        assert {{"lmdb", "PIL", "torchvision", "matplotlib", "sklearn", "IPython"}} <= hidden
+        import importlib
+        for name in {MODULES!r}:
+            importlib.import_module(name)
+        print("all", len({MODULES!r}))
+    """)
+    assert found.startswith("all")
+
+
+MISSING = {  # what is done without its extra -> the extra that its error names
+    "lmdb_io.write_lmdb([], 'x.lmdb')": "lmdb",
+    "lmdb_io.verify_lmdb('x.lmdb')": "lmdb",
+    "lmdb_io.LMDBDataset('x.lmdb')": "lmdb",
+    "lmdb_io.load_decoder('simplejpeg')": "codecs",
+    "lmdb_io.load_decoder('opencv')": "codecs",
+    "dali_io.image_pipeline('photos', size=8, batch_size=1, train=False)": "dali",
+    "dali_io.torchvision_transform(8, train=False)": "dali",
+    "profiling.profile_lines(work)": "profiling",
+    "profiling.sample(work)": "profiling",
+    "profiling.profile_python(work).flame()": "profiling",
+    "profiling.profile_torch(work, steps=1).overview()": "plots",
+    "drawing.lanes({'a': [(0.0, 1.0, 'b')]}, title='t')": "plots",
+}
+
+
+@pytest.mark.parametrize(("call", "extra"), MISSING.items())
+def test_what_needs_an_extra_says_which_one_to_install(call, extra, tmp_path):
+    found = run(
+        f"""
+        import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+        from core_only import hide
+        hide()
+        import torch
+        from dlhelpers import dali_io, drawing, lmdb_io, profiling
+
+        from pathlib import Path
+        Path("photos/cats").mkdir(parents=True)
+        Path("photos/cats/1.jpg").write_bytes(b"")
+
+        def work():
+            return inner(torch.ones(4))
+
+        def inner(x):
+            return sum(sorted(x.tolist()))
+
+        try:
+            {call}
+        except ImportError as error:
+            print(error)
+    """,
+        cwd=tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
+    assert f'pip install "dlhelpers[{extra}]"' in found
+
+
+def test_an_engine_that_is_not_here_drops_out_and_says_what_to_install():
+    found = run("""
+        import sys; sys.path.insert(0, "tests")
+        from core_only import hide
+        hide()
+        import torch
+        from dlhelpers.quantization import quantize_static
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        print(quantize_static(model, [torch.randn(4, 8)], budget_s=0.5).report())
+    """)
+    assert 'pip install "dlhelpers[engines]"' in found
+
+
+def test_doctests_that_need_an_extra_are_skipped_by_name_without_it():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.path.insert(0, 'tests');"
+            "from core_only import hide; hide('pytest'); import pytest;"
+            "sys.exit(pytest.main(['-q', '-rs', '-o', 'addopts=--doctest-modules',"
+            "'-p', 'no:cacheprovider', 'dlhelpers/lmdb_io', 'dlhelpers/dali_io',"
+            "'dlhelpers/fusion', 'dlhelpers/tables.py']))",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "extra lmdb" in done.stdout
+    assert "extra dali" in done.stdout
+    assert "passed" in done.stdout
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """Build the wheel from the files that git knows, install it alone into a folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        cwd=ROOT,
+        check=True,
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        packed = name.split("/")[0] in ("dlhelpers", "pyproject.toml", "README.md", "LICENSE")
+        if packed and (ROOT / name).exists():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    alone = ["--no-deps", "--no-index"]
+    build = [*pip, "wheel", *alone, "--no-build-isolation", "-w", str(folder), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    site = folder / "site"
+    subprocess.run([*pip, "install", *alone, "--target", str(site), str(wheel)], check=True)
+    return wheel, site
+
+
+def test_the_wheel_holds_the_courses_files_and_nothing_beside_the_package(installed):
+    wheel, _ = installed
+    names = zipfile.ZipFile(wheel).namelist()
+    lessons = {path.name for path in (PACKAGE / "course" / "lessons").glob("*.toml")}
+    assert {Path(name).name for name in names if "course/lessons/" in name} == lessons
+    assert {"dlhelpers/course/tips.toml", "dlhelpers/py.typed"} <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"dlhelpers"}
+
+
+def test_the_wheel_asks_for_the_core_alone(installed):
+    wheel, _ = installed
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+    lines = archive.read(metadata).decode().splitlines()
+    asked = [line for line in lines if line.startswith("Requires-Dist") and "extra ==" not in line]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert len(asked) == len(project["dependencies"]) == 5
+
+
+GIVEN = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dlhelpers.lmdb_io import LMDBDataset
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model, faster_model = (
+    nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 10),
+    )
+    for _ in range(2)
+)
+loss = nn.CrossEntropyLoss()
+images, targets = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
+x = inputs = images
+optimizer = torch.optim.AdamW(model.parameters())
+calibration = [images[:4], images[4:]]
+loader = DataLoader(TensorDataset(images.repeat(50, 1, 1, 1), targets.repeat(50)), batch_size=8)
+batches = None
+
+def transform(image):
+    return image.float()
+
+def step():
+    x, y = (images, targets) if batches is None else next(batches)
+    optimizer.zero_grad()
+    loss(model(x), y).backward()
+    optimizer.step()
+
+def train(model):
+    for _ in range(3):
+        step()
+
+"""
+EXAMPLES = [
+    pytest.param(
+        block,
+        id=block.split()[1],
+        marks=[pytest.mark.slow] if "quantize_static" in block else [],  # tries every engine
+    )
+    for part in (ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    for block in [part.partition("```")[0]]
+    if sys.platform == "linux" or "dali_io" not in block
+]
+
+
+@pytest.mark.parametrize("block", EXAMPLES)
+def test_an_example_of_the_readme_runs_from_the_wheel_outside_the_repository(
+    block, installed, tmp_path
+):
+    from PIL import Image
+
+    for kind in ("cats", "dogs"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for number in range(40):
+            image = Image.effect_noise((300, 280), 64).convert("RGB")
+            image.save(tmp_path / "photos" / kind / f"{number}.jpg")
+    script = tmp_path / "example.py"
+    body = textwrap.indent(f"{GIVEN}{block}", "    ")
+    where = "import dlhelpers; print(dlhelpers.__file__)"
+    script.write_text(f'{where}\nif __name__ == "__main__":\n{body}', "utf-8")
+    _, site = installed
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.startswith(str(site))
+
+
+def test_the_readme_has_an_example_for_every_topic():
+    assert len(EXAMPLES) >= 7
+
+
+# Former names
+
+
+def test_a_former_name_is_the_module_of_today_and_warns_once(tmp_path):
+    script = tmp_path / "learners.py"
+    script.write_text(
+        "from dlhelpers import claims, data\n"
+        "from dlhelpers.training import fit\n"
+        "import dlhelpers.stores.timing\n"
+        "import dlhelpers.course.claims, dlhelpers.course.training\n"
+        "import dlhelpers.course.stores.timing\n"
+        "assert claims is dlhelpers.course.claims and data is dlhelpers.course.data\n"
+        "assert fit is dlhelpers.course.training.fit\n"
+        "assert dlhelpers.stores.timing is dlhelpers.course.stores.timing\n"
+        "assert claims.__spec__.name == 'dlhelpers.course.claims'\n"
+        "print(len(claims.all_claims()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Warning") == 1
+    assert f"{script}:1: FutureWarning: dlhelpers.claims is dlhelpers.course.claims" in done.stderr
+
+
+def test_a_name_that_never_was_is_no_module():
+    found = run("""
+        import dlhelpers
+        for module in ("dlhelpers.nothing", "dlhelpers.claims.nothing"):
+            try:
+                __import__(module)
+            except ModuleNotFoundError as error:
+                print(error)
+        print(hasattr(dlhelpers, "nothing"))
+    """)
+    assert found.count("No module named") == 2
+    assert found.endswith("False\n")
