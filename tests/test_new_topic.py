@@ -94,7 +94,7 @@ assert "toy" in dir(dlhelpers) and dlhelpers.toy.speed() == 1
 assert ("90_toy", "Prune the model: fewer layers and parameters.", 1) in claims.course_map().rows
 assert exercises.check("90.1", dlhelpers.toy.speed).passed
 assert exercises.ids("90_toy") == ("90.1",)
-claims.find("toy.is-fast").judge({"one toy": 1})
+claims.card("toy.is-fast").judge({"one toy": 1})
 assert claims.standing().rows[-1] == (
     "90_toy", "Prune the model: fewer layers and parameters.", {"holds": 1})
 """
@@ -102,7 +102,7 @@ assert claims.standing().rows[-1] == (
 
 
 def test_the_report_shows_its_claim_with_a_link(copy):
-    judge = "claims.find('toy.is-fast').judge({'one toy': 1})"
+    judge = "claims.card('toy.is-fast').judge({'one toy': 1})"
     run(copy, "-c", f"from dlhelpers.course import claims; {judge}")
     run(copy, "-m", "dlhelpers", "report")
     page = (copy / "report.html").read_text("utf-8")

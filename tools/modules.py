@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import iter_modules
 
 ROOT = Path(__file__).parent.parent
 # what the other modules share, of no use outside
@@ -15,9 +16,6 @@ def public(folder: str = "dlhelpers") -> list[str]:
     >>> "dlhelpers.fusion" in public(), "dlhelpers.course.claims" in public("dlhelpers/course")
     (True, True)
     """
-    paths = [
-        p for p in (ROOT / folder).iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
-    ]
-    names = sorted({path.stem for path in paths if not path.stem.startswith("_")})
-    package = folder.replace("/", ".")
-    return [f"{package}.{name}" for name in names if name not in INTERNAL | {"course"}]
+    names = sorted(module.name for module in iter_modules([str(ROOT / folder)]))
+    package, hidden = folder.replace("/", "."), INTERNAL | {"course"}
+    return [f"{package}.{name}" for name in names if name[0] != "_" and name not in hidden]
