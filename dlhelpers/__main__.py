@@ -14,14 +14,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["report"]:
-        from dlhelpers.course import report  # has its own parser
+        from dlhelpers.course import report  # has its own parser, and its own errors
 
         return report.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"python -m dlhelpers {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:

@@ -105,7 +105,7 @@ class Machine:
         return {"key": self.key, "line": self.line} | json.loads(json.dumps(asdict(self)))
 
     def _rows(self) -> list[tuple[str, str]]:
-        missing = [p for extra in self.extras.values() for p, v in extra.items() if v is None]
+        missing = {p: None for extra in self.extras.values() for p, v in extra.items() if v is None}
         caches = ", ".join(f"{k} {v / 2**10:.0f} KiB" for k, v in self.cache_bytes.items())
         cores = f"{self.logical_cores or '?'} logical, {self.physical_cores or '?'} physical"
         return [

@@ -130,6 +130,33 @@ def test_what_needs_an_extra_says_which_one_to_install(call, extra, tmp_path):
     assert f'pip install "dlhelpers[{extra}]"' in found
 
 
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["data", "photos", "somewhere"], "lmdb"),
+        (["lmdb", "write", "photos", "x.lmdb"], "lmdb"),
+        (["lmdb", "verify", "x.lmdb"], "lmdb"),
+        (["report", "--run", "--notebooks", str(ROOT / "notebooks")], "course"),
+    ],
+)
+def test_the_command_line_says_what_to_install(arguments, extra, tmp_path):
+    found = run(
+        f"""
+        import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+        from core_only import hide
+        hide()
+        sys.stderr = sys.stdout
+        from dlhelpers.__main__ import main
+        print("status", main({arguments!r}))
+        """,
+        cwd=tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
+    assert f'pip install "dlhelpers[{extra}]"' in found
+    assert found.endswith("status 2\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_engine_that_is_not_here_drops_out_and_says_what_to_install():
     found = run("""
         import sys; sys.path.insert(0, "tests")

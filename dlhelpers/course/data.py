@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dlhelpers.arguments import whole_number
+from dlhelpers.extras import need
 from dlhelpers.files import cache_dir
 from dlhelpers.progress import bar
 
@@ -68,15 +69,14 @@ def digits(split: Literal["train", "test", "all"] = "train") -> tuple[Tensor, Te
     (torch.Size([360, 1, 8, 8]), torch.Size([360]))
     """
     import torch
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
     if split not in ("train", "test", "all"):
         raise ValueError(f'split must be "train", "test" or "all", got {split!r}')
-    bunch = load_digits()
+    bunch = need("sklearn.datasets", "data.digits").load_digits()
     rows = list(range(len(bunch.target)))
     if split != "all":
-        parts = train_test_split(rows, test_size=360, stratify=bunch.target, random_state=0)
+        split_of = need("sklearn.model_selection", "data.digits").train_test_split
+        parts = split_of(rows, test_size=360, stratify=bunch.target, random_state=0)
         rows = parts[0] if split == "train" else parts[1]
     images = torch.tensor(bunch.images[rows], dtype=torch.float32)[:, None] / 16
     return images, torch.tensor(bunch.target[rows], dtype=torch.int64)
@@ -224,12 +224,10 @@ def _need_same(root: Path, settings: dict[str, int]) -> None:
 
 
 def _photographs() -> dict[str, Any]:
-    from PIL import Image
-    from sklearn.datasets import load_sample_images
-
-    bunch = load_sample_images()
+    pil = need("PIL.Image", "data.photos")
+    bunch = need("sklearn.datasets", "data.photos").load_sample_images()
     return {
-        Path(name).stem: Image.fromarray(pixels)
+        Path(name).stem: pil.fromarray(pixels)
         for name, pixels in zip(bunch.filenames, bunch.images, strict=True)
     }
 

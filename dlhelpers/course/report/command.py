@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         return _report(options)
     except FileNotFoundError as error:
         print(f"{parser.prog}: {_missing(error)}", file=sys.stderr)
-    except (OSError, ledgers.LedgerError) as error:
+    except (OSError, ImportError, ledgers.LedgerError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; the ledger keeps what was settled by then", file=sys.stderr)

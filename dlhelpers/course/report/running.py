@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from dlhelpers.extras import need
 from dlhelpers.progress import bar
 
 __all__ = ["NotebookRun", "RunSummary", "kernel_of_this_python", "run_notebooks"]
@@ -80,6 +81,7 @@ def run_notebooks(
 
     Raises:
         FileNotFoundError: the folder holds no notebook.
+        ImportError: the extra course is not installed.
         OSError: the ledger cannot be written.
         KeyboardInterrupt: on Ctrl-C; what was settled by then stands in the ledger.
     """
@@ -87,6 +89,7 @@ def run_notebooks(
     paths = sorted(folder.glob("*.ipynb"))
     if not paths:
         raise FileNotFoundError(f"no notebook in {folder}: name the folder of *.ipynb files")
+    need("nbclient", "running notebooks")
     from dlhelpers.course import ledger as ledgers
 
     ledgers.start(ledger)
