@@ -32,6 +32,7 @@ _BEGUN = re.compile(rb"(?:\[W|USDT:|ERROR:)[^\r\n]*\Z")
 _PATIENCE_S = 0.02  # for the end of a line that may be a known one
 _LOOK_S = 0.5  # between two looks whether the kernel lives
 _CATCH_UP_S = 1.0  # that the end of a cell waits at most
+_KERNEL_READS_S = 0.005  # that its thread has to read its pipe: nothing tells when it has
 _RECENT = 1 << 16  # bytes that a kernel may have left unread when it died
 _RECENT_S = 10.0  # a core dump takes its time
 _LINGER_S = 2.0  # a dead kernel's own children may write that much longer
@@ -92,6 +93,7 @@ class _Filter:
             self._ask.sendall(token)
             while self._ask.recv(1) not in (token, b""):  # else the answer to an earlier one
                 pass
+            time.sleep(_KERNEL_READS_S)
 
     def end(self, kernel: int) -> None:
         """Tell the child that this is no crash."""
