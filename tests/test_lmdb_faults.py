@@ -14,6 +14,7 @@ from pathlib import Path
 
 import lmdb
 import pytest
+from interrupts import heeding
 from torchvision.datasets import ImageFolder
 
 from dlhelpers.__main__ import main
@@ -69,7 +70,7 @@ print("whole", flush=True)
 
 
 def conversion(source, path, workers=0):
-    command = [sys.executable, "-c", CHILD, str(source), str(path), str(workers)]
+    command = [sys.executable, "-c", heeding(CHILD), str(source), str(path), str(workers)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -686,7 +687,7 @@ def test_ctrl_c_on_the_command_line_says_how_to_go_on(photos, tmp_path):
         "sys.exit(main(['lmdb', 'write', sys.argv[1], sys.argv[2], '--quiet']))\n"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(photos), str(tmp_path / "db")],
+        [sys.executable, "-c", heeding(code), str(photos), str(tmp_path / "db")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

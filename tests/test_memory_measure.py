@@ -1,6 +1,4 @@
 import functools
-import os
-import sys
 import threading
 
 import pytest
@@ -498,24 +496,6 @@ def test_an_overwritten_tensor_still_stops_backward():
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         measure_peak(run)
-
-
-def test_stderr_is_passed_on_but_for_the_profilers_lines(capfd):
-    before = torch.zeros(1000)
-
-    def run():
-        nonlocal before
-        os.write(2, b"straight to the descriptor\n")
-        print("progress 10%\r", file=sys.stderr, end="", flush=True)
-        before = None  # freed, though never seen being made: what the profiler complains about
-        return torch.ones(3) + 1
-
-    measure_peak(run)
-    said = capfd.readouterr().err
-    assert sorted(said.replace("\r", "\n").splitlines()) == [
-        "progress 10%",
-        "straight to the descriptor",
-    ]
 
 
 def test_one_run_at_a_time():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from interrupts import heeding
 from torch import nn
 from torch.nn import functional as F
 
@@ -564,8 +565,8 @@ def test_openvino_takes_onnx_runtimes_file_and_ranges_are_searched_for_once(monk
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_ctrl_c_is_still_ctrl_c_after_openvino(tmp_path):
     script = tmp_path / "stopped.py"
-    script.write_text(
-        "import os, signal, time, torch\n"
+    code = (
+        "import os, time, torch\n"
         "from torch import nn\n"
         "from dlhelpers.quantization import quantize_static\n"
         "net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 10))\n"
@@ -578,6 +579,7 @@ def test_ctrl_c_is_still_ctrl_c_after_openvino(tmp_path):
         "except KeyboardInterrupt:\n"
         "    print('stopped', flush=True)\n"
     )
+    script.write_text(heeding(code))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "stopped"
     assert done.returncode == 0

@@ -7,7 +7,8 @@ from pkgutil import iter_modules
 
 ROOT = Path(__file__).parent.parent
 # what the other modules share, of no use outside
-INTERNAL = {"arguments", "drawing", "extras", "fakes", "files", "progress", "recording", "tables"}
+INTERNAL = {"arguments", "drawing", "extras", "fakes", "files", "progress", "recording"}
+INTERNAL |= {"stderr_filter", "tables"}
 
 
 def public(folder: str = "dlhelpers") -> list[str]:

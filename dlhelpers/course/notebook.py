@@ -16,6 +16,8 @@ __all__ = ["in_ipython", "setup", "show", "show_source"]
 def setup(seed: int = 0, threads: int | None = None) -> None:
     """Seed, set torch's threads and the style of figures; say in one line what this machine is.
 
+    In a kernel, the lines that torch's profiler itself writes to stderr are dropped from now on.
+
     Args:
         seed: of Python, NumPy and torch.
         threads: torch's intra-op threads; None leaves them as they are.
@@ -26,13 +28,15 @@ def setup(seed: int = 0, threads: int | None = None) -> None:
     import torch
 
     from dlhelpers import machine
-    from dlhelpers.course import plots
+    from dlhelpers.course import plots, stderr_filter
     from dlhelpers.course.training import seed_everything
 
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads must be 1 or more, or None to leave them, got {threads}")
         torch.set_num_threads(threads)
+    if in_ipython():
+        stderr_filter.install()
     seed_everything(seed)
     plots.use_style()
     used = torch.get_num_threads()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -107,24 +103,10 @@ def _converted(model: nn.Module, engine: str) -> nn.Module:
 def _torch_ao(task: Task, engine: str) -> Road:
     model = _converted(task.model, engine)
     run = torch_roads.with_engine(torch_roads.runner(model), engine)
-    with _no_stderr():  # qnnpack says once, from C++, that it ignores what torch.ao hard-codes
-        run(task.batches[0])
+    run(task.batches[0])  # here qnnpack says once, from C++, that it ignores reduce_range
     kernels = torch_roads.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
     return Road(name, "int8", run, torch_roads.bytes_of(model), kernels)
-
-
-@contextmanager
-def _no_stderr() -> Iterator[None]:
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _onnxruntime(task: Task) -> Road:

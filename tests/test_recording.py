@@ -1,0 +1,77 @@
+"""What a program writes to file descriptor 2 is its own business, above all when it crashes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from dlhelpers.memory import measure_peak
+from dlhelpers.profiling import profile_torch
+from dlhelpers.quantization import quantize_dynamic
+
+CRASH = """
+import faulthandler, os, torch
+from dlhelpers.memory import measure_peak
+from dlhelpers.profiling import profile_torch
+faulthandler.enable()
+def crash_here():
+    torch.ones(3) + 1
+    if torch._C._autograd._profiler_enabled():  # profile_torch calls it without, first
+        os.abort()
+"""
+
+
+@pytest.mark.parametrize("record", [measure_peak, profile_torch])
+def test_a_crash_inside_a_recording_tells_where_it_was(record):
+    code = f"{CRASH}{record.__name__}(crash_here)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert "in crash_here" in done.stderr
+
+
+class Writes(nn.Linear):
+    """A layer that writes to descriptor 2 and notes what could be read of it at once."""
+
+    read = None
+    seen = ()
+
+    def forward(self, x):
+        os.write(2, b"straight to the descriptor")
+        try:
+            said = os.read(Writes.read, 1 << 16)
+        except BlockingIOError:
+            said = b"not there"
+        Writes.seen = [*Writes.seen, said]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, x: measure_peak(lambda: model(x)),
+        lambda model, x: profile_torch(lambda: model(x), steps=1, warmup=0),
+        lambda model, x: quantize_dynamic(
+            nn.Sequential(nn.Linear(8, 8), model), x, budget_s=0.05, progress=False
+        ),
+    ],
+    ids=["measure_peak", "profile_torch", "quantize_dynamic"],
+)
+def test_descriptor_2_stays_the_callers(run):
+    kept = os.dup(2)
+    Writes.read, writing = os.pipe()
+    os.set_blocking(Writes.read, False)
+    Writes.seen = ()
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        run(Writes(8, 8), torch.ones(2, 8))
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(Writes.read)
+    assert Writes.seen
+    assert all(said.endswith(b"straight to the descriptor") for said in Writes.seen)
