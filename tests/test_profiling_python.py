@@ -511,6 +511,22 @@ def test_the_cost_compares_a_run_under_the_profiler_with_one_without(monkeypatch
     assert sys.getprofile() is None
 
 
+def test_a_run_that_spends_the_budget_is_made_once_under_each_profiler(monkeypatch):
+    now, calls = [0.0], []
+
+    def slow():
+        calls.append(1)
+        now[0] += 30.0
+
+    monkeypatch.setattr(overheads, "perf_counter", lambda: now[0])
+    report = overhead(slow, profilers=["cProfile", "sample_threads"], budget_s=2.0)
+    assert len(calls) == 3  # alone, and under each
+    assert not report
+    assert report.missing == dict.fromkeys(
+        ["cProfile", "sample_threads"], "a run takes 30 s instead of 30 s: too long for budget_s=2"
+    )
+
+
 def test_line_profiler_watches_the_same_functions_when_a_run_is_repeated():
     pytest.importorskip("line_profiler", reason="extra profiling")
     repeated = overheads._repeated(tree, 3)
