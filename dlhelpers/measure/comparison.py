@@ -16,7 +16,7 @@ import numpy as np
 from dlhelpers.measure.intervals import Interval, min_pairs
 from dlhelpers.measure.paired import Race
 
-__all__ = ["Comparison", "Comparisons", "Outcome", "compare", "compare_many"]
+__all__ = ["Comparison", "Comparisons", "Outcome", "compare", "compare_many", "single_pair"]
 
 Outcome = Literal["faster", "slower", "no difference", "undecided"]
 
@@ -252,6 +252,31 @@ def compare_many(
         for name, interval in race.intervals.items()
     }
     return Comparisons(baseline, rows)
+
+
+def single_pair(baseline_s: float, candidate_s: float) -> Comparison:
+    """Return what one call of each supports, where more of them would take too long: no interval.
+
+    For callers that have timed both themselves, on the CPU.
+    """
+    ratio = baseline_s / candidate_s
+    return Comparison(
+        speedup=ratio,
+        low=0.0,
+        high=math.inf,
+        outcome="undecided",
+        pairs=1,
+        baseline_s=baseline_s,
+        candidate_s=candidate_s,
+        confidence=0.95,
+        negligible=0.03,
+        threshold=None,
+        ratios=(ratio,),
+        device="cpu",
+        threads=_threads(),
+        elapsed_s=baseline_s + candidate_s,
+        is_first=True,
+    )
 
 
 def _outcome(interval: Interval, negligible: float) -> Outcome:
