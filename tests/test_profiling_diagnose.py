@@ -301,6 +301,23 @@ def slow_model(monkeypatch):
     return model
 
 
+@pytest.mark.parametrize(("step_ms", "looked_at"), [(1.0, 100), (50.0, 5), (1000.0, 3), (3e4, 1)])
+def test_long_steps_are_looked_at_less_often(monkeypatch, step_ms, looked_at):
+    runs = []
+
+    def take_stacks(run, interval_s):
+        run()
+        looks.append(len(runs))
+        return [], None, None
+
+    looks = []
+    report = SimpleNamespace(plain_ms=[step_ms], shares={}, trace=None)
+    monkeypatch.setattr(diagnosing, "record_steps", lambda *args, **options: report)
+    monkeypatch.setattr(diagnosing, "take_stacks", take_stacks)
+    observe(lambda: runs.append(1), 5)
+    assert looks == [looked_at]
+
+
 def test_a_batch_that_would_take_a_minute_is_not_tried(slow_model):
     call = calls(rows=1, model=slow_model)
     assert trial(call, 16) is None
