@@ -60,7 +60,7 @@ class Roofline:
 
     def _rows(self) -> list[tuple[str, str]]:
         peaks = [
-            (f"{name} matrix product", f"{peak:,.0f} G{'OP' if name == 'int8' else 'FLOP'}/s")
+            (f"{name} matrix product", f"{_short(peak)} G{'OP' if name == 'int8' else 'FLOP'}/s")
             if peak
             else (f"{name} matrix product", "not available in this build of torch")
             for name, peak in self.gflops.items()
@@ -78,6 +78,10 @@ class Roofline:
 
     def _repr_html_(self) -> str:
         return facts_table(self._rows())
+
+
+def _short(peak: float) -> str:
+    return f"{peak:,.0f}" if peak >= 10 else f"{peak:.2g}"
 
 
 def roofline(*, refresh: bool = False) -> Roofline:
