@@ -50,12 +50,14 @@ class Findings(list[Finding]):
 
     Attributes:
         scope: what an empty list says: how much was looked at, where that is not plain.
+        note: stands below the findings; empty for nothing.
 
     >>> print(Findings())
     nothing found
     """
 
     scope: str = "nothing found"
+    note: str = ""
 
     @property
     def errors(self) -> Findings:
@@ -63,13 +65,15 @@ class Findings(list[Finding]):
         return Findings(finding for finding in self if finding.severity == "error")
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) or self.scope
+        found = "\n".join(map(str, self)) or self.scope
+        return f"{found}\n({self.note})" if self.note else found
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        note = f"<p>({html.escape(self.note)})</p>" if self.note else ""
         if not self:
-            return f"<p>{html.escape(self.scope[:1].upper() + self.scope[1:])}.</p>"
+            return f"<p>{html.escape(self.scope[:1].upper() + self.scope[1:])}.</p>{note}"
         rows = "".join(
             f"<tr style='text-align:left;vertical-align:top'><td><b>{html.escape(f.severity)}</b>"
             f"</td><td>{html.escape(f.name)}<br><small>{html.escape(f.where)}</small></td>"
@@ -79,7 +83,7 @@ class Findings(list[Finding]):
             for f in self
         )
         head = "<tr><th></th><th>finding</th><th>what and why</th><th>remedy</th></tr>"
-        return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>"
+        return f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>{note}"
 
 
 def _more(finding: Finding) -> str:

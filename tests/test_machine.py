@@ -82,57 +82,169 @@ def test_an_extra_that_is_missing_is_said(monkeypatch):
     assert "no-such-package-anywhere" in str(bare)
 
 
-def test_the_roofline_is_kept_for_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+@pytest.fixture
+def peaks_of(tmp_path, monkeypatch):
+    """Give roofline() rates of a quiet or a loaded machine; count how often it measures."""
     monkeypatch.setattr("dlhelpers.roofline.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(PEAKS, "_others_s", lambda: 0.0)
     measured = []
 
-    def bandwidth():
-        measured.append(1)
-        return 40.0
+    def call(bandwidth, peaks, *, is_loaded=False, **options):
+        monkeypatch.setattr(PEAKS, "_is_loaded", lambda: is_loaded)
+        monkeypatch.setattr(PEAKS, "_bandwidth_gb_s", lambda end: measured.append(1) or bandwidth)
+        monkeypatch.setattr(PEAKS, "_matmul_gflops", lambda end: peaks)
+        return roofline(**options)
 
-    monkeypatch.setattr(PEAKS, "_bandwidth_gb_s", bandwidth)
-    monkeypatch.setattr(PEAKS, "_is_loaded", lambda: False)
-    monkeypatch.setattr(
-        PEAKS, "_matmul_gflops", lambda: {"fp32": 160.0, "bf16": None, "int8": 700.0}
-    )
-    first = roofline()
-    assert roofline() == first
-    assert len(measured) == 1
-    roofline(refresh=True)
-    assert len(measured) == 2
+    call.measured = measured
+    return call
+
+
+def test_the_roofline_is_kept_for_the_machine(tmp_path, peaks_of):
+    given = 40.0, {"fp32": 160.0, "bf16": None, "int8": 700.0}
+    first = peaks_of(*given)
+    assert peaks_of(*given) == first
+    assert len(peaks_of.measured) == 1
+    peaks_of(*given, refresh=True)
+    assert len(peaks_of.measured) == 2
     assert first.ridge_flop_per_byte == pytest.approx(4.0)
     assert "not available" in str(first)
     (kept,) = tmp_path.iterdir()
     kept.write_text("{broken")
-    assert roofline() == first
+    assert peaks_of(*given) == first
+
+
+def test_peaks_of_a_loaded_machine_are_kept_and_marked_until_it_is_quiet(peaks_of):
+    loaded = peaks_of(40.0, {"fp32": 90.0, "int8": None}, is_loaded=True)
+    assert loaded.loaded
+    assert "other processes were busy" in str(loaded)
+    assert "other processes were busy" in loaded._repr_html_()
+    assert peaks_of(99.0, {}, is_loaded=True) == loaded  # a second process does not pay again
+    assert len(peaks_of.measured) == 1
+    quiet = peaks_of(30.0, {"fp32": 160.0, "int8": 700.0})
+    assert quiet == Roofline(40.0, {"fp32": 160.0, "int8": 700.0}, torch.get_num_threads())
+    assert "busy" not in str(quiet)
+    assert peaks_of(99.0, {}) == peaks_of(99.0, {}, is_loaded=True) == quiet
+    assert len(peaks_of.measured) == 2
+    assert peaks_of(20.0, {"fp32": 1.0}, is_loaded=True, refresh=True) == quiet
+
+
+def test_who_began_a_second_ago_is_noticed_while_measuring(peaks_of, monkeypatch):
+    cores, seconds = describe().cores, iter([0.0, 1e9])
+    monkeypatch.setattr(PEAKS, "_others_s", lambda: next(seconds))
+    assert peaks_of(40.0, {"fp32": 1.0}).loaded
+    now = iter([0.0, 2.0])
+    monkeypatch.setattr(PEAKS, "_clock", lambda: next(now))
+    seconds = iter([5.0, 5.0 + 0.2 * 2.0 * cores])
+    assert not peaks_of(40.0, {"fp32": 1.0}).loaded
+
+
+def test_a_cache_from_before_the_mark_opens_as_quiet(tmp_path, peaks_of):
+    peaks_of(40.0, {"fp32": 160.0})
+    (kept,) = tmp_path.iterdir()
+    kept.write_text('{"bandwidth_gb_s": 7.0, "gflops": {"fp32": 9.0}, "threads": 2}')
+    assert peaks_of(40.0, {"fp32": 160.0}) == Roofline(7.0, {"fp32": 9.0}, 2)
 
 
 def test_peaks_are_counted_operations_over_seconds(monkeypatch):
-    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: 0.5)
-    peaks = PEAKS._matmul_gflops()
+    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, until, grown=0: 0.5)
+    peaks = PEAKS._matmul_gflops(PEAKS._clock() + 1e6)
     assert peaks["fp32"] == pytest.approx(2 * 2048**3 / 0.5 / 1e9)  # the larger product's rate
     sizes = []
     monkeypatch.setattr(torch, "add", lambda a, b, out: sizes.append((a, b, out)))
-    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: (function(), 0.5)[1])
-    bandwidth = PEAKS._bandwidth_gb_s()
-    moved = sum(array.nbytes for array in sizes[0])
+    best = lambda function, until, grown=0: (function(), 0.5)[1]  # noqa: E731
+    monkeypatch.setattr(PEAKS, "_best_seconds", best)
+    bandwidth = PEAKS._bandwidth_gb_s(PEAKS._clock() + 1e6)
+    moved = sum(array.nbytes for array in sizes[-1])
     assert bandwidth == pytest.approx(moved / 0.5 / 1e9)
     assert moved >= min(4 * describe().llc_bytes, (describe().ram_bytes or 4 << 30) // 8) - 12
 
 
-def test_peaks_only_grow_and_are_not_kept_from_a_loaded_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr("dlhelpers.roofline.cache_dir", lambda: tmp_path)
-    rates = iter([40.0, 30.0, 20.0])
-    monkeypatch.setattr(PEAKS, "_bandwidth_gb_s", lambda: next(rates))
-    monkeypatch.setattr(PEAKS, "_matmul_gflops", lambda: {"fp32": 1.0, "int8": None})
-    monkeypatch.setattr(PEAKS, "_is_loaded", lambda: True)
-    assert roofline().bandwidth_gb_s == 40.0
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def products(monkeypatch):
+    """Let products and arrays take seconds of a fake clock, by type and size, and run none."""
+
+    class Clock:
+        def __init__(self):
+            self.now, self.calls = 1000.0, []
+
+        def __call__(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(PEAKS, "_clock", clock)
+    monkeypatch.setattr(PEAKS, "_others_s", lambda: 0.0)
     monkeypatch.setattr(PEAKS, "_is_loaded", lambda: False)
-    assert roofline().bandwidth_gb_s == 30.0
-    assert roofline(refresh=True).bandwidth_gb_s == 30.0
-    assert roofline().gflops == {"fp32": 1.0, "int8": None}
+
+    def take(seconds, first=1.0):
+        """seconds: type's name, n -> seconds of a product; a type's first call takes more."""
+
+        def gflops(end):
+            found = {}
+            for i, name in enumerate(("fp32", "bf16", "int8")):
+
+                def product(n, name=name):
+                    def multiply():
+                        is_first = name not in {known for known, _ in clock.calls}
+                        clock.now += seconds(name, n) * (first if is_first else 1.0)
+                        clock.calls.append((name, n))
+
+                    return multiply
+
+                until = clock.now + (end - clock.now) / (4 - i)
+                found[name] = PEAKS._product_gflops(product, until, 8 if name == "fp32" else 24)
+            return found
+
+        begin = clock.now
+        peaks = gflops(begin + PEAKS._BUDGET_S)
+        return peaks, clock.now - begin, dict(clock.calls)
+
+    return take
+
+
+def _fast(name, n):
+    return 2 * n**3 / 150e9
+
+
+def _without_kernels(name, n):  # as reference kernels on AVX2: worse once out of the caches
+    return _fast(name, n) if name == "fp32" else 2 * n**3 / 1e9 * (1 if n < 1024 else 3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "first", "largest"),
+    [
+        pytest.param(_fast, 1, {"fp32": 2048, "bf16": 2048, "int8": 2048}, id="fast"),
+        pytest.param(_without_kernels, 1, {"fp32": 2048, "bf16": 256, "int8": 256}, id="no kernel"),
+        pytest.param(
+            lambda name, n: 2 * n**3 / 0.15e9, 1, dict.fromkeys(("fp32", "bf16", "int8"), 256),
+            id="1000 times slower",
+        ),
+        pytest.param(_fast, 100, {"fp32": 2048, "bf16": 2048, "int8": 2048}, id="slow first call"),
+        pytest.param(
+            _without_kernels, 30, {"fp32": 2048, "bf16": 256, "int8": 256}, id="both",
+        ),
+    ],
+)  # fmt: skip
+def test_no_type_takes_more_than_its_share(products, seconds, first, largest):
+    peaks, took, last = products(seconds, first)
+    assert took < 2.5
+    assert last == largest
+    for name, n in largest.items():
+        rate = 2 * n**3 / seconds(name, n) / 1e9
+        assert rate / first * 0.99 < peaks[name] < rate * 1.01  # a first call may be the only one
+
+
+def test_arrays_grow_only_as_far_as_the_time_goes(monkeypatch):
+    sizes, now = [], [0.0]
+
+    def add(a, b, out):
+        sizes.append(len(a))
+        now[0] += 0.4  # as the first touch of pages on a busy machine
+
+    monkeypatch.setattr(torch, "add", add)
+    monkeypatch.setattr(PEAKS, "_clock", lambda: now[0])
+    assert PEAKS._bandwidth_gb_s(0.5) == pytest.approx(12 * sizes[0] / 0.4 / 1e9)
+    assert now[0] == pytest.approx(0.8)
+    assert len(set(sizes)) == 1
 
 
 def test_a_rate_carries_its_unit():
@@ -143,10 +255,10 @@ def test_a_rate_carries_its_unit():
 
 
 def test_measuring_peaks_leaves_the_callers_random_state(monkeypatch):
-    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: 0.5)
+    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, until, grown=0: 0.5)
     before = torch.get_rng_state()
-    PEAKS._matmul_gflops()
-    PEAKS._bandwidth_gb_s()
+    PEAKS._matmul_gflops(0.0)
+    PEAKS._bandwidth_gb_s(0.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -217,9 +329,8 @@ def test_a_processor_without_an_int8_product_has_none_and_says_so(monkeypatch):
     def missing(*arguments):
         raise NotImplementedError("no int8 here")
 
-    monkeypatch.setattr(PEAKS, "_best_seconds", lambda function, budget_s: (function(), 0.5)[1])
     monkeypatch.setattr(torch, "_int_mm", missing)
-    peaks = PEAKS._matmul_gflops()
+    peaks = PEAKS._matmul_gflops(0.0)
     assert peaks["int8"] is None
     assert "int8 matrix product  not available" in str(Roofline(40.0, peaks, 2))
 

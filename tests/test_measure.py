@@ -183,6 +183,34 @@ def test_too_few_pairs_say_which_budget_would_do(clock):
     assert compare(*pair(), budget_s=budget).outcome == "faster"
 
 
+@pytest.mark.parametrize("budget_s", [2.0, 70.0])
+def test_one_call_of_each_that_spends_the_budget_is_the_last(clock, budget_s):
+    result = compare(clock.work(30.0), clock.work(20.0), budget_s=budget_s)
+    assert (clock.calls, clock.now, result.elapsed_s) == (2, 50.0, 50.0)
+    assert (result.baseline_s, result.candidate_s, result.pairs) == (30.0, 20.0, 1)
+    assert result.speedup == pytest.approx(1.5)
+    assert (result.low, result.high, result.outcome) == (0.0, math.inf, "undecided")
+    assert result.is_first
+    assert "one call of each spent the budget" in str(result)
+    rows = compare_many(
+        {name: clock.work(9.0) for name in "abc"}, baseline="a", budget_s=budget_s / 10
+    )
+    assert clock.calls == 2 + 3
+    assert all(row.is_first for row in rows.values())
+
+
+def test_a_first_call_that_is_slow_spends_the_budget_and_no_more(clock):
+    def compiled():
+        clock.now += 30.0 if clock.calls == 0 else 0.001
+        clock.calls += 1
+
+    result = compare(compiled, clock.work(0.001), budget_s=2)
+    assert clock.now < 30.2
+    assert (result.outcome, result.is_first) == ("undecided", True)
+    warm = compare(compiled, clock.work(0.001), budget_s=2)
+    assert (warm.outcome, warm.is_first) == ("no difference", False)
+
+
 def test_overtime_ends_with_the_pairs_that_an_interval_needs(clock):
     def pair():
         return clock.work(0.3, 0.1), clock.work(0.2, 0.1)

@@ -837,3 +837,47 @@ def test_the_models_own_error_comes_through_with_a_note(capfd):
         estimate(nn.Linear(8, 8), torch.zeros(4, 9), None)
     assert "tensors without data" in caught.value.__notes__[0]
     assert capfd.readouterr().err == ""
+
+
+@pytest.fixture
+def trials(own_cache, monkeypatch):
+    """Count trials; half precision computes a billion operations a second."""
+    tried = []
+    monkeypatch.setattr(scratch, "_TRIALS_S", 5.0)
+    monkeypatch.setattr(scratch, "_flops_per_s", lambda dtype: 1e9)
+    monkeypatch.setattr(scratch, "_measured", lambda call: tried.append(call) or 7)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "count"),
+    [
+        (torch.bfloat16, 4096, 0),  # 137 GFLOP: minutes
+        (torch.float16, 4096, 0),
+        (torch.bfloat16, 64, 1),
+        (torch.float32, 4096, 1),
+    ],
+)
+def test_a_product_that_would_take_a_minute_is_not_tried(trials, dtype, n, count):
+    known, x = Scratch(), torch.empty(1, n, n, dtype=dtype, device="meta")
+    assert known.bytes_of(call_of(torch.ops.aten.bmm.default, (x, x), {})) == 7 * count
+    assert len(trials) == count
+    assert ["may take" in why for why in known.untried.values()] == [True] * (1 - count)
+
+
+def test_a_slow_square_product_follows_from_a_few_rows(trials):
+    known, x = Scratch(), torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    assert known.bytes_of(call_of(torch.ops.aten.mm.default, (x, x), {})) == 7
+    assert [[s.size for s in call.shapes] for call in trials] == [
+        [(rows, 4096), (4096, 4096)] for rows in (2, 4)
+    ]
+
+
+def test_a_slow_convolution_follows_from_small_batches(trials):
+    known, conv = Scratch(), torch.ops.aten.convolution.default
+    x = torch.empty(64, 64, 56, 56, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(64, 64, 3, 3, dtype=torch.bfloat16, device="meta")
+    args = (x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    assert known.bytes_of(call_of(conv, args, {})) == 7
+    assert [call.shapes[0].size[0] for call in trials] == [2, 4]
+    assert not known.untried

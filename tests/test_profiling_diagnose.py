@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from dlhelpers.findings import Findings
-from dlhelpers.profiling import loaders
+from dlhelpers.profiling import diagnosing, loaders, trials
 from dlhelpers.profiling.diagnosing import diagnose, observe, rank
 from dlhelpers.profiling.loaders import LoaderCosts, loader_costs
 from dlhelpers.profiling.program_lines import ProgramLines
@@ -283,6 +283,55 @@ def test_a_model_that_cannot_be_copied_is_not_tried(count):
     assert rank(seen(calls=[call]), 0.05, twice_as_fast) == []
 
 
+@pytest.fixture
+def slow_model(monkeypatch):
+    """Return a model whose every sample takes three seconds of a fake clock."""
+    now, rows = [0.0], []
+
+    class Slow(nn.Linear):
+        def forward(self, x):
+            rows.append(len(x))
+            now[0] += 3.0 * len(x)
+            return super().forward(x)
+
+    for module in (trials, diagnosing):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
+    model = Slow(4, 4)
+    model.rows = rows
+    return model
+
+
+@pytest.mark.parametrize(("step_ms", "looked_at"), [(1.0, 100), (50.0, 5), (1000.0, 3), (3e4, 1)])
+def test_long_steps_are_looked_at_less_often(monkeypatch, step_ms, looked_at):
+    runs = []
+
+    def take_stacks(run, interval_s):
+        run()
+        looks.append(len(runs))
+        return [], None, None
+
+    looks = []
+    report = SimpleNamespace(plain_ms=[step_ms], shares={}, trace=None)
+    monkeypatch.setattr(diagnosing, "record_steps", lambda *args, **options: report)
+    monkeypatch.setattr(diagnosing, "take_stacks", take_stacks)
+    observe(lambda: runs.append(1), 5)
+    assert looks == [looked_at]
+
+
+def test_a_batch_that_would_take_a_minute_is_not_tried(slow_model):
+    call = calls(rows=1, model=slow_model)
+    assert trial(call, 16) is None
+    assert slow_model.rows == [1]
+    assert trial(call, 2) is not None
+    assert slow_model.rows == [1, 1, 2]
+
+
+def test_a_remedy_for_slow_calls_is_not_raced(slow_model):
+    x = torch.zeros(2, 4)
+    assert diagnosing._speedup(lambda: slow_model(x), lambda: slow_model(x[:1])) == 1.0
+    assert slow_model.rows == [2]
+
+
 def test_trials_of_a_model_leave_the_random_state_alone():
     model = nn.Sequential(nn.Dropout(), nn.Linear(4, 4))
     before = torch.get_rng_state()
@@ -509,7 +558,7 @@ def loader_of(dataset, **options):
 @pytest.fixture
 def clock(monkeypatch):
     monkeypatch.setattr(loaders, "decoding_share", lambda fn: 0.0)
-    monkeypatch.setattr(loaders, "workers_ms", lambda loader, tried, clock: (7.0, 0.5))
+    monkeypatch.setattr(loaders, "workers_ms", lambda loader, tried, clock, share: (7.0, 0.5))
     return Clock()
 
 
@@ -527,6 +576,42 @@ def test_the_parts_of_a_batch_are_measured(clock):
     assert found.ready_ms == 0.5
     assert found.repeats
     assert "test_profiling_diagnose.py" in found.collate_at
+
+
+def test_slow_samples_are_made_a_few_times_and_the_batch_scaled(clock, monkeypatch):
+    class Slow(Timed):
+        def __getitem__(self, index):
+            made.append(index)
+            clock.now += 1.49
+            return super().__getitem__(index)
+
+    def collate(samples):
+        clock.now += 0.001 * len(samples)
+        return default_collate(samples)
+
+    made, shares = [], []
+    loader = loader_of(Slow(clock), collate_fn=collate)
+    made.clear()
+
+    def workers(loader, tried, clock, share):
+        shares.append(share)
+        return 7.0, 0.5
+
+    monkeypatch.setattr(loaders, "workers_ms", workers)
+    found = loader_costs(loader, cores=2, clock=clock)
+    assert found.sample_ms == pytest.approx(1500)
+    assert found.batch_ms == pytest.approx(8 * 1500 + 8)
+    assert len(made) == 1 + 1 + 2 + 2  # files open, one look, does it repeat, what fits into 3 s
+    assert shares == [pytest.approx(10 / (4 * 8 * 1.5))]
+
+
+def test_workers_are_tried_on_a_share_of_each_batch():
+    loader = loader_of(torch.arange(40.0))
+    times = iter(range(100))
+    whole = loaders.workers_ms(loader, 2, lambda: next(times))
+    times = iter(range(100))
+    quarter = loaders.workers_ms(loader, 2, lambda: next(times), share=0.3)
+    assert quarter == tuple(4 * ms for ms in whole)  # 2 of 8 samples
 
 
 def test_a_collate_that_gives_something_else_has_no_plain_one(clock):

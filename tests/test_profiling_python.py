@@ -503,6 +503,21 @@ def test_the_cost_compares_a_run_under_the_profiler_with_one_without(monkeypatch
     assert sys.getprofile() is None
 
 
+def test_a_run_that_spends_the_budget_is_made_once_under_each_profiler(monkeypatch):
+    now, calls = [0.0], []
+
+    def slow():
+        calls.append(1)
+        now[0] += 30.0
+
+    monkeypatch.setattr(overheads, "perf_counter", lambda: now[0])
+    report = overhead(slow, profilers=["cProfile", "sample_threads"], budget_s=2.0)
+    assert len(calls) == 3  # alone, and under each
+    for row in report.values():
+        assert (row.speedup, row.pairs, row.outcome) == (1.0, 1, "undecided")
+    assert "[0.00, inf]" in str(report)
+
+
 def test_line_profiler_watches_the_same_functions_when_a_run_is_repeated():
     pytest.importorskip("line_profiler", reason="extra profiling")
     repeated = overheads._repeated(tree, 3)

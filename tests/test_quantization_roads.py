@@ -1,10 +1,12 @@
 """Roads, layers and training with rounding, on real engines; what is measured is not asserted."""
 
 import copy
+import dataclasses
 import importlib
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -383,6 +385,98 @@ def test_a_hopeless_road_gets_one_look_and_no_race(monkeypatch):
     assert (baseline, slower) == ("eager", {"slow": 50.0})
     assert raced_names == [{"eager", "fast"}]
     assert set(speeds) == {"fast"}
+
+
+@pytest.fixture
+def costly(monkeypatch):
+    """Return roads whose calls take seconds for each sample on a fake clock, and count them."""
+    monkeypatch.setattr(racing, "_HOPELESS", 8.0)
+    now = [0.0]
+
+    def timed(call):
+        begin = now[0]
+        call()
+        return now[0] - begin
+
+    monkeypatch.setattr(racing, "_timed", timed)
+
+    def road(name, precision, sample_s, *, any_batch=False):
+        def run(batch):
+            calls.append((name, len(batch[0])))
+            now[0] += sample_s * len(batch[0])
+            return [batch[0]]
+
+        return roads.Road(name, precision, run, 1, takes_any_batch=any_batch)
+
+    calls = road.calls = []
+    return road
+
+
+@pytest.mark.parametrize(
+    ("any_batch", "calls", "why"),
+    [
+        (True, [1], "one sample took 2 s, 200 times as long as eager float32: not raced"),
+        (False, [8], "one call took 16 s, 200 times as long as eager float32: not raced"),
+    ],
+)
+def test_a_hopeless_road_is_not_called_again(costly, any_batch, calls, why):
+    eager = costly("eager float32", "float32", 0.01)
+    slow = costly("half", "bfloat16", 2.0, any_batch=any_batch)
+    batches = [(torch.ones(8, 2),)] * 3
+    task = SimpleNamespace(alike=batches, wanted=[[torch.ones(8, 2)]] * 3)
+    plan = {r.name: (r.precision, lambda task, r=r: r) for r in (eager, slow)}
+    rows, found = taking.built(task, plan, 20.0, False)
+    assert list(found) == ["eager float32"]
+    assert rows[1].dropped == why
+    assert [n for name, n in costly.calls if name == "half"] == calls
+    assert [n for name, n in costly.calls if name != "half" and n == 8] == [8, 8, 8]
+
+
+def test_a_road_that_is_slow_in_its_first_call_alone_is_raced(costly):
+    usual = costly("eager float32", "float32", 0.01)
+    other = costly("half", "bfloat16", 0.02, any_batch=True)
+    first = iter([costly("half", "bfloat16", 0.4).run])
+    late = dataclasses.replace(other, run=lambda batch: next(first, other.run)(batch))
+    pace, batches = racing.Pace(), [(torch.ones(8, 2),)]
+    assert pace.outputs(usual, batches)[1] == ""
+    found, why = pace.outputs(late, batches)
+    assert (len(found), why) == (1, "")
+
+
+def test_slow_calls_have_a_bound_for_the_race(monkeypatch):
+    budgets = []
+
+    def race(calls, *, baseline, budget_s, **options):
+        budgets.append(budget_s)
+        return {n: fake_speed(2.0) for n in calls if n != baseline}
+
+    monkeypatch.setattr(racing, "compare_many", race)
+    monkeypatch.setattr(racing, "_timed", lambda call: 30.0)
+    built = {n: roads.Road(n, p, lambda batch: [], 1) for n, p in (("a", "int8"), ("b", "float32"))}
+    racing.raced(built, (), 0.1)
+    assert budgets == [20.0]
+
+
+def test_ranking_takes_as_many_samples_as_its_time_allows(monkeypatch):
+    module = sys.modules["dlhelpers.quantization.sensitivity"]
+    now, sizes = [0.0], []
+
+    class Slow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            sizes.append(len(x))
+            now[0] += 0.5 * len(x)
+            return self.b(self.a(x))
+
+    monkeypatch.setattr(module, "_clock", lambda: now[0])
+    order = module.ranked_layers(Slow(), [(torch.rand(64, 4),), (torch.rand(64, 4),)])
+    assert sorted(order) == ["a", "b"]
+    assert sizes[0] == 64  # 32 s a layer
+    assert set(sizes[1:]) == {int(64 * 20 / 64)}
+    assert sum(sizes[1:]) * 0.5 < 3 * 20
 
 
 def test_a_bound_that_nothing_meets_leaves_a_float_road():

@@ -1,4 +1,6 @@
 import math
+import re
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -402,7 +404,6 @@ def fake_comparisons(speeds):
 def test_a_table_puts_this_machine_beside_the_paper(monkeypatch):
     from dlhelpers.shufflenet import guidelines
 
-    monkeypatch.setattr("dlhelpers.shufflenet.costs._peaks", lambda threads: PEAKS)
     monkeypatch.setattr(guidelines, "compare_many", fake_comparisons([0.9, 0.95, 0.5]))
     table = guideline_table("G1", channels="arm", scale=2)
     assert [row.paper for row in table.rows] == pytest.approx(
@@ -487,6 +488,48 @@ def test_the_audits_figures_are_those_of_the_layer(layer, shape, remedy):
 def test_the_audit_says_nothing_of_what_the_formulas_are_not_of():
     transposed = nn.ConvTranspose2d(8, 16, 4, stride=2, groups=2)
     assert not findings_of(transposed, 1, 8, 8, 8)
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    def measured(*args, **kwargs):
+        raise AssertionError("nothing is measured unasked")
+
+    for name in ("_matmul_gflops", "_bandwidth_gb_s", "_best_seconds"):
+        monkeypatch.setattr(sys.modules["dlhelpers.roofline"], name, measured)
+    monkeypatch.setattr("dlhelpers.shufflenet.auditing._overhead_s", measured)
+    monkeypatch.setattr("dlhelpers.data.cache_dir", measured)
+
+
+def test_without_peaks_nothing_is_measured_and_no_time_predicted(no_measuring):
+    costs = layer_costs(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.zeros(2, 8))
+    assert costs.predicted_s is None
+    assert costs.roofline is None
+    assert {(layer.predicted_s, layer.bound) for layer in costs.layers} == {(None, "")}
+    timed = costs_of(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.zeros(2, 8))
+    for layer, other in zip(costs.layers, timed.layers, strict=True):
+        assert (layer.nbytes, layer.flops) == (other.nbytes, other.flops)
+    for text, whole in ((str(costs), str(timed)), (costs._repr_html_(), timed._repr_html_())):
+        assert "predicted" not in text
+        assert "from memory" not in text
+        assert "predicted" in whole
+    head, first, *_ = str(costs).splitlines()
+    assert len(head) == len(first)
+
+
+def test_without_peaks_the_audit_ranks_by_bytes_and_says_so(no_measuring):
+    model = nn.Sequential(Branches(), nn.Conv2d(16, 64, 1), nn.ReLU()).eval()
+    found = audit(model, torch.zeros(1, 8, 64, 64))
+    assert {finding.name for finding in found} == {
+        "element-wise (G4)", "unequal-channels (G1)", "fragments (G3)",
+    }  # fmt: skip
+    moved = [float(re.search(r": ([\d.]+) MiB of", finding.what)[1]) for finding in found]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[0] == 2 * 64 * 64 * 64 * 4 / 2**20  # ReLU reads and writes 64 channels
+    assert "ranked by bytes" in str(found)
+    assert "ranked by bytes" in found._repr_html_()
+    assert "of the bytes moved" in audit(nn.Identity(), torch.zeros(1), at_least=0.5).scope
+    assert "ranked" not in str(findings_of(nn.ReLU(), 1, 8, 64, 64))
 
 
 def findings_of(model, *shape, least=0.0):

@@ -16,7 +16,7 @@ import numpy as np
 from dlhelpers.measure.intervals import Interval, min_pairs
 from dlhelpers.measure.paired import Race
 
-__all__ = ["Comparison", "Comparisons", "Outcome", "compare", "compare_many"]
+__all__ = ["Comparison", "Comparisons", "Outcome", "compare", "compare_many", "single_pair"]
 
 Outcome = Literal["faster", "slower", "no difference", "undecided"]
 
@@ -40,6 +40,8 @@ class Comparison:
         device: ``cpu``, or ``cuda`` when CUDA was in use and its events timed the calls.
         threads: torch's intra-op threads, left as the caller had set them; None without torch.
         elapsed_s: seconds used, warm-up and calibration included.
+        is_first: one call of each took so long that the budget had no room for another: the only
+            pair are the first calls, in which something may be made ready.
     """
 
     speedup: float
@@ -56,6 +58,7 @@ class Comparison:
     device: str
     threads: int | None
     elapsed_s: float
+    is_first: bool = False
 
     def __str__(self) -> str:
         facts = [
@@ -77,6 +80,11 @@ class Comparison:
         need = min_pairs(1 - self.confidence)
         # half of the budget may go into warming up, calibrating and an unfinished pair
         budget = 2 * (need + 1) * self.elapsed_s / self.pairs
+        if self.is_first:
+            return (
+                "one call of each spent the budget: these are the first calls, warm-up included; "
+                f"call both once beforehand, or give budget_s={_round_up(budget)} or more"
+            )
         return (
             f"{self.pairs} pairs are too few for an interval, {need} are needed: "
             f"give budget_s={_round_up(budget)} or more"
@@ -152,7 +160,8 @@ def compare(
     Args:
         baseline, candidate: callables without arguments; their results are dropped.
         budget_s: seconds at most but for ``overtime``, warm-up and calibration included (the call
-            in flight ends).
+            in flight ends). Each is called once at least; where that spends the budget, it is not
+            called again, and these calls are what is reported.
         overtime: share of ``budget_s`` that may be added where fewer pairs than an interval needs
             fit into it, as on a slow machine; measuring ends with the last pair that is needed.
         confidence: of the interval, over all the looks together.
@@ -238,10 +247,36 @@ def compare_many(
             device="cuda" if race.timer.cuda else "cpu",
             threads=_threads(),
             elapsed_s=race.elapsed_s,
+            is_first=race.is_first,
         )
         for name, interval in race.intervals.items()
     }
     return Comparisons(baseline, rows)
+
+
+def single_pair(baseline_s: float, candidate_s: float) -> Comparison:
+    """Return what one call of each supports, where more of them would take too long: no interval.
+
+    For callers that have timed both themselves, on the CPU.
+    """
+    ratio = baseline_s / candidate_s
+    return Comparison(
+        speedup=ratio,
+        low=0.0,
+        high=math.inf,
+        outcome="undecided",
+        pairs=1,
+        baseline_s=baseline_s,
+        candidate_s=candidate_s,
+        confidence=0.95,
+        negligible=0.03,
+        threshold=None,
+        ratios=(ratio,),
+        device="cpu",
+        threads=_threads(),
+        elapsed_s=baseline_s + candidate_s,
+        is_first=True,
+    )
 
 
 def _outcome(interval: Interval, negligible: float) -> Outcome:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,12 +42,14 @@ class Race:
         self.latest = self.deadline + overtime * budget_s
         self.samples: dict[str, list[float]] = {name: [] for name in functions}
         self.intervals: dict[str, Interval] = {}
+        self.is_first = False  # whether the only pair are the first calls
         self.running = [name for name in functions if name != baseline]
         self.rng = random.Random()  # its own: neither reads nor moves the caller's random state
         share_s = budget_s / len(functions)
-        self.numbers = {
-            name: _calibrate(timer, function, share_s) for name, function in functions.items()
-        }
+        looks = {name: _calibrate(timer, function, share_s) for name, function in functions.items()}
+        self.numbers = {name: look.number for name, look in looks.items()}
+        self._firsts = {name: look.first_s for name, look in looks.items()}
+        self._call_s = sum(look.call_s for look in looks.values())  # of one call of each
         most, least = max(self.numbers.values()), min(self.numbers.values())
         if most <= 4 * least:  # equal repeats leave no difference but the work itself
             self.numbers = dict.fromkeys(self.numbers, most)
@@ -57,10 +59,18 @@ class Race:
 
         Past the budget, rounds are added only up to those that an interval needs at the last look.
         That number is fixed before the first round that it is asked of, and fewer give no interval:
-        the confidence stays.
+        the confidence stays. Where not even one more call of each fits, the first calls are the
+        only pair.
         """
         begin = _clock()
-        self._round()  # one at least, whatever warming up has cost
+        if begin + self._call_s > self.latest:
+            self.is_first = True
+            for name, seconds in self._firsts.items():
+                self.samples[name].append(max(seconds, 1e-9))
+            for name in self.running:
+                self.intervals[name] = signed_rank_interval(self.log_ratios(name), alpha)
+            return
+        self._round()
         round_s = _clock() - begin
         measuring_s = self.deadline - begin
         looks = plan_looks(measuring_s / max(round_s, 1e-9), alpha)
@@ -153,19 +163,36 @@ def _cache_sweeper() -> Callable[[], Any]:
     return lambda: np.add(buffer, 1.0, out=buffer)
 
 
-def _calibrate(timer: Timer, function: Callable[[], Any], share_s: float) -> int:
-    """Warm up for a twentieth of the function's share; return the calls that make a sample."""
+class _Look(NamedTuple):
+    """What warming up has told of a function.
+
+    Attributes:
+        number: calls that make a sample.
+        first_s: what the first call took.
+        call_s: the least that a call took, with what is prepared before it.
+    """
+
+    number: int
+    first_s: float
+    call_s: float
+
+
+def _calibrate(timer: Timer, function: Callable[[], Any], share_s: float) -> _Look:
+    """Warm up for a twentieth of the function's share."""
     begin = before = _clock()
+    first = None
     fastest = fastest_with_setup = math.inf
     for call in itertools.count():
-        fastest = min(fastest, timer.sample(function, 1))
+        seconds = timer.sample(function, 1)
+        first = seconds if first is None else first
+        fastest = min(fastest, seconds)
         now = _clock()
         fastest_with_setup, before = min(fastest_with_setup, now - before), now
         if now - begin > share_s / 20 and (call > 0 or now - begin > share_s / 4):
             break
     if timer.cold:
-        return 1
+        return _Look(1, first, fastest_with_setup)
     sample_s = max(_SAMPLE_S, share_s / _MAX_PAIRS)
     wanted = sample_s / max(fastest, 1e-9)
     affordable = share_s / _MIN_PAIRS / max(fastest_with_setup, 1e-9)
-    return max(1, round(min(wanted, affordable)))
+    return _Look(max(1, round(min(wanted, affordable))), first, fastest_with_setup)

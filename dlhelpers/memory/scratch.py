@@ -37,6 +37,8 @@ _FILLED = 64  # rows or columns that a matrix unit works on at once
 _A_FEW_NUMBERS = 64  # bytes: Python's numbers become tensors
 _TILE = 60 * 60  # elements: a copy that transposes works in such squares
 _TRIALS_S = 5.0  # seconds for all trials of one estimate
+_FEW_FLOPS = 1e8  # a trial that even a kernel without instructions for its type ends in a second
+_OUT_OF_CACHE = 3.0  # times as long as a small product for each FLOP
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,8 @@ class Call:
         if batch <= n or not all(s.is_dense or 0 in s.stride for s in shapes):
             return None
         weight = None
+        if name in ("aten.mm.default", "aten.addmm.default"):  # as many rows of the left alone
+            weight = self.args[-1]
         if "convolution" in name:  # may have as many rows as the batch
             weight = self.args[2 if "backward" in name else 1]
 
@@ -208,10 +212,13 @@ class Scratch:
     def __init__(self) -> None:
         from dlhelpers.machine import describe
 
-        self._at_most = (describe().ram_bytes or 4 << 30) // 16  # for one operator's arguments
+        here = describe()
+        self._at_most = (here.ram_bytes or 4 << 30) // 16  # for one operator's arguments
         self._until = time.monotonic() + _TRIALS_S
         build = (torch.__version__, torch.get_num_threads(), torch.backends.mkldnn.enabled)
-        name = hashlib.sha256(repr((describe().key, build)).encode()).hexdigest()[:12]
+        name = hashlib.sha256(repr((here.key, here.torch_capability, build)).encode()).hexdigest()[
+            :12
+        ]
         self._path = cache_dir() / f"scratch-{name}.json"
         try:
             known = json.loads(self._path.read_text())
@@ -219,14 +226,34 @@ class Scratch:
             known = None
         self._known: dict[str, int] = known if isinstance(known, dict) else {}
         self._new = 0
+        self._flops_per_s: dict[torch.dtype, float] = {}
         self.untried: dict[str, str] = {}
 
     def bytes_of(self, call: Call) -> int:
         """Return how many bytes more than its outputs the operator takes while it runs."""
         size = sum(shape.nbytes for shape in call.shapes)
-        if size > _SMALL and (found := self._from_smaller(call)) is not None:
+        is_large = size > _SMALL or self._predicted_s(call) > self._left_s
+        if is_large and (found := self._from_smaller(call)) is not None:
             return found
         return self._tried(call.key, call, lambda: _measured(call))
+
+    @property
+    def _left_s(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
+    def _predicted_s(self, call: Call) -> float:
+        """Return what a trial may take in a type that may have no fast kernel here; else 0.
+
+        One product of a few thousand rows in bfloat16 can take minutes where float32 takes none.
+        """
+        if _hashed(call.key) in self._known or not call.shapes:
+            return 0.0
+        dtype = max(call.shapes, key=lambda shape: shape.nbytes).dtype
+        if dtype not in (torch.bfloat16, torch.float16) or (flops := _flops_of(call)) < _FEW_FLOPS:
+            return 0.0
+        if dtype not in self._flops_per_s:
+            self._flops_per_s[dtype] = _flops_per_s(dtype)
+        return _OUT_OF_CACHE * flops / self._flops_per_s[dtype]
 
     def _tried(self, name: str, call: Call, measure: Callable[[], int]) -> int:
         key = _hashed(name)
@@ -236,6 +263,11 @@ class Scratch:
                 return 0
             if time.monotonic() > self._until:
                 self.untried[str(call.func)] = f"trials took more than {_TRIALS_S:g} s already"
+                return 0
+            if (seconds := self._predicted_s(call)) > self._left_s:
+                self.untried[str(call.func)] = (
+                    f"a trial in its type may take {seconds:.0f} s on this machine"
+                )
                 return 0
             try:
                 self._known[key] = measure()
@@ -286,6 +318,36 @@ def _workspace(tensors: tuple[Tensor, ...], flags: tuple[Any, ...]) -> Tensor:
     with torch.enable_grad():  # without gradients it keeps nothing
         needing = [tensor.detach().requires_grad_() for tensor in tensors]
         return torch.ops.aten.mkldnn_rnn_layer.default(*needing, *flags)[-1].detach()
+
+
+def _flops_of(call: Call) -> int:
+    """Return an operator's FLOPs from its shapes; 0 where torch has no formula for it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, _Shape):
+            return value
+        return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device="meta")
+
+    args, kwargs = tree_map(empty, (call.args, call.kwargs))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call.func(*args, **kwargs)
+    except Exception:  # no kernel without data, which a formula would not be for either
+        return 0
+    return counter.get_total_flops()
+
+
+def _flops_per_s(dtype: torch.dtype) -> float:
+    """Return the rate of a product that takes a tenth of a second in the slowest type."""
+    n = 256
+    x = torch.ones(n, n, dtype=dtype)
+    best = float("inf")
+    for _ in range(2):  # something may be made ready in the first call
+        start = time.monotonic()
+        torch.mm(x, x)
+        best = min(best, time.monotonic() - start)
+    return 2 * n**3 / max(best, 1e-6)
 
 
 def _measured(call: Call) -> int:

@@ -33,6 +33,8 @@ __all__ = ["diagnose", "observe", "rank"]
 # of two remedies that save about as much, the one that is simpler comes first
 _PREFERRED = {"slow-collate": 1.2, "repeated-transforms": 1.1, "no-workers": 1.05}
 _REMOVED = ("slow-collate", "repeated-transforms")
+_LOOK_MS = 3000.0  # of long steps, whose stacks one of them tells as well
+_TRIED_S = 3.0  # for a remedy beside what is there
 
 
 def diagnose(
@@ -45,9 +47,10 @@ def diagnose(
     """Name what a step of training, evaluation or inference wastes, the largest saving first.
 
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
-    The step runs about ``3 * steps + 8`` times, a short one more often, so it trains on. Remedies
-    are tried on copies of the model, and with samples read anew from the data set, after which the
-    random states are put back. The DataLoader and the model are found while they run.
+    The step runs about ``3 * steps + 8`` times, a short one more often, one of seconds less often,
+    so it trains on. Remedies are tried on copies of the model, and with samples read anew from the
+    data set, after which the random states are put back. The DataLoader and the model are found
+    while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
@@ -89,7 +92,8 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     with watch() as seen:
         report = record_steps(train_step, steps, 2, on_record=seen.begin_anew, progress=progress)
     step_ms = statistics.median(report.plain_ms)
-    looked_at = min(200, max(steps, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
+    least = min(steps, max(1, int(_LOOK_MS / max(step_ms, 0.1))))
+    looked_at = min(200, max(least, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
     looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
     with graph_counter() as count:
         nodes = [(train_step(), count())[1] for _ in range(4)]
@@ -152,8 +156,11 @@ def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) 
     if before is None or after is None:
         return 1.0
     begin = perf_counter()
-    before()
-    after()
+    for call in (before, after):
+        call()
+        if perf_counter() - begin > _TRIED_S:  # one pair settles nothing, and more take too long
+            return 1.0
     # an interval needs a dozen pairs
-    result = compare(before, after, budget_s=min(3.0, max(0.3, 16 * (perf_counter() - begin))))
+    budget_s = min(_TRIED_S, max(0.3, 16 * (perf_counter() - begin)))
+    result = compare(before, after, budget_s=budget_s)
     return result.speedup if result.outcome == "faster" else 1.0

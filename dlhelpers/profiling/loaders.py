@@ -24,6 +24,9 @@ from dlhelpers.profiling.watching import Loader
 
 __all__ = ["LoaderCosts", "decoding_share", "loader_costs", "workers_ms"]
 
+_SAMPLES_S = 3.0  # for the samples of one batch, made once more
+_WORKERS_S = 10.0  # for trying workers
+
 
 @dataclass(frozen=True)
 class LoaderCosts:
@@ -69,7 +72,8 @@ def loader_costs(
 ) -> LoaderCosts | None:
     """Measure the parts of one batch; try workers where there are none and there are cores.
 
-    None for a stream that cannot be copied: what is read for a trial would be missing.
+    None for a stream that cannot be copied: what is read for a trial would be missing. Of samples
+    so slow that a batch of them takes seconds a smaller one is made, and its times scaled.
     """
     stream = None if loader.by_index else _copied(loader.dataset)
     if not loader.by_index and stream is None:
@@ -82,8 +86,14 @@ def loader_costs(
         few = first[: min(8, len(first))] if loader.batched else first
         if loader.by_index:
             make(few[0])  # files are opened, caches are warm
-            each = [_ms(lambda index=index: make(index), clock) for index in few]
+            each: list[float] = []
+            for index in few:
+                each.append(_ms(lambda index=index: make(index), clock))
+                if sum(each) > 1000 * _SAMPLES_S / 4:
+                    break
+            few = few[: len(each)]
             sample_ms = statistics.fmean(each)
+            first = first[: max(1, int(1000 * _SAMPLES_S / max(sample_ms, 1e-6)))]
             repeats = all(_equal(make(index), make(index)) for index in few[:2])
             decoding = decoding_share(lambda: [make(index) for index in few])
             samples = [make(index) for index in first]
@@ -94,10 +104,15 @@ def loader_costs(
             repeats, decoding = False, 0.0
         copying = min(_ms(lambda: copy.deepcopy(samples[0]), clock) for _ in range(3))
         collate_ms, plain_ms = _collate_ms(loader, samples, clock)
+        if loader.batched and len(samples) < size and loader.by_index:
+            collate_ms *= size / len(samples)
+            plain_ms = None if plain_ms is None else plain_ms * size / len(samples)
         tried, with_workers, ready = 0, None, 0.0
         if loader.workers == 0 and loader.by_index and cores > 1:
             tried = min(4, cores)
-            with_workers, ready = workers_ms(loader, tried, clock)
+            seconds = 4 * size * sample_ms / 1000  # some three batches for each worker, one ahead
+            share = min(1.0, _WORKERS_S / max(seconds, 1e-9))
+            with_workers, ready = workers_ms(loader, tried, clock, share=share)
     places = _place(loader.collate), _place(type(loader.dataset))
     times = sample_ms, decoding, repeats, copying, collate_ms, plain_ms, with_workers, ready
     return LoaderCosts(loader.workers, size, *times, tried, *places)
@@ -133,16 +148,19 @@ def decoding_share(fn: Callable[[], Any]) -> float:
 
 
 def workers_ms(
-    loader: Loader, workers: int, clock: Callable[[], float]
+    loader: Loader, workers: int, clock: Callable[[], float], *, share: float = 1.0
 ) -> tuple[float | None, float]:
     """Try ``workers`` processes: ms between two batches, and ms to fetch one that is ready.
 
-    None for the first where they cannot run.
+    None for the first where they cannot run. With a ``share`` below 1 batches are that much
+    smaller, one sample at least, and the times are scaled.
     """
     from torch.utils.data import DataLoader, Subset
 
     batches = 3 * workers + 1
-    given = _some_batches(loader, batches)
+    whole = _some_batches(loader, batches)
+    given = [batch[: max(1, int(share * len(batch)))] for batch in whole]
+    scale = len(whole[0]) / len(given[0])
     indices = [index for batch in given for index in batch]
     try:
         trial = DataLoader(
@@ -161,7 +179,7 @@ def workers_ms(
         ready = min(_ms(lambda: next(fetching), clock) for _ in range(workers))
     except Exception:  # cannot be sent to a process, or fails there
         return None, 0.0
-    return 1000 * between, ready
+    return 1000 * between * scale, ready * scale
 
 
 def _some_batches(loader: Loader, count: int = 1) -> list[Any]:

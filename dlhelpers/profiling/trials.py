@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from dlhelpers.profiling.watching import ModelCalls
 
 __all__ = ["folding_gain", "graph_bytes", "trial"]
 
+_TRIAL_S = 10.0  # what a call on several samples may take
+
 
 def trial(
     calls: ModelCalls, rows: int | None = None, *, grad: bool | None = None
@@ -21,7 +24,8 @@ def trial(
     """Return a function that calls a copy of the model as it was called, on ``rows`` samples.
 
     By default forward and backward, if the call made a graph in train mode, else forward alone;
-    with ``grad`` forward alone, with or without a graph. None where the copy cannot be called so.
+    with ``grad`` forward alone, with or without a graph. None where the copy cannot be called so,
+    or where one sample takes so long that ``rows`` of them would pass ``_TRIAL_S``.
     """
 
     def grown(value: Any) -> Any:
@@ -35,7 +39,7 @@ def trial(
         kwargs = {name: grown(value) for name, value in calls.kwargs.items()}
         training = calls.training and calls.makes_graph
 
-        def run() -> Any:
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if grad is not None:
                 with torch.set_grad_enabled(grad):
                     return model(*args, **kwargs)
@@ -45,10 +49,15 @@ def trial(
                 sum(t.float().sum() for t in _with_graph(output)).backward()
             return None
 
-        run()
+        begin = perf_counter()
+        call(calls.args, calls.kwargs)
+        if rows is not None:
+            if rows * (perf_counter() - begin) > _TRIAL_S:
+                return None
+            call(args, kwargs)
     except Exception:  # no copy, or a shape that it does not take
         return None
-    return run
+    return lambda: call(args, kwargs)
 
 
 def _without_hooks(model: nn.Module) -> nn.Module:

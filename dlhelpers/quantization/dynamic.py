@@ -106,7 +106,8 @@ def _torch_ao(task: Task, engine: str) -> Road:
     run(task.batches[0])  # here qnnpack says once, from C++, that it ignores reduce_range
     kernels = torch_roads.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
-    return Road(name, "int8", run, torch_roads.bytes_of(model), kernels)
+    size = torch_roads.bytes_of(model)
+    return Road(name, "int8", run, size, kernels, takes_any_batch=True)
 
 
 def _onnxruntime(task: Task) -> Road:

@@ -8,16 +8,70 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from torch import Tensor
+
 from dlhelpers.measure import Comparison, compare_many
 from dlhelpers.measure.intervals import min_pairs
 from dlhelpers.quantization.batches import Batch
 from dlhelpers.quantization.roads import Road
 
-__all__ = ["fastest", "raced"]
+__all__ = ["Pace", "fastest", "raced"]
 
 _EQUAL = 0.03
 _HOPELESS = 8.0
 _LOOK_S = 2.0
+_MOST_S = 20.0  # of racing, for each road whose calls are slow
+
+
+class Pace:
+    """The first calls of the roads, one after the other, so that a hopeless one is not made again.
+
+    Where a type has no fast kernel one call may take a thousand times as long as float32.
+    """
+
+    def __init__(self) -> None:
+        self._best: Road | None = None
+        self._best_s = math.inf
+
+    def outputs(self, road: Road, batches: list[Batch]) -> tuple[list[list[Tensor]], str]:
+        """Run a road on the batches.
+
+        Returns:
+            The outputs' tensors for each batch, of those that it was run on; and why it was not
+            run on the rest and should not be raced, empty where it should.
+        """
+        if why := self._from_one_sample(road, batches[0]):
+            return [], why
+        found: list[list[Tensor]] = []
+        best_s = math.inf
+        for batch in batches:
+            seconds = _timed(lambda batch=batch: found.append(road.run(batch)))
+            best_s = min(best_s, seconds)
+            if best_s > max(_LOOK_S, _HOPELESS * self._best_s):
+                return found, f"one call took {best_s:.3g} s, {self._told(best_s / self._best_s)}"
+        if best_s < self._best_s:
+            self._best, self._best_s = road, best_s
+        return found, ""
+
+    def _from_one_sample(self, road: Road, batch: Batch) -> str:
+        """Return why a whole batch should not be tried: one of its samples took that long."""
+        sizes = {len(t) for t in batch if isinstance(t, Tensor) and t.dim()}
+        if self._best is None or not road.takes_any_batch or len(sizes) != 1 or sizes == {1}:
+            return ""
+        one = tuple(t[:1] if isinstance(t, Tensor) and t.dim() else t for t in batch)
+        try:
+            usual_s = min(_timed(partial(self._best.run, one)) for _ in range(2))
+            sample_s = _timed(partial(road.run, one))
+            if sample_s < _LOOK_S / 4:  # something may have been made ready in the first call
+                sample_s = min(sample_s, _timed(partial(road.run, one)))
+        except Exception:  # a model of one batch size: the whole batch tells
+            return ""
+        if sizes.pop() * sample_s < _LOOK_S or sample_s < _HOPELESS * usual_s:
+            return ""
+        return f"one sample took {sample_s:.3g} s, {self._told(sample_s / usual_s)}"
+
+    def _told(self, times: float) -> str:
+        return f"{times:.0f} times as long as {self._best.name}: not raced"
 
 
 def raced(
@@ -50,7 +104,8 @@ def raced(
 def _enough(budget_s: float, calls: Collection[str], looks: dict[str, float]) -> float:
     """Return a budget for each candidate that lets slow calls have an interval, too."""
     rounds = 2 * (min_pairs(0.05) + 2)  # half of the budget goes into warming up and calibrating
-    return max(budget_s, rounds * sum(looks[name] for name in calls) / (len(calls) - 1))
+    needed = rounds * sum(looks[name] for name in calls) / (len(calls) - 1)
+    return max(budget_s, min(needed, _MOST_S))
 
 
 def _surely(speed: Comparison) -> float:

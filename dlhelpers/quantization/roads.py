@@ -34,6 +34,7 @@ class Road:
         int8_kernels: operators that compute with 8-bit integers.
         note: what a reader should know; empty for nothing.
         onnx: the model as an ONNX file, where it is one.
+        takes_any_batch: whether a batch of another size costs no compilation.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Road:
     int8_kernels: int = 0
     note: str = ""
     onnx: bytes | None = field(default=None, repr=False)
+    takes_any_batch: bool = False
 
 
 @dataclass

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
+from time import perf_counter as _clock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.progress import bar
 from dlhelpers.quantization.affine import Affine, choose_affine
 from dlhelpers.quantization.batches import Batch, Outputs, read_batches, run_float, sqnr_db
 from dlhelpers.quantization.fake import (
@@ -22,6 +24,8 @@ from dlhelpers.quantization.fake import (
 from dlhelpers.tables import html_table, text_table
 
 __all__ = ["LayerRow", "SensitivityReport", "ranked_layers", "sensitivity"]
+
+_RANKING_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def sensitivity(
     bits: int = 8,
     calibrator: str = "min-max",
     targets: Tensor | None = None,
+    progress: bool | None = None,
 ) -> SensitivityReport:
     """Return which layer costs most when its weights and its input are rounded to n bits.
 
@@ -97,10 +102,13 @@ def sensitivity(
         bits: 2 to 16.
         calibrator: that chooses the inputs' ranges.
         targets: class numbers [N] of all batches' samples together, for the accuracy lost.
+        progress: a bar over the layers; None draws it in a terminal only.
 
     Raises:
         TypeError, ValueError: as ``quantize_static``; a model without convolutions and linear
             layers, or with parametrized ones; targets of another length.
+
+    Cost: three forward passes over all batches for each layer.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> [row.kind for row in sensitivity(net, [torch.rand(16, 4)], bits=4).rows]
@@ -113,9 +121,8 @@ def sensitivity(
     grids = _input_grids(model, batches, bits, calibrator)
     right = None if targets is None else _share_right(wanted, targets)
     rows = []
-    for name, layer in layers_of(model).items():
-        if name not in grids:
-            continue
+    called = {name: layer for name, layer in layers_of(model).items() if name in grids}
+    for name, layer in bar(called.items(), progress=progress, desc="layers", leave=False):
         weight, inputs = weight_affine(layer, bits), grids[name]
         both = _outputs(model, batches, layer, weight, inputs)
         rows.append(
@@ -132,10 +139,42 @@ def sensitivity(
     return SensitivityReport(tuple(rows), bits)
 
 
-def ranked_layers(model: nn.Module, batches: list[Batch]) -> list[str]:
-    """Return the layers' names, the one whose rounding to 8 bits costs most first."""
-    few = batches[:2]
-    return [row.name for row in sensitivity(model, few).rows]
+def ranked_layers(
+    model: nn.Module, batches: list[Batch], progress: bool | None = None
+) -> list[str]:
+    """Return the layers' names, the one whose rounding to 8 bits costs most first.
+
+    One forward pass for each layer, over as many samples as fit into ``_RANKING_S`` in all.
+    """
+    model = copy.deepcopy(model).eval()
+    few = _affordable(model, batches[:2])
+    wanted = [outputs.tensors for outputs in run_float(model, few)]
+    grids = _input_grids(model, few, 8, "min-max")
+    called = {name: layer for name, layer in layers_of(model).items() if name in grids}
+    ratios = {
+        name: sqnr_db(wanted, _outputs(model, few, layer, weight_affine(layer, 8), grids[name]))
+        for name, layer in bar(called.items(), progress=progress, desc="layers", leave=False)
+    }
+    return sorted(ratios, key=ratios.__getitem__)
+
+
+def _affordable(model: nn.Module, batches: list[Batch]) -> list[Batch]:
+    """Return the batches, or the first samples of one, so that a pass for each layer is in time."""
+    start = _clock()
+    run_float(model, batches[:1])
+    share = _RANKING_S / max((_clock() - start) * len(layers_of(model)), 1e-9)
+    if share >= len(batches):
+        return batches
+    sizes = {len(t) for t in batches[0] if isinstance(t, Tensor) and t.dim()}
+    if share >= 1 or len(sizes) != 1:
+        return batches[:1]
+    n = max(1, int(share * sizes.pop()))
+    one = tuple(t[:n] if isinstance(t, Tensor) and t.dim() else t for t in batches[0])
+    try:
+        run_float(model, [one])
+    except ValueError:  # a model of one batch size
+        return batches[:1]
+    return [one]
 
 
 def _input_grids(

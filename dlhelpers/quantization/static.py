@@ -76,8 +76,9 @@ def quantize_static(
         engine: ``auto`` for all of ``ENGINES``, or one or some of them; eager is always raced.
         min_sqnr_db: the least signal-to-quantization-noise ratio of the worst output.
         test: (inputs [N, ...], class numbers [N]), whose accuracy each road's row shows.
-        budget_s: seconds of measuring for each road; more where its calls are so slow that an
-            interval needs it.
+        budget_s: seconds of measuring for each road; where its calls are so slow that an interval
+            needs more, up to 20. A road whose first call takes more than two seconds and eight
+            times as long as the fastest so far is not called again; the report says so.
         keep_roads: keep every road that was built, for ``on(name)``, and the memory that it takes.
         progress: a bar over the roads; None draws it in a terminal only.
 
@@ -110,7 +111,7 @@ def quantize_static(
     kept: dict[str, Road] | None = {} if keep_roads else None
     rows, roads = built(task, _plan(engines), min_sqnr_db, progress, kept)
     if not any(road.precision == "int8" for road in roads.values()):
-        more_rows, more_roads = _mixed(task, engines, rows, min_sqnr_db, kept)
+        more_rows, more_roads = _mixed(task, engines, rows, min_sqnr_db, kept, progress)
         rows, roads = [*rows, *more_rows], roads | more_roads
     return take(
         task,
@@ -207,6 +208,7 @@ def _mixed(
     rows: list[RoadRow],
     min_sqnr_db: float,
     kept: dict[str, Road] | None,
+    progress: bool | None,
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Quantize less, until the bound is met: products alone, then without the worst layers."""
     if not {"onnxruntime", "openvino"} & set(engines) or not any(
@@ -217,7 +219,7 @@ def _mixed(
     reduced = _saturates()
     options = {"reduce_range": reduced, "products_alone": True}
     try:
-        order = ranked_layers(task.model, task.batches)
+        order = ranked_layers(task.model, task.batches, progress)
     except Exception as error:  # the report says why nothing was mixed
         why = f"the layers could not be ranked: {first_line(error)}"
         return [RoadRow("int8, mixed", "int8", dropped=why)], {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlhelpers.files import write_whole
 from dlhelpers.progress import bar
 from dlhelpers.quantization.batches import Batch, Structure, first_line, sqnr_db
-from dlhelpers.quantization.racing import fastest, raced
+from dlhelpers.quantization.racing import Pace, fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, RoadError, Task
 
@@ -112,11 +112,11 @@ def built(
     kept: dict[str, Road] | None = None,
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Return a row for every road, and those that are right; ``kept`` takes the wrong ones, too."""
-    rows, roads = [], {}
+    rows, roads, pace = [], {}, Pace()
     with bar(plan.items(), progress=progress, leave=False, delay=1) as shown:
         for name, (precision, build) in shown:
             shown.set_postfix_str(name, refresh=True)
-            row, road = tried(name, precision, build, task, min_sqnr_db, kept)
+            row, road = tried(name, precision, build, task, min_sqnr_db, kept, pace)
             rows.append(row)
             if road is not None:
                 roads[name] = road
@@ -130,12 +130,19 @@ def tried(
     task: Task,
     min_sqnr_db: float,
     kept: dict[str, Road] | None = None,
+    pace: Pace | None = None,
 ) -> tuple[RoadRow, Road | None]:
-    """Build one road and look at its output; return its row, and the road if it is right."""
+    """Build one road and look at its output.
+
+    Returns:
+        Its row; and the road, if it is right and not so slow, next to those that ``pace`` has seen,
+        that a race would only take time.
+    """
     row = RoadRow(name, precision)
     try:
         road = build(task)
-        ratio = sqnr_db(task.wanted, [road.run(batch) for batch in task.alike])
+        found, too_slow = (pace or Pace()).outputs(road, task.alike)
+        ratio = sqnr_db(task.wanted[: len(found)], found) if found else None
     except RoadError as error:
         return replace(row, dropped=str(error)), None
     except Exception as error:  # an engine's own failure is a fact to report
@@ -151,6 +158,8 @@ def tried(
     )
     if precision == "int8" and not road.int8_kernels:
         return replace(row, dropped="its graph holds no int8 kernel"), None
+    if too_slow:
+        return replace(row, dropped=too_slow), None
     # float32 differs by rounding alone, and one such road there has to be
     if ratio < (min(min_sqnr_db, _ROUNDING_DB) if precision == "float32" else min_sqnr_db):
         bound = f"SQNR {ratio:.1f} dB lies below {min_sqnr_db:g} dB"

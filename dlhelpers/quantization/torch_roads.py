@@ -95,7 +95,7 @@ def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
     note = (
         f"the processor has {', '.join(has)}" if has else "the processor has no instruction for it"
     )
-    return Road(f"eager {name}", name, run, bytes_of(model), 0, note)
+    return Road(f"eager {name}", name, run, bytes_of(model), 0, note, takes_any_batch=True)
 
 
 def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
@@ -191,7 +191,7 @@ def torch_ao(task: Task, engine: str) -> Road:
     kernels = quantized_layers(model)
     return Road(
         f"torch.ao {engine} int8", "int8", run, bytes_of(model), kernels,
-        "calibrated by torch's observers",
+        "calibrated by torch's observers", takes_any_batch=True,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Which layers of a model break the four guidelines, and what does each cost?
 
-Costs are predicted: the bytes that keeping the guideline would save, at this machine's bandwidth,
-whether or not the operator has arithmetic to hide them behind.
+Costs are the bytes that keeping the guideline would save, whether or not the operator has
+arithmetic to hide them behind; with a machine's peaks, the time that they take at its bandwidth.
 
 Source: Ma et al. 2018, arXiv:1807.11164, section 2.
 """
@@ -24,6 +24,8 @@ from dlhelpers.shufflenet.formulas import is_element_wise, mac_lower_bound, memo
 
 __all__ = ["audit"]
 
+_OVERHEAD_S = 0.2  # seconds for its measurement, which takes milliseconds on a quiet machine
+
 
 def audit(
     model: nn.Module, inputs: Any, *, at_least: float = 0.0, peaks: Roofline | None = None
@@ -38,8 +40,9 @@ def audit(
     Args:
         model: in the mode that is to be audited; ``eval()`` for inference.
         inputs: as for ``layer_costs``.
-        at_least: share of the predicted time; a finding that costs less is left out.
-        peaks: as for ``layer_costs``.
+        at_least: share of the whole cost; a finding that costs less is left out.
+        peaks: the findings' cost is the time predicted for this machine, such as
+            ``roofline.roofline()``, overheads of fragments included; without it the bytes moved.
 
     Returns:
         Findings of severity ``suspicion``: a guideline may be broken for good reasons. Each says
@@ -56,32 +59,40 @@ def audit(
     if not 0 <= at_least <= 1:
         raise ValueError(f"at_least must be a share between 0 and 1, got {at_least!r}")
     costs = layer_costs(model, inputs, policy="all", peaks=peaks)
-    peaks = costs.roofline
-    total = costs.predicted_s or math.inf
+    whole = costs.nbytes if peaks is None else costs.predicted_s
+    total = whole or math.inf
     found = [
-        (seconds, finding)
+        (cost, finding)
         for rule in (_unequal_channels, _groups, _fragments, _element_wise)
-        for seconds, finding in rule(costs, peaks)
-        if seconds > 0 and seconds >= at_least * total
+        for cost, finding in rule(costs, peaks)
+        if cost > 0 and cost >= at_least * total
     ]
     found.sort(key=lambda pair: -pair[0])
+    shown, of_what = (_us, "predicted") if peaks else (_mib, "moved")
     findings = Findings(
         Finding(
             name=finding.name,
             severity="suspicion",
-            what=f"{finding.what}: {_us(seconds)} of {_us(total)} predicted, {seconds / total:.1%}",
+            what=f"{finding.what}: {shown(cost)} of {shown(total)} {of_what}, {cost / total:.1%}",
             why=finding.why,
             remedy=finding.remedy,
             where=finding.where,
         )
-        for seconds, finding in found
+        for cost, finding in found
     )
-    findings.scope = f"nothing breaks G1 to G4 for {at_least:.1%} of the predicted time or more"
+    unit = "predicted time" if peaks else "bytes moved"
+    findings.scope = f"nothing breaks G1 to G4 for {at_least:.1%} of the {unit} or more"
+    if peaks is None:
+        findings.note = "ranked by bytes; with peaks=roofline.roofline() by predicted time"
     return findings
 
 
 def _us(seconds: float) -> str:
     return f"{1e6 * seconds:,.0f} µs"
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.2f} MiB"
 
 
 _OF_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "transposed")
@@ -107,7 +118,7 @@ def _convolutions(costs: LayerCosts) -> Iterator[tuple[LayerCost, int, int, int,
         yield layer, x[1], output[1], pixels, math.prod(weight[2:]), groups
 
 
-def _unequal_channels(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+def _unequal_channels(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
     for layer, c1, c2, pixels, kernel, groups in _convolutions(costs):
         x = layer.shapes[0]
         if kernel != 1 or groups != 1 or c1 == c2:
@@ -116,7 +127,7 @@ def _unequal_channels(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[floa
         least = mac_lower_bound(pixels * c1 * c2, pixels)
         equal = round(math.sqrt(c1 * c2))
         yield (
-            _seconds(moved.elements - least, layer, peaks),
+            _cost(moved.elements - least, layer, peaks),
             Finding(
                 "unequal-channels (G1)",
                 "suspicion",
@@ -129,7 +140,7 @@ def _unequal_channels(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[floa
         )
 
 
-def _groups(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+def _groups(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
     for layer, c1, c2, pixels, _, groups in _convolutions(costs):
         if groups == 1 or groups == c1:
             continue
@@ -138,7 +149,7 @@ def _groups(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding
         side = sizes[0] if len(set(sizes)) == 1 else sizes
         narrow = max(1, c2 // groups)
         yield (
-            _seconds(more, layer, peaks),
+            _cost(more, layer, peaks),
             Finding(
                 "groups (G2)",
                 "suspicion",
@@ -152,17 +163,17 @@ def _groups(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding
         )
 
 
-def _fragments(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+def _fragments(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
     sharing: dict[int, list[LayerCost]] = defaultdict(list)
     for layer, *_ in _convolutions(costs):
         sharing[id(layer.call[1][0])].append(layer)
-    overhead = None
+    overhead = 0.0 if peaks is None else None
     for layers in sharing.values():
         if len(layers) < 2:
             continue
-        overhead = overhead or _overhead_s()
+        overhead = _overhead_s() if overhead is None else overhead
         c1, pixels = layers[0].shapes[0][1], math.prod(layers[0].shapes[0][2:])
-        again = _seconds((len(layers) - 1) * math.prod(layers[0].shapes[0]), layers[0], peaks)
+        again = _cost((len(layers) - 1) * math.prod(layers[0].shapes[0]), layers[0], peaks)
         names = ", ".join(layer.module for layer in layers)
         yield (
             (len(layers) - 1) * overhead + again,
@@ -178,7 +189,7 @@ def _fragments(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Find
         )
 
 
-def _element_wise(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, Finding]]:
+def _element_wise(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
     by_module: dict[str, list[LayerCost]] = defaultdict(list)
     depthwise = {
         id(layer)
@@ -191,13 +202,13 @@ def _element_wise(costs: LayerCosts, peaks: Roofline) -> Iterator[tuple[float, F
         if norm or is_element_wise(func) or id(layer) in depthwise:
             by_module[layer.module].append(layer)
     for module, layers in by_module.items():
-        seconds = sum(_seconds(layer.elements, layer, peaks) for layer in layers)
+        cost = sum(_cost(layer.elements, layer, peaks) for layer in layers)
         flops = sum(layer.flops for layer in layers) / max(1, costs.flops)
         moved = sum(layer.nbytes for layer in layers)
         names = ", ".join(dict.fromkeys(layer.operator for layer in layers))
         is_depthwise = any(id(layer) in depthwise for layer in layers)
         yield (
-            seconds,
+            cost,
             Finding(
                 "depthwise (G4)" if is_depthwise else "element-wise (G4)",
                 "suspicion",
@@ -220,19 +231,22 @@ def _remedy(layers: list[LayerCost], is_depthwise: bool) -> str:
     return "nn.Identity()  # where two follow each other, or after a depthwise convolution"
 
 
-def _seconds(elements: float, layer: LayerCost, peaks: Roofline) -> float:
-    """Return what moving so many elements takes."""
-    size = layer.nbytes / max(1, layer.elements)
-    return max(0.0, elements) * size / (1e9 * peaks.bandwidth_gb_s)
+def _cost(elements: float, layer: LayerCost, peaks: Roofline | None) -> float:
+    """Return what moving so many elements takes: seconds, or bytes without peaks."""
+    nbytes = max(0.0, elements) * layer.nbytes / max(1, layer.elements)
+    return nbytes if peaks is None else nbytes / (1e9 * peaks.bandwidth_gb_s)
 
 
 def _overhead_s() -> float:
     """Return the least time of a call of a convolution, whatever it computes."""
     convolution, x = nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 1, 1)
-    best = math.inf
+    best, until = math.inf, time.perf_counter() + _OVERHEAD_S
     with torch.inference_mode():
         for _ in range(100):
             start = time.perf_counter()
             convolution(x)
-            best = min(best, time.perf_counter() - start)
+            now = time.perf_counter()
+            best = min(best, now - start)
+            if now > until:
+                break
     return best

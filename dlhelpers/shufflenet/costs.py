@@ -8,11 +8,11 @@ Source: Williams et al. 2009 (roofline), doi:10.1145/1498765.1498785.
 
 from __future__ import annotations
 
-import functools
 import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import fake_of, tensors_in
-from dlhelpers.roofline import Roofline, roofline
+from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, is_gather, moves_no_bytes
 from dlhelpers.tables import html_table, text_table
 
@@ -40,8 +40,8 @@ class LayerCost:
         multiply_adds: pairs of a product and a sum, as the paper's FLOPs and thop's MACs.
         flops: products and sums, each for itself: two to a multiply-add.
         elements, nbytes: read and written, each tensor once.
-        predicted_s: max(nbytes / bandwidth, flops of policy "all" / peak) on this machine.
-        bound: what decides that: ``memory`` or ``arithmetic``.
+        predicted_s: max(nbytes / bandwidth, flops of policy "all" / peak); None without peaks.
+        bound: what decides that: ``memory`` or ``arithmetic``; empty without peaks.
         formula: whether the policy has one for this operator; without one its multiply_adds and
             flops are 0 and mean nothing.
         shapes: of the tensors read, then of those written.
@@ -53,7 +53,7 @@ class LayerCost:
     flops: int
     elements: int
     nbytes: int
-    predicted_s: float
+    predicted_s: float | None
     bound: str
     formula: bool
     shapes: tuple[tuple[int, ...], ...] = field(repr=False, default=())
@@ -76,6 +76,7 @@ class LayerCosts:
         activations: elements that convolutions and matrix products write.
         without_formula: operator -> bytes it moved, for those that the policy cannot count.
         left_out: operator -> bytes it moved, for those that the policy leaves out by its rule.
+        roofline: the peaks that were given, or None.
     """
 
     layers: tuple[LayerCost, ...]
@@ -84,7 +85,7 @@ class LayerCosts:
     activations: int
     without_formula: Mapping[str, int]
     left_out: Mapping[str, int]
-    roofline: Roofline = field(repr=False)
+    roofline: Roofline | None = field(repr=False, default=None)
 
     @property
     def multiply_adds(self) -> int:
@@ -102,9 +103,11 @@ class LayerCosts:
         return sum(layer.nbytes for layer in self.layers)
 
     @property
-    def predicted_s(self) -> float:
-        """Sum over the layers: one after the other, without overheads."""
-        return sum(layer.predicted_s for layer in self.layers)
+    def predicted_s(self) -> float | None:
+        """Sum over the layers: one after the other, without overheads; None without peaks."""
+        if self.roofline is None:
+            return None
+        return sum(layer.predicted_s or 0.0 for layer in self.layers)
 
     def by_operator(self) -> dict[str, int]:
         """Return operator -> FLOPs."""
@@ -114,7 +117,9 @@ class LayerCosts:
         return found
 
     def _rows(self, most: int) -> list[list[str]]:
-        first = sorted(self.layers, key=lambda layer: -layer.predicted_s)[:most]
+        has_times = self.roofline is not None
+        key = attrgetter("predicted_s" if has_times else "nbytes")
+        first = sorted(self.layers, key=key, reverse=True)[:most]
         return [
             [
                 layer.module,
@@ -123,8 +128,7 @@ class LayerCosts:
                 f"{layer.flops / 1e6:,.2f}" if layer.formula else "?",
                 f"{layer.nbytes / 2**20:,.2f}",
                 f"{layer.intensity:,.1f}",
-                f"{1e6 * layer.predicted_s:,.1f}",
-                layer.bound,
+                *([f"{1e6 * layer.predicted_s:,.1f}", layer.bound] if has_times else []),
             ]
             for layer in first
         ]
@@ -132,9 +136,10 @@ class LayerCosts:
     def _notes(self) -> list[str]:
         total = (
             f"in all {self.multiply_adds / 1e6:,.1f} M multiply-adds, {self.flops / 1e6:,.1f} M "
-            f"FLOPs (policy {self.policy}), {self.nbytes / 2**20:,.1f} MiB moved; from memory "
-            f"{1e3 * self.predicted_s:,.2f} ms"
+            f"FLOPs (policy {self.policy}), {self.nbytes / 2**20:,.1f} MiB moved"
         )
+        if self.roofline is not None:
+            total += f"; from memory {1e3 * self.predicted_s:,.2f} ms"
         notes = [total]
         for names, what in (
             (self.left_out, "left out by the policy"),
@@ -148,12 +153,17 @@ class LayerCosts:
     def __str__(self) -> str:
         rest = max(0, len(self.layers) - 20)
         more = [f"... and {rest} more"] if rest else []
-        return "\n".join([text_table(_COLUMNS, self._rows(20), names=2), *more, *self._notes()])
+        table = text_table(self._columns(), self._rows(20), names=2)
+        return "\n".join([table, *more, *self._notes()])
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        more = f"<p>The 20 longest of {len(self.layers)}.</p>" if len(self.layers) > 20 else ""
-        return f"{html_table(_COLUMNS, self._rows(20), names=2)}{more}{notes}"
+        most = "that move most" if self.roofline is None else "that take longest"
+        more = f"<p>The 20 {most}, of {len(self.layers)}.</p>" if len(self.layers) > 20 else ""
+        return f"{html_table(self._columns(), self._rows(20), names=2)}{more}{notes}"
+
+    def _columns(self) -> tuple[str, ...]:
+        return _COLUMNS[:-2] if self.roofline is None else _COLUMNS
 
 
 _COLUMNS = (
@@ -189,7 +199,8 @@ def layer_costs(
             arithmetic, by these rules, in FLOPs: 1 for each element that an element-wise operator
             writes (an exponential counts as one); BatchNorm 2 for each element in eval mode, 7 in
             train mode; other norms 7; softmax 5; pooling and reductions 1 for each element read.
-        peaks: of the machine to predict for; this one's by default, measured once.
+        peaks: of the machine to predict times for, such as ``roofline.roofline()`` of this one;
+            without them no time is predicted, and nothing is measured.
 
     Raises:
         TypeError: the inputs hold no tensor.
@@ -201,7 +212,6 @@ def layer_costs(
     """
     if policy not in ("conv+linear", "all"):
         raise ValueError(f'policy must be "conv+linear" or "all", got {policy!r}')
-    peaks = peaks or _peaks(torch.get_num_threads())
     counter = _Counter(model)
     counter.run(*model_inputs(inputs))
     layers, unknown, left_out, activations = [], {}, {}, 0
@@ -216,8 +226,7 @@ def layer_costs(
             unknown[name] = unknown.get(name, 0) + nbytes
         elif policy == "conv+linear" and own is None:
             left_out[name] = left_out.get(name, 0) + nbytes
-        by_memory = nbytes / (1e9 * peaks.bandwidth_gb_s)
-        by_arithmetic = (everything or 0) / (1e9 * (peaks.gflops["fp32"] or math.inf))
+        predicted_s, bound = _predicted(nbytes, everything or 0, peaks)
         layers.append(
             LayerCost(
                 module=module,
@@ -226,8 +235,8 @@ def layer_costs(
                 flops=counted or 0,
                 elements=elements,
                 nbytes=nbytes,
-                predicted_s=max(by_memory, by_arithmetic),
-                bound="memory" if by_memory >= by_arithmetic else "arithmetic",
+                predicted_s=predicted_s,
+                bound=bound,
                 formula=counted is not None,
                 shapes=shapes,
                 call=(func, args, kwargs),
@@ -237,10 +246,13 @@ def layer_costs(
     return LayerCosts(tuple(layers), policy, parameters, activations, unknown, left_out, peaks)
 
 
-@functools.cache
-def _peaks(threads: int) -> Roofline:
-    """Return this machine's, once in this process even where it is too busy to keep them."""
-    return roofline()
+def _predicted(nbytes: int, flops: int, peaks: Roofline | None) -> tuple[float | None, str]:
+    """Return the roofline's seconds, and what decides them."""
+    if peaks is None:
+        return None, ""
+    by_memory = nbytes / (1e9 * peaks.bandwidth_gb_s)
+    by_arithmetic = flops / (1e9 * (peaks.gflops["fp32"] or math.inf))
+    return max(by_memory, by_arithmetic), "memory" if by_memory >= by_arithmetic else "arithmetic"
 
 
 class _Counter(TorchDispatchMode):
