@@ -498,7 +498,7 @@ def no_measuring(monkeypatch):
     for name in ("_matmul_gflops", "_bandwidth_gb_s", "_best_seconds"):
         monkeypatch.setattr(sys.modules["dlhelpers.roofline"], name, measured)
     monkeypatch.setattr("dlhelpers.shufflenet.auditing._overhead_s", measured)
-    monkeypatch.setattr("dlhelpers.data.cache_dir", measured)
+    monkeypatch.setattr("dlhelpers.roofline.cache_dir", measured)
 
 
 def test_without_peaks_nothing_is_measured_and_no_time_predicted(no_measuring):

@@ -216,7 +216,8 @@ class Scratch:
         self._at_most = (here.ram_bytes or 4 << 30) // 16  # for one operator's arguments
         self._until = time.monotonic() + _TRIALS_S
         build = (torch.__version__, torch.get_num_threads(), torch.backends.mkldnn.enabled)
-        name = hashlib.sha256(repr((here.key, here.torch_capability, build)).encode()).hexdigest()[
+        kernels = repr((here.key, here.torch_capability, build))
+        name = hashlib.sha256(kernels.encode()).hexdigest()[
             :12
         ]
         self._path = cache_dir() / f"scratch-{name}.json"
