@@ -427,6 +427,14 @@ def test_too_few_pairs_for_an_interval_do_not_hide_a_faster_road(monkeypatch):
     assert racing.fastest(built, unknown, "float", (), 0.1) == "a"
 
 
+def test_a_road_whose_interval_reaches_below_one_is_not_taken(monkeypatch):
+    monkeypatch.setattr(racing, "compare_many", None)  # no second race
+    built = {n: roads.Road(n, "int8", lambda batch: [], 1) for n in ("a", "float")}
+    for low, high, taken in ((0.60, 2.0, "float"), (1.05, 1.15, "a")):
+        speeds = {"a": fake_speed(1.10, low, high)}
+        assert racing.fastest(built, speeds, "float", (), 0.1) == taken
+
+
 def test_the_budget_lets_slow_calls_have_an_interval(monkeypatch):
     budgets = []
 
