@@ -1,5 +1,5 @@
 # Two commands: `make lab` opens the course, `make test` tests it. `make help` lists the rest.
-# The system's python3 makes .venv; PYTHON=python3.12 picks another one (3.11 to 3.13).
+# The system's python3 makes .venv; PYTHON=python3.12 picks another one (3.11 to 3.14).
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,8 +56,8 @@ clean:  ## remove the environment and what was generated; never work/
 
 # the stamp is newer than pyproject.toml unless something has to be installed
 .venv/.stamp: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else \
-	"Python 3.11 to 3.13 is needed, $(PYTHON) is %d.%d: install one and say make PYTHON=python3.12" \
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 14) else \
+	"Python 3.11 to 3.14 is needed, $(PYTHON) is %d.%d: install one and say make PYTHON=python3.12" \
 	% v[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[$(EXTRAS)]"

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import math
 import os
 import shutil
 import stat
@@ -11,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -375,6 +377,36 @@ def test_a_map_that_was_reckoned_too_small_loses_and_doubles_nothing(tmp_path, m
     assert report.count == 300
     assert len(report.skipped) == 1
     assert stored(tmp_path / "db") == [(k, t, b) for k, b, t in (first, *others)]
+
+
+def test_a_commit_that_did_not_fit_leaves_the_file_that_a_large_map_leaves(tmp_path, monkeypatch):
+    monkeypatch.setattr(converting, "_COMMIT_S", math.inf)  # all of it in one commit
+    kept = triples(300)
+    items = [kept[0], ("k0", jpeg(), 0), *kept[1:]]
+    write(items, tmp_path / "at once", map_size=1 << 24, on_error="skip")
+    attempts, grow = [], converting.Conversion._grow
+
+    def late(self, need):
+        if need == self.map_size:
+            attempts.append(self.done)
+            grow(self, need)
+
+    monkeypatch.setattr(converting.Conversion, "_grow", late)
+    report = write(items, tmp_path / "in tries", map_size=1, on_error="skip")
+    assert attempts[0] == 0  # what was counted before the map was full is taken back
+    assert report.image_bytes == sum(len(image) for _, image, _ in kept)
+    assert entries(tmp_path / "in tries") == entries(tmp_path / "at once")
+
+
+def entries(path):
+    """All that the file holds, counts and digest among it."""
+    with lmdb.open(str(path), subdir=False, readonly=True, lock=False, max_dbs=3) as env:
+        names = [schema.RECORDS, schema.INDEX, schema.SKIPPED]
+        found = {}
+        with env.begin() as txn:
+            for name in names:
+                found[name] = list(txn.cursor(db=env.open_db(name, txn, create=False)))
+            return found | {name: txn.get(name) for name in (schema.META, schema.STATE)}
 
 
 @pytest.mark.parametrize("options", [{}, {"resize": 32}])

@@ -177,7 +177,7 @@ NETWORKS = {
     ),
     "vit": lambda: (small_vit(), torch.zeros(8, 3, 32, 32)),
     "encoder": lambda: (Encoder(), torch.zeros(4, 24, dtype=torch.long)),
-    "sequence": lambda: (Sequence(), torch.zeros(4, 16, 100)),
+    "sequence": lambda: (Sequence(), torch.zeros(4, 16, 30)),
     "convnext": lambda: (small_convnext(), torch.zeros(4, 3, 64, 64)),
     "lstm": lambda: (
         Recurrence(nn.LSTM, 64, 128, 2, batch_first=True),

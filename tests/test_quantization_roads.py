@@ -516,6 +516,14 @@ def test_too_few_pairs_for_an_interval_do_not_hide_a_faster_road(monkeypatch):
     assert racing.fastest(built, unknown, "float", (), 0.1) == "a"
 
 
+def test_a_road_whose_interval_reaches_below_one_is_not_taken(monkeypatch):
+    monkeypatch.setattr(racing, "compare_many", None)  # no second race
+    built = {n: roads.Road(n, "int8", lambda batch: [], 1) for n in ("a", "float")}
+    for low, high, taken in ((0.60, 2.0, "float"), (1.05, 1.15, "a")):
+        speeds = {"a": fake_speed(1.10, low, high)}
+        assert racing.fastest(built, speeds, "float", (), 0.1) == taken
+
+
 def test_the_budget_lets_slow_calls_have_an_interval(monkeypatch):
     budgets = []
 
@@ -531,6 +539,38 @@ def test_the_budget_lets_slow_calls_have_an_interval(monkeypatch):
     }
     racing.raced(built, (), 0.1)
     assert budgets == [pytest.approx(16 * 1.0)]  # 8 pairs of a second, and as long to warm up
+    budgets.clear()
+    near = {"a": fake_speed(2.0), "b": fake_speed(2.1)}  # of half a second a call
+    racing.fastest(dict.fromkeys("ab", built["a"]), near, "float", (), 0.1)
+    assert budgets == [pytest.approx(16 * (1 / 2.0 + 1 / 2.1))]
+
+
+def test_of_close_float_roads_the_one_that_wins_their_race_is_the_baseline(monkeypatch):
+    looks = {"first": 1.0, "second": 1.2, "third": 1.4}
+    truth = {"first": 1.0, "second": 0.9, "third": 0.8}
+    monkeypatch.setattr(racing, "_timed", lambda call: looks[call()])
+    races = []
+
+    def race(calls, *, baseline, **options):
+        races.append((set(calls), baseline))
+        return {n: fake_speed(truth[baseline] / truth[n]) for n in calls if n != baseline}
+
+    monkeypatch.setattr(racing, "compare_many", race)
+    built = {n: roads.Road(n, "float32", lambda batch, n=n: n, 1) for n in looks}
+    speeds, baseline, _ = racing.raced(built, (), 0.1)
+    assert races == [({"first", "second"}, "first"), (set(looks), "second")]  # 1.4 is not close
+    assert baseline == "second"
+    assert set(speeds) == {"first", "third"}
+
+
+def test_a_look_is_the_least_of_five_times_or_of_two_seconds(monkeypatch):
+    def look(*seconds):
+        left = list(seconds)
+        monkeypatch.setattr(racing, "_timed", lambda call: left.pop(0))
+        return racing._looked_at(None), left
+
+    assert look(0.5, 0.1, 0.2, 0.3, 0.4, 0.0) == (0.1, [0.0])
+    assert look(1.5, 0.6, 0.1) == (0.6, [0.1])
 
 
 def test_the_ratio_is_that_of_the_worst_output_and_minus_infinity_for_nonsense():

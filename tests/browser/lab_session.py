@@ -123,6 +123,25 @@ def run_all(page, timeout_s: float = 300) -> None:
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
 
 
+def run_cell(page, text: str):
+    """Run the first code cell whose source holds the text; return the cell."""
+    number = page.evaluate(
+        """([text]) => window.jupyterapp.shell.currentWidget.content.widgets.findIndex(
+          w => w.model.type === 'code' && w.model.sharedModel.getSource().includes(text))""",
+        [text],
+    )
+    assert number >= 0, text
+    page.evaluate(
+        """([n]) => { const notebook = window.jupyterapp.shell.currentWidget.content;
+          notebook.deselectAll(); notebook.activeCellIndex = n;
+          window.jupyterapp.commands.execute('notebook:run-cell'); }""",
+        [number],
+    )
+    page.wait_for_timeout(300)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
+    return page.locator(".jp-Notebook .jp-Cell").nth(number)
+
+
 def errors(page) -> list[str]:
     """Unplanned errors of cells, and tracebacks inside widgets, which no cell model knows."""
     found = page.evaluate(

@@ -1,6 +1,7 @@
 """The lessons in a real JupyterLab, driven as a learner drives them."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,10 @@ def run_and_move(page, address, name, move, timeout_s=900):
     """Run a lesson, move its widget, and see its last figure drawn again, without an error."""
     lab_session.open_notebook(page, address, f"{name}.ipynb")
     lab_session.run_all(page, timeout_s=timeout_s)
+    see_it_move(page, name, move)
+
+
+def see_it_move(page, name, move):
     assert lab_session.errors(page) == []
     panel = page.locator(".jp-OutputArea-output img").last
     before = panel.get_attribute("src")
@@ -92,19 +97,25 @@ def select(option, which):
     return move
 
 
-def test_pairing_runs_takes_an_answer_and_moves_its_slider(page, address):
-    def move(page):
-        panel = page.locator(".jp-OutputArea-output img").last
-        alt, readout = panel.get_attribute("alt"), page.locator(".widget-readout").last
-        value = readout.inner_text()
-        press("ArrowRight", -1)(page)
-        wait_until_redrawn(page, "alt", alt)  # who does not see it is told as well
-        assert readout.inner_text() != value
+def move_and_read(page):
+    panel = page.locator(".jp-OutputArea-output img").last
+    alt, readout = panel.get_attribute("alt"), page.locator(".widget-readout").last
+    value = readout.inner_text()
+    press("ArrowRight", -1)(page)
+    wait_until_redrawn(page, "alt", alt)  # who does not see it is told as well
+    assert readout.inner_text() != value
 
-    run_and_move(page, address, "01_pairing", move)
+
+def test_a_slider_redraws_its_figure_and_tells_its_number(page, address):
+    lab_session.open_notebook(page, address, "01_pairing.ipynb")
+    lab_session.run_cell(page, "notebook.setup(")
+    figure = lab_session.run_cell(page, "FloatSlider(").locator(".jp-OutputArea-output img")
+    figure.wait_for(timeout=60_000)
+    see_it_move(page, "01_pairing", move_and_read)
 
 
 WIDGETS = {
+    "01_pairing": move_and_read,  # the logit
     "02_lmdb_io": select("memmap", 0),  # the store
     "03_dali_io": press("ArrowLeft", 0),  # the time to prepare a batch
     "04_memory": select("SGD", -1),  # the optimizer
@@ -144,26 +155,7 @@ def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     notebook = "window.jupyterapp.shell.currentWidget"
     page.evaluate(f"() => {notebook}.sessionContext.restartKernel()")
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
-
-    def run(text):
-        number = page.evaluate(
-            """([text]) => window.jupyterapp.shell.currentWidget.content.widgets.findIndex(
-              w => w.model.type === 'code' && w.model.sharedModel.getSource().includes(text))""",
-            [text],
-        )
-        assert number >= 0, text
-        page.evaluate(
-            """([n]) => { const notebook = window.jupyterapp.shell.currentWidget.content;
-              notebook.deselectAll(); notebook.activeCellIndex = n;
-              window.jupyterapp.commands.execute('notebook:run-cell'); }""",
-            [number],
-        )
-        page.wait_for_timeout(300)
-        page.wait_for_selector(
-            ".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000
-        )
-        return page.locator(".jp-Notebook .jp-Cell").nth(number)
-
+    run = partial(lab_session.run_cell, page)
     run("notebook.setup(")
     run("from dlhelpers.course import claims")
     asked = run("claims.predict(")
