@@ -50,7 +50,8 @@ class Machine:
         cpu: the processor's name.
         cores: logical cores that this process may use.
         logical_cores, physical_cores: of the machine; a physical core may be several logical ones.
-        simd: instruction sets that matter to deep learning, by one name each.
+        simd: instruction sets that matter to deep learning, by one name each; without those that
+            ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA forbid torch.
         ram_bytes: main memory.
         cache_bytes: level (``L1d``, ``L2``, ``L3``) -> bytes of one instance.
         system: operating system and architecture.
@@ -139,7 +140,9 @@ def describe() -> Machine:
         cores=_usable_cores(),
         logical_cores=os.cpu_count(),
         physical_cores=_physical_cores(),
-        simd=tuple(name for flag, name in _SIMD.items() if flag in flags),
+        simd=_allowed(
+            [name for flag, name in _SIMD.items() if flag in flags], torch["torch_capability"]
+        ),
         ram_bytes=_ram_bytes(),
         cache_bytes=_cache_bytes(),
         system=f"{platform.system()} {platform.machine()}",
@@ -225,6 +228,19 @@ def _cpu_flags() -> set[str]:
         return set(words.lower().split()) | arm
     found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.M)
     return set(found[1].split()) if found else set()
+
+
+def _allowed(simd: list[str], capability: str | None) -> tuple[str, ...]:
+    """Return the instruction sets that torch's kernels and oneDNN's may use.
+
+    >>> _allowed(["avx2", "avx512", "avx512_vnni"], "AVX2")
+    ('avx2',)
+    """
+    if capability in ("DEFAULT", "AVX2"):
+        simd = [name for name in simd if not name.startswith(("avx512", "amx"))]
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("SSE41", "AVX", "AVX2"):
+        simd = [name for name in simd if name != "avx_vnni"]
+    return tuple(simd)
 
 
 def _ram_bytes() -> int | None:

@@ -100,9 +100,7 @@ def roofline(*, refresh: bool = False) -> Roofline:
     import torch
 
     threads = torch.get_num_threads()
-    here = describe()
-    name = f"{here.key}-{here.torch_capability}-{threads}-{torch.__version__}"
-    path = cache_dir() / f"roofline-{name}.json"
+    path = cache_dir() / f"roofline-{describe().key}-{threads}-{torch.__version__}.json"
     try:
         kept = Roofline(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

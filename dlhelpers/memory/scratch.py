@@ -212,12 +212,10 @@ class Scratch:
     def __init__(self) -> None:
         from dlhelpers.machine import describe
 
-        here = describe()
-        self._at_most = (here.ram_bytes or 4 << 30) // 16  # for one operator's arguments
+        self._at_most = (describe().ram_bytes or 4 << 30) // 16  # for one operator's arguments
         self._until = time.monotonic() + _TRIALS_S
         build = (torch.__version__, torch.get_num_threads(), torch.backends.mkldnn.enabled)
-        kernels = repr((here.key, here.torch_capability, build))
-        name = hashlib.sha256(kernels.encode()).hexdigest()[
+        name = hashlib.sha256(repr((describe().key, build)).encode()).hexdigest()[
             :12
         ]
         self._path = cache_dir() / f"scratch-{name}.json"
