@@ -1,6 +1,7 @@
 """The library stands without the course, and without every package that it can do without."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -99,19 +100,28 @@ MISSING = {  # what is done without its extra -> the extra that its error names
 }
 
 
-@pytest.mark.parametrize(("call", "extra"), MISSING.items())
-def test_what_needs_an_extra_says_which_one_to_install(call, extra, tmp_path):
-    found = run(
+COMMANDS = {
+    ("data", "photos", "somewhere"): "lmdb",
+    ("lmdb", "write", "photos", "x.lmdb"): "lmdb",
+    ("lmdb", "verify", "x.lmdb"): "lmdb",
+    ("report", "--run", "--notebooks", str(ROOT / "notebooks")): "course",
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Do all of it in one process without extras; return what each was told, and what is left."""
+    folder = tmp_path_factory.mktemp("bare")
+    printed = run(
         f"""
         import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
         from core_only import hide
         hide()
+        import contextlib, io, json, os
+        from pathlib import Path
         import torch
         from dlhelpers import dali_io, drawing, lmdb_io, profiling
-
-        from pathlib import Path
-        Path("photos/cats").mkdir(parents=True)
-        Path("photos/cats/1.jpg").write_bytes(b"")
+        from dlhelpers.__main__ import main
 
         def work():
             return inner(torch.ones(4))
@@ -119,42 +129,38 @@ def test_what_needs_an_extra_says_which_one_to_install(call, extra, tmp_path):
         def inner(x):
             return sum(sorted(x.tolist()))
 
-        try:
-            {call}
-        except ImportError as error:
-            print(error)
-    """,
-        cwd=tmp_path,
-        PYTHONPATH=str(ROOT),
-    )
-    assert f'pip install "dlhelpers[{extra}]"' in found
-
-
-@pytest.mark.parametrize(
-    ("arguments", "extra"),
-    [
-        (["data", "photos", "somewhere"], "lmdb"),
-        (["lmdb", "write", "photos", "x.lmdb"], "lmdb"),
-        (["lmdb", "verify", "x.lmdb"], "lmdb"),
-        (["report", "--run", "--notebooks", str(ROOT / "notebooks")], "course"),
-    ],
-)
-def test_the_command_line_says_what_to_install(arguments, extra, tmp_path):
-    found = run(
-        f"""
-        import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
-        from core_only import hide
-        hide()
-        sys.stderr = sys.stdout
-        from dlhelpers.__main__ import main
-        print("status", main({arguments!r}))
+        told = {{}}
+        for arguments in {list(COMMANDS)!r}:
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                status = main(arguments)
+            told[" ".join(arguments)] = f"{{status}}: {{said.getvalue()}}"
+        told["left"] = os.listdir()
+        Path("photos/cats").mkdir(parents=True)
+        Path("photos/cats/1.jpg").write_bytes(b"")
+        for call in {list(MISSING)!r}:
+            try:
+                told[call] = f"no error: {{eval(call)}}"
+            except ImportError as error:
+                told[call] = str(error)
+        print(json.dumps(told))
         """,
-        cwd=tmp_path,
+        cwd=folder,
         PYTHONPATH=str(ROOT),
     )
-    assert f'pip install "dlhelpers[{extra}]"' in found
-    assert found.endswith("status 2\n")
-    assert list(tmp_path.iterdir()) == []
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("call", "extra"), MISSING.items())
+def test_what_needs_an_extra_says_which_one_to_install(call, extra, told):
+    assert f'pip install "dlhelpers[{extra}]"' in told[call]
+
+
+@pytest.mark.parametrize(("arguments", "extra"), COMMANDS.items())
+def test_the_command_line_says_which_extra_to_install(arguments, extra, told):
+    said = told[" ".join(arguments)]
+    assert said.startswith("2: ")
+    assert f'pip install "dlhelpers[{extra}]"' in said
+    assert told["left"] == []
 
 
 def test_an_engine_that_is_not_here_drops_out_and_says_what_to_install():
@@ -245,7 +251,7 @@ def test_the_wheel_asks_for_the_core_alone(installed):
 GIVEN = """
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from dlhelpers.lmdb_io import LMDBDataset
 
@@ -263,7 +269,7 @@ images, targets = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
 x = inputs = images
 optimizer = torch.optim.AdamW(model.parameters())
 calibration = [images[:4], images[4:]]
-loader = DataLoader(TensorDataset(images.repeat(50, 1, 1, 1), targets.repeat(50)), batch_size=8)
+loader = DataLoader([(images[0], 3)] * 8000, batch_size=8)
 batches = None
 
 def transform(image):
