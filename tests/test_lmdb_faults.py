@@ -68,8 +68,9 @@ print("whole", flush=True)
 """
 
 
-def conversion(source, path, workers=0):
-    command = [sys.executable, "-c", CHILD, str(source), str(path), str(workers)]
+def conversion(source, path, workers=0, start=None):
+    begin = f"import multiprocessing; multiprocessing.set_start_method({start!r})"
+    command = [sys.executable, "-c", begin + CHILD, str(source), str(path), str(workers)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -133,6 +134,19 @@ def test_fifty_kills_lose_nothing(photos, whole, tmp_path):
 
 
 @posix
+@posix
+def test_no_worker_of_a_forking_server_outlives_its_conversion(photos, tmp_path):
+    psutil = pytest.importorskip("psutil", reason="psutil (extra dev)")
+    child = conversion(photos, tmp_path / "db", workers=2, start="forkserver")
+    assert child.stdout.readline()
+    started = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.communicate()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert len(started) >= 3  # the server is one of them
+    assert alive == []
+
+
 def test_a_kill_before_the_rename_costs_nothing(photos, whole, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
