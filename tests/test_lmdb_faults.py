@@ -318,9 +318,13 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(photos, tmp_path, monkey
     assert order[-3:] == [("sync", True), ("rename", True), ("sync", False)]
 
 
-def test_after_a_crash_of_the_machine_only_a_sound_part_is_taken_up(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(converting, "_boot_id", lambda: "before")
+@pytest.mark.parametrize("boots", [("before", "after"), ("", "")])  # "": where none is told
+def test_after_a_crash_of_the_machine_only_a_sound_part_is_taken_up(
+    photos, tmp_path, monkeypatch, boots
+):
+    monkeypatch.setattr(converting, "_boot_id", lambda: boots[0])
     interrupted(photos, tmp_path / "db", monkeypatch)
+    monkeypatch.setattr(converting, "_boot_id", lambda: boots[1])
     partial = tmp_path / ".db.part"
     sound = partial.read_bytes()
     assert write_lmdb(photos, tmp_path / "db", progress=False, resume=True).resumed_from >= 100
