@@ -325,7 +325,7 @@ def test_missing_and_undeclared_conditions_are_named(time_claim):
         time_claim.judge(found)
     said = str(caught.value)
     assert "lacks ['batch 64, compute-bound', 'control'] and has undeclared ['batch 65']" in said
-    assert "claims.toml declares ['batch 1, launch-bound', 'batch 64, compute-bound']" in said
+    assert "01_pairing.toml declares ['batch 1, launch-bound', 'batch 64, compute-bound']" in said
 
 
 @pytest.mark.parametrize("found", [1.2, True, Estimate(1.2, 1.1, 1.3, 5), "fast", None])

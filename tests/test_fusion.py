@@ -135,6 +135,19 @@ def test_linear_layers_are_folded_both_ways(bias, affine):
     assert torch.allclose(fold_before(before, layer)(x), layer(before(x)), atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "pads"), [(1, 1, False), (3, 1, True), (2, 1, True), ((1, 3), 2, True)]
+)
+def test_a_batchnorm_before_same_padding_is_folded_where_the_kernel_sees_no_padding(
+    kernel, dilation, pads
+):
+    conv = nn.Conv2d(4, 8, kernel, padding="same", dilation=dilation).double()
+    bn, x = lived(nn.BatchNorm2d(4)).double().eval(), torch.randn(2, 4, 6, 6).double()
+    assert bool(why_not_before(conv)) == pads
+    if not pads:
+        assert torch.allclose(fold_before(bn, conv)(x), conv(bn(x)), atol=1e-12)
+
+
 def test_folding_keeps_what_a_layer_is():
     conv = nn.Conv2d(8, 8, 3, bias=False).to(memory_format=torch.channels_last)
     conv.weight.requires_grad_(False)
@@ -144,6 +157,10 @@ def test_folding_keeps_what_a_layer_is():
     assert folded.weight.is_contiguous(memory_format=torch.channels_last)
     assert (folded.weight.requires_grad, folded.bias.requires_grad) == (False, False)
     assert fold_after(nn.Conv2d(8, 8, 1, bias=False), bn).bias.requires_grad
+    half = nn.Conv2d(8, 8, 1)
+    half.bias.requires_grad_(False)
+    folded = fold_after(half, bn)
+    assert (folded.weight.requires_grad, folded.bias.requires_grad) == (True, False)
     assert torch.equal(conv.weight, before[0])
     assert conv.bias is None
     with pytest.raises(ValueError, match="8 channels behind 4 outputs"):

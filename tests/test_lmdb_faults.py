@@ -69,8 +69,10 @@ print("whole", flush=True)
 """
 
 
-def conversion(source, path, workers=0):
-    command = [sys.executable, "-c", heeding(CHILD), str(source), str(path), str(workers)]
+def conversion(source, path, workers=0, start=None):
+    begin = f"import multiprocessing; multiprocessing.set_start_method({start!r})"
+    child = heeding(begin + CHILD)
+    command = [sys.executable, "-c", child, str(source), str(path), str(workers)]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -134,6 +136,19 @@ def test_fifty_kills_lose_nothing(photos, whole, tmp_path):
 
 
 @posix
+@posix
+def test_no_worker_of_a_forking_server_outlives_its_conversion(photos, tmp_path):
+    psutil = pytest.importorskip("psutil", reason="psutil (extra dev)")
+    child = conversion(photos, tmp_path / "db", workers=2, start="forkserver")
+    assert child.stdout.readline()
+    started = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.communicate()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert len(started) >= 3  # the server is one of them
+    assert alive == []
+
+
 def test_a_kill_before_the_rename_costs_nothing(photos, whole, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
@@ -305,9 +320,13 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(photos, tmp_path, monkey
     assert order[-3:] == [("sync", True), ("rename", True), ("sync", False)]
 
 
-def test_after_a_crash_of_the_machine_only_a_sound_part_is_taken_up(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(converting, "_boot_id", lambda: "before")
+@pytest.mark.parametrize("boots", [("before", "after"), ("", "")])  # "": where none is told
+def test_after_a_crash_of_the_machine_only_a_sound_part_is_taken_up(
+    photos, tmp_path, monkeypatch, boots
+):
+    monkeypatch.setattr(converting, "_boot_id", lambda: boots[0])
     interrupted(photos, tmp_path / "db", monkeypatch)
+    monkeypatch.setattr(converting, "_boot_id", lambda: boots[1])
     partial = tmp_path / ".db.part"
     sound = partial.read_bytes()
     assert write_lmdb(photos, tmp_path / "db", progress=False, resume=True).resumed_from >= 100

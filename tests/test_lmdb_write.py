@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import shutil
 import stat
@@ -414,6 +415,25 @@ def test_two_workers_store_the_same_bytes_as_none(tmp_path, photos, options):
     write(photos, tmp_path / "a", **options)
     write(photos, tmp_path / "b", workers=2, **options)
     assert stored(tmp_path / "a") == stored(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(start, marks=pytest.mark.slow if start == "spawn" else ())
+        for start in multiprocessing.get_all_start_methods()
+    ],
+)
+def test_workers_convert_however_they_are_started(tmp_path, photos, start):
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(start, force=True)
+    try:
+        write(photos, tmp_path / "db", workers=1)
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
+    assert [key for key, _, _ in stored(tmp_path / "db")] == [
+        path.relative_to(photos).as_posix() for path in sorted(photos.glob("*/*.*"))
+    ]
 
 
 def test_workers_take_datasets_and_generators_and_name_what_is_broken(tmp_path):

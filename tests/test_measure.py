@@ -256,6 +256,36 @@ def test_a_threshold_is_measured_until_it_is_cleared(clock):
     assert decided.pairs > plain.pairs
 
 
+@pytest.mark.parametrize(("ratio", "same"), [(2.0, True), (3.9, True), (8.0, False)])
+def test_calls_of_like_length_are_repeated_equally_often(clock, ratio, same):
+    counts = {"base": 0, "other": 0}
+
+    def counted(name, seconds):
+        call = clock.work(seconds)
+
+        def count():
+            counts[name] += 1
+            call()
+
+        return count
+
+    functions = {name: counted(name, s) for name, s in (("base", 4e-6 * ratio), ("other", 4e-6))}
+    race = paired.Race(functions, "base", 1.0, 0.0, None, "warm")
+    counts.update(base=0, other=0)
+    race._round()
+    assert (counts["base"] == counts["other"]) == same
+
+
+def test_the_first_call_is_not_the_only_one_that_the_calibration_knows(clock):
+    left = [0.01]  # what warms up: longer than a twentieth of the share
+
+    def call():
+        clock.now += left.pop() if left else 1e-5
+
+    race = paired.Race({"base": call, "other": clock.work(1e-5)}, "base", 0.2, 0.0, None, "warm")
+    assert race.numbers["base"] == race.numbers["other"] == 100  # to a sample of 1 ms
+
+
 def test_setup_runs_untimed_before_every_call(clock):
     prepared = []
 

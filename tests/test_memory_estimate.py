@@ -525,6 +525,36 @@ def calls_in(code):
     return list({call.key: call for call in calls}.values())
 
 
+def test_a_death_after_the_run_is_not_the_runs():
+    with Accounting() as run:
+        kept = torch.zeros(3) + 1
+        gone = torch.zeros(3)
+        del gone
+    deaths = [storage.died for storage in run.storages]
+    assert deaths.count(None) == 1
+    del kept
+    assert [storage.died for storage in run.storages] == deaths
+
+
+def test_what_a_storage_was_declared_to_be_it_stays():
+    layer = nn.Linear(2, 2)
+    with Accounting() as run:
+        run.add_model(layer)
+        run.add("inputs", [layer.weight])
+        run.add("optimizer state", [layer.bias])
+    assert [storage.kind for storage in run.storages] == ["parameters", "parameters"]
+
+
+def test_backward_belongs_to_the_innermost_module_that_made_a_value():
+    model = nn.Sequential(nn.Sequential(nn.Tanh()))
+    x = torch.ones(3, requires_grad=True)
+    with Accounting() as run:
+        run.add_model(model)
+        model(x).sum().backward()
+    backward = {op.name: op.module for op in run.ops if op.phase == "backward"}
+    assert backward["aten.tanh_backward.default"] == "0.0"
+
+
 def assert_bounded(calls):
     """A kernel that takes more than its bound would be left out where it decides the peak."""
     tried = 0

@@ -82,11 +82,13 @@ def _die_with_parent(_worker: int) -> None:
 
 
 def _watch_parent() -> None:
-    from multiprocessing import parent_process
+    from multiprocessing import get_start_method, parent_process
     from multiprocessing.connection import wait
 
     parent = parent_process()
-    # a sibling may hold the other end of the sentinel, so look at the parent as well
-    while os.getppid() == parent.pid and not wait([parent.sentinel], timeout=1.0):
+    # Linux's default from Python 3.14 on: a server forks the workers, and ends with the parent
+    starter = os.getppid() if get_start_method() == "forkserver" else parent.pid
+    # a sibling may hold the other end of the sentinel, so look at the starter as well
+    while os.getppid() == starter and not wait([parent.sentinel], timeout=1.0):
         pass
     os._exit(1)

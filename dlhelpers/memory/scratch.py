@@ -215,9 +215,7 @@ class Scratch:
         self._at_most = (describe().ram_bytes or 4 << 30) // 16  # for one operator's arguments
         self._until = time.monotonic() + _TRIALS_S
         build = (torch.__version__, torch.get_num_threads(), torch.backends.mkldnn.enabled)
-        name = hashlib.sha256(repr((describe().key, build)).encode()).hexdigest()[
-            :12
-        ]
+        name = hashlib.sha256(repr((describe().key, build)).encode()).hexdigest()[:12]
         self._path = cache_dir() / f"scratch-{name}.json"
         try:
             known = json.loads(self._path.read_text())

@@ -195,7 +195,7 @@ def _complete(claim: Claim, evidence: Mapping[str, Any] | NotMeasured) -> Mappin
     if missing or foreign:
         said = [f"lacks {missing}"] * bool(missing) + [f"has undeclared {foreign}"] * bool(foreign)
         raise ValueError(
-            f"evidence of {claim.id} {' and '.join(said)}; claims.toml declares {names}"
+            f"evidence of {claim.id} {' and '.join(said)}; {claim.notebook}.toml declares {names}"
             + (", and 'control' is the baseline against itself" if "control" in missing else "")
         )
     return evidence
