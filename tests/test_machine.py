@@ -40,7 +40,8 @@ def test_processor_and_caches_agree_with_lscpu():
     here = describe()
     flags = fields["Flags"].split()
     assert ("avx2" in here.simd) == ("avx2" in flags)
-    assert ("avx512_vnni" in here.simd) == ("avx512_vnni" in flags)
+    is_capped = here.torch_capability in ("DEFAULT", "AVX2")
+    assert ("avx512_vnni" in here.simd) == ("avx512_vnni" in flags and not is_capped)
     assert here.cpu == fields.get("Model name", here.cpu)
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert here.ram_bytes == pages
@@ -279,7 +280,14 @@ def test_two_threads_of_one_core_are_one_physical_core(monkeypatch):
     monkeypatch.setattr(machine, "_read", lambda path: text)
     assert machine._physical_cores() == 4
     assert machine._cpu_name() == "Some CPU @ 2 GHz"
+    facts = {"torch": "2", "cuda_devices": ()}
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(machine, "_torch_facts", lambda: facts | {"torch_capability": "AVX512"})
     assert describe.__wrapped__().simd == ("avx2", "avx512", "avx_vnni", "amx", "amx_int8")
+    monkeypatch.setattr(machine, "_torch_facts", lambda: facts | {"torch_capability": "AVX2"})
+    assert describe.__wrapped__().simd == ("avx2", "avx_vnni")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert describe.__wrapped__().simd == ("avx2",)
 
 
 def test_arm_features_have_their_names(monkeypatch):
