@@ -12,7 +12,7 @@ NBVAL := $(BIN)/python -m pytest --nbval -p no:cacheprovider
 TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-oldest verify report bench lint chromium clean
+.PHONY: help lab test test-oldest verify report bench lint pages chromium clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -43,6 +43,10 @@ lint: .venv/.stamp  ## ruff, notebooks included, and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+
+PAGES := links readme_table api_page architecture ledger_page
+pages: .venv/.stamp  ## write the pages and links that are made from the code
+	for page in $(PAGES); do $(BIN)/python tools/$$page.py || exit 1; done
 
 chromium:  ## install Chromium for the browser tests (Debian and Ubuntu, as root)
 	@command -v chromium >/dev/null || { \

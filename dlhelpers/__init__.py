@@ -13,13 +13,14 @@ from types import ModuleType
 
 from dlhelpers import _former
 
+__all__ = ["__version__"]
 __version__ = "0.1.0"
 
 _former.install()
 
 
 def __getattr__(name: str) -> ModuleType:
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+    if name.isidentifier() and name[0] != "_" and find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -8,12 +8,14 @@ import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 
 __all__ = ["install"]
 
 _MOVED = ("claims", "data", "exercises", "ledger", "notebook")
 _MOVED += ("plots", "report", "stores", "story", "training")
+_DRAWING = ("plots.strips", "plots.style", "plots.traces")  # these the library draws with
 _PASSED = ("importlib", "dlhelpers")  # modules between a program's import and this one
 
 
@@ -26,20 +28,30 @@ class _Forward(MetaPathFinder, Loader):
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, rest = name.partition(".")
-        if package == "dlhelpers" and rest.partition(".")[0] in _MOVED:
-            return ModuleSpec(name, self)
-        return None
+        if package != "dlhelpers" or rest.partition(".")[0] not in _MOVED:
+            return None
+        try:
+            exists = find_spec(_today(rest)) is not None
+        except ModuleNotFoundError:  # below a module that is no package
+            exists = False
+        return ModuleSpec(name, self) if exists else None
 
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
-        _, _, rest = name.partition(".")
+        rest = name.partition(".")[2]
         if not self._warned:
-            self._warned = True
             _warn(
-                f"{name} is dlhelpers.course.{rest} now, and {', '.join(_MOVED)} have all moved "
-                f"there: write from dlhelpers.course import {rest.partition('.')[0]}"
+                f"{name} is now {_today(rest)}; the old name still works. {', '.join(_MOVED)} "
+                "have moved to dlhelpers.course, all other modules stay where they were"
             )
-        sys.modules[name] = importlib.import_module(f"dlhelpers.course.{rest}")
+        self._warned = True
+        sys.modules[name] = importlib.import_module(_today(rest))
+
+
+def _today(rest: str) -> str:
+    if rest in _DRAWING:
+        return f"dlhelpers.drawing.{rest.partition('.')[2]}"
+    return f"dlhelpers.course.{rest}"
 
 
 def _warn(message: str) -> None:

@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> the packages that it brings, 
     "plots": ("matplotlib",),
     "stores": ("h5py", "tfrecord", "webdataset"),
 }
+_OF_THE_COURSE = ("scikit-learn", "nbclient", "nbformat", "filelock", "ipykernel", "ipywidgets")
 _PACKAGES = {  # what is imported -> the package, where that has another name
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
@@ -39,7 +40,8 @@ def need(module: str, who: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        why = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
+        is_absent = getattr(error, "name", None) in (module, module.partition(".")[0])
+        why = "" if is_absent else f" ({error})"
         raise ImportError(f"{who} needs {module}{why}: {install_hint(module)}") from error
 
 
@@ -48,8 +50,12 @@ def install_hint(module: str) -> str:
 
     >>> install_hint("cv2")
     'pip install "dlhelpers[codecs]"'
+    >>> install_hint("elsewhere")
+    'pip install elsewhere'
     """
     top = module.partition(".")[0]
     package = _PACKAGES.get(top, top)
-    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), "course")
-    return f'pip install "dlhelpers[{extra}]"'
+    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    if package in _OF_THE_COURSE:
+        extra = "course"
+    return f'pip install "dlhelpers[{extra}]"' if extra else f"pip install {package}"

@@ -38,6 +38,16 @@ _SIMD = {
     "i8mm": "i8mm",
     "bf16": "neon_bf16",
 }
+_BEYOND = {  # what oneDNN may use at most -> the beginnings of names that lie beyond it
+    "SSE41": ("avx", "amx"),
+    "AVX": ("avx2", "avx512", "avx_vnni", "amx"),
+    "AVX2": ("avx512", "avx_vnni", "amx"),
+    "AVX2_VNNI": ("avx512", "amx"),
+    "AVX512_CORE": ("avx512_", "avx_vnni", "amx"),
+    "AVX512_CORE_VNNI": ("avx512_bf16", "avx512_fp16", "amx"),
+    "AVX512_CORE_BF16": ("avx512_fp16", "amx"),
+    "AVX512_CORE_FP16": ("amx",),
+}
 _LLC_DEFAULT = 32 << 20
 _SYSFS_CACHE = "/sys/devices/system/cpu/cpu0/cache"
 
@@ -236,11 +246,9 @@ def _allowed(simd: list[str], capability: str | None) -> tuple[str, ...]:
     >>> _allowed(["avx2", "avx512", "avx512_vnni"], "AVX2")
     ('avx2',)
     """
-    if capability in ("DEFAULT", "AVX2"):
-        simd = [name for name in simd if not name.startswith(("avx512", "amx"))]
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("SSE41", "AVX", "AVX2"):
-        simd = [name for name in simd if name != "avx_vnni"]
-    return tuple(simd)
+    forbidden = ("avx512", "amx") if capability in ("DEFAULT", "AVX2") else ()
+    forbidden += _BEYOND.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), ())
+    return tuple(name for name in simd if not name.startswith(forbidden))
 
 
 def _ram_bytes() -> int | None:

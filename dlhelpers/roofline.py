@@ -110,8 +110,10 @@ def roofline(*, refresh: bool = False) -> Roofline:
         return kept
     begin, others_s = _clock(), _others_s()
     end = begin + _BUDGET_S
-    peaks = _matmul_gflops(end)
-    bandwidth = _bandwidth_gb_s(end)
+    # the peaks are the CPU's, whatever the program has set for itself
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.inference_mode():
+        peaks = _matmul_gflops(end)
+        bandwidth = _bandwidth_gb_s(end)
     others = (_others_s() - others_s) / max(_clock() - begin, 1e-9)
     was_loaded = was_loaded or others > describe().cores / 4
     result = Roofline(bandwidth, peaks, threads, was_loaded)
@@ -166,7 +168,7 @@ def _matmul_gflops(end: float) -> dict[str, float | None]:
     import torch
 
     own = torch.Generator().manual_seed(0)  # the caller's random state stays where it is
-    tile = torch.randn(_SIZES[0], _SIZES[0], generator=own)
+    tile = torch.randn(_SIZES[0], _SIZES[0], generator=own, dtype=torch.float32)
 
     def operand(n: int, dtype: torch.dtype) -> torch.Tensor:
         return (3 * tile).to(dtype).repeat(n // len(tile), n // len(tile))
@@ -209,7 +211,9 @@ def _bandwidth_gb_s(end: float) -> float:
     # a server has a last-level cache for each group of cores: 32 MiB a core are beyond them all
     size = max(8 * here.llc_bytes, 64 << 20, here.cores * (32 << 20))
     wanted = min(size, (here.ram_bytes or 4 << 30) // 8) // 4 // 3
-    whole = [torch.empty(wanted) for _ in range(3)]  # costs nothing until it is touched
+    whole = [
+        torch.empty(wanted, dtype=torch.float32) for _ in range(3)
+    ]  # costs nothing until it is touched
     n, touched = min(wanted, 4 * here.llc_bytes // 4 // 3), 0
     until = _clock() + 2 / 3 * (end - _clock())
     while True:

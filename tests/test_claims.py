@@ -726,6 +726,35 @@ def test_every_notebook_has_a_lesson_and_every_lesson_a_notebook():
     assert [lesson.stem for lesson in claims.lessons()] == [path.stem for path in NOTEBOOKS]
 
 
+def test_a_lesson_that_takes_a_claim_of_another_one_is_an_error(monkeypatch, tmp_path):
+    for stem in ("01_pairing", "02_lmdb_io"):
+        (tmp_path / f"{stem}.toml").write_text(TIME, encoding="utf-8")
+    tips = tmp_path / "tips.toml"
+    tips.write_text(TIPS, encoding="utf-8")
+    known = catalog.load_tips(tips)
+    monkeypatch.setattr(catalog, "_lesson_files", lambda: sorted(tmp_path.glob("0*.toml")))
+    monkeypatch.setattr(catalog, "load_tips", lambda path: known)
+    with pytest.raises(ValueError, match=r"02_lmdb_io\.toml: 01_pairing has claim"):
+        catalog.all_claims.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("pairing", 'title = "P"\nlearn = "l"', "named as its notebook"),
+        ("1_pairing", 'title = "P"\nlearn = "l"', "named as its notebook"),
+        ("01_pairing", 'title = "P"', "lacks the key 'learn'"),
+        ("01_pairing", 'title = "P"\nlearn = "l"\nminutes = 3', "unknown key 'minutes'"),
+    ],
+)
+def test_a_bad_lesson_is_an_error_that_names_the_file(name, text, said, tmp_path):
+    path = tmp_path / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=said) as caught:
+        catalog._lesson(path)
+    assert path.name in str(caught.value)
+
+
 def test_a_tip_names_the_notebooks_that_have_claims_of_it():
     for tip in claims.all_tips():
         stems = {claim.notebook for claim in claims.all_claims() if claim.tip == tip.id}

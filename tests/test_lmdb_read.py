@@ -122,7 +122,7 @@ def test_options_out_of_range_are_named(database):
 def test_a_decoder_that_is_not_installed_is_named(database, monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     decoding.load_decoder.cache_clear()
-    with pytest.raises(ImportError, match=r"'simplejpeg' cannot be had .*dlhelpers\[codecs\]"):
+    with pytest.raises(ImportError, match=r"'simplejpeg' does not work here .*dlhelpers\[codecs\]"):
         LMDBDataset(database, decode="simplejpeg")
     decoding.load_decoder.cache_clear()
 

@@ -290,6 +290,49 @@ def test_two_threads_of_one_core_are_one_physical_core(monkeypatch):
     assert describe.__wrapped__().simd == ("avx2",)
 
 
+@pytest.mark.parametrize(
+    ("cap", "left"),
+    [
+        ("", ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16"]),
+        (
+            "AVX512_CORE_AMX",
+            ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16"],
+        ),
+        ("AVX512_CORE_BF16", ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni"]),
+        ("avx512_core_vnni", ["avx2", "avx512", "avx512_vnni", "avx_vnni"]),
+        ("AVX512_CORE", ["avx2", "avx512"]),
+        ("AVX2_VNNI", ["avx2", "avx_vnni"]),
+        ("AVX2", ["avx2"]),
+        ("SSE41", []),
+    ],
+)
+def test_what_onednn_may_not_use_is_no_instruction_set_of_this_machine(monkeypatch, cap, left):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    every = ["avx2", "avx512", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16"]
+    assert list(machine._allowed(every, "AVX512")) == left
+
+
+def test_peaks_are_the_cpus_in_float32_whatever_the_program_has_set(monkeypatch, tmp_path):
+    seen = []
+
+    def product(a, b):
+        seen.append((a.device.type, a.dtype, torch.is_autocast_enabled("cpu")))
+        return a
+
+    monkeypatch.setattr(PEAKS, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(PEAKS, "_bandwidth_gb_s", lambda end: 1.0)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu"):
+            roofline(refresh=True)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert {one for one in seen if one[1] != torch.bfloat16} == {("cpu", torch.float32, False)}
+
+
 def test_arm_features_have_their_names(monkeypatch):
     monkeypatch.setattr(machine.sys, "platform", "linux")
     text = "processor : 0\nFeatures : fp asimd asimddp sve i8mm bf16\n"

@@ -869,6 +869,19 @@ def test_the_models_own_error_comes_through_with_a_note(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_the_rate_of_a_type_is_that_of_the_faster_of_two_products(monkeypatch):
+    now, costs = [0.0], iter([3.0, 0.5])  # something is made ready in the first one
+
+    def multiply(a, b):
+        assert a.shape == b.shape == (256, 256)
+        assert a.dtype == torch.bfloat16
+        now[0] += next(costs)
+
+    monkeypatch.setattr(scratch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(scratch.torch, "mm", multiply)
+    assert scratch._flops_per_s(torch.bfloat16) == 2 * 256**3 / 0.5
+
+
 @pytest.fixture
 def trials(own_cache, monkeypatch):
     """Count trials; half precision computes a billion operations a second."""

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONDA_NAMES = {  # name on the package index -> name on conda-forge
     "torch": "pytorch",
     "matplotlib": "matplotlib-base",

@@ -503,19 +503,33 @@ def test_the_cost_compares_a_run_under_the_profiler_with_one_without(monkeypatch
     assert sys.getprofile() is None
 
 
+def test_a_slow_first_run_is_not_what_a_profiler_is_compared_with(monkeypatch):
+    now, calls = [0.0], []
+
+    def step():
+        calls.append(1)
+        now[0] += 3.0 if len(calls) == 1 else 0.1
+
+    monkeypatch.setattr(overheads, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(overheads, "compare", lambda *_, **__: "a comparison")
+    report = overhead(step, profilers=["cProfile"], budget_s=1.0)
+    assert dict(report) == {"cProfile": "a comparison"}
+
+
 def test_a_run_that_spends_the_budget_is_made_once_under_each_profiler(monkeypatch):
     now, calls = [0.0], []
 
     def slow():
         calls.append(1)
-        now[0] += 30.0
+        now[0] += 20.0 if len(calls) == 1 else 30.0
 
     monkeypatch.setattr(overheads, "perf_counter", lambda: now[0])
     report = overhead(slow, profilers=["cProfile", "sample_threads"], budget_s=2.0)
     assert len(calls) == 3  # alone, and under each
     for row in report.values():
-        assert (row.speedup, row.pairs, row.outcome) == (1.0, 1, "undecided")
+        assert (row.speedup, row.pairs, row.outcome) == (1.5, 1, "undecided")
     assert "[0.00, inf]" in str(report)
+    assert "give budget_s=" in str(report)
 
 
 def test_line_profiler_watches_the_same_functions_when_a_run_is_repeated():

@@ -75,3 +75,21 @@ def test_descriptor_2_stays_the_callers(run):
         os.close(Writes.read)
     assert Writes.seen
     assert all(said.endswith(b"straight to the descriptor") for said in Writes.seen)
+
+
+def test_descriptor_2_is_the_callers_while_the_profiler_starts_and_stops(monkeypatch):
+    seen, before = [], os.fstat(2)
+
+    class Profile(torch.profiler.profile):
+        def start(self):
+            seen.append(os.fstat(2))
+            super().start()
+
+        def stop(self):
+            seen.append(os.fstat(2))
+            super().stop()
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    measure_peak(lambda: torch.ones(3) + 1)
+    assert len(seen) >= 2
+    assert all(os.path.samestat(before, one) for one in seen)

@@ -1,6 +1,8 @@
 """What a kernel's child lets through, and what is left when the kernel or the child dies."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +47,29 @@ def run(terminal, *cells):
     return streams, failure
 
 
+CATCHES_UP = """
+import os
+from dlhelpers.course.stderr_filter import _Filter
+reading, writing = os.pipe()
+os.set_blocking(reading, False)
+os.dup2(writing, 2)
+made = _Filter(terminal=os.dup(1))
+for number in range(50):
+    os.write(2, b"line %d" % number + b"\\n" * (number % 2))
+    made.catch_up()
+    assert os.read(reading, 100).startswith(b"line %d" % number)
+made.end(os.getpid())
+"""
+
+
+def test_what_is_written_has_passed_when_the_filter_has_caught_up():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", CATCHES_UP], env=environment, stdout=subprocess.PIPE, check=False
+    )
+    assert done.returncode == 0
+
+
 def ended(pid, within=20.0):
     until = time.monotonic() + within
     while psutil.pid_exists(pid) and time.monotonic() < until:
@@ -56,7 +81,9 @@ def test_the_set_up_drops_what_the_profiler_says_and_nothing_else(tmp_path):
     streams, failure = run(
         tmp_path / "terminal",
         "from dlhelpers.course import notebook\nnotebook.setup()",
-        "notebook.setup()",
+        "notebook.setup()\n"
+        "after = get_ipython().events.callbacks['post_execute']\n"
+        "assert sum('catch_up' in repr(callback) for callback in after) == 1",
         PID,
         "import os, torch, warnings\n"
         "from dlhelpers.memory import measure_peak\n"

@@ -1,4 +1,4 @@
-"""Which modules does somebody import who uses the package? Found, not listed."""
+"""Which modules are for users? All that are found, except those that only other modules use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 ROOT = Path(__file__).parent.parent
-# what the other modules share, of no use outside
 INTERNAL = {"arguments", "drawing", "extras", "fakes", "files", "progress", "recording"}
 INTERNAL |= {"stderr_filter", "tables"}
 

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, help="comparisons a point (%(default)s)")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds each (%(default)s)")
     options = parser.parse_args()
-    from dlhelpers.course.plots.style import new_axes
+    from dlhelpers.drawing.style import new_axes
 
     figure, axes = new_axes(
         "How often a known difference is found",

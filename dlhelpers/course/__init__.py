@@ -9,9 +9,11 @@ from importlib.util import find_spec
 from pkgutil import iter_modules
 from types import ModuleType
 
+__all__: list[str] = []
+
 
 def __getattr__(name: str) -> ModuleType:
-    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+    if name.isidentifier() and name[0] != "_" and find_spec(f"{__name__}.{name}"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

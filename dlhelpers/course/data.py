@@ -224,8 +224,8 @@ def _need_same(root: Path, settings: dict[str, int]) -> None:
 
 
 def _photographs() -> dict[str, Any]:
-    pil = need("PIL.Image", "data.photos")
     bunch = need("sklearn.datasets", "data.photos").load_sample_images()
+    pil = need("PIL.Image", "data.photos")
     return {
         Path(name).stem: pil.fromarray(pixels)
         for name, pixels in zip(bunch.filenames, bunch.images, strict=True)

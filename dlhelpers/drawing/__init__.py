@@ -1,4 +1,4 @@
-"""What do reports draw of themselves? Ratios, shares and lanes, in one style.
+"""How do reports draw what they hold? Ratios, shares and lanes, in one style.
 
 Source of the colours: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/.
 """

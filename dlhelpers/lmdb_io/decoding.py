@@ -24,7 +24,11 @@ Decoder = Callable[[Any], np.ndarray]
 
 # in the order in which "auto" chooses: the fastest first, as benchmarks/io.py measures them
 DECODERS = ("simplejpeg", "opencv", "torchvision", "torchcodec", "pil")
-_MODULES = {"opencv": "cv2", "pil": "PIL"}  # where it is not the decoder's name
+_HINTS = {  # where the module's name is not the decoder's, or it is more than a decoder
+    "opencv": install_hint("cv2"),
+    "pil": install_hint("PIL"),
+    "torchvision": "pip install torchvision",
+}
 
 
 @cache
@@ -63,9 +67,10 @@ def load_decoder(name: str) -> Decoder:
     try:
         jpeg = _JPEG[name]()
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        hint = _HINTS.get(name) or install_hint(name)
         raise ImportError(
-            f"decode={name!r} cannot be had ({error}): {install_hint(_MODULES.get(name, name))}, "
-            'or decode="auto" for the fastest one that is here'
+            f"decode={name!r} does not work here ({error}): {hint}, "
+            'or decode="auto" for the fastest one that does'
         ) from None
 
     def decode(data: Any) -> np.ndarray:

@@ -27,12 +27,14 @@ from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
 from dlhelpers.profiling.watching import graph_counter, watch
+from dlhelpers.recording import need_no_recording
 
 __all__ = ["diagnose", "observe", "rank"]
 
 # of two remedies that save about as much, the one that is simpler comes first
 _PREFERRED = {"slow-collate": 1.2, "repeated-transforms": 1.1, "no-workers": 1.05}
 _REMOVED = ("slow-collate", "repeated-transforms")
+_STEPS_S = 8.0  # of steps to record, and as much without the profiler
 _LOOK_MS = 3000.0  # of long steps, whose stacks one of them tells as well
 _TRIED_S = 3.0  # for a remedy beside what is there
 
@@ -47,10 +49,10 @@ def diagnose(
     """Name what a step of training, evaluation or inference wastes, the largest saving first.
 
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
-    The step runs about ``3 * steps + 8`` times, a short one more often, one of seconds less often,
-    so it trains on. Remedies are tried on copies of the model, and with samples read anew from the
-    data set, after which the random states are put back. The DataLoader and the model are found
-    while they run.
+    The step runs about ``3 * steps + 8`` times, a short one more often, one of many seconds only
+    eight times, so it trains on. Remedies are tried on copies of the model, and with samples read
+    anew from the data set, after which the random states are put back. The DataLoader and the model
+    are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
@@ -89,14 +91,18 @@ def diagnose(
 
 def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None = None) -> Seen:
     """Run the step, watch it, and return what was seen."""
+    need_no_recording("diagnose")
     with watch() as seen:
-        report = record_steps(train_step, steps, 2, on_record=seen.begin_anew, progress=progress)
+        step_s, calls = _warm_up(train_step)
+        steps = min(steps, max(1, int(_STEPS_S / step_s)))
+        left = 2 - calls  # of what warms up
+        report = record_steps(train_step, steps, left, on_record=seen.begin_anew, progress=progress)
     step_ms = statistics.median(report.plain_ms)
     least = min(steps, max(1, int(_LOOK_MS / max(step_ms, 0.1))))
     looked_at = min(200, max(least, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
     looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
     with graph_counter() as count:
-        nodes = [(train_step(), count())[1] for _ in range(4)]
+        nodes = [(train_step(), count())[1] for _ in range(4 if step_s < _STEPS_S / 4 else 2)]
     cores = machine.describe().cores
     loader = seen.slowest
     waits = report.shares.get("data loading", 0.0)
@@ -112,6 +118,18 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         lines=program_lines(looks),
         cores=cores,
     )
+
+
+def _warm_up(train_step: Callable[[], Any]) -> tuple[float, int]:
+    """Return how many seconds a step takes, and how often it was called to find out."""
+    begin = perf_counter()
+    train_step()
+    first_s = perf_counter() - begin
+    if first_s < _STEPS_S / 8:
+        return max(first_s, 1e-9), 1
+    begin = perf_counter()  # something may have been made ready in the first call
+    train_step()
+    return min(first_s, max(perf_counter() - begin, 1e-9)), 2
 
 
 def rank(seen: Seen, at_least: float, speedup: Speedup | None = None) -> Findings:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-__all__ = ["Outputs", "Structure", "first_line", "read_batches", "run_float", "sqnr_db"]
+__all__ = [
+    "Outputs",
+    "Structure",
+    "batch_size",
+    "first_line",
+    "first_samples",
+    "read_batches",
+    "run_float",
+    "sqnr_db",
+]
 
 Batch = tuple[Any, ...]
 _PLACE = object()
@@ -111,6 +120,17 @@ def _check(index: int, place: int, value: Tensor, first: Tensor) -> None:
             f"{first.dtype} {list(first.shape)}: all batches must have one type and one size but "
             "for the first dimension; resize or pad them"
         )
+
+
+def batch_size(batch: Batch) -> int | None:
+    """Return the number of samples; None where the inputs do not agree on one."""
+    sizes = {len(t) for t in batch if isinstance(t, Tensor) and t.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def first_samples(batch: Batch, n: int) -> Batch:
+    """Return the batch of its first n samples; inputs that are not tensors stay as they are."""
+    return tuple(t[:n] if isinstance(t, Tensor) and t.dim() else t for t in batch)
 
 
 def run_float(model: Callable[..., Any], batches: list[Batch]) -> list[Outputs]:

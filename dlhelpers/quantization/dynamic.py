@@ -81,6 +81,7 @@ def quantize_dynamic(
         budget_s=budget_s,
         notes=[],
         start=start,
+        progress=progress,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlhelpers.measure import Comparison, compare_many
 from dlhelpers.measure.intervals import min_pairs
-from dlhelpers.quantization.batches import Batch
+from dlhelpers.quantization.batches import Batch, batch_size, first_samples
 from dlhelpers.quantization.roads import Road
 
 __all__ = ["Pace", "fastest", "raced"]
@@ -55,10 +55,10 @@ class Pace:
 
     def _from_one_sample(self, road: Road, batch: Batch) -> str:
         """Return why a whole batch should not be tried: one of its samples took that long."""
-        sizes = {len(t) for t in batch if isinstance(t, Tensor) and t.dim()}
-        if self._best is None or not road.takes_any_batch or len(sizes) != 1 or sizes == {1}:
+        size = batch_size(batch)
+        if self._best is None or not road.takes_any_batch or size in (None, 1):
             return ""
-        one = tuple(t[:1] if isinstance(t, Tensor) and t.dim() else t for t in batch)
+        one = first_samples(batch, 1)
         try:
             usual_s = min(_timed(partial(self._best.run, one)) for _ in range(2))
             sample_s = _timed(partial(road.run, one))
@@ -66,7 +66,7 @@ class Pace:
                 sample_s = min(sample_s, _timed(partial(road.run, one)))
         except Exception:  # a model of one batch size: the whole batch tells
             return ""
-        if sizes.pop() * sample_s < _LOOK_S or sample_s < _HOPELESS * usual_s:
+        if size * sample_s < _LOOK_S or sample_s < _HOPELESS * usual_s:
             return ""
         return f"one sample took {sample_s:.3g} s, {self._told(sample_s / usual_s)}"
 

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from dlhelpers.progress import bar
 from dlhelpers.quantization.affine import Affine, choose_affine
-from dlhelpers.quantization.batches import Batch, Outputs, read_batches, run_float, sqnr_db
+from dlhelpers.quantization.batches import (
+    Batch,
+    Outputs,
+    batch_size,
+    first_samples,
+    read_batches,
+    run_float,
+    sqnr_db,
+)
 from dlhelpers.quantization.fake import (
     input_ranges,
     layers_of,
@@ -165,11 +173,10 @@ def _affordable(model: nn.Module, batches: list[Batch]) -> list[Batch]:
     share = _RANKING_S / max((_clock() - start) * len(layers_of(model)), 1e-9)
     if share >= len(batches):
         return batches
-    sizes = {len(t) for t in batches[0] if isinstance(t, Tensor) and t.dim()}
-    if share >= 1 or len(sizes) != 1:
+    size = batch_size(batches[0])
+    if share >= 1 or size is None:
         return batches[:1]
-    n = max(1, int(share * sizes.pop()))
-    one = tuple(t[:n] if isinstance(t, Tensor) and t.dim() else t for t in batches[0])
+    one = first_samples(batches[0], max(1, int(share * size)))
     try:
         run_float(model, [one])
     except ValueError:  # a model of one batch size

@@ -92,6 +92,8 @@ def quantize_static(
     torch.Size([2, 10])
     """
     engines = _engines(engine)
+    if not budget_s > 0:
+        raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
     if calibrator != "auto" and calibrator not in CALIBRATORS:
         raise ValueError(
             f'calibrator={calibrator!r} is neither "auto" nor one of {", ".join(CALIBRATORS)}'
@@ -123,6 +125,7 @@ def quantize_static(
         notes=notes,
         start=start,
         kept=kept,
+        progress=progress,
     )
 
 

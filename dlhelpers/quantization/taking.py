@@ -113,7 +113,7 @@ def built(
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Return a row for every road, and those that are right; ``kept`` takes the wrong ones, too."""
     rows, roads, pace = [], {}, Pace()
-    with bar(plan.items(), progress=progress, leave=False, delay=1) as shown:
+    with bar(plan.items(), progress=progress, leave=False, delay=1, unit="backend") as shown:
         for name, (precision, build) in shown:
             shown.set_postfix_str(name, refresh=True)
             row, road = tried(name, precision, build, task, min_sqnr_db, kept, pace)
@@ -178,6 +178,7 @@ def take(
     notes: list[str],
     start: float,
     kept: dict[str, Road] | None = None,
+    progress: bool | None = None,
 ) -> QuantizedModel:
     """Race the roads and return the model on the fastest, with the report."""
     batch = task.batches[0]
@@ -186,9 +187,12 @@ def take(
             "the model gives other outputs when it is run again with the same inputs (a random "
             "layer, or a state that it changes): there is nothing to compare int8 with"
         )
-    speeds, baseline, slower = raced(roads, batch, budget_s)
+    said = f"racing {len(roads)} backends, about {budget_s * len(roads):.0f} s"
+    with bar(total=1, desc=said, bar_format="{desc}", progress=progress, leave=False) as shown:
+        speeds, baseline, slower = raced(roads, batch, budget_s)
+        chosen = fastest(roads, speeds, baseline, batch, budget_s)
+        shown.update()
     structure = task.outputs[0].structure
-    chosen = fastest(roads, speeds, baseline, batch, budget_s)
     for i, row in enumerate(rows):
         if row.name in slower:
             why = f"about {slower[row.name]:.0f} times slower than {baseline}"

@@ -24,6 +24,7 @@ from dlhelpers.shufflenet.formulas import is_element_wise, mac_lower_bound, memo
 
 __all__ = ["audit"]
 
+_Broken = tuple[float, int, Finding]  # bytes moved more, calls more, what is said of it
 _OVERHEAD_S = 0.2  # seconds for its measurement, which takes milliseconds on a quiet machine
 
 
@@ -61,12 +62,13 @@ def audit(
     costs = layer_costs(model, inputs, policy="all", peaks=peaks)
     whole = costs.nbytes if peaks is None else costs.predicted_s
     total = whole or math.inf
-    found = [
-        (cost, finding)
+    broken = [
+        one
         for rule in (_unequal_channels, _groups, _fragments, _element_wise)
-        for cost, finding in rule(costs, peaks)
-        if cost > 0 and cost >= at_least * total
+        for one in rule(costs)
     ]
+    priced = zip(_costs(broken, peaks), (finding for *_, finding in broken), strict=True)
+    found = [(cost, one) for cost, one in priced if cost > 0 and cost >= at_least * total]
     found.sort(key=lambda pair: -pair[0])
     shown, of_what = (_us, "predicted") if peaks else (_mib, "moved")
     findings = Findings(
@@ -85,6 +87,16 @@ def audit(
     if peaks is None:
         findings.note = "ranked by bytes; with peaks=roofline.roofline() by predicted time"
     return findings
+
+
+def _costs(broken: list[_Broken], peaks: Roofline | None) -> list[float]:
+    """Return what each costs, all in one unit: seconds with peaks, bytes without."""
+    if peaks is None:
+        return [nbytes for nbytes, _, _ in broken]
+    overhead_s = _overhead_s() if any(calls for _, calls, _ in broken) else 0.0
+    return [
+        nbytes / (1e9 * peaks.bandwidth_gb_s) + calls * overhead_s for nbytes, calls, _ in broken
+    ]
 
 
 def _us(seconds: float) -> str:
@@ -118,7 +130,7 @@ def _convolutions(costs: LayerCosts) -> Iterator[tuple[LayerCost, int, int, int,
         yield layer, x[1], output[1], pixels, math.prod(weight[2:]), groups
 
 
-def _unequal_channels(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
+def _unequal_channels(costs: LayerCosts) -> Iterator[_Broken]:
     for layer, c1, c2, pixels, kernel, groups in _convolutions(costs):
         x = layer.shapes[0]
         if kernel != 1 or groups != 1 or c1 == c2:
@@ -127,7 +139,8 @@ def _unequal_channels(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tup
         least = mac_lower_bound(pixels * c1 * c2, pixels)
         equal = round(math.sqrt(c1 * c2))
         yield (
-            _cost(moved.elements - least, layer, peaks),
+            _nbytes(moved.elements - least, layer),
+            0,
             Finding(
                 "unequal-channels (G1)",
                 "suspicion",
@@ -140,7 +153,7 @@ def _unequal_channels(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tup
         )
 
 
-def _groups(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
+def _groups(costs: LayerCosts) -> Iterator[_Broken]:
     for layer, c1, c2, pixels, _, groups in _convolutions(costs):
         if groups == 1 or groups == c1:
             continue
@@ -149,7 +162,8 @@ def _groups(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, 
         side = sizes[0] if len(set(sizes)) == 1 else sizes
         narrow = max(1, c2 // groups)
         yield (
-            _cost(more, layer, peaks),
+            _nbytes(more, layer),
+            0,
             Finding(
                 "groups (G2)",
                 "suspicion",
@@ -163,20 +177,19 @@ def _groups(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, 
         )
 
 
-def _fragments(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
+def _fragments(costs: LayerCosts) -> Iterator[_Broken]:
     sharing: dict[int, list[LayerCost]] = defaultdict(list)
     for layer, *_ in _convolutions(costs):
         sharing[id(layer.call[1][0])].append(layer)
-    overhead = 0.0 if peaks is None else None
     for layers in sharing.values():
         if len(layers) < 2:
             continue
-        overhead = _overhead_s() if overhead is None else overhead
         c1, pixels = layers[0].shapes[0][1], math.prod(layers[0].shapes[0][2:])
-        again = _cost((len(layers) - 1) * math.prod(layers[0].shapes[0]), layers[0], peaks)
+        again = (len(layers) - 1) * math.prod(layers[0].shapes[0])
         names = ", ".join(layer.module for layer in layers)
         yield (
-            (len(layers) - 1) * overhead + again,
+            _nbytes(again, layers[0]),
+            len(layers) - 1,
             Finding(
                 "fragments (G3)",
                 "suspicion",
@@ -189,7 +202,7 @@ def _fragments(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[floa
         )
 
 
-def _element_wise(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[float, Finding]]:
+def _element_wise(costs: LayerCosts) -> Iterator[_Broken]:
     by_module: dict[str, list[LayerCost]] = defaultdict(list)
     depthwise = {
         id(layer)
@@ -202,13 +215,13 @@ def _element_wise(costs: LayerCosts, peaks: Roofline | None) -> Iterator[tuple[f
         if norm or is_element_wise(func) or id(layer) in depthwise:
             by_module[layer.module].append(layer)
     for module, layers in by_module.items():
-        cost = sum(_cost(layer.elements, layer, peaks) for layer in layers)
         flops = sum(layer.flops for layer in layers) / max(1, costs.flops)
         moved = sum(layer.nbytes for layer in layers)
         names = ", ".join(dict.fromkeys(layer.operator for layer in layers))
         is_depthwise = any(id(layer) in depthwise for layer in layers)
         yield (
-            cost,
+            sum(_nbytes(layer.elements, layer) for layer in layers),
+            0,
             Finding(
                 "depthwise (G4)" if is_depthwise else "element-wise (G4)",
                 "suspicion",
@@ -231,10 +244,9 @@ def _remedy(layers: list[LayerCost], is_depthwise: bool) -> str:
     return "nn.Identity()  # where two follow each other, or after a depthwise convolution"
 
 
-def _cost(elements: float, layer: LayerCost, peaks: Roofline | None) -> float:
-    """Return what moving so many elements takes: seconds, or bytes without peaks."""
-    nbytes = max(0.0, elements) * layer.nbytes / max(1, layer.elements)
-    return nbytes if peaks is None else nbytes / (1e9 * peaks.bandwidth_gb_s)
+def _nbytes(elements: float, layer: LayerCost) -> float:
+    """Return the bytes of so many of a layer's elements."""
+    return max(0.0, elements) * layer.nbytes / max(1, layer.elements)
 
 
 def _overhead_s() -> float:

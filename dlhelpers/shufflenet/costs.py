@@ -140,6 +140,7 @@ class LayerCosts:
         )
         if self.roofline is not None:
             total += f"; from memory {1e3 * self.predicted_s:,.2f} ms"
+            total += " by the peaks of a loaded machine" * self.roofline.loaded
         notes = [total]
         for names, what in (
             (self.left_out, "left out by the policy"),

@@ -125,6 +125,11 @@ WIDGETS = {
 }
 
 
+def test_every_lesson_has_its_widget_moved():
+    stems = {path.stem for path in (lab_session.ROOT / "notebooks").glob("*.ipynb")}
+    assert {*WIDGETS, "00_start_here", "08_profiling"} == stems
+
+
 @pytest.mark.slow  # nbval runs them all as well
 @pytest.mark.parametrize("name", WIDGETS)
 def test_a_lesson_runs_and_its_figure_follows_the_widget(page, address, name):

@@ -183,11 +183,11 @@ def ids(notebook: str) -> tuple[str, ...]:
     >>> ids("01_pairing")
     ('01.1', '01.2', '01.3', '01.4', '01.5')
     """
-    return tuple(_of(notebook[:2]))
+    return tuple(_of(notebook.partition("_")[0]))
 
 
 def _find(id: str) -> Exercise:
-    known = _of(str(id)[:2])
+    known = _of(str(id).partition(".")[0])
     if id not in known:
         every = [i for number in _modules() for i in _of(number)]
         raise ValueError(f"there is no exercise {id!r}; there are {', '.join(every)}")

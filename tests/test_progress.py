@@ -1,0 +1,50 @@
+"""A bar goes when the work is done; what stays in a notebook's file is empty."""
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from dlhelpers.course.report.running import kernel_of_this_python
+from dlhelpers.progress import bar
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    cells = [
+        "from time import sleep\nfrom dlhelpers.progress import bar",
+        "for _ in bar(range(3), progress=True, desc='photos'):\n    pass\nprint('done')",
+        "for _ in bar(range(3), progress=True, delay=0.1, leave=False):\n    sleep(0.1)",
+        "for _ in bar(range(3), progress=None):\n    pass",
+        "for _ in bar(range(3), progress=False):\n    pass",
+        "with bar(total=2, progress=True) as shown:\n    shown.update()\n    raise ValueError",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    client = NotebookClient(
+        notebook, allow_errors=True, kernel_manager_class=kernel_of_this_python()
+    )
+    client.execute()
+    return [cell.outputs for cell in notebook.cells]
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_bar_that_has_gone_leaves_an_empty_output(outputs, number):
+    shown = outputs[number][0]
+    assert shown.output_type == "display_data"
+    assert dict(shown.data) == {"text/plain": ""}
+
+
+def test_what_comes_after_a_bar_stands_after_it(outputs):
+    assert [output.output_type for output in outputs[1]] == ["display_data", "stream"]
+    assert outputs[5][-1].ename == "ValueError"
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_notebook_shows_no_bar_that_was_not_asked_for(outputs, number):
+    assert outputs[number] == []
+
+
+def test_a_program_has_a_bar_on_stderr(capfd):
+    assert list(bar(range(3), progress=True)) == [0, 1, 2]
+    assert "3/3" in capfd.readouterr().err
+    assert list(bar(range(3), progress=False)) == [0, 1, 2]
+    assert capfd.readouterr().err == ""
