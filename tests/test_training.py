@@ -181,11 +181,12 @@ def test_a_bar_is_drawn_in_a_terminal_alone_unless_asked_for(monkeypatch):
     hidden = []
     real = tqdm.auto.tqdm
 
-    def record(*arguments, disable, **options):
-        hidden.append(disable)
-        return real(*arguments, disable=True, **options)
+    class Recorded(real):
+        def __init__(self, *arguments, disable, **options):
+            hidden.append(disable)
+            super().__init__(*arguments, disable=True, **options)
 
-    monkeypatch.setattr(tqdm.auto, "tqdm", record)
+    monkeypatch.setattr(tqdm.auto, "tqdm", Recorded)
     for terminal, progress in [(True, None), (False, None), (False, True), (True, False)]:
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
         fit(nn.Linear(1, 1), F.mse_loss, (torch.ones(2, 1), torch.ones(2, 1)), progress=progress)
