@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
-__all__ = ["model_inputs", "need_callable", "shard_of", "whole_number"]
+__all__ = ["model_inputs", "need_callable", "need_seconds", "shard_of", "whole_number"]
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -24,6 +26,12 @@ def whole_number(name: str, value: Any, least: int, most: int | None = None) -> 
         range_ = f", {least} or more" if most is None else f" from {least} to {most}"
         raise ValueError(f"{name} must be a whole number{range_}, got {value!r}")
     return found
+
+
+def need_seconds(name: str, value: Any) -> None:
+    """Raise ValueError where a budget is not a positive, finite number of seconds."""
+    if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
 
 
 def shard_of(value: Any) -> tuple[int, int]:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from dlhelpers.arguments import model_inputs, need_callable, shard_of, whole_number
+from dlhelpers.arguments import (
+    model_inputs,
+    need_callable,
+    need_seconds,
+    shard_of,
+    whole_number,
+)
 from dlhelpers.files import write_whole
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.memory import estimate
@@ -168,3 +174,33 @@ def test_a_packed_sequence_is_one_argument_and_a_mapping_may_be():
 
     costs = layer_costs(OfMapping(), ({"x": torch.rand(2, 4)},), peaks=PEAKS)
     assert costs.multiply_adds == 2 * 4 * 3
+
+
+@pytest.mark.parametrize("budget_s", [0, -1, float("inf"), float("nan"), "2", None])
+@pytest.mark.parametrize("run", ["compare", "overhead", "quantize_static", "quantize_dynamic"])
+def test_a_budget_that_is_no_time_is_refused_before_anything_runs(run, budget_s):
+    from dlhelpers.measure import compare
+    from dlhelpers.profiling import overhead
+    from dlhelpers.quantization import quantize_dynamic, quantize_static
+
+    called = []
+
+    class Model(nn.Linear):
+        def forward(self, x):
+            called.append(1)
+            return super().forward(x)
+
+    model, x = Model(4, 4), torch.ones(2, 4)
+    measured = {
+        "compare": lambda: compare(lambda: model(x), lambda: model(x), budget_s=budget_s),
+        "overhead": lambda: overhead(lambda: model(x), budget_s=budget_s),
+        "quantize_static": lambda: quantize_static(model, [x], budget_s=budget_s),
+        "quantize_dynamic": lambda: quantize_dynamic(model, x, budget_s=budget_s),
+    }
+    with pytest.raises(ValueError, match="budget_s must be a positive number of seconds, got"):
+        measured[run]()
+    assert called == []
+
+
+def test_a_budget_may_be_a_number_of_numpys():
+    need_seconds("budget_s", np.float32(0.2))

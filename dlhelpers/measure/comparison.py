@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dlhelpers.arguments import need_seconds
 from dlhelpers.measure.intervals import Interval, min_pairs
 from dlhelpers.measure.paired import Race
 
@@ -326,8 +327,7 @@ def _validate_options(
     threshold: float | None,
     cache: str,
 ) -> None:
-    if not (isinstance(budget_s, (int, float)) and math.isfinite(budget_s) and budget_s > 0):
-        raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
+    need_seconds("budget_s", budget_s)
     if not (isinstance(overtime, (int, float)) and math.isfinite(overtime) and overtime >= 0):
         raise ValueError(
             f"overtime must be a share of the budget, 0 or more, such as 2.0, got {overtime!r}"

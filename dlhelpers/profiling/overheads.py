@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-from dlhelpers.arguments import need_callable
+from dlhelpers.arguments import need_callable, need_seconds
 from dlhelpers.extras import install_hint
 from dlhelpers.measure import Comparison, compare
 from dlhelpers.measure.comparison import single_pair
@@ -142,9 +142,10 @@ def overhead(
 
     Raises:
         TypeError: fn cannot be called.
-        ValueError: an unknown profiler.
+        ValueError: an unknown profiler, or a budget that is not positive.
     """
     need_callable(fn)
+    need_seconds("budget_s", budget_s)
     unknown = [name for name in profilers if name not in PROFILERS]
     if unknown:
         raise ValueError(f"there is no profiler {unknown[0]!r}; there are {', '.join(PROFILERS)}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlhelpers.arguments import need_seconds
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.batches import read_batches, run_float
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
@@ -45,12 +46,14 @@ def quantize_dynamic(
         min_sqnr_db, budget_s, progress: as for ``quantize_static``.
 
     Raises:
-        ValueError: the model has no linear or recurrent layer, or raises on the inputs.
+        ValueError: the model has no linear or recurrent layer, or raises on the inputs; or
+            budget_s is not positive.
 
     >>> fast = quantize_dynamic(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)))
     >>> fast(torch.rand(2, 64)).shape
     torch.Size([2, 4])
     """
+    need_seconds("budget_s", budget_s)
     if not any(type(module) in _KINDS for module in model.modules()):
         names = ", ".join(sorted(kind.__name__ for kind in _KINDS))
         raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
@@ -84,7 +85,8 @@ def quantize_static(
 
     Raises:
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
-            model raises on it; an unknown calibrator or engine; a model that is not on the CPU.
+            model raises on it; an unknown calibrator or engine; a model that is not on the CPU; a
+            budget_s that is not positive.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
@@ -92,8 +94,7 @@ def quantize_static(
     torch.Size([2, 10])
     """
     engines = _engines(engine)
-    if not budget_s > 0:
-        raise ValueError(f"budget_s must be a positive number of seconds, got {budget_s!r}")
+    need_seconds("budget_s", budget_s)
     if calibrator != "auto" and calibrator not in CALIBRATORS:
         raise ValueError(
             f'calibrator={calibrator!r} is neither "auto" nor one of {", ".join(CALIBRATORS)}'
