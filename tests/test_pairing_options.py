@@ -134,7 +134,7 @@ REFUSED = {
     "blank=C": (FRAMES, nn.CTCLoss(blank=7), (SYMBOLS, INS, OUTS), "blank=6"),
     "targets of three axes": (FRAMES, nn.CTCLoss(), (SYMBOLS[None], INS, OUTS), "reshape"),
     "half the precision": (FRAMES.half(), nn.CTCLoss(), (SYMBOLS, INS, OUTS), ".float()"),
-    "Huber's delta": (Z, nn.HuberLoss(delta=0.0), BITS, "fix the arguments"),
+    "Huber's delta": (Z, nn.HuberLoss(delta=0.0), BITS, "delta=1.0"),
     "more arguments than it takes": (Z, nn.CrossEntropyLoss(), (Y, ONES(N)), "targets)"),
     "a margin's power": (Z, functools.partial(F.multi_margin_loss, p=3), Y, "fix the arguments"),
 }
@@ -226,6 +226,16 @@ def test_two_faults_of_one_call_are_both_said():
     net = nn.Linear(4, C)
     found = pairing.check(net, nn.CrossEntropyLoss(weight=ONES(2)), Y, randn(N, 4))
     assert [f.name for f in found] == ["loss-raised"]
+
+
+def test_options_are_looked_at_where_there_is_only_a_model():
+    for loss, targets in (
+        (ce(reduction="avg"), Y),
+        (nn.CrossEntropyLoss(label_smoothing=1.5), Y),
+        (nn.CrossEntropyLoss(ignore_index=0), SOFT),
+    ):
+        assert [f.name for f in pairing.check(nn.Linear(4, C), loss, targets)] == ["loss-raised"]
+    assert not pairing.check(nn.Linear(4, C), nn.CrossEntropyLoss(label_smoothing=1.0), Y)
 
 
 def test_a_tensor_on_another_device_is_named():
@@ -505,6 +515,21 @@ def test_the_guard_suspects_what_check_suspects():
         assert [(f.name, f.severity) for f in found] == [("weight-over-wrong-axis", "suspicion")]
     found = _guarded((BITS, nn.BCEWithLogitsLoss(), Z.detach()), raises=False)
     assert [f.name for f in found.errors] == ["target-outside-0-1"]
+
+
+def test_the_weight_that_torch_forgets_under_a_mode_still_counts():
+    weight = torch.rand(N, C, generator=SEED)
+    expected = F.l1_loss(Z, OTHER, weight=weight)
+    with pairing.guard(steps=1) as findings:
+        for _ in range(4):
+            assert torch.equal(F.l1_loss(Z, OTHER, weight=weight), expected)
+    assert not findings
+    for case in (
+        (Z, functools.partial(F.l1_loss, weight=ONES(C)), OTHER),
+        (Z, lambda p, t: F.l1_loss(p, t, weight=ONES(C)), OTHER),
+    ):
+        assert [f.name for f in pairing.check(*case)] == ["loss-raised"]
+        assert [f.name for f in _guarded(case, raises=True)] == ["loss-raised"]
 
 
 def test_the_guard_leaves_healthy_options_in_peace():
