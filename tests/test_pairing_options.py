@@ -393,6 +393,47 @@ def test_every_loss_of_the_table_is_tried():
     assert {call.name for call in calls if call is not None} == set(pairing.LOSSES)
 
 
+def test_there_is_an_error_exactly_where_torch_raises_or_gives_nan():
+    draw = random.Random(0)
+
+    def tensor(*sizes):
+        """Zeros, or zeros and ones, of a shape and a dtype that may fit or not."""
+        shape = draw.choice([*sizes, (C,), (N,), (1,), (C, 1), (N, 1), (1, C), (), (C, 1, 1)])
+        dtype = draw.choice([torch.float32, torch.float32, torch.float64, torch.int64])
+        return torch.randint(0, draw.choice([1, 2]), shape, generator=SEED).to(dtype)
+
+    outcomes = set()
+    for _ in range(400):
+        name = draw.choice(["cross_entropy", "nll_loss", "multi_margin_loss", "l1_loss"])
+        name = draw.choice([name, name, "binary_cross_entropy_with_logits", "gaussian_nll_loss"])
+        outputs, targets = {
+            "l1_loss": (Z, OTHER),
+            "multi_margin_loss": (Z, Y),
+            "nll_loss": draw.choice([(Z, Y), (IMAGE, REGIONS)]),
+            "cross_entropy": draw.choice([(Z, Y), (Z, SOFT), (IMAGE, REGIONS)]),
+            "binary_cross_entropy_with_logits": draw.choice([(Z, BITS), (IMAGE, MASK)]),
+            "gaussian_nll_loss": (Z, (OTHER, tensor((N, C), (N, C)))),
+        }[name]
+        outputs = outputs.log_softmax(1) if name == "nll_loss" else outputs
+        options = {"reduction": draw.choice(["mean", "mean", "sum", "avg"])}
+        if name != "gaussian_nll_loss" and draw.random() < 0.7:
+            options["weight"] = tensor()
+        if "logits" in name and draw.random() < 0.5:
+            options["pos_weight"] = tensor()
+        if name in ("cross_entropy", "nll_loss") and draw.random() < 0.3:
+            options["ignore_index"] = draw.choice([0, 255, -100])
+        loss = functools.partial(pairing.LOSSES[name], **options)
+        try:
+            truth = "fine" if _call(outputs, loss, targets).isfinite() else "nan"
+        except Exception:
+            truth = "raises"
+        outcomes.add(truth)
+        for shape in (loss, lambda *args, loss=loss: loss(*args)):
+            errors = pairing.check(outputs, shape, targets).errors
+            assert bool(errors) is (truth != "fine"), (name, options, truth, errors)
+    assert outcomes == {"fine", "nan", "raises"}
+
+
 IGNORED = Y.clone()
 IGNORED[:3] = 1
 HEALTHY = {
