@@ -174,6 +174,8 @@ NOT_FINITE = {
 
 
 def _call(outputs, loss, targets):
+    if targets is None:
+        return loss(outputs)
     return loss(outputs, *(targets if isinstance(targets, tuple) else (targets,)))
 
 
@@ -520,6 +522,8 @@ HEALTHY = {
     "a focal loss": (Z, Focal(ONES(C)), Y),
     "one's own, unreduced": (Z, lambda p, t: F.cross_entropy(p, t, reduction="none"), Y),
     "one's own, a tuple": (Z, lambda p, t: (F.cross_entropy(p, t), {"nan": p / 0}), Y),
+    "one's own, without targets": (Z, lambda p: p.square().mean(), None),
+    "one's own, a number": (Z, lambda p, t: F.cross_entropy(p, t).item(), Y),
     "one's own, replaced": (
         Z,
         lambda p, t: torch.nan_to_num(F.cross_entropy(p, t, weight=torch.zeros(C))),
@@ -712,6 +716,17 @@ def test_what_ones_own_loss_raises_is_said_with_its_line():
     assert (found.name, found.severity) == ("loss-raised", "error")
     assert "NameError: name 'undefined' is not defined" in found.what
     assert found.where.endswith(f".py:{broken.__code__.co_firstlineno + 2}")
+
+
+def test_nan_is_found_in_whatever_holds_the_loss():
+    zero = torch.zeros(C)
+    for own in (
+        lambda p, t: (F.cross_entropy(p, t, zero), p),
+        lambda p, t: {"loss": F.cross_entropy(p, t, zero), "outputs": p},
+        lambda p, t: F.cross_entropy(p, t, zero).item(),
+        lambda p, t: [p.sum() * torch.inf],
+    ):
+        assert [f.name for f in pairing.check(Z, own, Y).errors] == ["loss-not-finite"]
 
 
 def test_a_loss_that_needs_more_arguments_says_which():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -170,7 +170,7 @@ def call_own(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Inside:
     Args:
         loss: a deep copy of it is called; itself, with its modules put back, where it has none.
         pairs: (outputs, targets): as the model gives them first, then as plain tensors; a tuple
-            of targets is given whole, then apart.
+            of targets is given whole, then apart, and None also left out.
 
     Returns:
         What happened in the first call that raised nothing, else in the most telling one.
@@ -212,7 +212,7 @@ def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
             remedy = f"pairing.check(outputs, loss, ({', '.join(names[1:])}))"
         yield Hit("loss-raised", "error", said(error), "rule", where, why, remedy)
         return
-    value = inside.value[0] if type(inside.value) is tuple and inside.value else inside.value
+    value = _loss_in(inside.value)
     if all_finite(value):
         return
     if inside.not_finite is not None:
@@ -222,11 +222,21 @@ def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
         yield Hit("loss-not-finite", severity, f"the loss is {_value(value)}", "rule")
 
 
+def _loss_in(value: Any) -> Any:
+    """Return the loss in what was returned: the first of a tuple, the ``loss`` of a mapping."""
+    if isinstance(value, Mapping):
+        value = value.get("loss")
+    elif isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return torch.tensor(value) if isinstance(value, float) else value
+
+
 def _tries(pairs: tuple[tuple, ...]) -> Iterator[tuple]:
     seen: list[tuple] = []
     for outputs, targets in pairs:
         apart = [(outputs, *targets)] if type(targets) is tuple else []
-        for arguments in [(outputs, targets), *apart]:
+        alone = [(outputs,)] if targets is None else []
+        for arguments in [(outputs, targets), *apart, *alone]:
             if not any(_same(arguments, other) for other in seen):
                 seen.append(arguments)
                 yield arguments
