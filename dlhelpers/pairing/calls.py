@@ -8,9 +8,9 @@ the functions themselves, so a release that adds one needs no change here.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LOSSES", "NAME_OF", "LossCall", "bind", "calls_inside", "describe_call"]
+from .values import all_finite
+
+__all__ = [
+    "LOSSES",
+    "NAME_OF",
+    "Inside",
+    "LossCall",
+    "bind",
+    "calls_inside",
+    "describe_call",
+    "with_forgotten",
+]
 
 _MODULES = {
     "binary_cross_entropy": nn.BCELoss,
@@ -77,6 +88,32 @@ class LossCall:
         """``mean``, ``sum``, ``none`` or ``batchmean``."""
         return self.options.get("reduction", "mean")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Everything that ``LOSSES[name]`` is called with, by the function's own names."""
+        names = _NAMES_BY_FUNCTION[self.name]
+        target = next(name for name in names if name in _TARGET)
+        return {names[0]: self.prediction, target: self.target, **self.options}
+
+
+@dataclass
+class Inside:
+    """What happened inside of one call of a loss.
+
+    Attributes:
+        calls: the torch losses that it called, in order.
+        value: what it returned.
+        error: what it raised.
+        raised: the one of ``calls`` that raised, None where it was another line.
+        not_finite: the first of ``calls`` whose value holds nan or inf.
+    """
+
+    calls: list[LossCall] = field(default_factory=list)
+    value: Any = None
+    error: Exception | None = None
+    raised: LossCall | None = None
+    not_finite: LossCall | None = None
+
 
 def bind(name: str, args: tuple, kwargs: Mapping[str, Any]) -> LossCall:
     """Name the arguments of a call of ``LOSSES[name]``.
@@ -106,12 +143,18 @@ def describe_call(loss: object, prediction: object, targets: object) -> LossCall
         targets: second argument. A tuple holds what follows the prediction in the order of the
             loss: ``(targets, input_lengths, target_lengths)`` for CTC, ``(target, var)`` for
             GaussianNLL, ``(input2, target)`` for CosineEmbedding and MarginRanking.
+
+    Raises:
+        TypeError: more arguments than the loss takes.
     """
     rest = tuple(targets) if isinstance(targets, tuple) else (targets,)
     if isinstance(loss, nn.Module):
         name = _name_of_module(loss)
         if name is None:
             return None
+        takes = len(inspect.signature(type(loss).forward).parameters) - 1
+        if len(rest) + 1 > takes:
+            raise TypeError(f"{type(loss).__name__} takes {takes} arguments, not {len(rest) + 1}")
         options = {
             key: getattr(loss, key)
             for key in _NAMES_BY_FUNCTION[name]
@@ -135,26 +178,59 @@ def _name_of_module(loss: nn.Module) -> str | None:
     return None
 
 
+def with_forgotten(
+    function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ``kwargs`` and what torch leaves out on the way to a mode: the weight of ``l1_loss``.
+
+    ``F.l1_loss`` (torch 2.14) passes no weight on, so that under any mode it is another function.
+    To be called by ``__torch_function__`` itself: the frame of ``function`` is close.
+    """
+    names = _NAMES_BY_FUNCTION[NAME_OF[function]]
+    absent = [name for name in names[len(args) :] if name not in kwargs]
+    frame, code = sys._getframe(1), getattr(function, "__code__", None)
+    for _ in range(4):
+        if not absent or code is None or frame is None:
+            break
+        if frame.f_code is code:
+            return {**kwargs, **{name: frame.f_locals[name] for name in absent}}
+        frame = frame.f_back
+    return dict(kwargs)
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[LossCall] = []
+        self.inside = Inside()
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in NAME_OF:
-            with contextlib.suppress(TypeError):
-                self.calls.append(bind(NAME_OF[func], args, kwargs))
-        return func(*args, **kwargs)
-
-
-def calls_inside(loss: Callable, *args: object) -> tuple[list[LossCall], Exception | None]:
-    """Call ``loss(*args)`` and return the torch losses that it called, and what it raised."""
-    with _Recorder() as recorder:
+        if func not in NAME_OF:
+            return func(*args, **kwargs)
+        kwargs = with_forgotten(func, args, kwargs)
         try:
-            loss(*args)
+            call = bind(NAME_OF[func], args, kwargs)
+        except TypeError:  # more arguments than it takes: it raises by itself
+            return func(*args, **kwargs)
+        self.inside.calls.append(call)
+        try:
+            value = func(*args, **kwargs)
+        except Exception:
+            self.inside.raised = call
+            raise
+        if self.inside.not_finite is None and not all_finite(value):
+            self.inside.not_finite = call
+        return value
+
+
+def calls_inside(loss: Callable, *args: object) -> Inside:
+    """Call ``loss(*args)`` once and return what happened; what it raises is kept, not raised."""
+    with _Recorder() as recorder:
+        inside = recorder.inside
+        try:
+            inside.value = loss(*args)
         except Exception as error:
-            return recorder.calls, error
-    return recorder.calls, None
+            inside.error = error
+    return inside

@@ -9,15 +9,12 @@ Source: https://pytorch.org/docs/stable/torch.overrides.html
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,9 +25,11 @@ from torch.overrides import TorchFunctionMode
 from dlhelpers.arguments import whole_number
 from dlhelpers.findings import Findings
 
-from .calls import NAME_OF, LossCall, bind
+from .calls import NAME_OF, LossCall, bind, with_forgotten
 from .catalog import Hit, finding
 from .inspection import look
+from .places import shown_path, user_frame
+from .trial import explains, not_finite, refused
 
 __all__ = ["PairingWarning", "guard"]
 
@@ -38,10 +37,6 @@ _SAMPLE = 65_536  # elements of a tensor that one look reads at most
 _LOOKS_FOR_SUSPICION = 5
 _NOTHING_SEEN = "no loss of pairing.LOSSES was seen: other threads and later phases are not watched"
 _SILENT = ("check-failed", "values-not-readable")  # about the look, not about the program
-_SKIPPED = (
-    os.path.dirname(torch.__file__) + os.sep,
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
-)
 
 
 class PairingWarning(UserWarning):
@@ -53,7 +48,8 @@ def guard(steps: int = 20) -> contextlib.AbstractContextManager[Findings]:
 
     Findings are appended to the list as they are made, once a call site and name, with
     ``where="file.py:12"``; the first error of a call site also issues a :class:`PairingWarning`.
-    Values, gradients, modes and random states are as without it, and nothing is raised.
+    Values, gradients, modes and random states are as without it. What a loss raises is raised as
+    before; it is a finding, with its remedy, as well.
 
     A mis-pairing that the graph, a shape, a dtype or a range shows is reported at once. One that
     the numbers alone show (rows that sum to 1, without a graph) counts only if every look at the
@@ -186,32 +182,58 @@ class _Watcher(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or not self._looking or func not in NAME_OF:
+        if torch.compiler.is_compiling() or func not in NAME_OF:
             return func(*args, **kwargs)
-        self._see(NAME_OF[func], args, kwargs)
-        result = func(*args, **kwargs)
+        kwargs = with_forgotten(func, args, kwargs)
+        if not self._looking:
+            return func(*args, **kwargs)
+        looked = self._see(NAME_OF[func], args, kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            if looked is not None:
+                self._see_result(*looked, error)
+            raise
+        if looked is not None:
+            self._see_result(*looked, result)
         if self._leaving and isinstance(result, Tensor):
             weakref.finalize(result, self._leave).atexit = False
         return result
 
-    def _see(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
-        hits: list[Hit] = []
+    def _see(
+        self, name: str, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[_Site, LossCall, list[Hit]] | None:
+        """Report what is certain before the call; return what was looked at, None for nothing."""
+        looked, hits = None, []
         try:
             site = self._site(name)
             site.calls += 1
             if site.looks < self._steps:
-                hits = self._look(site, bind(name, args, kwargs))
+                call = bind(name, args, kwargs)
+                hits = self._look(site, call)
+                looked = site, call, hits
             self._leave_early(site, args, kwargs)
         except Exception:  # the training loop is never stopped by its guard
-            return
+            return None
+        self._report(site, hits, warn=True)
+        return looked
+
+    def _see_result(self, site: _Site, call: LossCall, known: list[Hit], result: Any) -> None:
+        """Report what the loss raised (it is raised all the same), or its nan."""
+        hits: list[Hit] = []
+        with contextlib.suppress(Exception), torch._C.DisableTorchFunction(), _no_dispatch_modes():
+            if isinstance(result, Exception):
+                hits = [] if explains(call, known) else [refused(call, result)]
+            elif not _is_capturing(result):
+                hits = list(not_finite(call, result, known))
         self._report(site, hits, warn=True)
 
     def _site(self, name: str) -> _Site:
-        frame = _user_frame()
+        frame = user_frame()
         path, line = frame.f_code.co_filename, frame.f_lineno
         key = (path, line, name)
         if key not in self._sites:
-            self._sites[key] = _Site(f"{_shown_path(path)}:{line}", path, line)
+            self._sites[key] = _Site(f"{shown_path(path)}:{line}", path, line)
         return self._sites[key]
 
     def _look(self, site: _Site, call: LossCall) -> list[Hit]:
@@ -298,30 +320,6 @@ def _take_off(mode: TorchFunctionMode) -> bool:
     for other in reversed(above):
         torch.overrides._push_mode(other)
     return True
-
-
-def _user_frame() -> FrameType:
-    """Return the innermost frame of neither torch, nor this package, nor another mode."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if not path.startswith((*_SKIPPED, "<frozen")) and name != "__torch_function__":
-            return frame
-        frame = frame.f_back
-    return frame
-
-
-def _shown_path(path: str) -> str:
-    """Name a file as its reader would: a notebook's cell, or relative to the working folder."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    cells = getattr(getattr(shell, "compile", None), "_filename_map", {})
-    if path in cells:
-        return f"In [{cells[path]}]"
-    with contextlib.suppress(ValueError, OSError):  # another drive, a folder that is gone
-        relative = os.path.relpath(path)
-        return path if relative.startswith("..") else relative
-    return path
 
 
 def _is_capturing(tensor: Tensor) -> bool:
