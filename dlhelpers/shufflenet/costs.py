@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.roofline import Roofline
-from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of, is_gather, moves_no_bytes
+from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
+from dlhelpers.shufflenet.moving import is_gather, is_scatter, moved_by, storage_of
 from dlhelpers.tables import html_table, text_table
 
 __all__ = ["LayerCost", "LayerCosts", "layer_costs"]
@@ -221,7 +222,7 @@ def layer_costs(
         own = conv_linear_flops(func, args, kwargs, out)
         everything = flops_of(func, args, kwargs, out)
         if own:
-            activations += sum(tensor.numel() for tensor in tensors_in(out))
+            activations += next(tensors_in(out)).numel()
         counted = own if policy == "conv+linear" else everything
         if everything is None:
             unknown[name] = unknown.get(name, 0) + nbytes
@@ -324,17 +325,37 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        read, written = list(tensors_in((args, kwargs))), list(tensors_in(out))
-        if not moves_no_bytes(func) and written:
-            elements = [_touched(tensor) for tensor in (*read, *written)]
-            if is_gather(func):  # of a table no more than what is taken from it
-                elements[0] = min(elements[0], elements[-1])
-            sizes = [tensor.element_size() for tensor in (*read, *written)]
-            nbytes = sum(n * size for n, size in zip(elements, sizes, strict=True))
+        read, written = moved_by(func, args, kwargs, out)
+        if written:
+            regions = [_regions(read), _regions(written)]
+            if is_gather(func) and regions[0]:  # of a table no more than what is taken from it
+                regions[0][0] = regions[0][0].at_most(regions[1][0].elements)
+            if is_scatter(func):  # nor more of one than what is put into it
+                put = max((region.elements for region in regions[0][1:]), default=0)
+                regions = [[region.at_most(put) for region in part] for part in regions]
+            moved = [region for part in regions for region in part]
+            elements = sum(region.elements for region in moved)
+            nbytes = sum(region.elements * region.itemsize for region in moved)
             shapes = tuple(tuple(tensor.shape) for tensor in (*read, *written))
             at = self._at[-1] if self._at else ""
-            self.calls.append((at, func, args, kwargs, out, shapes, sum(elements), nbytes))
+            self.calls.append((at, func, args, kwargs, out, shapes, elements, nbytes))
         return out
+
+
+class _Region(NamedTuple):
+    """Elements of one storage."""
+
+    elements: int
+    itemsize: int
+
+    def at_most(self, elements: int) -> _Region:
+        return self._replace(elements=min(self.elements, elements))
+
+
+def _regions(tensors: Sequence[Tensor]) -> list[_Region]:
+    """Return what lies behind the tensors, the same part of a storage once."""
+    places = {(storage_of(t), t.storage_offset(), tuple(t.shape), t.stride()): t for t in tensors}
+    return [_Region(_touched(tensor), tensor.itemsize) for tensor in places.values()]
 
 
 def _touched(tensor: Tensor) -> int:

@@ -23,10 +23,8 @@ __all__ = [
     "conv_linear_flops",
     "flops_of",
     "is_element_wise",
-    "is_gather",
     "mac_lower_bound",
     "memory_access_cost",
-    "moves_no_bytes",
 ]
 
 # FLOPs for each element of the first input
@@ -59,36 +57,47 @@ _MOVES = {
     *("repeat", "flip", "arange", "pixel_shuffle", "channel_shuffle", "im2col", "new_zeros"),
     *("index_put", "index_put_", "masked_fill", "where", "tril", "triu", "one_hot", "new_ones"),
     *("reflection_pad2d", "replication_pad2d", "upsample_nearest2d", "scalar_tensor"),
-    *("_unsafe_view", "resize_", "set_", "bernoulli_", "rand", "randn", "randint", "new_full"),
+    *(
+        "resize_",
+        "set_",
+        "bernoulli_",
+        "index_copy",
+        "index_copy_",
+        "scatter_",
+        "rand",
+        "randn",
+        "randint",
+        "new_full",
+    ),
 }
-_GATHERS = {"embedding", "gather", "index", "index_select"}
-_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "as_strided_", "lift_fresh"}
-_NOTHING |= {"detach", "alias"}
-
-
-def moves_no_bytes(func: Any) -> bool:
-    """Whether the operator changes no memory: a view, or memory that is not filled yet."""
-    name = func._schema.name.removeprefix("aten::")
-    return func.is_view or func.namespace == "prim" or name in _NOTHING
-
-
-def is_gather(func: Any) -> bool:
-    """Whether the operator takes elements of its first input, and leaves the others alone."""
-    return func._schema.name.removeprefix("aten::") in _GATHERS
+# each element of the output is made of one of each input, and torch gives them no tag
+_ELEMENT_WISE = {"hardswish", "hardswish_", "glu", "log_sigmoid_forward", "_prelu_kernel"}
+_ELEMENT_WISE |= {"rrelu_with_noise", "rrelu_with_noise_"}
 
 
 def is_element_wise(func: Any) -> bool:
     """Whether each element of the output is made of one of each input."""
-    return torch.Tag.pointwise in func.tags or "hardswish" in func._schema.name  # has no tag
+    return torch.Tag.pointwise in func.tags or _name(func) in _ELEMENT_WISE
 
 
 def conv_linear_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     """Return FLOPs as ``torch.utils.flop_counter`` counts them; None for what it does not.
 
-    It leaves out the CPU's kernel of attention; that is counted here as its other kernels are.
+    It leaves out the CPU's kernel of attention, recurrent layers that are one operator, and
+    products with vectors; those are counted here as their other forms are.
     """
-    if func._schema.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
+    name = _name(func)
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
         return sdpa_flop_count(*(args[i].shape for i in range(3)))
+    if name in ("mkldnn_rnn_layer", "_cudnn_rnn"):  # a step's products, for each of its rows
+        weights = args[1:3] if name == "mkldnn_rnn_layer" else args[1]
+        return 2 * math.prod(args[0].shape[:-1]) * sum(w.numel() for w in weights if w.dim() == 2)
+    if name in ("mv", "dot", "vdot"):
+        return 2 * args[0].numel()
+    if name in ("addmv", "addmv_"):
+        return 2 * args[1].numel()
+    if name in ("addbmm", "addbmm_"):
+        return 2 * args[1].numel() * args[2].shape[-1]
     formula = flop_registry.get(func._overloadpacket)
     return None if formula is None else formula(*args, **kwargs, out_val=out)
 
@@ -98,7 +107,7 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     own = conv_linear_flops(func, args, kwargs, out)
     if own is not None:
         return own
-    name = func._schema.name.removeprefix("aten::")
+    name = _name(func)
     first = out if isinstance(out, Tensor) else out[0]
     if name == "native_batch_norm" or name.startswith(("_native_batch_norm", "cudnn_batch_norm")):
         return args[0].numel() * (7 if _trains(func, args, kwargs) else 2)
@@ -111,6 +120,10 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int | None:
     if is_element_wise(func):
         return first.numel()
     return None
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
 
 
 def _trains(func: Any, args: Any, kwargs: Any) -> bool:
