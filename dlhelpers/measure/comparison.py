@@ -16,6 +16,7 @@ import numpy as np
 from dlhelpers.arguments import need_seconds
 from dlhelpers.measure.intervals import Interval, min_pairs
 from dlhelpers.measure.paired import Race
+from dlhelpers.tables import duration, figures
 
 __all__ = ["Comparison", "Comparisons", "Outcome", "compare", "compare_many", "single_pair"]
 
@@ -63,10 +64,10 @@ class Comparison:
 
     def __str__(self) -> str:
         facts = [
-            f"{self.outcome} · speedup {self.speedup:.3g} [{self.low:.3g}, {self.high:.3g}]"
+            f"{self.outcome} · speedup {_told(self.speedup, self.low, self.high)}"
             f" at {self.confidence:.3g} confidence",
-            f"{_seconds(self.baseline_s)} -> {_seconds(self.candidate_s)} a call",
-            f"{self.pairs} pairs in {self.elapsed_s:.2g} s",
+            f"{duration(self.baseline_s)} -> {duration(self.candidate_s)} a call",
+            f"{_pairs(self.pairs)} in {duration(self.elapsed_s, 2)}",
             self.device + (f", {self.threads} threads" if self.threads else ""),
         ]
         return " · ".join(facts) + (f"\n{self.advice}" if self.advice else "")
@@ -87,7 +88,7 @@ class Comparison:
                 f"call both once beforehand, or give budget_s={_round_up(budget)} or more"
             )
         return (
-            f"{self.pairs} pairs are too few for an interval, {need} are needed: "
+            f"{_pairs(self.pairs)} cannot give an interval, {need} are needed: "
             f"give budget_s={_round_up(budget)} or more"
         )
 
@@ -358,11 +359,12 @@ def _threads() -> int | None:
     return None if torch is None else torch.get_num_threads()
 
 
-def _seconds(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+def _told(value: float, low: float, high: float) -> str:
+    return f"{figures(value)} [{figures(low)}, {figures(high)}]"
+
+
+def _pairs(count: int) -> str:
+    return f"{count:,} {'pair' if count == 1 else 'pairs'}"
 
 
 def _round_up(seconds: float) -> float:
