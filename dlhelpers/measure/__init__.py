@@ -19,13 +19,8 @@ Jennison & Turnbull 1989, J. R. Statist. Soc. B 51(3), 305-361 (repeated confide
 Kalibera & Jones 2013, doi:10.1145/2491894.2464160 (ratios of times, with intervals).
 """
 
-from dlhelpers.measure.comparison import (
-    Comparison,
-    Comparisons,
-    Outcome,
-    compare,
-    compare_many,
-)
+from dlhelpers.measure.comparing import compare, compare_many
+from dlhelpers.measure.comparison import Comparison, Comparisons, Outcome
 from dlhelpers.measure.estimates import Estimate, estimate_difference, estimate_mean
 
 __all__ = [

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from dlhelpers.measure.comparison import Comparison, compare
+from dlhelpers.measure.comparing import compare
+from dlhelpers.measure.comparison import Comparison
 from dlhelpers.progress import bar
 
 __all__ = ["PLAN", "Trial", "TrialResult", "busy_neighbour", "run", "workload"]

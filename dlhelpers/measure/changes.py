@@ -1,0 +1,103 @@
+"""Where does the ratio of two times change, and does it still change at the end?
+
+Whatever warms up (a compiler, a cache, an allocator) makes the ratio of one part of a run differ
+from that of the rest. The first t of n log-ratios are compared with those after them by the
+Mann-Whitney statistic, for every t, and the largest is taken:
+
+    z_t = (AUC_t - 1/2) sqrt(12 t (n - t) / (n + 1))])
+
+where AUC_t is the share of pairs (one from before, one from after) in which the earlier ratio is
+the larger one. Where the order means nothing, the largest of all |z_t| exceeds the limit here once
+in two hundred series. A change of which the last few samples alone tell cannot reach the limit;
+it is asked for separately, and stops no more than the verdict.
+
+Sources: Pettitt 1979, J. R. Statist. Soc. C 28(2), 126-135, doi:10.2307/2346729 (one change
+point by ranks); Mann & Whitney 1947, doi:10.1214/aoms/1177730491.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dlhelpers.measure.intervals import Interval
+
+__all__ = ["find_change", "is_changing"]
+
+_LIMIT = 3.7
+_SURE = 4.5  # noise that lasts from call to call passes the limit more often
+_SEPARATE = 0.49  # of AUC - 1/2: hardly any pair disagrees, which noise does not do
+_APART = 0.45  # of AUC - 1/2: 95 % of the pairs agree, as 3 samples at the end must
+_EFFECT = 0.1  # a change of a tenth of the effect leaves the outcome as it is
+
+
+def find_change(logs: np.ndarray, negligible: float, least: int) -> int:
+    """Return how many log-ratios come before the one change that they show; 0 without a change.
+
+    Args:
+        logs: [n], in order of measurement.
+        negligible: a change by less than half of this band is none.
+        least: how many must remain; a later change is left to :func:`is_changing`.
+    """
+    if len(logs) < least + 3:
+        return 0
+    lead, z = np.abs(_scan(logs, _grain(negligible)))
+    at = int(z.argmax()) + 1
+    is_step = z[at - 1] >= _SURE or z[at - 1] >= _LIMIT and lead[at - 1] >= _SEPARATE
+    is_found = is_step and _is_material(logs, at, negligible)
+    return at if is_found and len(logs) - at >= least else 0
+
+
+def is_changing(logs: np.ndarray, interval: Interval, negligible: float) -> bool:
+    """Whether the ratio at the end is another than the one that the interval tells of.
+
+    Args:
+        logs: [n], those that the interval rests on, in order of measurement.
+        interval: of their ratio.
+        negligible: as in :func:`find_change`.
+    """
+    n = len(logs)
+    if n < 4:
+        return False
+    lead, z = np.abs(_scan(logs, _grain(negligible)))
+    candidates = set()
+    at = int(z.argmax()) + 1
+    if z[at - 1] >= _LIMIT:
+        candidates.add(at)
+    tail = lead[n // 2 : n - 3]  # 3 samples and more
+    if len(tail) and tail.max() >= _APART:
+        candidates.add(n // 2 + int(tail.argmax()) + 1)
+    candidates.update(n - m for m in (1, 2) if _is_far(logs[:-m], logs[-m:]))
+    return any(
+        _is_material(logs, at, negligible)
+        and not interval.low <= math.exp(np.median(logs[at:])) <= interval.high
+        for at in candidates
+    )
+
+
+def _grain(negligible: float) -> float:
+    """Return the step to which log-ratios are rounded: a clock's own resolution is no trend."""
+    return math.log1p(negligible) / 20
+
+
+def _scan(logs: np.ndarray, grain: float) -> np.ndarray:
+    """Return AUC - 1/2 of the first t log-ratios against the rest, and z, for t = 1 to n - 1."""
+    n = len(logs)
+    _, place, counts = np.unique(np.round(logs / grain), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]  # equal ones share their mean rank
+    t = np.arange(1, n)
+    lead = (np.cumsum(ranks)[:-1] - t * (n + 1) / 2) / (t * (n - t))
+    return np.stack([lead, lead * np.sqrt(12 * t * (n - t) / (n + 1))])
+
+
+def _is_material(logs: np.ndarray, at: int, negligible: float) -> bool:
+    before, after = np.median(logs[:at]), np.median(logs[at:])
+    return abs(after - before) >= max(math.log1p(negligible) / 2, _EFFECT * abs(after))
+
+
+def _is_far(rest: np.ndarray, last: np.ndarray) -> bool:
+    """Whether one or two samples lie farther beyond the rest than 90 % of those are apart."""
+    low, high = np.quantile(rest, (0.05, 0.95))
+    reach = high - low
+    return bool(last.min() > rest.max() + reach or last.max() < rest.min() - reach)
