@@ -303,6 +303,15 @@ def test_what_is_unsettled_says_whether_it_has_an_interval(time_claim):
     assert time_claim.judge(by_time(time_claim, FAST, STRADDLES)).reason == straddles
 
 
+def test_a_ratio_that_still_changes_settles_no_condition(time_claim):
+    changing = dataclasses.replace(comparison(1.3, 0.0, math.inf, "undecided"), still_changing=True)
+    verdict = time_claim.judge(by_time(time_claim, FAST, changing))
+    assert verdict.conditions[1].verdict == "unsettled"
+    assert verdict.reason.startswith("the ratio was still changing: batch 64, compute-bound (give")
+    assert "still warming up" in str(verdict)
+    assert "too few" not in str(verdict)
+
+
 def test_a_control_that_is_off_says_so(time_claim):
     verdict = time_claim.judge(by_time(time_claim, FAST, FAST, OFF))
     assert "the control came back faster" in verdict.reason

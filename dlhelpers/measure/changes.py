@@ -44,7 +44,7 @@ def find_change(logs: np.ndarray, negligible: float, least: int) -> int:
         return 0
     lead, z = np.abs(_scan(logs, _grain(negligible)))
     at = int(z.argmax()) + 1
-    is_step = z[at - 1] >= _SURE or z[at - 1] >= _LIMIT and lead[at - 1] >= _SEPARATE
+    is_step = z[at - 1] >= _SURE or (z[at - 1] >= _LIMIT and lead[at - 1] >= _SEPARATE)
     is_found = is_step and _is_material(logs, at, negligible)
     return at if is_found and len(logs) - at >= least else 0
 
