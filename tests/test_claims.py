@@ -1,6 +1,7 @@
 """Claims: the catalogue is read strictly, evidence gives the verdict that it supports."""
 
 import ast
+import dataclasses
 import json
 import math
 import subprocess
@@ -827,7 +828,6 @@ def test_the_standing_says_why_a_claim_is_unsettled(declared, monkeypatch):
 
 
 def test_what_is_missing_says_how_to_light_it(monkeypatch):
-    import dataclasses
 
     from dlhelpers import machine
     from dlhelpers.course.claims import lights
