@@ -828,7 +828,6 @@ def test_the_standing_says_why_a_claim_is_unsettled(declared, monkeypatch):
 
 
 def test_what_is_missing_says_how_to_light_it(monkeypatch):
-
     from dlhelpers import machine
     from dlhelpers.course.claims import lights
 
