@@ -65,9 +65,10 @@ def is_changing(logs: np.ndarray, interval: Interval, negligible: float) -> bool
     at = int(z.argmax()) + 1
     if z[at - 1] >= _LIMIT:
         candidates.add(at)
-    tail = lead[n // 2 : n - 3]  # 3 samples and more
-    if len(tail) and tail.max() >= _APART:
-        candidates.add(n // 2 + int(tail.argmax()) + 1)
+    for at in range(n // 2 + 1, n - 2):  # the last 3 to n / 2
+        is_separate = lead[at - 1] >= _SEPARATE and n - at >= 5
+        if is_separate or (lead[at - 1] >= _APART and _shift(logs, at) >= _reach(logs[:at])):
+            candidates.add(at)
     candidates.update(n - m for m in (1, 2) if _is_far(logs[:-m], logs[-m:]))
     return any(
         _is_material(logs, at, negligible)
@@ -92,12 +93,20 @@ def _scan(logs: np.ndarray, grain: float) -> np.ndarray:
 
 
 def _is_material(logs: np.ndarray, at: int, negligible: float) -> bool:
-    before, after = np.median(logs[:at]), np.median(logs[at:])
-    return abs(after - before) >= max(math.log1p(negligible) / 2, _EFFECT * abs(after))
+    least = max(math.log1p(negligible) / 2, _EFFECT * abs(np.median(logs[at:])))
+    return _shift(logs, at) >= least
+
+
+def _shift(logs: np.ndarray, at: int) -> float:
+    return abs(np.median(logs[at:]) - np.median(logs[:at]))
 
 
 def _is_far(rest: np.ndarray, last: np.ndarray) -> bool:
     """Whether one or two samples lie farther beyond the rest than 90 % of those are apart."""
-    low, high = np.quantile(rest, (0.05, 0.95))
-    reach = high - low
+    reach = _reach(rest)
     return bool(last.min() > rest.max() + reach or last.max() < rest.min() - reach)
+
+
+def _reach(logs: np.ndarray) -> float:
+    low, high = np.quantile(logs, (0.05, 0.95))
+    return high - low
