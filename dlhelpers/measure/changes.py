@@ -26,10 +26,11 @@ from dlhelpers.measure.intervals import Interval
 __all__ = ["find_change", "is_changing"]
 
 _LIMIT = 3.7
-_SURE = 4.5  # noise that lasts from call to call passes the limit more often
-_SEPARATE = 0.49  # of AUC - 1/2: hardly any pair disagrees, which noise does not do
-_APART = 0.45  # of AUC - 1/2: 95 % of the pairs agree, as 3 samples at the end must
-_EFFECT = 0.1  # a change of a tenth of the effect leaves the outcome as it is
+# of |AUC - 1/2|, which is 1/2 where all pairs agree:
+_STEP = 0.4  # a warm-up is not come back to; noise that lasts from call to call is
+_APART = 0.45  # of 3 samples at the end and more
+_SEPARATE = 0.49  # of 5 samples at the end and more
+_EFFECT = 0.05  # a change by that part of the effect leaves the outcome as it is
 
 
 def find_change(logs: np.ndarray, negligible: float, least: int) -> int:
@@ -44,18 +45,22 @@ def find_change(logs: np.ndarray, negligible: float, least: int) -> int:
         return 0
     lead, z = np.abs(_scan(logs, _grain(negligible)))
     at = int(z.argmax()) + 1
-    is_step = z[at - 1] >= _SURE or (z[at - 1] >= _LIMIT and lead[at - 1] >= _SEPARATE)
-    is_found = is_step and _is_material(logs, at, negligible)
+    is_step = z[at - 1] >= _LIMIT and lead[at - 1] >= _STEP
+    is_found = is_step and _shift(logs, at) >= math.log1p(negligible) / 2
     return at if is_found and len(logs) - at >= least else 0
 
 
-def is_changing(logs: np.ndarray, interval: Interval, negligible: float) -> bool:
+def is_changing(
+    logs: np.ndarray, interval: Interval, negligible: float, *, again: bool = False
+) -> bool:
     """Whether the ratio at the end is another than the one that the interval tells of.
 
     Args:
         logs: [n], those that the interval rests on, in order of measurement.
         interval: of their ratio.
         negligible: as in :func:`find_change`.
+        again: there was a change before these; a change by a small part of the effect, which is
+            let pass otherwise, is one more.
     """
     n = len(logs)
     if n < 4:
@@ -70,11 +75,12 @@ def is_changing(logs: np.ndarray, interval: Interval, negligible: float) -> bool
         if is_separate or (lead[at - 1] >= _APART and _shift(logs, at) >= _reach(logs[:at])):
             candidates.add(at)
     candidates.update(n - m for m in (1, 2) if _is_far(logs[:-m], logs[-m:]))
-    return any(
-        _is_material(logs, at, negligible)
-        and not interval.low <= math.exp(np.median(logs[at:])) <= interval.high
-        for at in candidates
-    )
+    for at in candidates:
+        level = float(np.median(logs[at:]))
+        least = max(math.log1p(negligible) / 2, 0.0 if again else _EFFECT * abs(level))
+        if _shift(logs, at) >= least and not interval.low <= math.exp(level) <= interval.high:
+            return True
+    return False
 
 
 def _grain(negligible: float) -> float:
@@ -90,11 +96,6 @@ def _scan(logs: np.ndarray, grain: float) -> np.ndarray:
     t = np.arange(1, n)
     lead = (np.cumsum(ranks)[:-1] - t * (n + 1) / 2) / (t * (n - t))
     return np.stack([lead, lead * np.sqrt(12 * t * (n - t) / (n + 1))])
-
-
-def _is_material(logs: np.ndarray, at: int, negligible: float) -> bool:
-    least = max(math.log1p(negligible) / 2, _EFFECT * abs(np.median(logs[at:])))
-    return _shift(logs, at) >= least
 
 
 def _shift(logs: np.ndarray, at: int) -> float:

@@ -90,8 +90,8 @@ class Comparison:
         if self.still_changing:
             return (
                 "the ratio was still changing when the budget ended: call both until their times "
-                f"are steady, or give budget_s={_round_up(2 * self.elapsed_s)} or more; times "
-                "that never become steady have no one ratio"
+                "are steady, or give a larger budget_s; times that never become steady have no "
+                "one ratio"
             )
         if math.isfinite(self.high):
             return ""

@@ -153,7 +153,7 @@ class Race:
             recent = self.samples[name][-5:]
             is_short = len(recent) == 5 and max(recent) * self.numbers[name] < self._sample_s / 5
             is_long = self.numbers[name] > 1 and (
-                min(recent[-2:]) * self.numbers[name] > 5 * self._sample_s
+                min(recent[-2:]) * self.numbers[name] > 10 * self._sample_s
             )
             if is_short or is_long:
                 self.numbers[name] = max(1, round(self._sample_s / median(recent[-2:])))
@@ -169,7 +169,7 @@ class Race:
         logs = np.log(times[0]) - np.log(times[1])
         start = find_change(logs, self.negligible, least=min_pairs(alpha))
         interval = signed_rank_interval(logs[start:], alpha)
-        changing = is_changing(logs[start:], interval, self.negligible)
+        changing = is_changing(logs[start:], interval, self.negligible, again=start > 0)
         return Found(interval, *times[:, start:], start, changing)
 
     @property
