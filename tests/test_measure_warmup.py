@@ -260,9 +260,7 @@ def test_rare_long_calls_are_told_beside_the_typical_call(
     assert "throughput" in result._repr_html_()
 
 
-@pytest.mark.parametrize(
-    "period", [[0.2, 1.8], [0.2, 0.2, 2.6], [0.5, 1.5, 1.0], [0.9, 1.1, 0.9, 1.1]]
-)
+@pytest.mark.parametrize("period", [[0.2, 1.8], [0.2, 0.2, 2.6], [0.5, 1.5, 1.0], [0.9, 1.1]])
 def test_times_in_turn_are_no_difference_from_their_mean(clock, period):
     result = compare(clock.timed(lambda k: period[k % len(period)]), clock.steady())
     assert not false(result)
@@ -288,6 +286,9 @@ def test_the_interval_of_totals_is_where_the_signed_sum_is_small(seed, ratio):
     found = total_interval(b, c, 0.05)
     assert found.value == pytest.approx(b.sum() / c.sum())
     limit = math.sqrt(2 * math.log(2 / 0.05))
+    if c.sum() <= limit * math.sqrt(c @ c):  # no ratio is too large
+        assert (found.low, found.high) == (0.0, math.inf)
+        return
     for r in np.linspace(0.05, 10, 100) * ratio:
         d = b - r * c
         is_small = abs(d.sum()) <= limit * math.sqrt(d @ d)
