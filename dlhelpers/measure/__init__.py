@@ -24,7 +24,8 @@ is shown beside the speedup where rare long calls make the two disagree.
 
 Sources: Hodges & Lehmann 1963, doi:10.1214/aoms/1177704172 (estimate and interval);
 Jennison & Turnbull 1989, J. R. Statist. Soc. B 51(3), 305-361 (repeated confidence intervals);
-Pettitt 1979, doi:10.2307/2346729 (change point); Kalibera & Jones 2013, doi:10.1145/2491894.2464160 (ratios of times, with intervals).
+Pettitt 1979, doi:10.2307/2346729 (one change point);
+Kalibera & Jones 2013, doi:10.1145/2491894.2464160 (ratios of times, with intervals).
 """
 
 from dlhelpers.measure.comparing import compare, compare_many
