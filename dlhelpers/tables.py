@@ -1,11 +1,11 @@
-"""Rows of text as a table, for the terminal and for a notebook."""
+"""Rows of text as a table, for the terminal and for a notebook; numbers and durations as text."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
 
-__all__ = ["facts_table", "html_table", "text_table"]
+__all__ = ["duration", "facts_table", "figures", "html_table", "text_table"]
 
 
 def facts_table(rows: list[tuple[str, str]]) -> str:
@@ -48,3 +48,25 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]], *, names: int
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     return f"<table><tr>{cells(head, 'th')}</tr>{body}</table>"
+
+
+def figures(value: float, digits: int = 3) -> str:
+    """Return a number with ``digits`` significant digits, a large one in full.
+
+    >>> figures(0.0123), figures(999.7), figures(1234.5), figures(120, 2)
+    ('0.0123', '1,000', '1,234', '120')
+    """
+    text = f"{value:.{digits}g}"
+    return f"{value:,.0f}" if "e+" in text else text
+
+
+def duration(seconds: float, digits: int = 3) -> str:
+    """Return a time in the largest unit in which it is 1 or more once it is rounded.
+
+    >>> duration(0.00099), duration(0.0009996), duration(1.1), duration(4320), duration(0)
+    ('990 us', '1 ms', '1.1 s', '4,320 s', '0 s')
+    """
+    rounded = float(f"{seconds:.{digits - 1}e}")
+    scales = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+    unit = next((unit for unit, scale in scales.items() if abs(rounded) >= scale), "ns")
+    return f"{figures(rounded / scales.get(unit, 1e-9), digits)} {unit}" if rounded else "0 s"

@@ -1,6 +1,7 @@
 """Claims: the catalogue is read strictly, evidence gives the verdict that it supports."""
 
 import ast
+import dataclasses
 import json
 import math
 import subprocess
@@ -301,6 +302,15 @@ def test_what_is_unsettled_says_whether_it_has_an_interval(time_claim):
         "or stop other programs, and run it again)"
     )
     assert time_claim.judge(by_time(time_claim, FAST, STRADDLES)).reason == straddles
+
+
+def test_a_ratio_that_still_changes_settles_no_condition(time_claim):
+    changing = dataclasses.replace(comparison(1.3, 0.0, math.inf, "undecided"), still_changing=True)
+    verdict = time_claim.judge(by_time(time_claim, FAST, changing))
+    assert verdict.conditions[1].verdict == "unsettled"
+    assert verdict.reason.startswith("the ratio was still changing: batch 64, compute-bound (give")
+    assert "still warming up" in str(verdict)
+    assert "too few" not in str(verdict)
 
 
 def test_a_control_that_is_off_says_so(time_claim):
@@ -818,8 +828,6 @@ def test_the_standing_says_why_a_claim_is_unsettled(declared, monkeypatch):
 
 
 def test_what_is_missing_says_how_to_light_it(monkeypatch):
-    import dataclasses
-
     from dlhelpers import machine
     from dlhelpers.course.claims import lights
 

@@ -3,10 +3,12 @@ from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from dlhelpers.fakes import fake_of, tensors_in
-from dlhelpers.tables import html_table, text_table
+from dlhelpers.tables import duration, figures, html_table, text_table
 
 
 @dataclasses.dataclass
@@ -40,3 +42,20 @@ def test_tables_align_and_escape():
     page = html_table(head, rows, names=1)
     assert "<td style='text-align:left'>a&lt;b</td><td>10</td>" in page
     assert page.count("<tr>") == 3
+
+
+@given(st.floats(1e-9, 1e5), st.integers(1, 4))
+def test_a_duration_is_within_its_digits_and_in_the_largest_unit(seconds, digits):
+    number, unit = duration(seconds, digits).split()
+    value = float(number.replace(",", ""))
+    scale = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}[unit]
+    assert "e" not in number
+    assert value * scale == pytest.approx(seconds, rel=0.5 * 10 ** (1 - digits) + 1e-9)
+    assert value >= 1
+    assert value < 1000 or unit == "s"
+
+
+@given(st.floats(1e-4, 1e12))
+def test_figures_have_no_exponent(value):
+    assert "e" not in figures(value)
+    assert float(figures(value).replace(",", "")) == pytest.approx(value, rel=0.005)

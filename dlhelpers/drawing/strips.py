@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 
 from dlhelpers.drawing.style import TREATMENT
+from dlhelpers.tables import figures
 
 __all__ = ["strip_svg"]
 
@@ -54,7 +55,8 @@ def strip_svg(
         if threshold
         else ""
     )
-    label = f"paired ratios, speedup {estimate:.3g}, interval {low:.3g} to {high:.3g}"
+    interval = f"{figures(low)} to {figures(high)}"
+    label = f"paired ratios, speedup {figures(estimate)}, interval {interval}"
     edge = math.exp(reach)
     return (
         f'<svg role="img" aria-label="{label}" width="{width}" height="{height}" '

@@ -14,18 +14,22 @@ probability 1 - confidence is divided over the looks (half of it kept for the la
 all the intervals together cover with the stated confidence and stopping early costs no extra
 false outcomes: Bonferroni's bound on the repeated confidence intervals of Jennison & Turnbull.
 
+Times need not be steady at first. No look stops before each function was called 200 times or half
+of the budget is spent; then the log ratios are tested for one change point, and the pairs before
+it are left out. A ratio that still changes at the end gives *undecided: still warming up*. What
+no method sees is a change that would come after the measuring has ended.
+
+The speedup answers for the typical call. The ratio of the total times answers for throughput; it
+is shown beside the speedup where rare long calls make the two disagree.
+
 Sources: Hodges & Lehmann 1963, doi:10.1214/aoms/1177704172 (estimate and interval);
 Jennison & Turnbull 1989, J. R. Statist. Soc. B 51(3), 305-361 (repeated confidence intervals);
+Pettitt 1979, doi:10.2307/2346729 (one change point);
 Kalibera & Jones 2013, doi:10.1145/2491894.2464160 (ratios of times, with intervals).
 """
 
-from dlhelpers.measure.comparison import (
-    Comparison,
-    Comparisons,
-    Outcome,
-    compare,
-    compare_many,
-)
+from dlhelpers.measure.comparing import compare, compare_many
+from dlhelpers.measure.comparison import Comparison, Comparisons, Outcome
 from dlhelpers.measure.estimates import Estimate, estimate_difference, estimate_mean
 
 __all__ = [

@@ -16,8 +16,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-__all__ = ["Interval", "min_pairs", "plan_looks", "signed_rank_interval"]
+__all__ = ["Interval", "min_pairs", "plan_looks", "signed_rank_interval", "total_interval"]
 
+WARM_SHARE = 0.5  # of the time, after which calls need no more warming up
 _LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of the measuring time at which to look
 
 
@@ -30,11 +31,21 @@ class Interval:
     high: float
 
 
-def plan_looks(rounds: float, alpha: float) -> list[tuple[float, float]]:
-    """Return (share of the time, error probability) of each look; the probabilities add up."""
+def plan_looks(rounds: float, alpha: float, warm: float = 0) -> list[tuple[float, float]]:
+    """Return (share of the time, error probability) of each look; the probabilities add up.
+
+    Args:
+        rounds: how many fit into the time.
+        alpha: the error probability of all looks together.
+        warm: rounds that warm up: before them, or half of the time, there is no look.
+    """
     *early, last = _LOOKS
     need = min_pairs(alpha / 2 / len(early))
-    early = [share for share in early if share * rounds >= need]
+    early = [
+        share
+        for share in early
+        if share * rounds >= need and (share * rounds >= warm or share >= WARM_SHARE)
+    ]
     if not early:
         return [(last, alpha)]
     return [*((share, alpha / 2 / len(early)) for share in early), (last, alpha / 2)]
@@ -57,6 +68,26 @@ def signed_rank_interval(logs: np.ndarray, alpha: float) -> Interval:
     if rank < 0:
         return Interval(value, 0.0, math.inf)
     return Interval(value, math.exp(means[rank]), math.exp(means[-1 - rank]))
+
+
+def total_interval(baseline: np.ndarray, candidate: np.ndarray, alpha: float) -> Interval:
+    """Ratio of the sums of paired times, and its interval of level 1 - alpha.
+
+    The interval holds every ratio r for which |sum d| <= c sqrt(sum d^2), where d = baseline -
+    r candidate and c^2 = 2 log(2 / alpha). If the sign of each d is a fair coin, a sum beyond that
+    has probability alpha at most, however heavy the tails are (Hoeffding 1963,
+    doi:10.1080/01621459.1963.10500830). It is Fieller's quadratic in r; infinite where a few
+    calls of the candidate make up its total.
+    """
+    total, other = baseline.sum(), candidate.sum()
+    level = 2 * math.log(2 / alpha)
+    square = other**2 - level * (candidate @ candidate)
+    mixed = total * other - level * (baseline @ candidate)
+    rest = total**2 - level * (baseline @ baseline)
+    if square <= 0:
+        return Interval(total / other, 0.0, math.inf)
+    half = math.sqrt(max(0.0, mixed**2 - square * rest))
+    return Interval(total / other, max(0.0, (mixed - half) / square), (mixed + half) / square)
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import random
@@ -13,14 +14,39 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlhelpers.measure.intervals import Interval, min_pairs, plan_looks, signed_rank_interval
+from dlhelpers.measure.changes import find_change, is_changing
+from dlhelpers.measure.intervals import (
+    WARM_SHARE,
+    Interval,
+    min_pairs,
+    plan_looks,
+    signed_rank_interval,
+)
 
-__all__ = ["Race", "Timer"]
+__all__ = ["Found", "Race", "Timer"]
 
 _SAMPLE_S = 1e-3  # one sample lasts this long at least: 10,000 times the timer's resolution
 _MIN_PAIRS = 30  # shorter samples where a budget or a costly setup would not allow so many
 _MAX_PAIRS = 1000  # longer budgets make samples longer, not more
+_WARM_CALLS = 200  # of each function, before which no look may end the race
 _clock = time.perf_counter  # tests put a fake clock here
+
+
+class Found(NamedTuple):
+    """What a look at one candidate finds.
+
+    Attributes:
+        interval: of the ratio, after the change point.
+        baseline_s, candidate_s: [n] seconds of one call in each pair that the interval rests on.
+        dropped: how many pairs came before the change point.
+        still_changing: whether the ratio changes among those n pairs.
+    """
+
+    interval: Interval
+    baseline_s: np.ndarray
+    candidate_s: np.ndarray
+    dropped: int
+    still_changing: bool
 
 
 class Race:
@@ -34,28 +60,37 @@ class Race:
         overtime: float,
         setup: Callable[[], Any] | None,
         cache: str,
+        negligible: float = 0.03,
     ) -> None:
         self._start = _clock()
+        self.negligible = negligible
         self.functions, self.baseline = functions, baseline
         self.timer = timer = Timer(setup, cache)
         self.deadline = self._start + budget_s
         self.latest = self.deadline + overtime * budget_s
         self.samples: dict[str, list[float]] = {name: [] for name in functions}
-        self.intervals: dict[str, Interval] = {}
+        self.found: dict[str, Found] = {}
         self.is_first = False  # whether the only pair are the first calls
         self.running = [name for name in functions if name != baseline]
         self.rng = random.Random()  # its own: neither reads nor moves the caller's random state
         share_s = budget_s / len(functions)
-        looks = {name: _calibrate(timer, function, share_s) for name, function in functions.items()}
+        self._sample_s = max(_SAMPLE_S, share_s / _MAX_PAIRS)
+        looks = {
+            name: _calibrate(timer, name, function, share_s, self._sample_s)
+            for name, function in functions.items()
+        }
         self.numbers = {name: look.number for name, look in looks.items()}
+        self.calls = {name: look.calls for name, look in looks.items()}
         self._firsts = {name: look.first_s for name, look in looks.items()}
         self._call_s = sum(look.call_s for look in looks.values())  # of one call of each
-        most, least = max(self.numbers.values()), min(self.numbers.values())
-        if most <= 4 * least:  # equal repeats leave no difference but the work itself
-            self.numbers = dict.fromkeys(self.numbers, most)
+        self._repeat_alike()
 
-    def run(self, alpha: float, is_settled: Callable[[Interval], bool]) -> None:
+    def run(self, alpha: float, is_settled: Callable[[Found], bool]) -> None:
         """Measure until every candidate is settled or the budget is spent.
+
+        Nothing is settled before each function was called often enough to be warm or half of the
+        time is over, nor where the ratio still changes. The probabilities of all looks are fixed
+        before the first, so what a look leaves out does not change the confidence.
 
         Past the budget, rounds are added only up to those that an interval needs at the last look.
         That number is fixed before the first round that it is asked of, and fewer give no interval:
@@ -68,21 +103,25 @@ class Race:
             for name, seconds in self._firsts.items():
                 self.samples[name].append(max(seconds, 1e-9))
             for name in self.running:
-                self.intervals[name] = signed_rank_interval(self.log_ratios(name), alpha)
+                self.found[name] = self._look(name, alpha)
             return
         self._round()
         round_s = _clock() - begin
         measuring_s = self.deadline - begin
-        looks = plan_looks(measuring_s / max(round_s, 1e-9), alpha)
+        warm = max(math.ceil((_WARM_CALLS - self.calls[n]) / self.numbers[n]) for n in self.calls)
+        looks = plan_looks(measuring_s / max(round_s, 1e-9), alpha, 1 + warm)
         need = min_pairs(looks[-1][1])
         for share, alpha_look in looks:
             until = begin + share * measuring_s
             while _clock() + round_s <= (self.latest if self.rounds < need else until):
                 self._round()
+                self._refit()
                 round_s = (_clock() - begin) / self.rounds
+            if share < WARM_SHARE and min(self.calls.values()) < _WARM_CALLS:
+                continue
             for name in tuple(self.running):
-                self.intervals[name] = signed_rank_interval(self.log_ratios(name), alpha_look)
-                if is_settled(self.intervals[name]):
+                found = self.found[name] = self._look(name, alpha_look)
+                if is_settled(found) and not found.still_changing:
                     self.running.remove(name)
             if not self.running:
                 return
@@ -99,21 +138,44 @@ class Race:
             number = self.numbers[name]
             seconds = self.timer.sample(self.functions[name], number)
             self.samples[name].append(max(seconds, 1e-9) / number)
+            self.calls[name] += number
 
-    def log_ratios(self, name: str) -> np.ndarray:
-        """Return log(baseline time / this candidate's time), one for each round it ran in."""
+    def _repeat_alike(self) -> None:
+        most, least = max(self.numbers.values()), min(self.numbers.values())
+        if most <= 4 * least:  # equal repeats leave no difference but the work itself
+            self.numbers = dict.fromkeys(self.numbers, most)
+
+    def _refit(self) -> None:
+        """Repeat calls more or less often where they have become far shorter or longer."""
+        if self.timer.before_each:
+            return
+        for name in [self.baseline, *self.running]:
+            recent = self.samples[name][-5:]
+            is_short = len(recent) == 5 and max(recent) * self.numbers[name] < self._sample_s / 5
+            is_long = self.numbers[name] > 1 and (
+                min(recent[-2:]) * self.numbers[name] > 10 * self._sample_s
+            )
+            if is_short or is_long:
+                self.numbers[name] = max(1, round(self._sample_s / median(recent[-2:])))
+                self._repeat_alike()
+
+    def _look(self, name: str, alpha: float) -> Found:
         # a settled candidate stops running: its samples belong to the first rounds
-        own = self.samples[name]
-        return np.log(self.samples[self.baseline][: len(own)]) - np.log(own)
+        own = np.array(self.samples[name])
+        times = np.array([self.samples[self.baseline][: len(own)], own])
+        if (block := -(-len(own) // (2 * _MAX_PAIRS))) > 1:  # n pairs have n^2 / 2 averages
+            whole = times[:, : len(own) // block * block]
+            times = whole.reshape(2, -1, block).mean(axis=2)
+        logs = np.log(times[0]) - np.log(times[1])
+        start = find_change(logs, self.negligible, least=min_pairs(alpha))
+        interval = signed_rank_interval(logs[start:], alpha)
+        changing = is_changing(logs[start:], interval, self.negligible, again=start > 0)
+        return Found(interval, *times[:, start:], start, changing)
 
     @property
     def elapsed_s(self) -> float:
         """Seconds since the start, warm-up included."""
         return _clock() - self._start
-
-    def seconds(self, name: str) -> float:
-        """Median seconds of one call."""
-        return median(self.samples[name])
 
 
 class Timer:
@@ -168,31 +230,47 @@ class _Look(NamedTuple):
 
     Attributes:
         number: calls that make a sample.
+        calls: how often it was called.
         first_s: what the first call took.
         call_s: the least that a call took, with what is prepared before it.
     """
 
     number: int
+    calls: int
     first_s: float
     call_s: float
 
 
-def _calibrate(timer: Timer, function: Callable[[], Any], share_s: float) -> _Look:
+def _calibrate(
+    timer: Timer, name: str, function: Callable[[], Any], share_s: float, sample_s: float
+) -> _Look:
     """Warm up for a twentieth of the function's share."""
-    begin = before = _clock()
-    first = None
-    fastest = fastest_with_setup = math.inf
-    for call in itertools.count():
-        seconds = timer.sample(function, 1)
-        first = seconds if first is None else first
-        fastest = min(fastest, seconds)
+    begin = _clock()
+    results: list[Any] = []
+    first = fastest = timer.sample(lambda: results.append(function()), 1)
+    _need_done(results.pop(), name)
+    before = _clock()
+    fastest_with_setup = before - begin
+    calls = 1
+    while before - begin <= share_s / (20 if calls > 1 else 4):
+        fastest = min(fastest, timer.sample(function, 1))
         now = _clock()
         fastest_with_setup, before = min(fastest_with_setup, now - before), now
-        if now - begin > share_s / 20 and (call > 0 or now - begin > share_s / 4):
-            break
+        calls += 1
     if timer.cold:
-        return _Look(1, first, fastest_with_setup)
-    sample_s = max(_SAMPLE_S, share_s / _MAX_PAIRS)
+        return _Look(1, calls, first, fastest_with_setup)
     wanted = sample_s / max(fastest, 1e-9)
     affordable = share_s / _MIN_PAIRS / max(fastest_with_setup, 1e-9)
-    return _Look(max(1, round(min(wanted, affordable))), first, fastest_with_setup)
+    number = max(1, round(min(wanted, affordable)))
+    return _Look(number, calls, first, fastest_with_setup)
+
+
+def _need_done(result: Any, name: str) -> None:
+    """Raise TypeError where a call has only begun its work."""
+    lazy = (inspect.isgenerator, inspect.iscoroutine, inspect.isasyncgen)
+    if any(is_lazy(result) for is_lazy in lazy):
+        getattr(result, "close", lambda: None)()  # or Python warns of a coroutine besides
+        raise TypeError(
+            f"{name} returned a {type(result).__name__}, so that its work is not done by the "
+            f"call: use up what it returns, as in lambda: list(...)"
+        )

@@ -3,7 +3,8 @@
 Every trial compares two callables whose work is known: n and (1 - d) n multiplications of the
 same small matrices, so that the true speedup is 1 / (1 - d). A second process that keeps one
 core busy for random stretches is the load. A false outcome is `faster` or `slower` where the
-work is equal, or `faster` where the difference lies inside the negligible band.
+work is equal, or `faster` where the difference lies inside the negligible band. The last trials
+have times that are not steady, on a simulated clock; there no `faster` or `slower` is true.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from dlhelpers.measure.comparison import Comparison, compare
+from dlhelpers.measure.comparing import compare
+from dlhelpers.measure.comparison import Comparison
+from dlhelpers.measure.simulated import Times, simulated_pairs
 from dlhelpers.progress import bar
 
 __all__ = ["PLAN", "Trial", "TrialResult", "busy_neighbour", "run", "workload"]
@@ -44,6 +47,8 @@ class Trial:
         promise: the share of ``faster`` promised: at least this much, or at most where
             ``at_most``.
         at_most: the promise is an upper bound, on false outcomes.
+        times: how the times of the same work are not steady, on a simulated clock; None for real
+            work, timed by the machine's clock.
     """
 
     less_work: float
@@ -52,8 +57,11 @@ class Trial:
     runs: int
     promise: float
     at_most: bool
+    times: Times | None = None
 
     def __str__(self) -> str:
+        if self.times:
+            return f"{self.times} (simulated), {self.budget_s:g} s"
         work = f"{self.less_work:.0%} less work" if self.less_work else "same work (A/A)"
         return f"{work}, {'loaded' if self.loaded else 'quiet'}, {self.budget_s:g} s"
 
@@ -65,6 +73,9 @@ PLAN = (
     Trial(0.05, 2.0, loaded=False, runs=50, promise=0.9, at_most=False),
     Trial(0.10, 2.0, loaded=True, runs=50, promise=0.9, at_most=False),
     Trial(0.20, 2.0, loaded=True, runs=50, promise=0.9, at_most=False),
+    Trial(0.00, 2.0, loaded=False, runs=200, promise=0.05, at_most=True, times="warm-up"),
+    Trial(0.00, 2.0, loaded=False, runs=200, promise=0.05, at_most=True, times="drift"),
+    Trial(0.00, 2.0, loaded=False, runs=200, promise=0.05, at_most=True, times="bimodal"),
 )
 
 
@@ -133,13 +144,17 @@ def run(
     """
     for trial in plan:
         truth = 1 / (1 - trial.less_work)
-        baseline = workload(1.0)
-        candidate = workload(1 - trial.less_work) if trial.less_work else baseline
         rows = []
-        with busy_neighbour() if trial.loaded else nullcontext():
+        with ExitStack() as stack:
+            if trial.loaded:
+                stack.enter_context(busy_neighbour())
+            if trial.times:
+                pairs = stack.enter_context(simulated_pairs(trial.times))
+            else:
+                pairs = partial(tuple, _real_pair(trial.less_work))
             count = range(runs or trial.runs)
             for _ in bar(count, progress=progress, desc=str(trial), leave=False):
-                rows.append(compare(baseline, candidate, budget_s=trial.budget_s))
+                rows.append(compare(*pairs(), budget_s=trial.budget_s))
         outcomes = ("faster", "slower", "no difference", "undecided")
         yield TrialResult(
             trial,
@@ -148,6 +163,11 @@ def run(
             covered=sum(row.low <= truth <= row.high for row in rows),
             seconds=sum(row.elapsed_s for row in rows) / len(rows),
         )
+
+
+def _real_pair(less_work: float) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    baseline = workload(1.0)
+    return baseline, workload(1 - less_work) if less_work else baseline
 
 
 def workload(share: float, *, multiplications: int = 200) -> Callable[[], Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dlhelpers.arguments import whole_number
-from dlhelpers.tables import html_table, text_table
+from dlhelpers.tables import duration, html_table, text_table
 
 __all__ = ["CodeReport", "Row", "Table", "Unseen", "place_of", "unseen"]
 
@@ -38,7 +38,7 @@ class Unseen:
     def __str__(self) -> str:
         least = max(0.01 * self.wall_s, 0.010)
         parts = [
-            f"{seconds:.3g} s of processor time in {where}"
+            f"{duration(seconds)} of processor time in {where}"
             for seconds, where in (
                 (self.threads_s, "other threads"),
                 (self.processes_s, "worker processes"),
@@ -186,13 +186,13 @@ class CodeReport:
         return next((row for row in self.rows if part in row.name), None)
 
     def __str__(self) -> str:
-        lines = [f"{self.profiler}, {1000 * self.wall_s:,.1f} ms", str(self.table(10)), self.sees]
+        lines = [f"{self.profiler}, {duration(self.wall_s)}", str(self.table(10)), self.sees]
         return "\n".join([*lines, *[str(self.not_seen)] * bool(str(self.not_seen))])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        foot = f"{self.profiler}, {1000 * self.wall_s:,.1f} ms. {self.sees} {self.not_seen}"
+        foot = f"{self.profiler}, {duration(self.wall_s)}. {self.sees} {self.not_seen}"
         return f"{self.table(10)._repr_html_()}<p>{html.escape(foot)}</p>"
 
 

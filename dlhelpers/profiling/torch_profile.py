@@ -27,7 +27,7 @@ from dlhelpers.profiling.phases import find_phases, phase_spans
 from dlhelpers.profiling.trace import STEP, Trace, read_trace
 from dlhelpers.progress import bar
 from dlhelpers.recording import need_no_recording, recording
-from dlhelpers.tables import html_table, text_table
+from dlhelpers.tables import duration, html_table, text_table
 
 __all__ = ["Operators", "TorchReport", "profile_torch"]
 
@@ -236,8 +236,8 @@ class TorchReport:
     def __str__(self) -> str:
         step = statistics.mean(self.step_ms)
         lines = [
-            f"{len(self.step_ms)} steps of {step:.2f} ms; {self.overhead:.2f} times as long as "
-            "without the profiler",
+            f"{len(self.step_ms)} steps of {duration(step / 1e3)}; {self.overhead:.2f} times as "
+            "long as without the profiler",
             *(f"  {n:<19} {ms:9.3f} ms  {self.shares[n]:6.1%}" for n, ms in self.phases.items()),
         ]
         if self.gpu_busy is not None:
@@ -254,7 +254,7 @@ class TorchReport:
 
         step = statistics.mean(self.step_ms)
         head = (
-            f"{len(self.step_ms)} steps of {step:.2f} ms under the profiler, "
+            f"{len(self.step_ms)} steps of {duration(step / 1e3)} under the profiler, "
             f"{self.overhead:.2f} times as long as without. {self.not_seen}"
         )
         return (

@@ -14,6 +14,7 @@ from dlhelpers.measure import Comparison, compare_many
 from dlhelpers.measure.intervals import min_pairs
 from dlhelpers.quantization.batches import Batch, batch_size, first_samples
 from dlhelpers.quantization.roads import Road
+from dlhelpers.tables import duration
 
 __all__ = ["Pace", "fastest", "raced"]
 
@@ -48,7 +49,8 @@ class Pace:
             seconds = _timed(lambda batch=batch: found.append(road.run(batch)))
             best_s = min(best_s, seconds)
             if best_s > max(_LOOK_S, _HOPELESS * self._best_s):
-                return found, f"one call took {best_s:.3g} s, {self._told(best_s / self._best_s)}"
+                told = self._told(best_s / self._best_s)
+                return found, f"one call took {duration(best_s)}, {told}"
         if best_s < self._best_s:
             self._best, self._best_s = road, best_s
         return found, ""
@@ -68,7 +70,7 @@ class Pace:
             return ""
         if size * sample_s < _LOOK_S or sample_s < _HOPELESS * usual_s:
             return ""
-        return f"one sample took {sample_s:.3g} s, {self._told(sample_s / usual_s)}"
+        return f"one sample took {duration(sample_s)}, {self._told(sample_s / usual_s)}"
 
     def _told(self, times: float) -> str:
         return f"{times:.0f} times as long as {self._best.name}: not raced"

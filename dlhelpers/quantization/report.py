@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from dlhelpers.measure import Comparison
-from dlhelpers.tables import html_table, text_table
+from dlhelpers.tables import figures, html_table, text_table
 
 __all__ = ["QuantizationReport", "RoadRow"]
 
@@ -59,8 +59,8 @@ class RoadRow:
 
 def _interval(speed: Comparison) -> str:
     if not math.isfinite(speed.high):
-        return f"{speed.speedup:.3g}"
-    return f"{speed.speedup:.3g} [{speed.low:.3g}, {speed.high:.3g}]"
+        return figures(speed.speedup)
+    return f"{figures(speed.speedup)} [{figures(speed.low)}, {figures(speed.high)}]"
 
 
 @dataclass(frozen=True)

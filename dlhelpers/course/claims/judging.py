@@ -56,7 +56,8 @@ class Judged:
         effect: the number, mean or speedup; None where it was not measured.
         low, high: its interval; both equal to ``effect`` where the number is exact.
         threshold: what it had to meet.
-        reason: why it was not measured, else empty.
+        reason: why it was not measured or has no interval although there were enough pairs, else
+            empty.
     """
 
     name: str
@@ -208,9 +209,11 @@ def _judge(claim: Claim, condition: Condition, found: Any) -> Judged:
             condition.name, "not-measured", None, None, None, threshold, reason=found.reason
         )
     where = f"{claim.id}, condition {condition.name!r}"
+    reason = ""
     if claim.kind == "time":
         _need_comparison(found, where)
         value, low, high = found.speedup, found.low, found.high
+        reason = "still warming up" * getattr(found, "still_changing", False)
     elif all(hasattr(found, name) for name in ("value", "low", "high")):
         value, low, high = _estimate(claim, found, where)
     elif claim.kind == "accuracy":
@@ -225,7 +228,7 @@ def _judge(claim: Claim, condition: Condition, found: Any) -> Judged:
     if math.isnan(low) or math.isnan(high) or not low <= high:
         raise ValueError(f"{where}: [{low}, {high}] is no interval, low must not exceed high")
     settled = _VERDICTS[threshold.settle(low, high)]
-    return Judged(condition.name, settled, float(value), float(low), float(high), threshold)
+    return Judged(condition.name, settled, float(value), float(low), float(high), threshold, reason)
 
 
 def _need_comparison(found: Any, where: str) -> None:
@@ -303,19 +306,20 @@ def _combine(conditions: Sequence[Judged], control: Control | None) -> tuple[Set
 
 def _unsettled(conditions: Sequence[Judged]) -> str:
     """Say why conditions are unsettled: an interval that straddles the threshold, or none."""
-    names: dict[bool, list[str]] = {True: [], False: []}
+    straddles, changes = "the interval straddles the threshold", "the ratio was still changing"
+    too_few = "too few repetitions for an interval"
+    names: dict[str, list[str]] = {straddles: [], too_few: [], changes: []}
     for c in conditions:
         if c.verdict == "unsettled":
-            names[c.high is not None and math.isfinite(c.high)].append(c.name)
-    reasons = []
-    if names[True]:
-        reasons.append(f"the interval straddles the threshold: {'; '.join(names[True])}")
-    if names[False]:
-        reasons.append(
-            f"too few repetitions for an interval: {'; '.join(names[False])} (give a larger "
-            "budget_s, or stop other programs, and run it again)"
-        )
-    return " · ".join(reasons)
+            has_interval = c.high is not None and math.isfinite(c.high)
+            why = straddles if has_interval else changes if c.reason else too_few
+            names[why].append(c.name)
+    remedy = " (give a larger budget_s, or stop other programs, and run it again)"
+    return " · ".join(
+        f"{why}: {'; '.join(found)}{remedy * (why != straddles)}"
+        for why, found in names.items()
+        if found
+    )
 
 
 def _missing(conditions: Sequence[Judged]) -> str:
