@@ -73,6 +73,7 @@ class Seen:
         graph_nodes: nodes of autograd's graphs that are alive after each of some steps.
         lines: of the program, where the step was seen.
         cores: that this process may use.
+        tried: remedies that were tried and brought nothing, as code.
     """
 
     trace: Trace
@@ -84,6 +85,7 @@ class Seen:
     graph_nodes: Sequence[int] = ()
     lines: ProgramLines = field(default_factory=ProgramLines)
     cores: int = 1
+    tried: list[str] = field(default_factory=list)
 
     @cached_property
     def shares(self) -> dict[str, float]:
