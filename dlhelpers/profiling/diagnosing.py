@@ -8,6 +8,7 @@ fast (Amdahl 1967, doi:10.1145/1465482.1465560).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
+from dlhelpers.profiling.dataflow import follow
+from dlhelpers.profiling.decoders import decoders_shown
 from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.program_lines import program_lines
-from dlhelpers.profiling.rules import RULES
+from dlhelpers.profiling.rules import LOOKED_FOR, NOT_LOOKED_FOR, RULES
 from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
@@ -92,7 +96,7 @@ def diagnose(
 def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None = None) -> Seen:
     """Run the step, watch it, and return what was seen."""
     need_no_recording("diagnose")
-    with watch() as seen:
+    with watch() as seen, decoders_shown():
         step_s, calls = _warm_up(train_step)
         steps = min(steps, max(1, int(_STEPS_S / step_s)))
         left = 2 - calls  # of what warms up
@@ -107,7 +111,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     loader = seen.slowest
     waits = report.shares.get("data loading", 0.0)
     costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
-    return Seen(
+    facts = Seen(
         trace=report.trace,
         step_ms=step_ms,
         loader=loader,
@@ -118,6 +122,18 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         lines=program_lines(looks),
         cores=cores,
     )
+    if not _may_loop(facts):
+        return facts
+    return dataclasses.replace(facts, flow=follow(train_step))
+
+
+def _may_loop(seen: Seen) -> bool:
+    """Whether anything comes so often that the order of its turns matters."""
+    if seen.trace is None:
+        return False
+    one_by_one = any(c.rows == 1 and c.count >= 4 * seen.steps for c in seen.calls)
+    has_cells = any(isinstance(m, nn.RNNCellBase) for c in seen.calls for m in c.module.modules())
+    return one_by_one or has_cells or seen.outside.commonest[1] >= 8
 
 
 def _warm_up(train_step: Callable[[], Any]) -> tuple[float, int]:
@@ -158,9 +174,12 @@ def rank(seen: Seen, at_least: float, speedup: Speedup | None = None) -> Finding
 def _scope(seen: Seen, at_least: float) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares.items() if share > 0)
     told = (
-        f"nothing found that takes {at_least:.0%} of a step and need not; a step takes "
-        f"{seen.step_ms:.3g} ms: {shares}"
+        f"nothing found that would save {at_least:.0%} of a step; looked for: "
+        f"{', '.join(LOOKED_FOR)}; not for {NOT_LOOKED_FOR}; a step takes {seen.step_ms:.3g} ms: "
+        f"{shares}"
     )
+    if seen.tried:
+        told += f"; tried, no gain: {', '.join(dict.fromkeys(seen.tried))}"
     if seen.python_ms >= at_least * seen.step_ms:
         place = f", most of it at {seen.lines.outside}" * bool(seen.lines.outside)
         told += f"; {seen.python_ms:.3g} ms of it are Python outside models and operators{place}"
