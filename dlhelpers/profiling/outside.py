@@ -4,8 +4,7 @@ What it does there again and again is a loop. All that follows from a loop goes 
 
     its operators + the Python before each of them + the nodes of autograd's graph that they make
 
-An operator and its node share a sequence number in torch's record. The profiler takes some time for
-each event; what all events of the steps took beyond steps without it is taken off in equal parts.
+An operator and its node share a sequence number in torch's record.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ class Outside:
         operators: outermost operators a step.
         commonest: (name, calls a step) of the most frequent of these.
         items: numbers a step that are taken out of tensors (``.item()``, ``float``, ``if``).
-        loop_ms: of ``ms``, in operators that are called again and again and the Python before them.
-        loop_backward_ms: milliseconds of backward in the nodes that these operators made.
+        loop_ms: milliseconds of a step in operators that are called again and again, the Python
+            before them, and the nodes that they made.
+        loop_backward_ms: of these, in backward.
         loop_gpu_ms: milliseconds of the GPU in the kernels that these operators launched.
     """
 
@@ -80,12 +80,22 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
     ms = step_ms * own / trace.wall_us if trace.wall_us else 0.0
     often = {key for key, count in counts.items() if count >= max(4 * n, _OFTEN * counts[name])}
     loop = [event for event in tops_that_work if event.name in often]
-    clock = _Clock(trace, events, step_ms)
     edges = sorted([*(end for s in spans for end in (s.start_us, s.end_us)), *sum(models, ())])
-    loop_us, all_us = _with_python_before(loop, edges, tops_that_work, clock)
-    # the Python that ends a stretch, such as the end of what the loop made, belongs to it in part
-    loop_us += loop_us / all_us * max(0.0, clock.whole(spans, models) - all_us) if all_us else 0.0
-    back_us = _backward_us(trace, events, loop, [s for s in phases if s.phase == "backward"], clock)
+    turns, others = _with_python_before(tops_that_work, edges, often)
+    nodes = [e for e in trace.events if e.name.startswith(BACKWARD)]
+    owned = _owned(nodes, events, loop)
+    # the Python that ends a stretch, such as freeing what the loop made, is the loop's in part, and
+    # so are the gaps between nodes
+    forward_us = _us(turns) * own / (_us(turns) + _us(others) or 1.0)
+    in_backward = _us([(s.start_us, s.end_us) for s in phases if s.phase == "backward"])
+    in_nodes = _us([(e.start_us, e.end_us) for e in nodes])
+    backward_us = _us(owned) * max(1.0, in_backward / (in_nodes or 1.0))
+    starts = [event.start_us for event in events]
+    count = sum(
+        bisect_left(starts, end) - bisect_left(starts, begin) for begin, end in turns + owned
+    )
+    loop_us = forward_us + backward_us
+    loop_ms = _plain_ms(loop_us, count / (len(events) or 1), trace.wall_us, n * step_ms) / n
     launched = {e.id for e in events if e.id and _covers(loop, e.start_us)}
     gpu_us = sum(e.us for e in trace.gpu if e.id in launched)
     return Outside(
@@ -94,73 +104,54 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
         operators=len(tops) / n,
         commonest=(name, counts.get(name, 0) / n),
         items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
-        loop_ms=loop_us / n / 1e3,
-        loop_backward_ms=back_us / n / 1e3,
+        loop_ms=loop_ms,
+        loop_backward_ms=loop_ms * backward_us / (loop_us or 1.0),
         loop_gpu_ms=gpu_us / n / 1e3,
     )
 
 
-class _Clock:
-    """Microseconds as they would be without the profiler, which takes its time for each event."""
+def _plain_ms(part_us: float, events: float, wall_us: float, plain_ms: float) -> float:
+    """Return how long a part of the record takes without the profiler, which takes time per event.
 
-    def __init__(self, trace: Trace, events: Sequence[Event], step_ms: float) -> None:
-        self._starts = [event.start_us for event in events]
-        plain_us = 1e3 * step_ms * len(trace.steps)
-        self._faster = min(1.0, plain_us / trace.wall_us) if trace.wall_us else 1.0
-        self._each_us = max(0.0, trace.wall_us - plain_us) / max(1, len(events))
-        self._slower = max(1.0, plain_us / trace.wall_us) if trace.wall_us else 1.0
+    ``events`` is the part's share of them. How much they take is known from steps that ran without
+    it, whose noise is in that too. So the part gets all of its share of the time at most, 0.7 of it
+    at least, and leaves to the rest no more than 1.25 of the rest's share.
+    """
+    share_ms = plain_ms * part_us / wall_us if wall_us else 0.0
+    taken_ms = max(0.0, wall_us / 1e3 - plain_ms) * events
+    least_ms = max(0.7 * share_ms, plain_ms - 1.25 * (plain_ms - share_ms))
+    return min(share_ms, max(part_us / 1e3 - taken_ms, least_ms))
 
-    def us(self, start: float, end: float) -> float:
-        """Return how long it is from start to end."""
-        count = bisect_left(self._starts, end) - bisect_left(self._starts, start)
-        taken_off = end - start - self._each_us * count
-        # many short events in a row cost less each than the average: half of it stays at least
-        return self._slower * max(taken_off, 0.5 * self._faster * (end - start))
 
-    def whole(self, spans: Sequence[Span], models: Sequence[tuple[float, float]]) -> float:
-        """Return how long the spans are together, without the models."""
-        whole = sum(self.us(s.start_us, s.end_us) for s in spans)
-        starts = [span.start_us for span in spans]
-        for start, end in models:
-            first = max(0, bisect_right(starts, start) - 1)
-            for span in spans[first : bisect_left(starts, end)]:
-                low, high = max(start, span.start_us), min(end, span.end_us)
-                whole -= self.us(low, high) if high > low else 0.0
-        return whole
+def _us(stretches: Sequence[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in stretches)
 
 
 def _with_python_before(
-    loop: Sequence[Event], edges: Sequence[float], tops: Sequence[Event], clock: _Clock
-) -> tuple[float, float]:
-    """Return the time of the loop's operators and of all, each with the gap that is before it."""
-    wanted, reached, of_loop, of_all = set(map(id, loop)), float("-inf"), 0.0, 0.0
+    tops: Sequence[Event], edges: Sequence[float], often: set[str]
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return stretches of the operators of a loop and of all others, with the gap before each."""
+    turns, others, reached = [], [], float("-inf")
     for event in tops:
         place = bisect_right(edges, event.start_us) - 1
         begin = max(reached, edges[place]) if place >= 0 else event.start_us
-        took = clock.us(min(begin, event.start_us), event.end_us)
-        of_all += took
-        of_loop += took if id(event) in wanted else 0.0
+        stretch = min(begin, event.start_us), event.end_us
+        (turns if event.name in often else others).append(stretch)
         reached = event.end_us
-    return of_loop, of_all
+    return turns, others
 
 
-def _backward_us(
-    trace: Trace,
-    events: Sequence[Event],
-    loop: Sequence[Event],
-    spans: Sequence[Span],
-    clock: _Clock,
-) -> float:
-    """Return how long the nodes run that the loop's operators made, gaps in proportion."""
+def _owned(
+    nodes: Sequence[Event], events: Sequence[Event], loop: Sequence[Event]
+) -> list[tuple[float, float]]:
+    """Return when the nodes run that the loop's operators made."""
     # operators that make no node bear the number of the next one that does: the last is its maker
-    made = {e.sequence: e for e in events if e.sequence >= 0 and not e.name.startswith(BACKWARD)}
-    nodes = [e for e in trace.events if e.name.startswith(BACKWARD)]
-    owned = [e for e in nodes if e.sequence in made and _covers(loop, made[e.sequence].start_us)]
-    if not owned:
-        return 0.0
-    whole = sum(clock.us(s.start_us, s.end_us) for s in spans)
-    inner = sum(clock.us(e.start_us, e.end_us) for e in nodes)
-    return sum(clock.us(e.start_us, e.end_us) for e in owned) * max(1.0, whole / (inner or 1.0))
+    made = {e.sequence: e for e in events if e.sequence >= 0 and not _covers(nodes, e.start_us)}
+    return [
+        (e.start_us, e.end_us)
+        for e in nodes
+        if e.sequence in made and _covers(loop, made[e.sequence].start_us)
+    ]
 
 
 def _covers(spans: Sequence[Event], when: float) -> bool:

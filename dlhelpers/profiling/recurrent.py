@@ -1,7 +1,7 @@
 """Would torch's fused layer do what a loop over its cell does? It is tried on the inputs seen.
 
-Where every input is known beforehand, one call of ``nn.LSTM`` multiplies all inputs by their weights
-at once, and makes one node of autograd's graph. Where an input needs the output before it, as in a
+Where every input is known beforehand, one call of ``nn.LSTM`` multiplies all inputs by weights at
+once, and makes one node of autograd's graph. Where an input needs the output before it, as in a
 decoder that reads its own words, the cell is right.
 """
 

@@ -127,7 +127,7 @@ class Seen:
         GPU no more than the kernels of the loop and the time that the GPU waits.
         """
         outside, turns = self.outside, max(1.0, self.outside.commonest[1])
-        found = (outside.loop_ms + outside.loop_backward_ms) * (1 - 1 / turns)
+        found = outside.loop_ms * (1 - 1 / turns)
         return min(found, outside.loop_gpu_ms + self.gpu_idle_ms) if self.trace.gpu else found
 
     @property
