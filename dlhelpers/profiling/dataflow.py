@@ -1,12 +1,6 @@
-"""Which operators of a step need what others made? A step is run once more and watched for it.
+"""What of a step could be done at once?
 
-Each operator is a node; it needs those that last wrote the bytes that it reads. Python carries
-values as well: a tensor that enters from outside after a number was taken out of another one, as an
-environment's answer to an action, or an operator that is given that number, is taken to need it.
-Only what a DataLoader gives is not. So a chain may be seen where there is none, and a loop is then
-not reported; one that is there is not overlooked.
-
-What can be done at once follows from the longest chain:
+Each operator is a node, which needs those that made its inputs. What can be done at once follows from the longest chain:
 
     at once = nodes / nodes on the longest chain
 
@@ -16,34 +10,18 @@ to the next such operator, that link does not count.
 
 from __future__ import annotations
 
-import sys
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from dlhelpers.fakes import tensors_in
-from dlhelpers.profiling.program_lines import is_own
 from dlhelpers.profiling.sampling import Line
-from dlhelpers.profiling.watching import living
 
-__all__ = ["CellCall", "Dataflow", "follow"]
+__all__ = ["CellCall", "Dataflow", "Node", "levels", "operators_at_once"]
 
 _LINKS = {"add", "add_", "sum", "mul", "mul_", "maximum", "minimum", "logaddexp", "cat",
           "logical_or", "logical_and", "bitwise_or", "bitwise_and"}  # fmt: skip
-_OPERANDS = {"index", "start", "end", "value", "fill_value", "other", "s", "exponent", "min", "max"}
-_MOST_WRITES = 1024  # of one tensor's bytes that are told apart
-_MOST_NODES = 200_000
 
 
 @dataclass(frozen=True)
@@ -73,353 +51,85 @@ class Dataflow:
 
     Attributes:
         operators_at_once: operators outside models and backward, per operator on the longest chain.
+        elements: of the tensor that such an operator makes; the median.
+        device: on which most of them are.
         calls_at_once: (id of a module, its mode) -> how many of its calls need none of each other.
         lines: of the program, that call them, by the same key.
         cells: calls of recurrent cells, in order.
     """
 
     operators_at_once: float
-    calls_at_once: dict[tuple[int, bool], float]
+    calls_at_once: dict[tuple[int, bool], float] = field(default_factory=dict)
     lines: dict[tuple[int, bool], Line] = field(default_factory=dict)
     cells: tuple[CellCall, ...] = ()
-
-
-def follow(step: Callable[[], Any]) -> Dataflow:
-    """Run a step once and return its dataflow.
-
-    Of a step that cannot be followed, because it has more than 200,000 operators or a tensor
-    without a storage, nothing is taken to be possible at once.
-    """
-    graph = _Graph()
-    with graph.watching():
-        step()
-    return graph.result()
+    elements: int = 0
+    device: str = "cpu"
 
 
 @dataclass
-class _Node:
+class Node:
+    """One operator, or a number that was read, or a tensor that came in.
+
+    Attributes:
+        name: of the operator, without its namespace.
+        needs: numbers of the nodes that made what it reads.
+        counts: whether it is outside models, backward, optimizers and loaders.
+        calls: numbers of the calls of modules that it is part of.
+        backward: whether it runs in backward.
+        made: elements of what it made, and the device.
+    """
+
     name: str
     needs: set[int]
-    counts: bool  # outside models, backward, optimizers and loaders
-    calls: tuple[int, ...]  # those that it is part of
+    counts: bool
+    calls: tuple[int, ...]
     backward: bool = False
+    made: tuple[int, str] = (0, "cpu")
 
 
-class _Graph(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.nodes: list[_Node] = []
-        self.calls: list[tuple[tuple[int, bool], Line]] = []
-        self.cells: list[tuple[int, nn.RNNCellBase, Tensor, Any, set[int], bool, Line]] = []
-        self.lost = False
-        self._writes: dict[int, list[tuple[int, int, frozenset[int]]]] = {}
-        self._alive: dict[int, weakref.ref[Any]] = {}
-        self._open: list[int] = []  # calls that are under way
-        self._aside = 0  # optimizers and loaders
-        self._loading = 0
-        self._read: int | None = None  # the node that last took numbers out
-        self._numbers: tuple[float, ...] = ()
-        self._norms: set[int] = set()  # storages of running statistics
-        self._last_state: dict[int, tuple[int, ...]] = {}
-        self._kept: list[Any] = []
-
-    # what stands in the way of the step
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        for tensor in living(Tensor):
-            with suppress(NotImplementedError, RuntimeError, ReferenceError):
-                tensor.untyped_storage()
-                self._know(tensor)
-        call, give, me = nn.Module.__call__, _BaseDataLoaderIter.__next__, self
-
-        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return me._called(call, module, args, kwargs)
-
-        def given(loader: Any) -> Any:
-            me._aside, me._loading = me._aside + 1, me._loading + 1
-            try:
-                batch = give(loader)
-                for tensor in tensors_in(batch):
-                    me._know(tensor)
-                return batch
-            finally:
-                me._aside, me._loading = me._aside - 1, me._loading - 1
-
-        def enter(*_: Any) -> None:
-            me._aside += 1
-
-        def leave(*_: Any) -> None:
-            me._aside -= 1
-
-        with ExitStack() as stack:
-            for register, note in (
-                (register_optimizer_step_pre_hook, enter),
-                (register_optimizer_step_post_hook, leave),
-            ):
-                stack.callback(register(note).remove)
-            for owner, name, new in (
-                (nn.Module, "__call__", called),
-                (_BaseDataLoaderIter, "__next__", given),
-                (Tensor, "tolist", me._reading(Tensor.tolist)),
-                (Tensor, "numpy", me._reading(Tensor.numpy)),
-            ):
-                stack.callback(_put(owner, name, new))
-            stack.enter_context(self)
-            yield
-
-    def _reading(self, read: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._note_read(tensor, ())
-            return read(tensor, *args, **kwargs)
-
-        return noted
-
-    def _called(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        is_cell = isinstance(module, nn.RNNCellBase)
-        if self._open and not is_cell:
-            return call(module, *args, **kwargs)
-        if isinstance(module, nn.modules.batchnorm._NormBase) or not self._open:
-            for part in module.modules():
-                if isinstance(part, nn.modules.batchnorm._NormBase):
-                    self._norms |= {k for b in part.buffers() if (k := self._know(b)) is not None}
-        line, number = _own_line(), len(self.calls)
-        self.calls.append(((id(module), module.training), line))
-        if is_cell:
-            self._note_cell(number, module, args, kwargs, line)
-        self._open.append(number)
-        try:
-            output = call(module, *args, **kwargs)
-        finally:
-            self._open.pop()
-        if is_cell:
-            self._last_state[id(module)] = tuple(id(t) for t in tensors_in(output))
-            self._kept.append(output)  # no other object gets its id
-        return output
-
-    def _note_cell(
-        self, number: int, cell: nn.RNNCellBase, args: tuple, kwargs: dict[str, Any], line: Line
-    ) -> None:
-        x = kwargs.get("input", args[0] if args else None)
-        state = kwargs.get("hx", args[1] if len(args) > 1 else None)
-        if not isinstance(x, Tensor):
-            return
-        same = tuple(id(t) for t in tensors_in(state))
-        follows = bool(same) and same == self._last_state.get(id(cell))
-        needs = self._makers(x)
-        detached = tuple(t.detach() for t in tensors_in(state))
-        kept = detached if len(detached) != 1 else detached[0]
-        self.cells.append((number, cell, x.detach(), kept, needs, follows, line))
-
-    # operators
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.rpartition("::")[2]
-        inputs = list(tensors_in((args, kwargs)))
-        written = _written(func, args, kwargs)
-        overwrites = name in ("copy_", "fill_", "zero_") and bool(args)
-        read = [t for t in inputs if t is not args[0]] if overwrites else inputs
-        needs: set[int] = set()
-        for tensor in read:
-            if self._know(tensor) not in self._norms:
-                needs |= self._makers(tensor)
-        entered = self._enters(name, inputs) or self._is_given_number(func, args, kwargs)
-        if entered and self._read is not None and not self._loading:
-            needs.add(self._read)
-        keys = {self._know(tensor) for tensor in inputs}
-        result = func(*args, **kwargs)
-        in_backward = torch._C._current_graph_task_id() != -1
-        made = [t for t in tensors_in(result) if self._key(t) not in keys]
-        number = len(self.nodes)
-        works = bool(made or written) and not _is_plain(name)
-        counts = works and not (self._open or self._aside or in_backward)
-        self.nodes.append(_Node(name, needs, counts, tuple(self._open), in_backward))
-        self.lost |= number > _MOST_NODES
-        for tensor in written:
-            self._write(tensor, number)
-        for tensor in made:
-            self._write(tensor, number, anew=True)
-        if name == "_local_scalar_dense":
-            self._note_read(args[0], (result,))
-        return result
-
-    def _note_read(self, tensor: Tensor, numbers: tuple[Any, ...]) -> None:
-        needs = self._makers(tensor)
-        if not needs or self._loading or torch._C._current_graph_task_id() != -1:
-            return  # a label of the data set: no operator made it
-        self.nodes.append(_Node("read", needs, False, tuple(self._open)))
-        self._read = len(self.nodes) - 1
-        self._numbers = tuple(n for n in numbers if not isinstance(n, bool))
-
-    def _enters(self, name: str, inputs: Sequence[Tensor]) -> bool:
-        """Whether a tensor comes in that no operator made; it counts once as one that is known."""
-        if name in ("lift_fresh", "lift_fresh_copy", "lift"):
-            return True
-        return any(self._key(t) is not None and self._key(t) not in self._alive for t in inputs)
-
-    def _is_given_number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether one of its operands or indices is the number that was read last."""
-        if not self._numbers:
-            return False
-        given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-        return any(
-            given[name] in self._numbers
-            for name in _OPERANDS & given.keys()
-            if isinstance(given[name], int | float) and not isinstance(given[name], bool)
+def levels(nodes: Sequence[Node], mine: Iterable[int]) -> tuple[dict[int, int], list[int]]:
+    """Return call -> its place in the longest chain of these calls, from 1; each node's as well."""
+    calls = dict.fromkeys(mine, 1)
+    found: list[int] = []
+    for node in nodes:
+        call = next((n for n in node.calls if n in calls), None)
+        before = max(
+            (
+                _level(found[n], nodes[n], calls)
+                for n in node.needs
+                if call is None or call not in nodes[n].calls
+            ),
+            default=0,
         )
-
-    # bytes
-
-    def _key(self, tensor: Tensor) -> int | None:
-        try:
-            return tensor.untyped_storage()._cdata
-        except (NotImplementedError, RuntimeError):
-            self.lost = True  # sparse and the like
-            return None
-
-    def _know(self, tensor: Tensor) -> int | None:
-        key = self._key(tensor)
-        if key is not None and key not in self._alive:
-            self._writes.pop(key, None)
-            self._alive[key] = weakref.ref(tensor.untyped_storage(), lambda _: self._forget(key))
-        return key
-
-    def _forget(self, key: int) -> None:
-        self._alive.pop(key, None)
-        self._writes.pop(key, None)
-        self._norms.discard(key)
-
-    def _makers(self, tensor: Tensor) -> set[int]:
-        """Return the nodes that wrote the bytes that a tensor shows."""
-        low, high = _extent(tensor)
-        written = self._writes.get(self._key(tensor) or 0, ())
-        return {n for first, last, who in written if first < high and low < last for n in who}
-
-    def _write(self, tensor: Tensor, number: int, anew: bool = False) -> None:
-        if anew:
-            self._forget(self._key(tensor) or 0)
-        key = self._know(tensor)
-        if key is None:
-            return
-        low, high = _extent(tensor)
-        left = [w for w in self._writes.get(key, ()) if not (low <= w[0] and w[1] <= high)]
-        left.append((low, high, frozenset([number])))
-        if len(left) > _MOST_WRITES:
-            who = frozenset().union(*(w[2] for w in left))
-            left = [(min(w[0] for w in left), max(w[1] for w in left), who)]
-        self._writes[key] = left
-
-    # what follows from it
-
-    def result(self) -> Dataflow:
-        if self.lost:
-            return Dataflow(1.0, {})
-        keys = {key for key, _ in self.calls}
-        at_once, lines = {}, dict(self.calls[::-1])
-        of_cells: dict[int, list[int]] = {}
-        for key in keys:
-            levels, of_nodes = self._levels(key)
-            at_once[key] = len(levels) / max(levels.values())
-            for number, cell, _, _, needs, _, _ in self.cells:
-                if (id(cell), cell.training) == key:
-                    of_cells[number] = [of_nodes[n] for n in needs]
-        cells = tuple(
-            CellCall(cell, x, state, any(of_cells.get(number, [1])), follows, line)
-            for number, cell, x, state, _, follows, line in self.cells
-        )
-        return Dataflow(self._operators_at_once(), at_once, lines, cells)
-
-    def _levels(self, key: tuple[int, bool]) -> tuple[dict[int, int], list[int]]:
-        """Return how many calls of a module each of its calls follows on; of each node as well."""
-        calls = {n: 1 for n, (own, _) in enumerate(self.calls) if own == key}
-        levels: list[int] = []
-        for node in self.nodes:
-            mine = next((n for n in node.calls if n in calls), None)
-            before = max(
-                (
-                    _level(levels[n], self.nodes[n], calls)
-                    for n in node.needs
-                    if mine is None or mine not in self.nodes[n].calls
-                ),
-                default=0,
-            )
-            if mine is not None:
-                calls[mine] = max(calls[mine], before + 1)
-                before = calls[mine]
-            levels.append(before)
-        return calls, [
-            _level(level, node, calls) for level, node in zip(levels, self.nodes, strict=True)
-        ]
-
-    def _operators_at_once(self) -> float:
-        readers: dict[int, list[int]] = {}
-        for number, node in enumerate(self.nodes):
-            for needed in () if node.backward else node.needs:
-                readers.setdefault(needed, []).append(number)
-        depths: list[int] = []
-        for node in self.nodes:
-            before = [n for n in node.needs if not self._is_link(n, node, readers)]
-            depths.append(max((depths[n] for n in before), default=0) + node.counts)
-        whole = sum(node.counts for node in self.nodes)
-        return whole / max(1, max(depths, default=1))
-
-    def _is_link(self, needed: int, node: _Node, readers: dict[int, list[int]]) -> bool:
-        """Whether a result is only handed on by a sum, a product, a maximum or the like."""
-        maker = self.nodes[needed]
-        if maker.name.rstrip("_") != node.name.rstrip("_") or node.name not in _LINKS:
-            return False
-        kinds = {self.nodes[reader].name.rstrip("_") for reader in readers.get(needed, ())}
-        return kinds <= {node.name.rstrip("_"), "stack", "cat"}
+        if call is not None:
+            calls[call] = max(calls[call], before + 1)
+            before = calls[call]
+        found.append(before)
+    return calls, [_level(level, node, calls) for level, node in zip(found, nodes, strict=True)]
 
 
-def _level(level: int, node: _Node, calls: dict[int, int]) -> int:
+def operators_at_once(nodes: Sequence[Node]) -> float:
+    """Return how many nodes that count there are per node on the longest chain of them."""
+    readers: dict[int, list[int]] = {}
+    for number, node in enumerate(nodes):
+        for needed in () if node.backward else node.needs:
+            readers.setdefault(needed, []).append(number)
+    depths: list[int] = []
+    for node in nodes:
+        before = [n for n in node.needs if not _is_link(nodes, n, node, readers)]
+        depths.append(max((depths[n] for n in before), default=0) + node.counts)
+    whole = sum(node.counts for node in nodes)
+    return whole / max(1, max(depths, default=1))
+
+
+def _is_link(nodes: Sequence[Node], needed: int, node: Node, readers: dict[int, list[int]]) -> bool:
+    """Whether a result is only handed on by a sum, a product, a maximum or the like."""
+    maker = nodes[needed]
+    if maker.name.rstrip("_") != node.name.rstrip("_") or node.name not in _LINKS:
+        return False
+    kinds = {nodes[reader].name.rstrip("_") for reader in readers.get(needed, ())}
+    return kinds <= {node.name.rstrip("_"), "stack", "cat"}
+
+
+def _level(level: int, node: Node, calls: dict[int, int]) -> int:
     return max([level, *(calls[n] for n in node.calls if n in calls)])
-
-
-def _is_plain(name: str) -> bool:
-    return name in ("detach", "alias", "empty", "empty_like", "empty_strided", "lift_fresh")
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operator writes to, by its schema."""
-    found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
-            found += list(tensors_in(value))
-    return found
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Return the first byte of the storage that a tensor shows, and the one after the last."""
-    if not tensor.numel():
-        return 0, 0
-    last = sum((n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    size, first = tensor.element_size(), tensor.storage_offset()
-    return first * size, (first + last + 1) * size
-
-
-def _own_line() -> Line:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if is_own(frame.f_code.co_filename):
-            return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back
-    return "", 0, ""
-
-
-def _put(owner: Any, name: str, new: Any) -> Callable[[], None]:
-    """Put an attribute in place of another; return what puts it back."""
-    is_own_attribute, old = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, new)
-
-    def back() -> None:
-        if is_own_attribute:
-            setattr(owner, name, old)
-        else:
-            delattr(owner, name)
-
-    return back

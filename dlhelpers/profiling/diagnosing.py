@@ -21,8 +21,8 @@ from torch import nn
 from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
-from dlhelpers.profiling.dataflow import follow
 from dlhelpers.profiling.decoders import decoders_shown
+from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.program_lines import program_lines
 from dlhelpers.profiling.rules import LOOKED_FOR, NOT_LOOKED_FOR, RULES

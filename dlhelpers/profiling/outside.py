@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from dlhelpers.profiling.phases import Span, phase_spans
 from dlhelpers.profiling.trace import BACKWARD, MODEL, Event, Trace, union_us
@@ -35,6 +36,7 @@ class Outside:
         loop_ms: milliseconds of a step in operators that are called again and again, the Python
             before them, and the nodes that they made.
         loop_backward_ms: of these, in backward.
+        turns: how often a step goes through the loop, by the median of its operators' counts.
         loop_gpu_ms: milliseconds of the GPU in the kernels that these operators launched.
     """
 
@@ -45,6 +47,7 @@ class Outside:
     items: float
     loop_ms: float = 0.0
     loop_backward_ms: float = 0.0
+    turns: float = 0.0
     loop_gpu_ms: float = 0.0
 
 
@@ -105,6 +108,7 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
         commonest=(name, counts.get(name, 0) / n),
         items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
         loop_ms=loop_ms,
+        turns=median(counts[key] for key in often) / n if often else 0.0,
         loop_backward_ms=loop_ms * backward_us / (loop_us or 1.0),
         loop_gpu_ms=gpu_us / n / 1e3,
     )

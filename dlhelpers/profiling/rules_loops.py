@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from dlhelpers.profiling.code_report import place_of
 from dlhelpers.profiling.loop_code import loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
-from dlhelpers.profiling.trials import trial
+from dlhelpers.profiling.trials import calls_gain, trial
 
 __all__ = ["decoding", "loops"]
 
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 _LEAST_CALLS = 4  # of a model, on one sample each
 _LEAST_TURNS = 8  # of a loop over operators
+_LEAST_GAIN = 2.0  # of one large operator over many; less where each of them is large already
 
 
 def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
@@ -65,7 +66,8 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             notebook="08_profiling",
         )
         return
-    if _is_loop(seen) and _seen_outside(seen) >= least_ms and seen.loop_ms >= least_ms:
+    is_worth_it = min(seen.loop_ms, _seen_outside(seen)) >= least_ms
+    if is_worth_it and _is_loop(seen) and calls_gain(seen.flow, speedup) >= _LEAST_GAIN:
         after = outside.loop_backward_ms / seen.step_ms
         more = f", and its backward {after:.0%}" if after >= 0.01 else ""
         yield seen.finding(

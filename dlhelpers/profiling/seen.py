@@ -126,8 +126,8 @@ class Seen:
         Operators, the Python before them and their part of backward, but for one turn of many; on a
         GPU no more than the kernels of the loop and the time that the GPU waits.
         """
-        outside, turns = self.outside, max(1.0, self.outside.commonest[1])
-        found = outside.loop_ms * (1 - 1 / turns)
+        outside = self.outside
+        found = outside.loop_ms * (1 - 1 / max(1.0, outside.turns))
         return min(found, outside.loop_gpu_ms + self.gpu_idle_ms) if self.trace.gpu else found
 
     @property

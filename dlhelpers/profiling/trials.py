@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.seen import Speedup
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["folding_gain", "graph_bytes", "trial"]
+__all__ = ["calls_gain", "folding_gain", "graph_bytes", "trial"]
 
+_PARTS = 32  # additions that are tried as one
 _TRIAL_S = 10.0  # what a call on several samples may take
 
 
@@ -101,6 +103,24 @@ def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
         return once
 
     return speedup(run(model), run(fused))
+
+
+def calls_gain(flow: Dataflow | None, speedup: Speedup) -> float:
+    """Return how many times as fast one operator is as many on parts of the same tensor.
+
+    It is tried by additions of tensors as large as those that a step makes one by one; infinite
+    where no flow was looked at.
+    """
+    if flow is None:
+        return float("inf")
+    whole = torch.zeros(_PARTS, flow.elements, device=flow.device)
+    parts = list(whole)
+
+    def wait() -> None:
+        if whole.is_cuda:
+            torch.cuda.synchronize()
+
+    return speedup(lambda: ([part + 1 for part in parts], wait()), lambda: (whole + 1, wait()))
 
 
 def graph_bytes(calls: ModelCalls) -> int:
