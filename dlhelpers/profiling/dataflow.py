@@ -1,6 +1,7 @@
 """What of a step could be done at once?
 
-Each operator is a node, which needs those that made its inputs. What can be done at once follows from the longest chain:
+Each operator is a node, which needs those that made its inputs. What can be done
+at once follows from the longest chain:
 
     at once = nodes / nodes on the longest chain
 
@@ -10,7 +11,7 @@ to the next such operator, that link does not count.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from dlhelpers.profiling.sampling import Line
 
-__all__ = ["CellCall", "Dataflow", "Node", "levels", "operators_at_once"]
+__all__ = ["CellCall", "Dataflow", "Node", "levels", "longest", "operators_at_once"]
 
 _LINKS = {"add", "add_", "sum", "mul", "mul_", "maximum", "minimum", "logaddexp", "cat",
           "logical_or", "logical_and", "bitwise_or", "bitwise_and"}  # fmt: skip
@@ -53,6 +54,7 @@ class Dataflow:
         operators_at_once: operators outside models and backward, per operator on the longest chain.
         elements: of the tensor that such an operator makes; the median.
         device: on which most of them are.
+        longest_reads: numbers taken out of tensors each of which needs the one before; the most.
         calls_at_once: (id of a module, its mode) -> how many of its calls need none of each other.
         lines: of the program, that call them, by the same key.
         cells: calls of recurrent cells, in order.
@@ -64,6 +66,7 @@ class Dataflow:
     cells: tuple[CellCall, ...] = ()
     elements: int = 0
     device: str = "cpu"
+    longest_reads: int = 0
 
 
 @dataclass
@@ -120,6 +123,14 @@ def operators_at_once(nodes: Sequence[Node]) -> float:
         depths.append(max((depths[n] for n in before), default=0) + node.counts)
     whole = sum(node.counts for node in nodes)
     return whole / max(1, max(depths, default=1))
+
+
+def longest(nodes: Sequence[Node], of: Callable[[Node], bool]) -> int:
+    """Return how many nodes of a kind are on the longest chain of them."""
+    depths: list[int] = []
+    for node in nodes:
+        depths.append(max((depths[n] for n in node.needs), default=0) + of(node))
+    return max(depths, default=0)
 
 
 def _is_link(nodes: Sequence[Node], needed: int, node: Node, readers: dict[int, list[int]]) -> bool:

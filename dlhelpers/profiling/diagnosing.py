@@ -133,7 +133,9 @@ def _may_loop(seen: Seen) -> bool:
         return False
     one_by_one = any(c.rows == 1 and c.count >= 4 * seen.steps for c in seen.calls)
     has_cells = any(isinstance(m, nn.RNNCellBase) for c in seen.calls for m in c.module.modules())
-    return one_by_one or has_cells or seen.outside.commonest[1] >= 8
+    often = any(c.count >= 8 * seen.steps for c in seen.calls)
+    repeats = max(seen.outside.commonest[1], seen.outside.items) >= 8
+    return one_by_one or has_cells or often or repeats
 
 
 def _warm_up(train_step: Callable[[], Any]) -> tuple[float, int]:
@@ -179,7 +181,7 @@ def _scope(seen: Seen, at_least: float) -> str:
         f"{shares}"
     )
     if seen.tried:
-        told += f"; tried, no gain: {', '.join(dict.fromkeys(seen.tried))}"
+        told += f"; tried, no gain shown: {', '.join(dict.fromkeys(seen.tried))}"
     if seen.python_ms >= at_least * seen.step_ms:
         place = f", most of it at {seen.lines.outside}" * bool(seen.lines.outside)
         told += f"; {seen.python_ms:.3g} ms of it are Python outside models and operators{place}"

@@ -25,7 +25,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.fakes import tensors_in
-from dlhelpers.profiling.dataflow import CellCall, Dataflow, Node, levels, operators_at_once
+from dlhelpers.profiling.dataflow import (
+    CellCall,
+    Dataflow,
+    Node,
+    levels,
+    longest,
+    operators_at_once,
+)
 from dlhelpers.profiling.program_lines import is_own
 from dlhelpers.profiling.sampling import Line
 from dlhelpers.profiling.watching import living
@@ -63,6 +70,7 @@ class _Graph(TorchDispatchMode):
         self._loading = 0
         self._read: int | None = None  # the node that last took numbers out
         self._numbers: tuple[float, ...] = ()
+        self._by_number: list[tuple[int, int]] = []  # (given a number, where that was read)
         self._norms: set[int] = set()  # storages of running statistics
         self._last_state: dict[int, tuple[int, ...]] = {}
         self._kept: list[Any] = []
@@ -153,7 +161,7 @@ class _Graph(TorchDispatchMode):
         follows = bool(same) and same == self._last_state.get(id(cell))
         needs = self._makers(x)
         detached = tuple(t.detach() for t in tensors_in(state))
-        kept = detached if len(detached) != 1 else detached[0]
+        kept = None if not detached else detached if len(detached) > 1 else detached[0]
         self.cells.append((number, cell, x.detach(), kept, needs, follows, line))
 
     # operators
@@ -175,7 +183,6 @@ class _Graph(TorchDispatchMode):
             if self._know(tensor) not in self._norms:
                 needs |= self._makers(tensor)
         by_number = self._read is not None and self._is_given_number(func, args, kwargs)
-        needs |= {self._read} if by_number else set()
         keys = {self._know(tensor) for tensor in inputs}
         result = func(*args, **kwargs)
         in_backward = torch._C._current_graph_task_id() != -1
@@ -183,6 +190,8 @@ class _Graph(TorchDispatchMode):
         number = len(self.nodes)
         works = bool(made or written) and not _is_plain(name)
         counts = works and not (self._open or self._aside or in_backward)
+        if by_number:
+            self._by_number.append((number, self._read or 0))
         size = max(((t.numel(), t.device.type) for t in made), default=(0, "cpu"))
         self.nodes.append(Node(name, needs, counts, tuple(self._open), in_backward, size))
         self.lost |= number > _MOST_NODES
@@ -262,7 +271,9 @@ class _Graph(TorchDispatchMode):
         if key is None:
             return
         low, high = _extent(tensor)
-        left = [w for w in self._writes.get(key, ()) if not (low <= w[0] and w[1] <= high)]
+        left = list(self._writes.get(key, ()))
+        if tensor.is_contiguous():  # nothing of what it covers is left
+            left = [w for w in left if not (low <= w[0] and w[1] <= high)]
         left.append((low, high, frozenset([number])))
         if len(left) > _MOST_WRITES:
             who = frozenset().union(*(w[2] for w in left))
@@ -274,6 +285,10 @@ class _Graph(TorchDispatchMode):
     def result(self) -> Dataflow:
         if self.lost:
             return Dataflow(1.0)
+        reads = sum(node.name == "read" for node in self.nodes)
+        if 2 * len(self._by_number) >= reads:  # else it is chance: two numbers that are alike
+            for number, read in self._by_number:
+                self.nodes[number].needs.add(read)
         keys = {key for key, _ in self.calls}
         at_once, lines = {}, dict(self.calls[::-1])
         of_cells: dict[int, list[int]] = {}
@@ -298,6 +313,7 @@ class _Graph(TorchDispatchMode):
             cells,
             elements=int(median(count for count, _ in made)) if made else 0,
             device=mode(device for _, device in made) if made else "cpu",
+            longest_reads=longest(self.nodes, lambda node: node.name == "read"),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import linecache
+import re
 from collections.abc import Iterator
 
 from dlhelpers.profiling.sampling import Line
@@ -44,7 +45,7 @@ def _pairs(loops: list[Loop]) -> str:
     """Two numbers that index the same tensor: all pairs at once."""
     names = [name for loop in loops for name in _targets(loop)]
     for node in _expressions(loops):
-        if not isinstance(node, ast.BinOp | ast.Call):
+        if not isinstance(node, ast.BinOp | ast.Call) or not _computes(node):
             continue
         rows = [n for n in ast.walk(node) if isinstance(n, ast.Subscript)]
         by_name = {n.slice.id: n for n in rows if isinstance(n.slice, ast.Name)}
@@ -69,15 +70,16 @@ def _pairs(loops: list[Loop]) -> str:
 
 
 def _loss(loops: list[Loop]) -> str:
-    """A loss of torch's for each sample: one call over the batch."""
+    """A loss for each sample: one call over the batch."""
     names = {name for loop in loops for name in _targets(loop)}
     for node in _expressions(loops):
-        if not isinstance(node, ast.Call) or _name(node.func) not in _LOSSES:
+        if not isinstance(node, ast.Call) or not _is_loss(_name(node.func)):
             continue
         whole = _without_index(node, names, loops)
         if whole is None:
             continue
-        if not any(keyword.arg == "reduction" for keyword in whole.keywords):
+        has_reduction = any(keyword.arg == "reduction" for keyword in whole.keywords)
+        if _name(node.func) in _LOSSES and not has_reduction:
             whole.keywords.append(ast.keyword("reduction", ast.Constant("sum")))
         return f"{_short(ast.unparse(whole))}  # one call over the batch"
     return ""
@@ -90,7 +92,7 @@ def _whole(loops: list[Loop]) -> str:
     names = set(_targets(loop))
     for node in _expressions(loops[-1:]):
         if isinstance(node, ast.BinOp | ast.Call) and _uses(node, names) and _computes(node):
-            of = ast.unparse(iterable)
+            of = _gone_through(iterable)
             code = _short(ast.unparse(node))
             if _called(loop) == "range":
                 return (
@@ -214,6 +216,17 @@ def _without_none(node: ast.expr, names: set[str]) -> ast.expr:
     if is_row and node.slice.value is None and _uses(node.value, names):
         return node.value
     return node
+
+
+def _is_loss(name: str) -> bool:
+    return name in _LOSSES or bool(re.search("loss|criterion|crit$|entropy", name, re.I))
+
+
+def _gone_through(iterable: ast.expr) -> str:
+    """Return what a loop goes through: without enumerate, and each part of a zip."""
+    if isinstance(iterable, ast.Call) and _name(iterable.func) in ("enumerate", "zip", "list"):
+        return " and ".join(_gone_through(argument) for argument in iterable.args[:3])
+    return ast.unparse(iterable)
 
 
 def _zipped(loops: list[Loop]) -> dict[str, ast.expr]:

@@ -20,6 +20,7 @@ from dlhelpers.profiling.trace import BACKWARD, MODEL, Event, Trace, union_us
 __all__ = ["Outside", "outside_of_models"]
 
 _NOTHING = {"aten::to", "aten::detach"}  # unless they call what does the work
+_OF_LOOPS = {"aten::unbind", "aten::stack", "aten::cat"}  # take its samples apart, or together
 _OFTEN = 0.1  # of the calls of the commonest operator: what a loop does in some of its turns
 
 
@@ -82,6 +83,7 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
     in_operators = sum(event.us for event in tops)
     ms = step_ms * own / trace.wall_us if trace.wall_us else 0.0
     often = {key for key, count in counts.items() if count >= max(4 * n, _OFTEN * counts[name])}
+    often |= _OF_LOOPS if often else set()
     loop = [event for event in tops_that_work if event.name in often]
     edges = sorted([*(end for s in spans for end in (s.start_us, s.end_us)), *sum(models, ())])
     turns, others = _with_python_before(tops_that_work, edges, often)
@@ -108,7 +110,7 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
         commonest=(name, counts.get(name, 0) / n),
         items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
         loop_ms=loop_ms,
-        turns=median(counts[key] for key in often) / n if often else 0.0,
+        turns=_turns(often, counts) / n,
         loop_backward_ms=loop_ms * backward_us / (loop_us or 1.0),
         loop_gpu_ms=gpu_us / n / 1e3,
     )
@@ -125,6 +127,11 @@ def _plain_ms(part_us: float, events: float, wall_us: float, plain_ms: float) ->
     taken_ms = max(0.0, wall_us / 1e3 - plain_ms) * events
     least_ms = max(0.7 * share_ms, plain_ms - 1.25 * (plain_ms - share_ms))
     return min(share_ms, max(part_us / 1e3 - taken_ms, least_ms))
+
+
+def _turns(often: set[str], counts: dict[str, int]) -> float:
+    found = [counts[name] for name in often - _OF_LOOPS]
+    return median(found) if found else 0.0
 
 
 def _us(stretches: Sequence[tuple[float, float]]) -> float:

@@ -54,7 +54,9 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         return
     share = outside.ms / seen.step_ms
     told = f"{share:.0%} of a step is outside torch's loaders, modules, backward and optimizers"
-    if 3 * outside.items >= outside.operators and outside.items >= 8:
+    needed = seen.flow.longest_reads if seen.flow else 1  # as a rollout needs its actions
+    many = outside.items >= _LEAST_TURNS * max(1, needed)
+    if many and 3 * outside.items >= outside.operators:
         yield seen.finding(
             "item-every-step",
             saves_ms=seen.loop_ms,
@@ -81,7 +83,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             remedy=loop_remedy(seen.lines.outside_line, name),
             notebook="08_profiling",
         )
-    elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _BETWEEN_CALLS_MS):
+    elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _own_python_ms(seen)):
         yield seen.finding(
             "python-in-step",
             saves_ms=in_python,
@@ -104,6 +106,17 @@ def _is_loop(seen: Seen) -> bool:
     at_once = seen.flow.operators_at_once if seen.flow else _LEAST_TURNS
     count = seen.outside.commonest[1]
     return count >= max(_LEAST_TURNS, seen.samples) and at_once >= _LEAST_TURNS
+
+
+def _own_python_ms(seen: Seen) -> float:
+    """Return what the step's own Python may take, for each turn that has to wait for the last."""
+    if seen.flow is None:
+        return _BETWEEN_CALLS_MS
+    turns = [seen.outside.turns] if seen.flow.operators_at_once < _LEAST_TURNS else []
+    for calls in seen.calls:
+        at_once = seen.flow.calls_at_once.get((id(calls.module), calls.training), 1.0)
+        turns.append(calls.count / seen.steps / at_once)
+    return _BETWEEN_CALLS_MS * max(1.0, *turns, 1.0)
 
 
 def _seen_outside(seen: Seen) -> float:
