@@ -168,7 +168,7 @@ def _owned(
 def _covers(spans: Sequence[Event], when: float) -> bool:
     """Return whether a moment lies in one of the events; they are in order, none overlaps."""
     place = bisect_right(spans, when, key=lambda event: event.start_us) - 1
-    return place >= 0 and when <= spans[place].end_us
+    return place >= 0 and (when < spans[place].end_us or when == spans[place].start_us)
 
 
 def _lies_inside(
