@@ -14,6 +14,7 @@ __all__ = ["loop_remedy"]
 _LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
            "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
            "poisson_nll_loss", "gaussian_nll_loss"}  # fmt: skip
+_VIEWS = {"slice", "select", "unbind", "index", "view", "reshape", "item"}
 _PAIRS = {"combinations", "product", "permutations"}
 _LONGEST = 160  # characters of code that is shown
 
@@ -33,6 +34,7 @@ def loop_remedy(line: Line, operator: str) -> str:
             if found := form(loops):
                 return found
     called = operator.partition("::")[2] or operator
+    called = "" if called in _VIEWS else called
     return (
         f"one torch.{called} on a tensor that holds all of them, made by torch.stack outside the "
         "loop; or torch.vmap(turn)(all), with one turn of the loop as a function"

@@ -21,6 +21,7 @@ __all__ = ["Outside", "outside_of_models"]
 
 _NOTHING = {"aten::to", "aten::detach"}  # unless they call what does the work
 _OF_LOOPS = {"aten::unbind", "aten::stack", "aten::cat"}  # take its samples apart, or together
+_DENSER = 1.2  # than the step on average: a part with more events is slowed down more
 _OFTEN = 0.1  # of the calls of the commonest operator: what a loop does in some of its turns
 
 
@@ -121,9 +122,12 @@ def _plain_ms(part_us: float, events: float, wall_us: float, plain_ms: float) ->
 
     ``events`` is the part's share of them. How much they take is known from steps that ran without
     it, whose noise is in that too. So the part gets all of its share of the time at most, 0.7 of it
-    at least, and leaves to the rest no more than 1.25 of the rest's share.
+    at least, and leaves to the rest no more than 1.25 of the rest's share. Where the rest has about
+    as many events for its time, the share is right as it is.
     """
     share_ms = plain_ms * part_us / wall_us if wall_us else 0.0
+    if not wall_us or events <= _DENSER * part_us / wall_us:
+        return share_ms
     taken_ms = max(0.0, wall_us / 1e3 - plain_ms) * events
     least_ms = max(0.7 * share_ms, plain_ms - 1.25 * (plain_ms - share_ms))
     return min(share_ms, max(part_us / 1e3 - taken_ms, least_ms))

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dlhelpers.profiling.code_report import place_of
 from dlhelpers.profiling.loop_code import loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
-from dlhelpers.profiling.trials import calls_gain, trial
+from dlhelpers.profiling.trials import calls_gain, rows_to_try, trial
 
 __all__ = ["decoding", "loops"]
 
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 _LEAST_CALLS = 4  # of a model, on one sample each
 _LEAST_TURNS = 8  # of a loop over operators
-_LEAST_GAIN = 2.0  # of one large operator over many; less where each of them is large already
+_LEAST_GAIN = 3.0  # of one large operator over many; less where each of them is large already
 
 
 def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
@@ -27,8 +27,9 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         each, key = calls.count / seen.steps, (id(calls.module), calls.training)
         at_once = seen.flow.calls_at_once.get(key, 1.0) if seen.flow else each
         if calls.rows == 1 and min(each, at_once) >= _LEAST_CALLS:
-            rows = min(16, round(at_once))  # hundreds would not be settled in a trial's time
-            one, many = trial(calls), trial(calls, rows)
+            one = trial(calls)
+            rows = min(round(at_once), rows_to_try(one))
+            many = trial(calls, rows)
             if one is None or many is None:
                 continue
             factor = speedup(lambda one=one, rows=rows: [one() for _ in range(rows)], many)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.profiling.dataflow import Dataflow
-from dlhelpers.profiling.seen import Speedup
+from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["calls_gain", "folding_gain", "graph_bytes", "trial"]
+__all__ = ["calls_gain", "folding_gain", "graph_bytes", "rows_to_try", "trial"]
 
+_FAST_S = 0.005  # a call of which dozens are settled in a trial's time
 _PARTS = 32  # additions that are tried as one
 _TRIAL_S = 10.0  # what a call on several samples may take
 
@@ -60,6 +61,15 @@ def trial(
     except Exception:  # no copy, or a shape that it does not take
         return None
     return lambda: call(args, kwargs)
+
+
+def rows_to_try(one: Trial) -> int:
+    """Return how many samples in one call are raced against as many calls: 64, of slow ones 16."""
+    if one is None:
+        return 16
+    begin = perf_counter()
+    one()
+    return 64 if perf_counter() - begin < _FAST_S else 16
 
 
 def _without_hooks(model: nn.Module) -> nn.Module:
