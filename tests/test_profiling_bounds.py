@@ -153,7 +153,7 @@ def test_what_recording_costs_is_not_counted_as_waste(slower):
     lines = ProgramLines("", "", 1.0)
     [found] = rank(Seen(trace, plain_ms, lines=lines), 0.05, lambda *_: 1.0)
     wasted = 20 * (turns - 1) / 1e3
-    assert wasted * 0.99 <= found.saves_ms <= 1.5 * wasted
+    assert wasted * 0.9 <= found.saves_ms <= 1.5 * wasted
 
 
 def test_a_node_belongs_to_the_operator_that_made_it():

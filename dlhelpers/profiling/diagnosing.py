@@ -1,8 +1,8 @@
 """What is the bottleneck of this training loop, and what would it be worth to mend it?
 
 Look first, then try: a few steps are recorded, rules point to what could be wasted, and its remedy
-is run beside what is there, on copies. What it would save of a step is measured, or bounded where
-no remedy can be tried; with T ms a step and s of them saved, a step becomes T / (T - s) times as
+is run beside what is there, on copies. What it would save of a step is measured, or where no remedy
+can be tried, the sum of all that goes away with the cause; with T ms a step and s of them saved, a step becomes T / (T - s) times as
 fast (Amdahl 1967, doi:10.1145/1465482.1465560).
 """
 
@@ -53,8 +53,8 @@ def diagnose(
     """Name what a step of training, evaluation or inference wastes, the largest saving first.
 
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
-    The step runs about ``3 * steps + 8`` times, a short one more often, one of many seconds only
-    eight times, so it trains on. Remedies are tried on copies of the model, and with samples read
+    The step runs about ``3 * steps + 9`` times, a short one more often, one of many seconds only
+    nine times, so it trains on. Remedies are tried on copies of the model, and with samples read
     anew from the data set, after which the random states are put back. The DataLoader and the model
     are found while they run.
 

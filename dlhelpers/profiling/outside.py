@@ -21,7 +21,7 @@ __all__ = ["Outside", "outside_of_models"]
 
 _NOTHING = {"aten::to", "aten::detach"}  # unless they call what does the work
 _OF_LOOPS = {"aten::unbind", "aten::stack", "aten::cat"}  # take its samples apart, or together
-_DENSER = 1.2  # than the step on average: a part with more events is slowed down more
+_DENSER = 1.005  # than the step on average: a part with more events is slowed down more
 _OFTEN = 0.1  # of the calls of the commonest operator: what a loop does in some of its turns
 
 
@@ -90,18 +90,27 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
     turns, others = _with_python_before(tops_that_work, edges, often)
     nodes = [e for e in trace.events if e.name.startswith(BACKWARD)]
     owned = _owned(nodes, events, loop)
-    # the Python that ends a stretch, such as freeing what the loop made, is the loop's in part, and
-    # so are the gaps between nodes
-    forward_us = _us(turns) * own / (_us(turns) + _us(others) or 1.0)
-    in_backward = _us([(s.start_us, s.end_us) for s in phases if s.phase == "backward"])
-    in_nodes = _us([(e.start_us, e.end_us) for e in nodes])
-    backward_us = _us(owned) * max(1.0, in_backward / (in_nodes or 1.0))
+    ahead = [(s.start_us, s.end_us) for s in spans]
+    behind = [(s.start_us, s.end_us) for s in phases if s.phase == "backward"]
+    running = [(e.start_us, e.end_us) for e in nodes]
     starts = [event.start_us for event in events]
-    count = sum(
-        bisect_left(starts, end) - bisect_left(starts, begin) for begin, end in turns + owned
-    )
-    loop_us = forward_us + backward_us
-    loop_ms = _plain_ms(loop_us, count / (len(events) or 1), trace.wall_us, n * step_ms) / n
+    found, of_backward = [], []
+    for begin, end in trace.steps:  # another program may take the machine in one of them
+
+        def us(stretches: Sequence[tuple[float, float]], step=(begin, end)) -> float:
+            return sum(b - a for a, b in stretches if step[0] <= a < step[1])
+
+        # the Python that ends a stretch, such as freeing what the loop made, is the loop's in part,
+        # and so are the gaps between nodes
+        outside_us = us(ahead) - union_us(models, begin, end)
+        forward_us = us(turns) * outside_us / (us(turns) + us(others) or 1.0)
+        backward_us = us(owned) * max(1.0, us(behind) / (us(running) or 1.0))
+        part_us = min(forward_us + backward_us, end - begin)
+        of_step = _count(starts, [(begin, end)])
+        of_loop = _count(starts, [s for s in turns + owned if begin <= s[0] < end])
+        found.append(_plain_ms(part_us, end - begin, of_step - of_loop, of_step, step_ms))
+        of_backward.append(backward_us / (part_us or 1.0))
+    loop_ms = median(found) if found else 0.0
     launched = {e.id for e in events if e.id and _covers(loop, e.start_us)}
     gpu_us = sum(e.us for e in trace.gpu if e.id in launched)
     return Outside(
@@ -112,34 +121,36 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
         items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
         loop_ms=loop_ms,
         turns=_turns(often, counts) / n,
-        loop_backward_ms=loop_ms * backward_us / (loop_us or 1.0),
+        loop_backward_ms=loop_ms * median(of_backward) if found else 0.0,
         loop_gpu_ms=gpu_us / n / 1e3,
     )
 
 
-def _plain_ms(part_us: float, events: float, wall_us: float, plain_ms: float) -> float:
-    """Return how long a part of the record takes without the profiler, which takes time per event.
+def _plain_ms(part_us: float, wall_us: float, rest: int, events: int, plain_ms: float) -> float:
+    """Return how long a part of a step takes without the profiler, which takes time per event.
 
-    ``events`` is the part's share of them. How much they take is known from steps that ran without
-    it, whose noise is in that too. So the part gets all of its share of the time at most, 0.7 of it
-    at least, and leaves to the rest no more than 1.25 of the rest's share. Where the rest has about
-    as many events for its time, the share is right as it is.
+    How much that is for all ``events`` is known from steps that ran without it. A loop has most of
+    them, and what a ``rest`` of large operators takes is hardly longer under the profiler. Where it
+    has about as many events for its time, or more, its share of the time is right as it is.
     """
-    share_ms = plain_ms * part_us / wall_us if wall_us else 0.0
-    if not wall_us or events <= _DENSER * part_us / wall_us:
-        return share_ms
-    taken_ms = max(0.0, wall_us / 1e3 - plain_ms) * events
-    least_ms = max(0.7 * share_ms, plain_ms - 1.25 * (plain_ms - share_ms))
-    return min(share_ms, max(part_us / 1e3 - taken_ms, least_ms))
+    if not wall_us:
+        return 0.0
+    rest_us = max(0.0, wall_us - part_us)
+    share_ms = plain_ms * rest_us / wall_us
+    if events - rest <= _DENSER * events * part_us / wall_us:
+        return plain_ms - share_ms
+    each_ms = max(0.0, wall_us / 1e3 - plain_ms) / max(1, events)
+    rest_ms = max(share_ms, rest_us / 1e3 - 0.5 * each_ms * rest)  # large ones are hindered less
+    return max(plain_ms - min(rest_ms, 2 * share_ms), 0.7 * (plain_ms - share_ms))
+
+
+def _count(starts: Sequence[float], stretches: Sequence[tuple[float, float]]) -> int:
+    return sum(bisect_left(starts, end) - bisect_left(starts, begin) for begin, end in stretches)
 
 
 def _turns(often: set[str], counts: dict[str, int]) -> float:
     found = [counts[name] for name in often - _OF_LOOPS]
     return median(found) if found else 0.0
-
-
-def _us(stretches: Sequence[tuple[float, float]]) -> float:
-    return sum(end - start for start, end in stretches)
 
 
 def _with_python_before(
