@@ -2,8 +2,8 @@
 
 Look first, then try: a few steps are recorded, rules point to what could be wasted, and its remedy
 is run beside what is there, on copies. What it would save of a step is measured, or where no remedy
-can be tried, the sum of all that goes away with the cause; with T ms a step and s of them saved, a step becomes T / (T - s) times as
-fast (Amdahl 1967, doi:10.1145/1465482.1465560).
+can be tried, the sum of all that goes away with the cause; with T ms a step and s of them saved, a
+step becomes T / (T - s) times as fast (Amdahl 1967, doi:10.1145/1465482.1465560).
 """
 
 from __future__ import annotations
