@@ -5,6 +5,8 @@ A  cProfile, profile, line_profiler, pyinstrument and torch.profiler on three pr
    pairs
 B  the sum of the phases against a clock of its own around the steps, with 0, 1 and 2 workers, the
    loader slow and fast; and the wait for data as torch's own table and as this package tells it
+C  what diagnose expects of a remedy, and what the remedy brings: losses by loops, a model by
+   sample, a loop over an LSTM's cell
 
 Prints tables and writes benchmarks/results/profiling.json.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,12 +23,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as G
 
 from dlhelpers import machine
 from dlhelpers.course import data
-from dlhelpers.profiling import overhead, profile_torch
+from dlhelpers.measure import compare
+from dlhelpers.profiling import diagnose, overhead, profile_torch
 
 
 class Photos(Dataset):
@@ -121,6 +126,90 @@ def sums(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def wasteful() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Return name -> (a step as people write it, the same with the remedy)."""
+    x, y = torch.randn(64, 64), torch.randint(0, 10, (64,))
+    few, classes = x[:24], y[:24] % 4
+    first, second = torch.tril_indices(24, 24, -1)
+
+    def step_of(model: nn.Module, loss_of: Callable[[nn.Module], Any]) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+        return step
+
+    def pairs_by_loop(model: nn.Module) -> Any:
+        rows, loss = model(few), 0
+        for i in range(24):
+            for j in range(i):
+                apart = (rows[i] - rows[j]).pow(2).sum()
+                loss = loss + (apart if classes[i] == classes[j] else F.relu(1 - apart))
+        return loss
+
+    def pairs(model: nn.Module) -> Any:
+        rows = model(few)
+        apart = (rows[first] - rows[second]).pow(2).sum(1)
+        return torch.where(classes[first] == classes[second], apart, F.relu(1 - apart)).sum()
+
+    def loss_by_sample(model: nn.Module) -> Any:
+        outputs = model(x)
+        return sum(F.cross_entropy(outputs[i : i + 1], y[i : i + 1]) for i in range(64))
+
+    def model_by_sample(model: nn.Module) -> Any:
+        return F.cross_entropy(torch.cat([model(row[None]) for row in x]), y, reduction="sum")
+
+    def batch(model: nn.Module) -> Any:
+        return F.cross_entropy(model(x), y, reduction="sum")
+
+    words = torch.randn(60, 16, 32)
+    cell, layer = nn.LSTMCell(32, 64), nn.LSTM(32, 64)
+
+    def by_cell(model: nn.Module) -> Any:
+        state = None
+        for word in words:
+            state = model(word, state)
+        return state[0].sum()
+
+    classifier = [nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)) for _ in "1234"]
+    embedding = [nn.Linear(64, 32) for _ in "12"]
+    return {
+        "a loss of pairs, by two loops": (
+            step_of(embedding[0], pairs_by_loop),
+            step_of(embedding[1], pairs),
+        ),
+        "a loss by sample": (step_of(classifier[0], loss_by_sample), step_of(classifier[1], batch)),
+        "a model by sample": (
+            step_of(classifier[2], model_by_sample),
+            step_of(classifier[3], batch),
+        ),
+        "a loop over LSTMCell": (
+            step_of(cell, by_cell),
+            step_of(layer, lambda model: model(words)[1][0].sum()),
+        ),
+    }
+
+
+def gains(budget_s: float) -> dict[str, Any]:
+    found = {}
+    print("\nexpected of the remedy, and measured with it")
+    for name, (slow, fast) in wasteful().items():
+        first = next(iter(diagnose(slow, progress=False)), None)
+        result = compare(slow, fast, budget_s=budget_s)
+        told = f"{first.name}: {first.gain}" if first else "nothing"
+        print(f"{name:30} {told:75} measured {result.speedup:.2f} times as fast")
+        found[name] = {
+            "finding": first.name if first else "",
+            "expected": first.speedup if first else 1.0,
+            "tried": bool(first and not first.at_most),
+            "measured": result.speedup,
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget", type=float, default=8.0, help="seconds for each comparison")
@@ -129,6 +218,7 @@ def main() -> None:
     print(machine.describe().line)
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         results = {"overhead": costs(budget_s), "phases": sums(Path(folder))}
+    results["gains"] = gains(budget_s)
     output = Path(__file__).parent / "results" / "profiling.json"
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps({"machine": machine.describe().as_dict(), **results}))

@@ -1,13 +1,14 @@
 """What is the bottleneck of this training loop, and what would it be worth to mend it?
 
 Look first, then try: a few steps are recorded, rules point to what could be wasted, and its remedy
-is run beside what is there, on copies. What it would save of a step is measured, or bounded where
-no remedy can be tried; with T ms a step and s of them saved, a step becomes T / (T - s) times as
-fast (Amdahl 1967, doi:10.1145/1465482.1465560).
+is run beside what is there, on copies. What it would save of a step is measured, or where no remedy
+can be tried, the sum of all that goes away with the cause; with T ms a step and s of them saved, a
+step becomes T / (T - s) times as fast (Amdahl 1967, doi:10.1145/1465482.1465560).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
+from dlhelpers.profiling.decoders import decoders_shown
+from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.program_lines import program_lines
-from dlhelpers.profiling.rules import RULES
+from dlhelpers.profiling.rules import LOOKED_FOR, NOT_LOOKED_FOR, RULES
 from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
@@ -49,8 +53,8 @@ def diagnose(
     """Name what a step of training, evaluation or inference wastes, the largest saving first.
 
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
-    The step runs about ``3 * steps + 8`` times, a short one more often, one of many seconds only
-    eight times, so it trains on. Remedies are tried on copies of the model, and with samples read
+    The step runs about ``3 * steps + 9`` times, a short one more often, one of many seconds only
+    nine times, so it trains on. Remedies are tried on copies of the model, and with samples read
     anew from the data set, after which the random states are put back. The DataLoader and the model
     are found while they run.
 
@@ -92,7 +96,7 @@ def diagnose(
 def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None = None) -> Seen:
     """Run the step, watch it, and return what was seen."""
     need_no_recording("diagnose")
-    with watch() as seen:
+    with watch() as seen, decoders_shown():
         step_s, calls = _warm_up(train_step)
         steps = min(steps, max(1, int(_STEPS_S / step_s)))
         left = 2 - calls  # of what warms up
@@ -107,7 +111,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     loader = seen.slowest
     waits = report.shares.get("data loading", 0.0)
     costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
-    return Seen(
+    facts = Seen(
         trace=report.trace,
         step_ms=step_ms,
         loader=loader,
@@ -118,6 +122,20 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         lines=program_lines(looks),
         cores=cores,
     )
+    if not _may_loop(facts):
+        return facts
+    return dataclasses.replace(facts, flow=follow(train_step))
+
+
+def _may_loop(seen: Seen) -> bool:
+    """Whether anything comes so often that the order of its turns matters."""
+    if seen.trace is None:
+        return False
+    one_by_one = any(c.rows == 1 and c.count >= 4 * seen.steps for c in seen.calls)
+    has_cells = any(isinstance(m, nn.RNNCellBase) for c in seen.calls for m in c.module.modules())
+    often = any(c.count >= 8 * seen.steps for c in seen.calls)
+    repeats = max(seen.outside.commonest[1], seen.outside.items) >= 8
+    return one_by_one or has_cells or often or repeats
 
 
 def _warm_up(train_step: Callable[[], Any]) -> tuple[float, int]:
@@ -158,9 +176,12 @@ def rank(seen: Seen, at_least: float, speedup: Speedup | None = None) -> Finding
 def _scope(seen: Seen, at_least: float) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares.items() if share > 0)
     told = (
-        f"nothing found that takes {at_least:.0%} of a step and need not; a step takes "
-        f"{seen.step_ms:.3g} ms: {shares}"
+        f"nothing found that would save {at_least:.0%} of a step; looked for: "
+        f"{', '.join(LOOKED_FOR)}; not for {NOT_LOOKED_FOR}; a step takes {seen.step_ms:.3g} ms: "
+        f"{shares}"
     )
+    if seen.tried:
+        told += f"; tried, no gain shown: {', '.join(dict.fromkeys(seen.tried))}"
     if seen.python_ms >= at_least * seen.step_ms:
         place = f", most of it at {seen.lines.outside}" * bool(seen.lines.outside)
         told += f"; {seen.python_ms:.3g} ms of it are Python outside models and operators{place}"

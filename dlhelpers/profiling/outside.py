@@ -1,17 +1,28 @@
-"""What does a step do outside its loader, models, backward and optimizer?"""
+"""What does a step do outside its loader, models, backward and optimizer?
+
+What it does there again and again is a loop. All that follows from a loop goes away with it:
+
+    its operators + the Python before each of them + the nodes of autograd's graph that they make
+
+An operator and its node share a sequence number in torch's record.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from dlhelpers.profiling.phases import Span, phase_spans
-from dlhelpers.profiling.trace import MODEL, Event, Trace, union_us
+from dlhelpers.profiling.trace import BACKWARD, MODEL, Event, Trace, union_us
 
 __all__ = ["Outside", "outside_of_models"]
 
 _NOTHING = {"aten::to", "aten::detach"}  # unless they call what does the work
+_OF_LOOPS = {"aten::unbind", "aten::stack", "aten::cat"}  # take its samples apart, or together
+_DENSER = 1.005  # than the step on average: a part with more events is slowed down more
+_OFTEN = 0.1  # of the calls of the commonest operator: what a loop does in some of its turns
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,11 @@ class Outside:
         operators: outermost operators a step.
         commonest: (name, calls a step) of the most frequent of these.
         items: numbers a step that are taken out of tensors (``.item()``, ``float``, ``if``).
+        loop_ms: milliseconds of a step in operators that are called again and again, the Python
+            before them, and the nodes that they made.
+        loop_backward_ms: of these, in backward.
+        turns: how often a step goes through the loop, by the median of its operators' counts.
+        loop_gpu_ms: milliseconds of the GPU in the kernels that these operators launched.
     """
 
     ms: float
@@ -31,13 +47,18 @@ class Outside:
     operators: float
     commonest: tuple[str, float]
     items: float
+    loop_ms: float = 0.0
+    loop_backward_ms: float = 0.0
+    turns: float = 0.0
+    loop_gpu_ms: float = 0.0
 
 
 def outside_of_models(trace: Trace, step_ms: float) -> Outside:
     """Sum what lies outside; a trace without marks of models has all of forward outside."""
     events = trace.on()
     models = [(e.start_us, e.end_us) for e in events if e.kind == "mark" and e.name == MODEL]
-    spans = [s for s in phase_spans(trace) if s.phase in ("forward", "copies")]
+    phases = phase_spans(trace)
+    spans = [s for s in phases if s.phase in ("forward", "copies")]
     own = sum(
         s.end_us - s.start_us - union_us(models, s.start_us, s.end_us) for s in spans
     )  # spans do not overlap
@@ -50,20 +71,119 @@ def outside_of_models(trace: Trace, step_ms: float) -> Outside:
             reached = event.end_us
         else:
             parents.add(len(tops) - 1)
+    tops_that_work = [
+        event
+        for number, event in enumerate(tops)
+        if event.name not in _NOTHING or number in parents
+    ]
     counts: dict[str, int] = {}
-    for number, event in enumerate(tops):
-        if event.name not in _NOTHING or number in parents:
-            counts[event.name] = counts.get(event.name, 0) + 1
+    for event in tops_that_work:
+        counts[event.name] = counts.get(event.name, 0) + 1
     name = max(counts, key=counts.__getitem__, default="")
     n = len(trace.steps)
     in_operators = sum(event.us for event in tops)
+    ms = step_ms * own / trace.wall_us if trace.wall_us else 0.0
+    often = {key for key, count in counts.items() if count >= max(4 * n, _OFTEN * counts[name])}
+    often |= _OF_LOOPS if often else set()
+    loop = [event for event in tops_that_work if event.name in often]
+    edges = sorted([*(end for s in spans for end in (s.start_us, s.end_us)), *sum(models, ())])
+    turns, others = _with_python_before(tops_that_work, edges, often)
+    nodes = [e for e in trace.events if e.name.startswith(BACKWARD)]
+    owned = _owned(nodes, events, loop)
+    ahead = [(s.start_us, s.end_us) for s in spans]
+    behind = [(s.start_us, s.end_us) for s in phases if s.phase == "backward"]
+    running = [(e.start_us, e.end_us) for e in nodes]
+    starts = [event.start_us for event in events]
+    found, of_backward = [], []
+    for begin, end in trace.steps:  # another program may take the machine in one of them
+
+        def us(stretches: Sequence[tuple[float, float]], step=(begin, end)) -> float:
+            return sum(b - a for a, b in stretches if step[0] <= a < step[1])
+
+        # the Python that ends a stretch, such as freeing what the loop made, is the loop's in part,
+        # and so are the gaps between nodes
+        outside_us = us(ahead) - union_us(models, begin, end)
+        forward_us = us(turns) * outside_us / (us(turns) + us(others) or 1.0)
+        backward_us = us(owned) * max(1.0, us(behind) / (us(running) or 1.0))
+        part_us = min(forward_us + backward_us, end - begin)
+        of_step = _count(starts, [(begin, end)])
+        of_loop = _count(starts, [s for s in turns + owned if begin <= s[0] < end])
+        found.append(_plain_ms(part_us, end - begin, of_step - of_loop, of_step, step_ms))
+        of_backward.append(backward_us / (part_us or 1.0))
+    loop_ms = median(found) if found else 0.0
+    launched = {e.id for e in events if e.id and _covers(loop, e.start_us)}
+    gpu_us = sum(e.us for e in trace.gpu if e.id in launched)
     return Outside(
-        ms=step_ms * own / trace.wall_us if trace.wall_us else 0.0,
+        ms=ms,
         in_operators=min(1.0, in_operators / own) if own else 0.0,
         operators=len(tops) / n,
         commonest=(name, counts.get(name, 0) / n),
         items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
+        loop_ms=loop_ms,
+        turns=_turns(often, counts) / n,
+        loop_backward_ms=loop_ms * median(of_backward) if found else 0.0,
+        loop_gpu_ms=gpu_us / n / 1e3,
     )
+
+
+def _plain_ms(part_us: float, wall_us: float, rest: int, events: int, plain_ms: float) -> float:
+    """Return how long a part of a step takes without the profiler, which takes time per event.
+
+    How much that is for all ``events`` is known from steps that ran without it. A loop has most of
+    them, and what a ``rest`` of large operators takes is hardly longer under the profiler. Where it
+    has about as many events for its time, or more, its share of the time is right as it is.
+    """
+    if not wall_us:
+        return 0.0
+    rest_us = max(0.0, wall_us - part_us)
+    share_ms = plain_ms * rest_us / wall_us
+    if events - rest <= _DENSER * events * part_us / wall_us:
+        return plain_ms - share_ms
+    each_ms = max(0.0, wall_us / 1e3 - plain_ms) / max(1, events)
+    rest_ms = max(share_ms, rest_us / 1e3 - 0.5 * each_ms * rest)  # large ones are hindered less
+    return max(plain_ms - min(rest_ms, 2 * share_ms), 0.7 * (plain_ms - share_ms))
+
+
+def _count(starts: Sequence[float], stretches: Sequence[tuple[float, float]]) -> int:
+    return sum(bisect_left(starts, end) - bisect_left(starts, begin) for begin, end in stretches)
+
+
+def _turns(often: set[str], counts: dict[str, int]) -> float:
+    found = [counts[name] for name in often - _OF_LOOPS]
+    return median(found) if found else 0.0
+
+
+def _with_python_before(
+    tops: Sequence[Event], edges: Sequence[float], often: set[str]
+) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Return stretches of the operators of a loop and of all others, with the gap before each."""
+    turns, others, reached = [], [], float("-inf")
+    for event in tops:
+        place = bisect_right(edges, event.start_us) - 1
+        begin = max(reached, edges[place]) if place >= 0 else event.start_us
+        stretch = min(begin, event.start_us), event.end_us
+        (turns if event.name in often else others).append(stretch)
+        reached = event.end_us
+    return turns, others
+
+
+def _owned(
+    nodes: Sequence[Event], events: Sequence[Event], loop: Sequence[Event]
+) -> list[tuple[float, float]]:
+    """Return when the nodes run that the loop's operators made."""
+    # operators that make no node bear the number of the next one that does: the last is its maker
+    made = {e.sequence: e for e in events if e.sequence >= 0 and not _covers(nodes, e.start_us)}
+    return [
+        (e.start_us, e.end_us)
+        for e in nodes
+        if e.sequence in made and _covers(loop, made[e.sequence].start_us)
+    ]
+
+
+def _covers(spans: Sequence[Event], when: float) -> bool:
+    """Return whether a moment lies in one of the events; they are in order, none overlaps."""
+    place = bisect_right(spans, when, key=lambda event: event.start_us) - 1
+    return place >= 0 and (when < spans[place].end_us or when == spans[place].start_us)
 
 
 def _lies_inside(

@@ -12,12 +12,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dlhelpers.profiling.trace import Event, Trace
+from dlhelpers.profiling.trace import BACKWARD, Event, Trace
 
 __all__ = ["PHASES", "Span", "find_phases", "phase_spans"]
 
 PHASES = ("data loading", "copies", "forward", "backward", "optimizer", "waiting for the GPU")
-_BACKWARD = "autograd::engine::evaluate_function"
 _COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::contiguous", "aten::clone",
            "aten::pin_memory"}  # fmt: skip
 _WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
@@ -86,11 +85,11 @@ def _backward_spans(trace: Trace) -> list[Span]:
     On a GPU they run in a thread of their own, while the calling thread waits without an event.
     """
     merged: list[Span] = []
-    own = [e for e in trace.on() if not e.name.startswith(_BACKWARD)]
+    own = [e for e in trace.on() if not e.name.startswith(BACKWARD)]
     own = [e for e in own if e.kind in ("operator", "mark")]
     starts = sorted([*(e.start_us for e in own), *(start for start, _ in trace.steps)])
     ends = sorted(e.end_us for e in own)
-    for event in (e for e in trace.events if e.name.startswith(_BACKWARD)):
+    for event in (e for e in trace.events if e.name.startswith(BACKWARD)):
         if merged:
             first, last = merged[-1].start_us, merged[-1].end_us
             begins = bisect_right(starts, event.start_us) - bisect_left(starts, last)

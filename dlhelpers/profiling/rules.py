@@ -8,13 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from dlhelpers.profiling.recurrent import recurrent_cells
 from dlhelpers.profiling.rules_loading import loading
 from dlhelpers.profiling.rules_loops import decoding, loops
 from dlhelpers.profiling.rules_models import batch_of_one, evaluation, kept_graphs
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 
-__all__ = ["RULES"]
+__all__ = ["LOOKED_FOR", "NOT_LOOKED_FOR", "RULES"]
 
 Rule = Callable[[Seen, float, Speedup], Iterator[Bottleneck]]
 
-RULES: tuple[Rule, ...] = (loading, loops, decoding, batch_of_one, evaluation, kept_graphs)
+RULES: tuple[Rule, ...] = (
+    loading,
+    loops,
+    recurrent_cells,
+    decoding,
+    batch_of_one,
+    evaluation,
+    kept_graphs,
+)
+
+# in the words of what a reader is told where nothing was found
+LOOKED_FOR = (
+    "slow loading",
+    "loops in Python",
+    "decoding in the step",
+    "batches of one",
+    "graphs that nobody needs",
+    "BatchNorm that could be folded",
+)
+NOT_LOOKED_FOR = "whether the model, its layers or their sizes could be others"

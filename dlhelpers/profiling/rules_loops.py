@@ -1,51 +1,66 @@
-"""What does the step do in Python, one sample or one number after the other?"""
+"""What does the step do in Python, one sample or one number after the other?
+
+A loop counts where its turns could be done at once: where no turn needs what an earlier one made,
+but for sums and their kin. Decoding word by word, rollouts and sampling are no such loops.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dlhelpers.profiling.code_report import place_of
+from dlhelpers.profiling.loop_code import loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
-from dlhelpers.profiling.trials import trial
+from dlhelpers.profiling.trials import calls_gain, rows_to_try, trial
 
 __all__ = ["decoding", "loops"]
 
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
+_LEAST_CALLS = 4  # of a model, on one sample each
+_LEAST_TURNS = 8  # of a loop over operators
+_LEAST_GAIN = 3.0  # of one large operator over many; less where each of them is large already
 
 
 def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
     """Find Python that goes through samples, and numbers that are taken out one by one."""
     for calls in seen.calls:
-        each = calls.count / seen.steps
-        if each >= 4 and calls.rows == 1:
-            rows = min(16, round(each))  # a trial of hundreds would not be settled in its time
-            one, many = trial(calls), trial(calls, rows)
+        each, key = calls.count / seen.steps, (id(calls.module), calls.training)
+        at_once = seen.flow.calls_at_once.get(key, 1.0) if seen.flow else each
+        if calls.rows == 1 and min(each, at_once) >= _LEAST_CALLS:
+            one = trial(calls)
+            rows = min(round(at_once), rows_to_try(one))
+            many = trial(calls, rows)
             if one is None or many is None:
                 continue
             factor = speedup(lambda one=one, rows=rows: [one() for _ in range(rows)], many)
-            saves = seen.model_ms * (1 - 1 / factor)
+            saves = seen.calls_ms(calls) * (1 - 1 / factor)
+            if factor == 1:
+                seen.tried.append(f"{rows} samples in one call of {type(calls.module).__name__}")
             if saves >= least_ms:
+                line = seen.flow.lines.get(key, ("", 0, "")) if seen.flow else ("", 0, "")
                 yield seen.finding(
                     "python-loop",
                     saves_ms=saves,
-                    where=seen.lines.hottest,
+                    where=place_of(*line[:2]) or seen.lines.hottest,
                     what=f"{type(calls.module).__name__} is called {each:.0f} times a step, on "
                     "one sample each",
                     why=f"{rows} samples in one call take {factor:.2g} times less, tried here",
-                    remedy="outputs = model(torch.stack(samples))",
+                    remedy="outputs = model(torch.cat(samples))",
                     notebook="08_profiling",
                 )
                 return
     outside, in_python = seen.outside, seen.python_ms
     name, count = outside.commonest
-    in_loop = count >= max(8, seen.samples)  # as often as there are samples, not as micro-batches
-    if outside.ms < least_ms:
+    if outside.ms + outside.loop_backward_ms < least_ms:
         return
     share = outside.ms / seen.step_ms
     told = f"{share:.0%} of a step is outside torch's loaders, modules, backward and optimizers"
-    if 3 * outside.items >= outside.operators and outside.items >= 8:
+    needed = seen.flow.longest_reads if seen.flow else 1  # as a rollout needs its actions
+    many = outside.items >= _LEAST_TURNS * max(1, needed)
+    if many and 3 * outside.items >= outside.operators:
         yield seen.finding(
             "item-every-step",
-            saves_ms=outside.ms * (1 - 1 / outside.items),
+            saves_ms=seen.loop_ms,
             at_most=True,
             where=seen.lines.outside,
             what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
@@ -54,22 +69,22 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             notebook="08_profiling",
         )
         return
-    # Python takes about as long to call a small operator as the operator itself
-    called = min(1.0, 2 * outside.in_operators) * outside.ms * (1 - 1 / max(count, 1))
-    saves = min(max(called, in_python), seen.at_most_outside_ms)
-    if in_loop and saves >= least_ms:
+    is_worth_it = min(seen.loop_ms, _seen_outside(seen)) >= least_ms
+    if is_worth_it and _is_loop(seen) and calls_gain(seen.flow, speedup) >= _LEAST_GAIN:
+        after = outside.loop_backward_ms / seen.step_ms
+        more = f", and its backward {after:.0%}" if after >= 0.01 else ""
         yield seen.finding(
             "python-loop",
-            saves_ms=saves,
+            saves_ms=seen.loop_ms,
             at_most=True,
             where=seen.lines.outside,
-            what=f"{told}; {name} is called {count:.0f} times a step",
-            why="each call costs the same few microseconds, however little it computes",
-            remedy="one operation over the whole batch: (images - mean) / std, not for image in "
-            "images",
+            what=f"{told}{more}; {name} is called {count:.0f} times a step",
+            why="each call costs the same few microseconds, however little it computes, and so "
+            "does its node in backward",
+            remedy=loop_remedy(seen.lines.outside_line, name),
             notebook="08_profiling",
         )
-    elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _BETWEEN_CALLS_MS):
+    elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _own_python_ms(seen)):
         yield seen.finding(
             "python-in-step",
             saves_ms=in_python,
@@ -84,6 +99,32 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         )
 
 
+def _is_loop(seen: Seen) -> bool:
+    """Whether operators come as often as there are samples, and could be done at once.
+
+    As often as there are samples, not as micro-batches.
+    """
+    at_once = seen.flow.operators_at_once if seen.flow else _LEAST_TURNS
+    count = seen.outside.commonest[1]
+    return count >= max(_LEAST_TURNS, seen.samples) and at_once >= _LEAST_TURNS
+
+
+def _own_python_ms(seen: Seen) -> float:
+    """Return what the step's own Python may take, for each turn that has to wait for the last."""
+    if seen.flow is None:
+        return _BETWEEN_CALLS_MS
+    turns = [seen.outside.turns] if seen.flow.operators_at_once < _LEAST_TURNS else []
+    for calls in seen.calls:
+        at_once = seen.flow.calls_at_once.get((id(calls.module), calls.training), 1.0)
+        turns.append(calls.count / seen.steps / at_once)
+    return _BETWEEN_CALLS_MS * max(1.0, *turns, 1.0)
+
+
+def _seen_outside(seen: Seen) -> float:
+    """Milliseconds of a step in the loop's lines and its backward, as a second clock tells them."""
+    return seen.at_most_outside_ms + seen.outside.loop_backward_ms
+
+
 def decoding(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
     """Find pictures that are decoded in the step itself."""
     saves = seen.step_ms * seen.lines.decoding_share
@@ -92,7 +133,7 @@ def decoding(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlene
             "slow-decoding",
             saves_ms=saves,
             at_most=True,
-            where=seen.lines.hottest,
+            where=seen.lines.decoding or seen.lines.hottest,
             what=f"{seen.lines.decoding_share:.0%} of a step is reading and decoding, in the step "
             "itself",
             why="nothing is computed meanwhile, and large pictures are decoded to be made small",

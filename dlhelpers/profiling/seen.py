@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from dlhelpers.findings import Finding
+from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.outside import Outside, outside_of_models
 from dlhelpers.profiling.phases import PHASES, find_phases
@@ -20,17 +21,23 @@ __all__ = ["Bottleneck", "Seen", "Speedup", "Trial"]
 Trial = Callable[[], Any] | None  # None where it cannot be run
 Speedup = Callable[[Trial, Trial], float]  # how many times as fast the second one is
 
+_MOST_SPEEDUP = 100.0  # what is left of a step is not known better than to a hundredth of it
+
 
 @dataclass(frozen=True)
 class Bottleneck(Finding):
     """A finding about time or memory, with what its remedy is expected to bring.
 
     Attributes:
-        saves_ms: of a step, by measurement; what a remedy would save at most where ``at_most``.
-        speedup: time of a step before / after, by Amdahl's law from ``saves_ms``.
+        saves_ms: of a step; measured with the remedy, or where ``at_most`` all that goes away with
+            the cause, a call in place of the many left out.
+        speedup: time of a step before / after, by Amdahl's law from ``saves_ms``; 100 where next to
+            nothing is left.
         saves_bytes: of memory: a step, or its peak.
         notebook: of the course, that treats it.
-        at_most: whether the gain is a bound, because no remedy could be tried.
+        at_most: whether the gain is a sum over what was recorded, because no remedy could be tried.
+            It sees neither caches nor the kernel that does the work instead, so it is told as
+            "about", and only what was tried is promised.
         besides: what the remedy brings beside time and bytes, in words.
     """
 
@@ -46,10 +53,11 @@ class Bottleneck(Finding):
         """What to expect, in words."""
         parts = []
         if self.saves_ms > 0:
-            bound = " at most" if self.at_most else ""
-            parts.append(
-                f"{self.saves_ms:.3g} ms a step{bound}: {self.speedup:.2f} times as fast{bound}"
-            )
+            about, untried = ("about ", ", not tried") if self.at_most else ("", "")
+            faster = f"{about}{self.speedup:.2f} times as fast"
+            if self.speedup > 0.999 * _MOST_SPEEDUP:
+                faster = "next to nothing of it is left"
+            parts.append(f"{about}{self.saves_ms:.3g} ms a step: {faster}{untried}")
         if self.saves_bytes >= 2**16:
             parts.append(f"{self.saves_bytes / 2**20:.3g} MiB less memory")
         return "; ".join(parts) or self.besides
@@ -73,6 +81,8 @@ class Seen:
         graph_nodes: nodes of autograd's graphs that are alive after each of some steps.
         lines: of the program, where the step was seen.
         cores: that this process may use.
+        flow: which of the calls and operators need each other; None where that was not looked at.
+        tried: remedies that were tried and brought nothing, as code.
     """
 
     trace: Trace
@@ -84,6 +94,8 @@ class Seen:
     graph_nodes: Sequence[int] = ()
     lines: ProgramLines = field(default_factory=ProgramLines)
     cores: int = 1
+    flow: Dataflow | None = None
+    tried: list[str] = field(default_factory=list)
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -99,7 +111,24 @@ class Seen:
     @property
     def model_ms(self) -> float:
         """Milliseconds of a step in its models, forward and backward."""
-        return max(0.0, self.ms("forward", "copies", "backward") - self.outside.ms)
+        elsewhere = self.outside.ms + self.outside.loop_backward_ms
+        return max(0.0, self.ms("forward", "copies", "backward") - elsewhere)
+
+    def calls_ms(self, calls: ModelCalls) -> float:
+        """Return milliseconds of a step in one of its models, by its share of forward."""
+        whole = sum(each.seconds for each in self.calls)
+        return self.model_ms * (calls.seconds / whole if whole else 1.0)
+
+    @property
+    def loop_ms(self) -> float:
+        """Milliseconds of a step that go away with what it repeats outside models.
+
+        Operators, the Python before them and their part of backward, but for one turn of many; on a
+        GPU no more than the kernels of the loop and the time that the GPU waits.
+        """
+        outside = self.outside
+        found = outside.loop_ms * (1 - 1 / max(1.0, outside.turns))
+        return min(found, outside.loop_gpu_ms + self.gpu_idle_ms) if self.trace.gpu else found
 
     @property
     def gpu_idle_ms(self) -> float:
@@ -157,5 +186,5 @@ class Seen:
         self, name: str, *, saves_ms: float = 0.0, severity: str = "suspicion", **told: object
     ) -> Bottleneck:
         """Make a finding whose speedup follows from what is saved."""
-        left = self.step_ms - min(saves_ms, 0.99 * self.step_ms)
+        left = max(self.step_ms - saves_ms, self.step_ms / _MOST_SPEEDUP)
         return Bottleneck(name, severity, saves_ms=saves_ms, speedup=self.step_ms / left, **told)  # type: ignore[arg-type]

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from torch.autograd import DeviceType
 
-__all__ = ["MODEL", "STEP", "Event", "Trace", "read_trace", "union_us"]
+__all__ = ["BACKWARD", "MODEL", "STEP", "Event", "Trace", "read_trace", "union_us"]
 
 STEP = "dlhelpers::step"  # marks one call of the function that is profiled
+BACKWARD = "autograd::engine::evaluate_function"  # begins the name of a node that runs
 MODEL = "dlhelpers::model"  # marks one call of a module from outside any other module
 
 Kind = Literal["mark", "operator", "runtime", "kernel", "copy"]
@@ -32,6 +33,8 @@ class Event:
         id: number by which a kernel finds the operator that launched it.
         shapes: of the operator's inputs.
         flops: floating-point operations of the operator, by torch's formulas; 0 where it has none.
+        sequence: number that an operator shares with the node of autograd's graph that it makes,
+            and with this node's run in backward; -1 for none.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Event:
     id: int = 0
     shapes: tuple[tuple[int, ...], ...] = ()
     flops: int = 0
+    sequence: int = -1
 
     @property
     def us(self) -> float:
@@ -164,7 +168,7 @@ def _event(name: str, event: Any, start: float, end: float) -> Event:
     shapes = tuple(tuple(s) for s in event.shapes() if s and isinstance(s[0], int))
     return Event(
         name, start, end, event.start_thread_id(), kind, event.correlation_id(), shapes,
-        event.flops(),
+        event.flops(), event.sequence_nr(),
     )  # fmt: skip
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.profiling.seen import Speedup
+from dlhelpers.profiling.dataflow import Dataflow
+from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["folding_gain", "graph_bytes", "trial"]
+__all__ = ["calls_gain", "folding_gain", "graph_bytes", "rows_to_try", "trial"]
 
+_FAST_S = 0.005  # a call of which dozens are settled in a trial's time
+_PARTS = 32  # additions that are tried as one
 _TRIAL_S = 10.0  # what a call on several samples may take
 
 
@@ -60,6 +63,15 @@ def trial(
     return lambda: call(args, kwargs)
 
 
+def rows_to_try(one: Trial) -> int:
+    """Return how many samples in one call are raced against as many calls: 64, of slow ones 16."""
+    if one is None:
+        return 16
+    begin = perf_counter()
+    one()
+    return 64 if perf_counter() - begin < _FAST_S else 16
+
+
 def _without_hooks(model: nn.Module) -> nn.Module:
     """Take the program's own hooks off a copy: what is tried is not theirs to see."""
     for module in model.modules():
@@ -101,6 +113,24 @@ def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
         return once
 
     return speedup(run(model), run(fused))
+
+
+def calls_gain(flow: Dataflow | None, speedup: Speedup) -> float:
+    """Return how many times as fast one operator is as many on parts of the same tensor.
+
+    It is tried by additions of tensors as large as those that a step makes one by one; infinite
+    where no flow was looked at.
+    """
+    if flow is None:
+        return float("inf")
+    whole = torch.zeros(_PARTS, flow.elements, device=flow.device)
+    parts = list(whole)
+
+    def wait() -> None:
+        if whole.is_cuda:
+            torch.cuda.synchronize()
+
+    return speedup(lambda: ([part + 1 for part in parts], wait()), lambda: (whole + 1, wait()))
 
 
 def graph_bytes(calls: ModelCalls) -> int:

@@ -17,7 +17,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.profiling.trace import MODEL
 
-__all__ = ["Loader", "ModelCalls", "Watch", "graph_counter", "watch"]
+__all__ = ["Loader", "ModelCalls", "Watch", "graph_counter", "living", "watch"]
 
 _ALONE = threading.Lock()
 
@@ -55,6 +55,7 @@ class ModelCalls:
         module: which.
         training: its mode.
         count: calls so far.
+        seconds: that they took, forward alone.
         rows: size of dimension 0 of the first tensor, in the last call; 0 without a tensor.
         makes_graph: whether the last output hangs on a graph.
         autocast: whether the last call ran under autocast on the tensor's device.
@@ -71,6 +72,7 @@ class ModelCalls:
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     needs_input_grad: bool = False
+    seconds: float = 0.0
 
 
 @dataclass
@@ -157,12 +159,15 @@ def _models_noted(seen: Watch) -> Iterator[None]:
         nonlocal inside
         if inside or threading.get_ident() != me or torch.compiler.is_compiling():
             return call(module, *args, **kwargs)
+        if next(module.parameters(), None) is None:  # a loss, an activation: no model
+            return call(module, *args, **kwargs)
         inside = True
         try:
             with torch.autograd.profiler.record_function(MODEL):
+                begin = perf_counter()
                 output = call(module, *args, **kwargs)
-                if next(module.parameters(), None) is not None:
-                    _note(seen, module, args, kwargs, output)
+                took = perf_counter() - begin
+                _note(seen, module, args, kwargs, output).seconds += took
         finally:
             inside = False
         return output
@@ -189,7 +194,9 @@ def _optimizers_noted(seen: Watch) -> Iterator[None]:
         hook.remove()
 
 
-def _note(seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+def _note(
+    seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+) -> ModelCalls:
     calls = seen.calls.setdefault(
         (id(module), module.training), ModelCalls(module, module.training)
     )
@@ -201,6 +208,7 @@ def _note(seen: Watch, module: nn.Module, args: tuple, kwargs: dict[str, Any], o
     calls.autocast = bool(tensors) and torch.is_autocast_enabled(tensors[0].device.type)
     calls.args = tuple(t.detach() if isinstance(t, Tensor) else t for t in args)
     calls.kwargs = {k: t.detach() if isinstance(t, Tensor) else t for k, t in kwargs.items()}
+    return calls
 
 
 def _tensors_of(output: Any) -> list[Tensor]:
@@ -220,11 +228,11 @@ def graph_counter(limit: int = 200_000) -> Iterator[Callable[[], int]]:
     """
     import gc
 
-    known = [weakref.ref(tensor) for tensor in _alive(Tensor)]
+    known = [weakref.ref(tensor) for tensor in living(Tensor)]
 
     def count() -> int:
         old = (tensor for note in known if (tensor := note()) is not None)
-        return _count_nodes({id(t): t for t in (*old, *_alive(Tensor))}.values(), limit)
+        return _count_nodes({id(t): t for t in (*old, *living(Tensor))}.values(), limit)
 
     if gc.get_freeze_count():
         yield count
@@ -248,7 +256,7 @@ def _count_nodes(tensors: Iterable[Tensor], limit: int) -> int:
     return len(seen)
 
 
-def _alive(kind: type) -> list[Any]:
+def living(kind: type) -> list[Any]:
     """Return all objects of a type and of those below it; asks no object anything."""
     import gc
 

@@ -1,0 +1,146 @@
+"""What of a step could be done at once?
+
+Each operator is a node, which needs those that made its inputs. What can be done
+at once follows from the longest chain:
+
+    at once = nodes / nodes on the longest chain
+
+Sums and their kin are chains that need not be: where ``total = total + x`` only hands its result
+to the next such operator, that link does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from dlhelpers.profiling.sampling import Line
+
+__all__ = ["CellCall", "Dataflow", "Node", "levels", "longest", "operators_at_once"]
+
+_LINKS = {"add", "add_", "sum", "mul", "mul_", "maximum", "minimum", "logaddexp", "cat",
+          "logical_or", "logical_and", "bitwise_or", "bitwise_and"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CellCall:
+    """A call of ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell``.
+
+    Attributes:
+        cell: which.
+        input: of the step, detached, [N, features] or [features].
+        state: that was given; a tensor, a pair of them, or None.
+        needs_cell: whether the input needs what an earlier call of the same cell made.
+        follows: whether the state is what the call before it returned, untouched.
+        line: of the program, that calls it.
+    """
+
+    cell: nn.RNNCellBase
+    input: Tensor
+    state: Any
+    needs_cell: bool
+    follows: bool
+    line: Line
+
+
+@dataclass(frozen=True)
+class Dataflow:
+    """What of a step could be done at once.
+
+    Attributes:
+        operators_at_once: operators outside models and backward, per operator on the longest chain.
+        elements: of the tensor that such an operator makes; the median.
+        device: on which most of them are.
+        longest_reads: numbers taken out of tensors each of which needs the one before; the most.
+        calls_at_once: (id of a module, its mode) -> how many of its calls need none of each other.
+        lines: of the program, that call them, by the same key.
+        cells: calls of recurrent cells, in order.
+    """
+
+    operators_at_once: float
+    calls_at_once: dict[tuple[int, bool], float] = field(default_factory=dict)
+    lines: dict[tuple[int, bool], Line] = field(default_factory=dict)
+    cells: tuple[CellCall, ...] = ()
+    elements: int = 0
+    device: str = "cpu"
+    longest_reads: int = 0
+
+
+@dataclass
+class Node:
+    """One operator, or a number that was read, or a tensor that came in.
+
+    Attributes:
+        name: of the operator, without its namespace.
+        needs: numbers of the nodes that made what it reads.
+        counts: whether it is outside models, backward, optimizers and loaders.
+        calls: numbers of the calls of modules that it is part of.
+        backward: whether it runs in backward.
+        made: elements of what it made, and the device.
+    """
+
+    name: str
+    needs: set[int]
+    counts: bool
+    calls: tuple[int, ...]
+    backward: bool = False
+    made: tuple[int, str] = (0, "cpu")
+
+
+def levels(nodes: Sequence[Node], mine: Iterable[int]) -> tuple[dict[int, int], list[int]]:
+    """Return call -> its place in the longest chain of these calls, from 1; each node's as well."""
+    calls = dict.fromkeys(mine, 1)
+    found: list[int] = []
+    for node in nodes:
+        call = next((n for n in node.calls if n in calls), None)
+        before = max(
+            (
+                _level(found[n], nodes[n], calls)
+                for n in node.needs
+                if call is None or call not in nodes[n].calls
+            ),
+            default=0,
+        )
+        if call is not None:
+            calls[call] = max(calls[call], before + 1)
+            before = calls[call]
+        found.append(before)
+    return calls, [_level(level, node, calls) for level, node in zip(found, nodes, strict=True)]
+
+
+def operators_at_once(nodes: Sequence[Node]) -> float:
+    """Return how many nodes that count there are per node on the longest chain of them."""
+    readers: dict[int, list[int]] = {}
+    for number, node in enumerate(nodes):
+        for needed in () if node.backward else node.needs:
+            readers.setdefault(needed, []).append(number)
+    depths: list[int] = []
+    for node in nodes:
+        before = [n for n in node.needs if not _is_link(nodes, n, node, readers)]
+        depths.append(max((depths[n] for n in before), default=0) + node.counts)
+    whole = sum(node.counts for node in nodes)
+    return whole / max(1, max(depths, default=1))
+
+
+def longest(nodes: Sequence[Node], of: Callable[[Node], bool]) -> int:
+    """Return how many nodes of a kind are on the longest chain of them."""
+    depths: list[int] = []
+    for node in nodes:
+        depths.append(max((depths[n] for n in node.needs), default=0) + of(node))
+    return max(depths, default=0)
+
+
+def _is_link(nodes: Sequence[Node], needed: int, node: Node, readers: dict[int, list[int]]) -> bool:
+    """Whether a result is only handed on by a sum, a product, a maximum or the like."""
+    maker = nodes[needed]
+    if maker.name.rstrip("_") != node.name.rstrip("_") or node.name not in _LINKS:
+        return False
+    kinds = {nodes[reader].name.rstrip("_") for reader in readers.get(needed, ())}
+    return kinds <= {node.name.rstrip("_"), "stack", "cat"}
+
+
+def _level(level: int, node: Node, calls: dict[int, int]) -> int:
+    return max([level, *(calls[n] for n in node.calls if n in calls)])
