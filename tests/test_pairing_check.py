@@ -170,6 +170,15 @@ CASES = {
         (randn(9, 2, C, grad=False).log_softmax(0), nn.CTCLoss(), CTC),
     ],
     "nn.Softmax() without dim": [(UNNAMED, CE, LABELS, INPUTS), (UNNAMED, CE, LABELS)],
+    "bounded scores before log_softmax or softmax": [
+        (randn(N, C).softmax(1).log_softmax(1), NLL, LABELS),
+        (nn.Sequential(nn.Linear(6, C), nn.Sigmoid(), nn.LogSoftmax(1)), NLL, LABELS, INPUTS),
+        (nn.Sequential(nn.Linear(6, C), nn.Sigmoid(), nn.LogSoftmax(1)), NLL, LABELS),
+    ],
+    "bounded scores before sigmoid, BCELoss": [
+        (randn(N, K).sigmoid().sigmoid(), BCE, BITS),
+        (nn.Sequential(nn.Linear(6, K), nn.Tanh(), nn.Sigmoid()), BCE, BITS),
+    ],
     "one logit with CrossEntropyLoss": [
         (randn(N, 1), CE, torch.zeros(N).long()),
         (randn(N, 1, 4), CE, torch.zeros(N, 4).long()),
@@ -330,6 +339,10 @@ CASES = {
         (randn(N).exp(), nn.PoissonNLLLoss(), torch.ones(N)),
         (F.softplus(randn(N)), nn.PoissonNLLLoss(), torch.ones(N)),
         (randn(N).relu(), F.poisson_nll_loss, torch.ones(N)),
+    ],
+    "exp or softplus of a positive rate or variance": [
+        (F.softplus(randn(N)).exp(), nn.PoissonNLLLoss(log_input=False), torch.ones(N)),
+        (randn(N), nn.GaussianNLLLoss(), (randn(N, grad=False), F.softplus(randn(N).exp()))),
     ],
     "negative prediction with log_input=False": [
         (randn(N), nn.PoissonNLLLoss(log_input=False), torch.ones(N))

@@ -25,6 +25,8 @@ LogSoftmax before CrossEntropyLoss (wasted)            log-softmax-into-cross-en
 softmax, log_softmax over another axis than classes    softmax-over-wrong-axis              trace
 the same without a graph                               softmax-over-wrong-axis              values
 nn.Softmax() without dim                               softmax-without-dim                  hint
+bounded scores before log_softmax or softmax           activation-before-softmax            trace
+bounded scores before sigmoid, BCELoss                 activation-before-sigmoid            trace
 one logit with CrossEntropyLoss                        one-logit                            rule
 softmax before NLLLoss                                 softmax-into-nll                     trace
 softmax before NLLLoss, no graph                       softmax-into-nll                     values
@@ -64,6 +66,7 @@ sigmoid before a margin loss                           sigmoid-into-margin-loss 
 ReLU, sigmoid or tanh cannot reach the targets         head-cannot-reach-targets            trace
 softmax and a squared or absolute error on one-hot     softmax-into-regression              hint
 exp, softplus, ReLU into PoissonNLLLoss(log_input)     positive-head-into-log-rate          trace
+exp or softplus of a positive rate or variance         positive-head-twice                  hint
 negative prediction with log_input=False               negative-rate                        rule
 negative counts                                        negative-counts                      rule
 negative variance                                      negative-variance                    rule

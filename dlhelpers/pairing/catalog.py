@@ -69,6 +69,25 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "batch: samples compete with each other. Nothing is raised.",
         "F.log_softmax(logits, dim=class_axis)  # 1 for (N, C, ...), -1 for CTC's (T, N, C)",
     ),
+    "activation-before-softmax": (
+        "log_softmax and softmax want unbounded scores: over the values of another activation the "
+        "probabilities cannot come near 0 or 1, the loss has a floor and gradients shrink. It is "
+        "cross entropy over that activation. Nothing is raised.",
+        "log_probs = F.log_softmax(logits, dim=1)  # of the last linear layer's outputs\n"
+        "loss = F.nll_loss(log_probs, target)  # or F.cross_entropy(logits, target)",
+    ),
+    "activation-before-sigmoid": (
+        "A sigmoid wants an unbounded logit: over the values of another activation the probability "
+        "cannot come near 0 or 1 and the loss has a floor. It is BCEWithLogitsLoss over that "
+        "activation. Nothing is raised.",
+        "probability = torch.sigmoid(logit)  # of the last linear layer's output\n"
+        "loss = F.binary_cross_entropy_with_logits(logit, target)  # or BCELoss of probability",
+    ),
+    "positive-head-twice": (
+        "exp and softplus make any number positive by themselves; over values that are positive "
+        "already they put a floor under the rate or variance.",
+        "var = F.softplus(raw)  # raw: the last linear layer's output",
+    ),
     "softmax-without-dim": (
         "Without dim torch guesses: axis 0 for 0, 1 and 3 dimensions, else axis 1.",
         "nn.Softmax(dim=1)  # name the class axis",

@@ -3,8 +3,10 @@
 The walk starts at ``tensor.grad_fn`` and goes back through nodes that only move, copy or cast
 values (view, reshape, transpose, squeeze, slice, index, cat, to, clone) until one changes them:
 ``SoftmaxBackward0`` says softmax, ``AddmmBackward0`` says a linear layer, ``MulBackward0`` says
-arithmetic, and then nothing is claimed. Node names and their ``_saved_*`` sizes and axes are
-plain numbers: no saved tensor is unpacked, so hooks on saved tensors are never run.
+arithmetic, and then nothing is claimed. What stands in front of an activation is read the same
+way, through scaling by a constant, masks and dropout as well. Node names and their ``_saved_*``
+sizes and axes are plain numbers, a constant factor is read as it was saved: no saved tensor is
+unpacked, so hooks on saved tensors are never run.
 Source: https://pytorch.org/docs/stable/notes/autograd.html
 """
 
@@ -17,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["UNKNOWN", "Head", "head_of_tensor"]
+__all__ = ["UNKNOWN", "Head", "activation_of", "head_of_tensor"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,19 @@ class Head:
             between hid it.
         source: how it is known, for the reader.
         where: path of the module, where there is one.
+        before: the activation whose values this one was applied to; None for a linear layer,
+            arithmetic, or nothing seen. An ``other`` that only scales has one as well.
+        scale: constant that this activation's values were multiplied by before the next step.
+        is_sure: False where the range of the numbers alone was seen.
     """
 
     kind: str
     axis: int | None = None
     source: str = ""
     where: str = ""
+    before: Head | None = None
+    scale: float = 1.0
+    is_sure: bool = True
 
     @property
     def is_known(self) -> bool:
@@ -90,6 +99,17 @@ _OF_LOG_AND_EXP = {
     ("Exp", "log_softmax"): "softmax",
     ("Exp", "log_sigmoid"): "sigmoid",
 }
+_SCALES = ("Mul", "Div", "Neg", "NativeDropout")
+_BOUNDED = (  # activations after which a second one is looked at, and their values' range is known
+    "softmax",
+    "log_softmax",
+    "sigmoid",
+    "log_sigmoid",
+    "relu",
+    "tanh",
+    "exp",
+    "softplus",
+)
 _AxisMap = Callable[[int], int | None]  # axis before the step -> axis after it
 
 
@@ -117,12 +137,25 @@ def _walk(
             return _head_of_clamp(node, stem, shape, path, depth)
         if stem in ("Log", "Exp"):
             inner = _walk(_next(node), shape, path, depth)
-            seen = _OF_LOG_AND_EXP.get((stem, inner.kind), "exp" if stem == "Exp" else "other")
-            return Head(seen, inner.axis if "softmax" in seen else None, source)
+            seen = _OF_LOG_AND_EXP.get((stem, inner.kind))
+            if seen is not None:
+                return Head(seen, inner.axis, source, before=inner.before)
+            seen = "exp" if stem == "Exp" else "other"
+            return Head(seen, None, source, before=activation_of(inner) if seen == "exp" else None)
         if stem == "Threshold" and getattr(node, "_saved_threshold", 0) != 0:
             kind = "other"
         if kind is not None:
-            return Head(kind, _follow(node, shape, path) if "softmax" in kind else None, source)
+            axis = _follow(node, shape, path) if "softmax" in kind else None
+            return Head(kind, axis, source, before=_before(node, kind, shape, depth))
+        if stem in _SCALES:
+            factor = _factor(node, stem)
+            inner = (
+                UNKNOWN if factor is None else activation_of(_walk(_next(node), shape, [], depth))
+            )
+            if inner is not None and inner.is_known:
+                inner = replace(inner, scale=inner.scale * factor)
+                return Head("other", None, source, before=inner)
+            return Head("other", None, source)
         if stem in _JOINS:
             return _head_of_parts(node, stem, shape, path, depth)
         if stem.startswith("torch::autograd::") or any(part in name for part in _OPAQUE):
@@ -134,6 +167,38 @@ def _walk(
         path = [*path, axis_map]
         node = _next(node)
     return UNKNOWN
+
+
+def activation_of(head: Head) -> Head | None:
+    """Return the activation that ``head`` is or only scales; None where it is neither."""
+    if head.kind == "other":
+        return head.before
+    return head if head.kind in _BOUNDED else None
+
+
+def _before(node: Any, kind: str, shape: Any, depth: int) -> Head | None:
+    """Return what stands in front of an activation; of a leaf what its numbers say."""
+    if kind not in _BOUNDED or not node.next_functions:
+        return None
+    return activation_of(_walk(_next(node), shape, [], depth))
+
+
+def _factor(node: Any, stem: str) -> float | None:
+    """Return the constant that a node multiplies by; 1 for a mask or dropout, None if unknown."""
+    if stem in ("Neg", "NativeDropout"):
+        return -1.0 if stem == "Neg" else 1.0
+    sources = [operand for operand, _ in node.next_functions]
+    if len(sources) != 2 or sources[0] is None or sources[1] is not None:
+        return None
+    try:
+        saved = node._raw_saved_other
+        other = saved.data if saved.unpack_hook is None else None
+        values = other.detach().reshape(-1)[:4096].unique().tolist()
+    except Exception:  # a graph that backward has freed, wrapped tensors, a torch without them
+        return None
+    if len(values) == 1 and values[0]:
+        return 1 / values[0] if stem == "Div" else values[0]
+    return 1.0 if stem == "Mul" and len(values) == 2 and values[0] == 0 else None
 
 
 def _is_parameter(node: Any) -> bool:
