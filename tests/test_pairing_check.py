@@ -265,6 +265,7 @@ CASES = {
     "negative KLDivLoss targets that are no logarithms": [
         (randn(N, C).log_softmax(1), KL, randn(N, C, grad=False))
     ],
+    "KLDivLoss targets that sum to more than 1": [(randn(N, K).log_softmax(1), KL, 0 * BITS + 1)],
     "KLDivLoss with reduction='mean'": [
         (randn(N, C).log_softmax(1), nn.KLDivLoss(), ONE_HOT * 0.9 + 0.02)
     ],
@@ -387,7 +388,7 @@ CASES = {
         (randn(N, K), BCEL, BITS.bool()),
         (randn(N, K).sigmoid(), BCE, BITS.long()),
     ],
-    "targets far outside [0, 1] in binary cross entropy": [
+    "targets below 0, far above 1 in binary cross entropy": [
         (randn(N, K), BCEL, 2 * BITS - 1),
         (randn(N, K), BCEL, 255 * BITS),
         (randn(N, K).sigmoid(), BCE, 1.2 * BITS),
@@ -439,7 +440,15 @@ CASES = {
         (torch.complex(randn(N, C), randn(N, C)), MSE, ONE_HOT),
     ],
     "the model fails on its inputs": [(nn.Linear(7, C), CE, LABELS, INPUTS)],
-    "a loss of the reader's own fails": [(randn(N, C), raising, LABELS)],
+    "torch refuses the arguments or options of its loss": [
+        (randn(N, C), nn.CrossEntropyLoss(weight=torch.ones(2)), LABELS),
+        (randn(N, C), nn.GaussianNLLLoss(), randn(N, C, grad=False)),
+    ],
+    "a loss of the reader's own raises": [(randn(N, C), raising, LABELS)],
+    "the loss is nan or inf": [(randn(N, C), nn.CrossEntropyLoss(torch.zeros(C)), LABELS)],
+    "a weight of one number per class on another axis": [
+        (randn(2, 4, 4, 4), nn.BCEWithLogitsLoss(pos_weight=torch.ones(4)), torch.ones(2, 4, 4, 4))
+    ],
     "a rule fails on odd values": [
         (randn(9, 2, C).log_softmax(-1), nn.CTCLoss(), (CTC[0], ["a", "b"], (3, 3)))
     ],

@@ -114,9 +114,9 @@ def test_it_reports_once_a_call_site_with_file_and_line():
 
 
 def _name() -> str:
-    from dlhelpers.pairing.watch import _shown_path
+    from dlhelpers.pairing.places import shown_path
 
-    return _shown_path(__file__)
+    return shown_path(__file__)
 
 
 WAYS = {

@@ -50,7 +50,8 @@ sigmoid before KLDivLoss                               sigmoid-into-kl-div      
 raw logits into KLDivLoss                              logits-into-kl-div                   trace
 log-probability targets without log_target=True        log-target-not-declared              rule
 probability targets with log_target=True               log-target-declared                  values
-negative KLDivLoss targets that are no logarithms       target-not-probabilities             rule
+negative KLDivLoss targets that are no logarithms      target-not-probabilities             rule
+KLDivLoss targets that sum to more than 1              target-not-probabilities             hint
 KLDivLoss with reduction='mean'                        kl-div-mean-reduction                hint
 probabilities into CTCLoss                             softmax-into-ctc                     trace
 sigmoid before CTCLoss                                 sigmoid-into-ctc                     trace
@@ -79,7 +80,7 @@ the same where L equals C                              class-axis-ambiguous     
 (N, 1) against (N) in BCELoss, BCEWithLogitsLoss       target-shape                         rule
 another floating dtype in BCELoss, HuberLoss           target-dtype                         rule
 integer targets in BCELoss, BCEWithLogitsLoss          integer-target                       rule
-targets far outside [0, 1] in binary cross entropy     target-outside-0-1                   rule
+targets below 0, far above 1 in binary cross entropy   target-outside-0-1                   rule
 integer predictions (argmax before the loss)           integer-prediction                   rule
 prediction and target swapped                          swapped-arguments                    rule
 every target equals ignore_index                       all-targets-ignored                  rule
@@ -90,7 +91,10 @@ None, a number, a string in place of a tensor          not-a-tensor             
 a class or None in place of a loss                     not-a-loss                           rule
 sparse, meta, quantised, complex tensors               values-not-readable                  hint
 the model fails on its inputs                          model-raised                         rule
-a loss of the reader's own fails                       loss-raised                          hint
+torch refuses the arguments or options of its loss     loss-raised                          rule
+a loss of the reader's own raises                      loss-raised                          rule
+the loss is nan or inf                                 loss-not-finite                      rule
+a weight of one number per class on another axis       weight-over-wrong-axis               hint
 a rule fails on odd values                             check-failed                         hint
 =====================================================  ===================================  ======
 

@@ -8,7 +8,6 @@ the functions themselves, so a release that adds one needs no change here.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -19,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["LOSSES", "NAME_OF", "LossCall", "bind", "calls_inside", "describe_call"]
+from .values import all_finite
+
+__all__ = ["LOSSES", "NAME_OF", "Inside", "LossCall", "bind", "calls_inside", "describe_call"]
 
 _MODULES = {
     "binary_cross_entropy": nn.BCELoss,
@@ -77,6 +78,32 @@ class LossCall:
         """``mean``, ``sum``, ``none`` or ``batchmean``."""
         return self.options.get("reduction", "mean")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Everything that ``LOSSES[name]`` is called with, by the function's own names."""
+        names = _NAMES_BY_FUNCTION[self.name]
+        target = next(name for name in names if name in _TARGET)
+        return {names[0]: self.prediction, target: self.target, **self.options}
+
+
+@dataclass
+class Inside:
+    """What happened inside of one call of a loss.
+
+    Attributes:
+        calls: the torch losses that it called, in order.
+        value: what it returned.
+        error: what it raised.
+        raised: the one of ``calls`` that raised, None where it was another line.
+        not_finite: the first of ``calls`` whose value holds nan or inf.
+    """
+
+    calls: list[LossCall] = field(default_factory=list)
+    value: Any = None
+    error: Exception | None = None
+    raised: LossCall | None = None
+    not_finite: LossCall | None = None
+
 
 def bind(name: str, args: tuple, kwargs: Mapping[str, Any]) -> LossCall:
     """Name the arguments of a call of ``LOSSES[name]``.
@@ -106,12 +133,18 @@ def describe_call(loss: object, prediction: object, targets: object) -> LossCall
         targets: second argument. A tuple holds what follows the prediction in the order of the
             loss: ``(targets, input_lengths, target_lengths)`` for CTC, ``(target, var)`` for
             GaussianNLL, ``(input2, target)`` for CosineEmbedding and MarginRanking.
+
+    Raises:
+        TypeError: more arguments than the loss takes.
     """
     rest = tuple(targets) if isinstance(targets, tuple) else (targets,)
     if isinstance(loss, nn.Module):
         name = _name_of_module(loss)
         if name is None:
             return None
+        takes = len(inspect.signature(type(loss).forward).parameters) - 1
+        if len(rest) + 1 > takes:
+            raise TypeError(f"{type(loss).__name__} takes {takes} arguments, not {len(rest) + 1}")
         options = {
             key: getattr(loss, key)
             for key in _NAMES_BY_FUNCTION[name]
@@ -138,23 +171,35 @@ def _name_of_module(loss: nn.Module) -> str | None:
 class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[LossCall] = []
+        self.inside = Inside()
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in NAME_OF:
-            with contextlib.suppress(TypeError):
-                self.calls.append(bind(NAME_OF[func], args, kwargs))
-        return func(*args, **kwargs)
-
-
-def calls_inside(loss: Callable, *args: object) -> tuple[list[LossCall], Exception | None]:
-    """Call ``loss(*args)`` and return the torch losses that it called, and what it raised."""
-    with _Recorder() as recorder:
+        if func not in NAME_OF:
+            return func(*args, **kwargs)
         try:
-            loss(*args)
+            call = bind(NAME_OF[func], args, kwargs)
+        except TypeError:  # more arguments than it takes: it raises by itself
+            return func(*args, **kwargs)
+        self.inside.calls.append(call)
+        try:
+            value = func(*args, **kwargs)
+        except Exception:
+            self.inside.raised = call
+            raise
+        if self.inside.not_finite is None and not all_finite(value):
+            self.inside.not_finite = call
+        return value
+
+
+def calls_inside(loss: Callable, *args: object) -> Inside:
+    """Call ``loss(*args)`` once and return what happened; what it raises is kept, not raised."""
+    with _Recorder() as recorder:
+        inside = recorder.inside
+        try:
+            inside.value = loss(*args)
         except Exception as error:
-            return recorder.calls, error
-    return recorder.calls, None
+            inside.error = error
+    return inside

@@ -21,6 +21,7 @@ class Hit:
         evidence: ``rule`` (shape, dtype, range), ``trace`` (the activation was seen) or
             ``values`` (read from the numbers alone).
         where: module path, file and line, or empty.
+        why, remedy: in place of the catalog's, where this case allows better ones.
     """
 
     name: str
@@ -28,11 +29,14 @@ class Hit:
     what: str
     evidence: Literal["rule", "trace", "values"]
     where: str = ""
+    why: str = ""
+    remedy: str = ""
 
 
 def finding(hit: Hit, where: str = "") -> Finding:
     """Word a hit."""
     why, remedy = ENTRIES[hit.name]
+    why, remedy = hit.why or why, hit.remedy or remedy
     return Finding(hit.name, hit.severity, hit.what, why, remedy, where or hit.where)
 
 
@@ -318,7 +322,8 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "target = (target > 0).float()  # -1 and +1 become 0 and 1",
     ),
     "target-not-probabilities": (
-        "KLDivLoss takes probabilities as targets: a negative one makes the loss nan.",
+        "KLDivLoss takes probabilities as targets: they sum to 1, and a negative one makes the "
+        "loss nan.",
         "loss = F.kl_div(log_probs, F.softmax(teacher_logits, dim=1), reduction='batchmean')",
     ),
     "empty-batch": (
@@ -346,8 +351,16 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "outputs = model(inputs)  # mend this line, then pairing.check(outputs, loss, targets)",
     ),
     "loss-raised": (
-        "The loss itself fails on this output and these targets.",
-        "loss_value = loss(outputs, targets)  # mend this line first",
+        "The loss itself raises on these outputs and targets.",
+        "loss_value = loss(outputs, targets)  # fix this line first",
+    ),
+    "loss-not-finite": (
+        "The gradient of a loss that is nan or inf is nan: every weight is nan after one step.",
+        "torch.autograd.set_detect_anomaly(True)  # find the operation that made it",
+    ),
+    "weight-over-wrong-axis": (
+        "A weight is broadcast from the last axis on, whatever it is meant for. Nothing is raised.",
+        "pos_weight = pos_weight[:, None, None]  # classes on axis 1 of (N, C, H, W)",
     ),
     "check-failed": (
         "A rule could not be applied; the others were.",

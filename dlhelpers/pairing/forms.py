@@ -61,6 +61,8 @@ def form_hits(call: LossCall, prediction: Values, target: Values) -> Iterator[Hi
     swapped = list(_swapped(call, prediction, target))
     yield from swapped
     if swapped:
+        if call.name in _BINARY:
+            yield from _outside(call, target)
         return
     if not (call.prediction.is_floating_point() or call.prediction.is_complex()):
         yield _error("integer-prediction", f"the prediction is {call.prediction.dtype}")
@@ -253,9 +255,13 @@ def _binary_targets(call: LossCall, target: Values) -> Iterator[Hit]:
             yield _error("integer-target", f"target {y.dtype}")
         if x.shape != y.shape:
             yield _error("target-shape", f"prediction {_shape(x)}, target {_shape(y)}")
+    yield from _outside(call, target)
+
+
+def _outside(call: LossCall, target: Values) -> Iterator[Hit]:
     if target.is_empty or target.has_nan or target.within(0, 1):
         return
-    far = not target.within(-0.5, 1.5) or call.name == "binary_cross_entropy"
+    far = not target.within(0, 1.5) or call.name == "binary_cross_entropy"  # 1.2: noisy labels
     what = f"target values from {target.low:g} to {target.high:g}"
     yield (_error if far else _suspect)("target-outside-0-1", what)
 
@@ -308,12 +314,19 @@ def _kl_targets(call: LossCall, target: Values) -> Iterator[Hit]:
         elif target.high > 1 + 1e-3:
             what = f"target values up to {target.high:.4g}"
             yield _suspect("target-not-probabilities", what)
+        elif y.ndim > 1 and (most := min(_largest_sum(y, axis) for axis in axes)) > 1.01:
+            what = f"along no axis do they sum to 1: up to {most:.4g}"
+            yield _suspect("target-not-probabilities", what)
     elif not rows:
         rows = max((target.sums_to_one(axis) for axis in axes), default=0)
         if rows:
             severity = "error" if rows > 1 else "suspicion"
             what = f"{rows} rows of targets sum to 1 and log_target=True"
             yield Hit("log-target-declared", severity, what, "values")
+
+
+def _largest_sum(y: Tensor, axis: int) -> float:
+    return y.detach().float().sum(dim=axis).max().item()
 
 
 def _dtypes(call: LossCall) -> Iterator[Hit]:

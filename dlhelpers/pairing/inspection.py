@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from dlhelpers.findings import Findings
 
 from .activations import activation_hits
-from .calls import LossCall, calls_inside, describe_call
+from .calls import LossCall, describe_call
 from .catalog import Hit, finding
+from .causes import missing
 from .forms import form_hits
 from .probe import as_tensor, first_tensor, restored, run_model, unwrap
 from .static import head_of_model, softmax_without_dim
 from .trace import UNKNOWN, Head, head_of_tensor
+from .trial import call_own, own_hits, said, trial_hits
 from .values import Values
+from .weights import weight_hits
 
 __all__ = ["check", "look"]
 
@@ -35,6 +38,7 @@ def check(
         loss: module of ``torch.nn``, function of ``torch.nn.functional``, partial of one; any
             other callable is called with the whole outputs and targets (with the first tensor,
             with a tuple's parts, where that fails), and the torch losses inside are looked at.
+            What the loss raises, and a value that is nan or inf, is a finding.
         targets: as the loss takes them; arrays and lists of numbers become tensors. A
             tuple holds all that follows the prediction:
             ``(targets, input_lengths, target_lengths)`` for CTC, ``(target, var)`` for
@@ -44,6 +48,7 @@ def check(
     Returns:
         Findings, errors first; empty where nothing was found. Never raises on odd arguments,
         never runs backward; mode, parameters, gradients, buffers and random states are as before.
+        A loss of torch's is called once on detached tensors, another one on a deep copy.
 
     >>> import torch
     >>> from torch import nn
@@ -76,6 +81,11 @@ def _check(model: object, loss: object, targets: object, inputs: object) -> Iter
     head = UNKNOWN
     if not callable(loss) or isinstance(loss, type):
         yield Hit("not-a-loss", "error", f"the loss is {loss!r:.60}", "rule")
+        return
+    try:
+        describe_call(loss, None, targets)
+    except TypeError as error:  # more arguments than the loss takes
+        yield Hit("loss-raised", "error", said(error), "rule")
         return
     if callable(model) and not isinstance(model, Tensor):
         model = unwrap(model)
@@ -113,7 +123,11 @@ def _check(model: object, loss: object, targets: object, inputs: object) -> Iter
     numbers = tuple(map(as_tensor, targets)) if type(targets) is tuple else as_tensor(targets)
     call = describe_call(loss, tensor, numbers)
     if call is not None:
-        yield from look(call, head)
+        hits = list(look(call, head))
+        if missing(call):  # what there is stands in the wrong place
+            hits = [hit for hit in hits if hit.name != "not-a-tensor"]
+        yield from hits
+        yield from trial_hits(call, hits)
     else:
         yield from _look_inside(loss, ((outputs, targets), (tensor, numbers)))
 
@@ -153,6 +167,7 @@ def look(call: LossCall, head: Head | None = None, limit: int | None = None) -> 
         rules: tuple[Callable[[], Iterator[Hit]], ...] = (
             lambda: form_hits(call, prediction, target),
             lambda: activation_hits(call, head, prediction, target),
+            lambda: weight_hits(call),
         )
         broken: list[Hit] = []
         for rule in rules:
@@ -178,30 +193,10 @@ def _without_contradictions(
 
 
 def _look_inside(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Iterator[Hit]:
-    """Call a loss of the reader's own and look at the torch losses that it calls.
-
-    Args:
-        loss: called with the first of ``pairs`` that it takes, a tuple of targets whole or apart.
-        pairs: (outputs, targets): as the model gives them first, then as plain tensors.
-    """
-    tries = []
-    for outputs, targets in pairs:
-        tries.append((outputs, targets))
-        if type(targets) is tuple:
-            tries.append((outputs, *targets))
-    best: tuple[list[LossCall], Exception | None] | None = None
-    for arguments in tries:
-        with restored(loss):
-            seen, error = calls_inside(loss, *arguments)
-        if error is None:
-            best = seen, None
-            break
-        legible = bool(seen) and all(isinstance(call.prediction, Tensor) for call in seen)
-        if best is None or (legible and not best[0]):
-            best = (seen if legible else []), error
-    seen, error = best
-    for call in seen:
-        yield from look(call)
-    if error is not None and not seen:
-        what = f"{type(error).__name__}: {str(error)[:200]}"
-        yield Hit("loss-raised", "suspicion", what, "rule")
+    """Call a loss of the reader's own and look at it, and at the torch losses that it calls."""
+    inside = call_own(loss, pairs)
+    known: list[Hit] = []
+    for call in inside.calls:
+        known.extend(look(call))
+    yield from known
+    yield from own_hits(loss, inside, known)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["Values"]
+__all__ = ["Values", "all_finite"]
 
 _ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
@@ -109,6 +109,11 @@ class Values:
         slack = rounding * max(1.0, math.log(classes)) if log else rounding
         telling = part.amax(dim=axis) < -1e-4 if log else part.count_nonzero(dim=axis) > 1
         return int(telling.sum()), (error.abs().max() / (slack + classes * 6e-8)).item()
+
+
+def all_finite(value: object) -> bool:
+    """Whether no nan or inf is seen; True for what has no values that can be read."""
+    return not Values(value).readable or bool(value.detach().isfinite().all())
 
 
 def _is_readable(tensor: object) -> bool:

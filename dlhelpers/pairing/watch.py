@@ -9,15 +9,12 @@ Source: https://pytorch.org/docs/stable/torch.overrides.html
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import threading
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ from dlhelpers.findings import Findings
 from .calls import NAME_OF, LossCall, bind
 from .catalog import Hit, finding
 from .inspection import look
+from .places import shown_path, user_frame
 
 __all__ = ["PairingWarning", "guard"]
 
@@ -38,10 +36,6 @@ _SAMPLE = 65_536  # elements of a tensor that one look reads at most
 _LOOKS_FOR_SUSPICION = 5
 _NOTHING_SEEN = "no loss of pairing.LOSSES was seen: other threads and later phases are not watched"
 _SILENT = ("check-failed", "values-not-readable")  # about the look, not about the program
-_SKIPPED = (
-    os.path.dirname(torch.__file__) + os.sep,
-    os.path.dirname(os.path.dirname(__file__)) + os.sep,
-)
 
 
 class PairingWarning(UserWarning):
@@ -207,11 +201,11 @@ class _Watcher(TorchFunctionMode):
         self._report(site, hits, warn=True)
 
     def _site(self, name: str) -> _Site:
-        frame = _user_frame()
+        frame = user_frame()
         path, line = frame.f_code.co_filename, frame.f_lineno
         key = (path, line, name)
         if key not in self._sites:
-            self._sites[key] = _Site(f"{_shown_path(path)}:{line}", path, line)
+            self._sites[key] = _Site(f"{shown_path(path)}:{line}", path, line)
         return self._sites[key]
 
     def _look(self, site: _Site, call: LossCall) -> list[Hit]:
@@ -298,30 +292,6 @@ def _take_off(mode: TorchFunctionMode) -> bool:
     for other in reversed(above):
         torch.overrides._push_mode(other)
     return True
-
-
-def _user_frame() -> FrameType:
-    """Return the innermost frame of neither torch, nor this package, nor another mode."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if not path.startswith((*_SKIPPED, "<frozen")) and name != "__torch_function__":
-            return frame
-        frame = frame.f_back
-    return frame
-
-
-def _shown_path(path: str) -> str:
-    """Name a file as its reader would: a notebook's cell, or relative to the working folder."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    cells = getattr(getattr(shell, "compile", None), "_filename_map", {})
-    if path in cells:
-        return f"In [{cells[path]}]"
-    with contextlib.suppress(ValueError, OSError):  # another drive, a folder that is gone
-        relative = os.path.relpath(path)
-        return path if relative.startswith("..") else relative
-    return path
 
 
 def _is_capturing(tensor: Tensor) -> bool:

@@ -1,0 +1,311 @@
+"""Why does torch refuse a call of one of its losses, or return nan, and what to write instead?
+
+Read from the arguments (shapes, dtypes, devices, options) and not from torch's messages, which
+change from release to release. Each rule returns (why, remedy), or None where it does not apply.
+Source: https://pytorch.org/docs/stable/nn.functional.html#loss-functions
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .calls import LossCall
+from .forms import class_axis
+from .values import Values, all_finite
+
+__all__ = ["described", "missing", "why_not_finite", "why_refused"]
+
+Cause = tuple[str, str]
+
+_NEEDED = {  # what has no default, and how `check` takes it
+    "ctc_loss": (("input_lengths", "target_lengths"), "(targets, input_lengths, target_lengths)"),
+    "gaussian_nll_loss": (("var",), "(target, var)"),
+    "cosine_embedding_loss": (("input2", "target"), "(input2, target)"),
+    "margin_ranking_loss": (("input2", "target"), "(input2, target)"),
+}
+_CLASS_LOSSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
+
+
+def described(call: LossCall) -> str:
+    """Say what the tensors of a call are: ``prediction (8, 3) float32, weight (2,) float64``."""
+    return ", ".join(
+        f"{role} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for role, tensor in _tensors(call)
+    )
+
+
+def _tensors(call: LossCall) -> Iterator[tuple[str, Tensor]]:
+    roles = {"prediction": call.prediction, "target": call.target, **call.options}
+    return ((role, value) for role, value in roles.items() if isinstance(value, Tensor))
+
+
+def missing(call: LossCall) -> list[str]:
+    """Return the names of arguments that the loss needs and did not get."""
+    given = {*call.options, *(["target"] if call.target is not None else [])}
+    return [name for name in _NEEDED.get(call.name, ((), ""))[0] if name not in given]
+
+
+def why_refused(call: LossCall) -> Cause:
+    """Return (why, remedy) of a call that raises; ("", "") where no rule knows the cause."""
+    for rule in _REFUSALS:
+        if (cause := rule(call)) is not None:
+            return cause
+    return "", ""
+
+
+def _missing(call: LossCall) -> Cause | None:
+    if not (names := missing(call)):
+        return None
+    packed = _NEEDED[call.name][1]
+    return (
+        f"The loss also needs {' and '.join(names)}: a tuple holds all that follows the "
+        "prediction.",
+        f"pairing.check(outputs, loss, {packed})",
+    )
+
+
+def _reduction(call: LossCall) -> Cause | None:
+    names = ("none", "mean", "sum", *(("batchmean",) if call.name == "kl_div" else ()))
+    if call.reduction in names:
+        return None
+    known = ", ".join(map(repr, names))
+    return f"reduction is one of {known}, not {call.reduction!r}.", 'reduction="mean"'
+
+
+def _label_smoothing(call: LossCall) -> Cause | None:
+    amount = call.options.get("label_smoothing", 0.0)
+    if isinstance(amount, (int, float)) and 0 <= amount <= 1:
+        return None
+    why = f"label_smoothing is the share, from 0 to 1, that all classes divide, not {amount!r}."
+    return why, "loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)"
+
+
+def _devices(call: LossCall) -> Cause | None:
+    lengths = ("input_lengths", "target_lengths")  # these may stay on the CPU
+    for role, tensor in _tensors(call):
+        elsewhere = tensor.device != getattr(call.prediction, "device", tensor.device)
+        if elsewhere and tensor.ndim and role not in lengths:
+            why = f"The {role} is on {tensor.device}, the prediction on {call.prediction.device}."
+            if role == "target" or call.options.get(role) is not tensor:
+                return why, "target = target.to(prediction.device)"
+            return why, f"loss_function = loss_function.to(prediction.device)  # moves its {role}"
+    return None
+
+
+def _tensor_options(call: LossCall) -> Cause | None:
+    for name in ("weight", "pos_weight"):
+        value = call.options.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            why = f"{name} is a tensor, not {type(value).__name__}."
+            return why, f"{name} = torch.tensor({value!r:.40})"
+    var = call.options.get("var")
+    if call.name == "gaussian_nll_loss" and not isinstance(var, (Tensor, float)):
+        return f"var is a tensor or a float, not {type(var).__name__}.", "var = float(var)"
+    return None
+
+
+def _ignore_index(call: LossCall) -> Cause | None:
+    y, ignored = call.target, call.options.get("ignore_index", -100)
+    soft = call.name == "cross_entropy" and isinstance(y, Tensor) and y.is_floating_point()
+    if not (soft and isinstance(ignored, int) and ignored >= 0):
+        return None
+    return (
+        "ignore_index picks class indices; class probabilities (floating targets) have none, so "
+        "samples are dropped with a mask.",
+        'loss = F.cross_entropy(logits, target, reduction="none")[keep].mean()',
+    )
+
+
+def _class_weight(call: LossCall) -> Cause | None:
+    x, weight = call.prediction, call.options.get("weight")
+    if call.name not in _CLASS_LOSSES or not isinstance(weight, Tensor) or not x.ndim:
+        return None
+    classes = x.shape[class_axis(call.name, x.ndim)]
+    if tuple(weight.shape) != (classes,):
+        why = f"The loss takes one weight per class, a tensor of shape ({classes},)."
+        if weight.numel() == classes:
+            return why, "weight = weight.flatten()"
+        if x.ndim > 1 and weight.numel() == x.shape[0]:
+            return (
+                f"{why} One weight per sample multiplies the unreduced loss.",
+                f'loss = (F.{call.name}(prediction, target, reduction="none") * weight).mean()',
+            )
+        return why, (
+            f"counts = torch.bincount(labels, minlength={classes}).clamp(min=1)\n"
+            f"weight = counts.sum() / ({classes} * counts)  # over the training set"
+        )
+    if weight.dtype != x.dtype:
+        return "Class weights have the prediction's dtype.", _cast("weight", x)
+    return None
+
+
+def _cast(name: str, like: Tensor) -> str:
+    if like.dtype == torch.float32:
+        return f"{name} = {name}.float()"
+    return f"{name} = {name}.to(prediction.dtype)"
+
+
+def _broadcast_weight(call: LossCall) -> Cause | None:
+    x = call.prediction
+    for name in ("weight", "pos_weight"):
+        weight = call.options.get(name)
+        if call.name in _CLASS_LOSSES or not isinstance(weight, Tensor) or _fits(weight, x):
+            continue
+        many, classes = weight.numel(), x.shape[1] if x.ndim > 1 else 1
+        why = f"{name} is broadcast to the prediction, from the last axis on. "
+        if name == "pos_weight" and classes == 1:
+            one = "One logit has one pos_weight: the negatives divided by the positives."
+            return one, "pos_weight = (target == 0).sum() / (target == 1).sum()"
+        if many == classes:
+            slots = ", ".join([":", *["None"] * (x.ndim - 2)])
+            code = f"{name} = {name}.flatten()" + (f"[{slots}]" if x.ndim > 2 else "")
+            return f"{why}The {classes} classes are on axis 1.", code
+        if name == "weight" and x.ndim and many == x.shape[0]:
+            slots = ", ".join([":", *["None"] * (x.ndim - 1)])
+            code = f"weight = weight.flatten()[{slots}]"
+            return f"{why}One weight per sample is of shape (N, 1).", code
+        return (
+            f"{why}It has {many} {'number' if many == 1 else 'numbers'}, the prediction "
+            f"{classes} {'class' if classes == 1 else 'classes'}.",
+            f"{name} = negatives / positives  # of shape ({classes},), over the training set"
+            if name == "pos_weight"
+            else "weight = weight.expand_as(prediction)  # of a shape that allows it",
+        )
+    return None
+
+
+def _fits(weight: Tensor, x: Tensor) -> bool:
+    try:
+        return torch.broadcast_shapes(weight.shape, x.shape) == x.shape
+    except RuntimeError:
+        return False
+
+
+def _regression_weight(call: LossCall) -> Cause | None:
+    weight = call.options.get("weight")
+    if call.name not in ("mse_loss", "l1_loss", "huber_loss") or not isinstance(weight, Tensor):
+        return None
+    why = "This loss broadcasts no weight: it has the prediction's shape."
+    return why, "weight = weight.expand_as(prediction)"
+
+
+def _variance(call: LossCall) -> Cause | None:
+    x, var = call.prediction, call.options.get("var")
+    if call.name != "gaussian_nll_loss" or not isinstance(var, Tensor) or var.shape == x.shape:
+        return None
+    why = "The variance has the prediction's shape, or (N, 1) for one per sample."
+    as_given = "view_as" if var.numel() == x.numel() else "expand_as"
+    return why, f"var = var.{as_given}(prediction)"
+
+
+def _pairs(call: LossCall) -> Cause | None:
+    if call.name not in ("cosine_embedding_loss", "margin_ranking_loss"):
+        return None
+    x, other, y = call.prediction, call.options.get("input2"), call.target
+    if not isinstance(other, Tensor) or not isinstance(y, Tensor):
+        return "The loss compares two tensors under a target of -1 and +1.", ""
+    if call.name == "cosine_embedding_loss":
+        if x.ndim and other.ndim and x.shape[-1] != other.shape[-1]:
+            why = f"Embeddings of {x.shape[-1]} and of {other.shape[-1]} numbers have no cosine."
+            return why, f"second = nn.Linear({other.shape[-1]}, {x.shape[-1]})(second)"
+        why = "Pairs (N, D) take one target per pair, a tensor of shape (N,)."
+        return why, "target = target.squeeze(1)"
+    why = "Both scores and the target are of one shape, (N,) or (N, 1)."
+    names = {"first": x, "second": other, "target": y}
+    least = min(tensor.ndim for tensor in names.values())
+    wide = [name for name, tensor in names.items() if tensor.ndim > least]
+    return why, "\n".join(f"{name} = {name}.squeeze(-1)" for name in wide)
+
+
+def _ctc(call: LossCall) -> Cause | None:
+    if call.name != "ctc_loss":
+        return None
+    x, y = call.prediction, call.target
+    for name in ("input_lengths", "target_lengths"):
+        lengths = call.options.get(name)
+        if isinstance(lengths, Tensor) and lengths.is_floating_point():
+            return "Lengths are whole numbers.", f"{name} = {name}.long()"
+    blank = call.options.get("blank", 0)
+    if not 0 <= blank < x.shape[-1]:
+        why = f"The blank is one of the {x.shape[-1]} classes, 0 to {x.shape[-1] - 1}."
+        return why, f"nn.CTCLoss(blank=0)  # or blank={x.shape[-1] - 1}, the last class"
+    if y.is_floating_point() or y.dtype not in (torch.int64, torch.int32):
+        return "Symbols are int64 class indices.", "targets = targets.long()"
+    sizes = torch.as_tensor(call.options["target_lengths"]).reshape(-1).tolist()
+    if y.ndim == 1 and sum(sizes) != y.numel():
+        return (
+            f"Concatenated targets hold sum(target_lengths) = {sum(sizes)} symbols, "
+            f"not {y.numel()}.",
+            "targets = torch.cat(transcripts)\n"
+            "target_lengths = torch.tensor([len(row) for row in transcripts])",
+        )
+    if y.ndim == 2 and max(sizes, default=0) > y.shape[1]:
+        why = f"A target length is {max(sizes)}, the padded rows hold {y.shape[1]} symbols."
+        code = "targets = nn.utils.rnn.pad_sequence(transcripts, batch_first=True)\n"
+        return why, code + "target_lengths = torch.tensor([len(row) for row in transcripts])"
+    if y.ndim == 2 and x.ndim == 3 and y.shape[0] != x.shape[1]:
+        why = f"log_probs (T, N, C) hold {x.shape[1]} samples, the targets (N, S) {y.shape[0]}."
+        return why, "log_probs = log_probs.transpose(0, 1)  # where they are (N, T, C)"
+    return None
+
+
+def _dtypes(call: LossCall) -> Cause | None:
+    x, y = call.prediction, call.target
+    both = isinstance(x, Tensor) and isinstance(y, Tensor)
+    if both and x.is_floating_point() and y.is_floating_point() and x.dtype != y.dtype:
+        return "This loss takes prediction and target of one dtype.", _cast("target", x)
+    if both and x.dtype in (torch.float16, torch.bfloat16):
+        why = "Not every loss is implemented for 16 bits, and few are exact in them."
+        return why, "prediction = prediction.float()"
+    return None
+
+
+_REFUSALS = (
+    _missing,
+    _reduction,
+    _label_smoothing,
+    _devices,
+    _tensor_options,
+    _ignore_index,
+    _class_weight,
+    _regression_weight,
+    _broadcast_weight,
+    _variance,
+    _pairs,
+    _ctc,
+    _dtypes,
+)
+
+
+def why_not_finite(call: LossCall) -> Cause:
+    """Return (why, remedy) of a call whose value is nan or inf; ("", "") for an unknown cause."""
+    for role, tensor in _tensors(call):
+        if not all_finite(tensor):
+            why = f"The {role} holds {'nan' if Values(tensor).has_nan else 'inf'}."
+            if role == "prediction" and call.name in ("nll_loss", "kl_div", "ctc_loss"):
+                why += " log(0) is -inf."
+                return why, "log_probs = F.log_softmax(logits, dim=class_axis)"
+            return why, f"assert {role}.isfinite().all()"
+    if call.name in ("cross_entropy", "nll_loss") and call.options.get("weight") is not None:
+        return (
+            "The mean divides by the sum of the weights of the targets in the batch, which is 0: "
+            "every class that is present weighs nothing.",
+            "weight = weight.clamp(min=1e-3)  # or leave such samples out of the batch",
+        )
+    if call.name == "ctc_loss":
+        why = "No path gives some transcript: it needs more frames, or a symbol has no chance."
+        return why, "loss_function = nn.CTCLoss(zero_infinity=True)  # leaves such samples out"
+    exp_of = {"poisson_nll_loss": call.prediction, "kl_div": call.target}.get(call.name)
+    on = call.options.get("log_input", True) or call.options.get("log_target")
+    if isinstance(exp_of, Tensor) and on and exp_of.is_floating_point():
+        limit = math.log(torch.finfo(exp_of.dtype).max)
+        if (high := Values(exp_of).high) > limit:
+            return f"exp({high:.4g}) overflows.", "log_rate = log_rate.clamp(max=20)"
+    if getattr(call.prediction, "dtype", None) == torch.float16:
+        why = "float16 ends at 65,504: the sum over the batch overflows."
+        return why, "loss = loss_function(prediction.float(), target.float())"
+    return "", ""

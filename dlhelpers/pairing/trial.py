@@ -1,0 +1,282 @@
+"""What happens when the loss is called? Once, and without a trace.
+
+One of torch's own losses gets detached tensors, on the CPU wherever they live: a kernel that
+asserts spoils a process on CUDA. A loss of the reader's own runs on a deep copy, with copies of
+its arguments; random states are put back. What raises, and a value that is nan or inf, is a hit.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import LOSSES, Inside, LossCall, calls_inside
+from .catalog import Hit
+from .causes import described, missing, why_not_finite, why_refused
+from .places import place_of
+from .probe import restored
+from .values import Values, all_finite
+
+__all__ = ["call_own", "not_finite", "own_hits", "refused", "said", "trial_hits"]
+
+_EXPLAINED = {  # errors that say why torch raises, or why the value is nan
+    "all-targets-ignored",
+    "blank-in-targets",
+    "class-axis-last",
+    "class-index-dtype",
+    "class-index-out-of-range",
+    "ctc-input-too-short",
+    "ctc-lengths",
+    "empty-batch",
+    "integer-one-hot",
+    "integer-prediction",
+    "integer-target",
+    "log-target-not-declared",
+    "negative-rate",
+    "negative-variance",
+    "not-a-tensor",
+    "not-finite",
+    "swapped-arguments",
+    "target-dtype",
+    "target-has-class-axis",
+    "target-not-probabilities",
+    "target-shape",
+}
+_OF_PROBABILITIES = {"logits-into-bce", "target-outside-0-1"}  # BCELoss alone raises
+
+
+def trial_hits(call: LossCall, known: list[Hit]) -> Iterator[Hit]:
+    """Call one of torch's losses once and yield what it raises, or its nan.
+
+    Args:
+        call: what the loss is called with; its tensors are detached.
+        known: what other rules found in this call; what they explain is not said twice.
+    """
+    if missing(call):
+        yield refused(call, TypeError(f"{call.name}() has no {' and no '.join(missing(call))}"))
+        return
+    if not _is_safe(call, known):
+        return
+    error: Exception | None = None
+    value: object = None
+    with torch.no_grad(), torch._C.DisableTorchFunction(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        device = getattr(call.prediction, "device", torch.device("cpu"))
+        arguments = {name: _plain(value, device) for name, value in call.arguments.items()}
+        try:
+            value = LOSSES[call.name](**arguments)
+        except Exception as raised:  # whatever torch raises is the finding
+            error = raised
+    if error is not None and not explains(call, known):
+        if device.type == "cpu" or "not implemented for" not in str(error):
+            yield refused(call, error)
+    elif error is None:
+        yield from not_finite(call, value, known)
+
+
+def explains(call: LossCall, known: list[Hit]) -> bool:
+    """Whether an error among ``known`` says already why the call raises or gives nan."""
+    names = {hit.name for hit in known if hit.severity == "error"}
+    probabilities = _OF_PROBABILITIES if call.name == "binary_cross_entropy" else set()
+    return bool(names & (_EXPLAINED | probabilities))
+
+
+def refused(call: LossCall, error: Exception, where: str = "") -> Hit:
+    """Word what torch raised, with the cause where it is known."""
+    why, remedy = why_refused(call)
+    why = why or "torch does not take these arguments."
+    remedy = remedy or f"loss = F.{call.name}(prediction, target)  # raises this: fix its arguments"
+    what = f"{said(error)} ({described(call)})"
+    return Hit("loss-raised", "error", what, "rule", where, why, remedy)
+
+
+def not_finite(call: LossCall, value: object, known: list[Hit], where: str = "") -> Iterator[Hit]:
+    """Yield a hit where the value of a call holds nan or inf and nothing known says why."""
+    if all_finite(value) or explains(call, known):
+        return
+    unreduced = call.reduction == "none"
+    inputs = (call.prediction, call.target)
+    if unreduced and not all(map(all_finite, inputs)):  # left out by a mask afterwards
+        return
+    why, remedy = why_not_finite(call)
+    severity = "suspicion" if unreduced else "error"
+    what = f"the loss is {_value(value)} ({described(call)})"
+    yield Hit("loss-not-finite", severity, what, "rule", where, why, remedy)
+
+
+def said(error: BaseException) -> str:
+    """Return type and message of an error, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _value(value: Tensor) -> str:
+    if value.numel() == 1:
+        return f"{value.item():g}"
+    return f"nan or inf in {int((~value.isfinite()).sum())} of {value.numel()} elements"
+
+
+def _is_safe(call: LossCall, known: list[Hit]) -> bool:
+    """Whether the tensors hold numbers, and CTC, which checks no symbol, stays inside of them."""
+    for tensor in call.arguments.values():
+        if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+            odd = tensor.is_quantized or tensor.is_complex()
+            if not odd and not Values(tensor).readable:
+                return False
+    if call.name != "ctc_loss":
+        return True
+    outside = any(hit.name == "class-index-out-of-range" for hit in known)
+    lengths = (call.options["input_lengths"], call.options["target_lengths"])
+    return not outside and all(Values(torch.as_tensor(part)).low >= 0 for part in lengths)
+
+
+def _plain(value: object, device: torch.device) -> object:
+    """Detach a tensor and take it to the CPU; under autocast in float32, as its losses are."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if device.type == "cpu":
+        return value
+    autocast = torch.is_autocast_enabled(device.type) and value.is_floating_point()
+    return value.cpu().float() if autocast else value.cpu()
+
+
+def call_own(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Inside:
+    """Call a loss of the reader's own with the first arguments that it takes.
+
+    Args:
+        loss: a deep copy of it is called; itself, with its modules put back, where it has none.
+        pairs: (outputs, targets): as the model gives them first, then as plain tensors; a tuple
+            of targets is given whole, then apart.
+
+    Returns:
+        What happened in the first call that raised nothing, else in the most telling one.
+    """
+    best: Inside | None = None
+    tries = list(_tries(pairs))
+    fitting = [arguments for arguments in tries if _takes(loss, arguments)]
+    for arguments in fitting or tries[:1]:
+        copied = _deep_copy(loss)
+        with restored(*_modules_of(copied)):
+            inside = calls_inside(copied, *map(_cloned, arguments))
+        if inside.error is None:
+            return inside
+        legible = all(isinstance(call.prediction, Tensor) for call in inside.calls)
+        inside.calls = inside.calls if legible else []
+        if best is None or (inside.calls and not best.calls):
+            best = inside
+    return best
+
+
+def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
+    """Yield what a loss of the reader's own raised, or its nan.
+
+    Args:
+        loss: for the names of its arguments.
+        inside: what happened in its call.
+        known: what other rules found in the torch losses that it called.
+    """
+    if (error := inside.error) is not None:
+        where = place_of(error)
+        if inside.raised is not None and isinstance(inside.raised.prediction, Tensor):
+            if not explains(inside.raised, known):
+                yield refused(inside.raised, error, where)
+            return
+        why = "The loss itself raises on these outputs and targets."
+        remedy = ""
+        if isinstance(error, TypeError) and not where:
+            why = f"The loss takes {_signature(loss)}; a tuple holds all that follows the outputs."
+            remedy = "pairing.check(outputs, loss, (targets, weights))"
+        yield Hit("loss-raised", "error", said(error), "rule", where, why, remedy)
+        return
+    value = inside.value[0] if type(inside.value) is tuple and inside.value else inside.value
+    if all_finite(value):
+        return
+    if inside.not_finite is not None:
+        yield from not_finite(inside.not_finite, value, known)
+    elif not any(hit.name == "not-finite" for hit in known):
+        severity = "error" if value.numel() == 1 else "suspicion"
+        yield Hit("loss-not-finite", severity, f"the loss is {_value(value)}", "rule")
+
+
+def _tries(pairs: tuple[tuple, ...]) -> Iterator[tuple]:
+    seen: list[tuple] = []
+    for outputs, targets in pairs:
+        apart = [(outputs, *targets)] if type(targets) is tuple else []
+        for arguments in [(outputs, targets), *apart]:
+            if not any(_same(arguments, other) for other in seen):
+                seen.append(arguments)
+                yield arguments
+
+
+def _same(one: object, other: object) -> bool:
+    if type(one) is tuple and type(other) is tuple:
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other
+
+
+def _called(loss: object) -> object:
+    return loss.forward if isinstance(loss, nn.Module) else loss
+
+
+def _takes(loss: object, arguments: tuple) -> bool:
+    """Whether the signature allows these arguments; True where it cannot be read."""
+    try:
+        signature = inspect.signature(_called(loss))
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _signature(loss: object) -> str:
+    try:
+        return str(inspect.signature(_called(loss)))
+    except (TypeError, ValueError):
+        return "other arguments"
+
+
+def _deep_copy(loss: Any) -> Any:
+    """Return a copy, or the loss itself where it holds what cannot be copied (files, locks)."""
+    try:
+        return copy.deepcopy(loss)
+    except Exception:  # each class has its own way to refuse
+        return loss
+
+
+def _modules_of(loss: object) -> list[nn.Module]:
+    """Return the modules that a call may change: the loss, and those a function refers to."""
+    while isinstance(loss, partial):
+        loss = loss.func
+    if isinstance(loss, nn.Module):
+        return [loss]
+    try:
+        reached = inspect.getclosurevars(getattr(loss, "__func__", loss))
+    except (TypeError, ValueError):  # builtins and callable objects; cells that are still empty
+        return []
+    values = (*reached.nonlocals.values(), *reached.globals.values())
+    return [value for value in values if isinstance(value, nn.Module)]
+
+
+def _cloned(value: Any) -> Any:
+    """Copy the tensors in plain containers, graph included: a loss may write into its arguments."""
+    if isinstance(value, Tensor):
+        try:
+            with torch.enable_grad():
+                return value.clone()
+        except Exception:  # wrappers that refuse
+            return value
+    if type(value) in (tuple, list):
+        return type(value)(map(_cloned, value))
+    if type(value) is dict:
+        return {key: _cloned(part) for key, part in value.items()}
+    return value
