@@ -15,7 +15,7 @@ from .catalog import Hit
 from .doubled import doubled_hits, named, scaled_hits
 from .forms import class_axis
 from .reach import span
-from .trace import Head, head_of_tensor
+from .trace import Head, head_of_tensor, is_of_logarithms
 from .values import Values
 
 __all__ = ["activation_hits"]
@@ -216,7 +216,9 @@ def _log_probabilities(call: LossCall, head: Head, values: Values, target: Value
         return
     if values.is_empty or values.has_nan or not isinstance(call.prediction, Tensor):
         return
-    yield from _log_probs_by_values(call, values, axis, ending)
+    negated = head.before is not None and head.before.scale < 0
+    if negated or head.kind != "other" or not is_of_logarithms(call.prediction):
+        yield from _log_probs_by_values(call, values, axis, ending)
 
 
 def _axis_of_distribution(call: LossCall, target: Values) -> int | None:

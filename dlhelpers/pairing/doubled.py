@@ -75,6 +75,8 @@ def scaled_hits(
 def named(head: Head) -> str:
     """Name an activation and the constant that its values are multiplied by."""
     inner = "" if head.before is None else f" of {named(head.before)}"
+    if head.source.startswith(("its rows", "its values")):
+        inner = f" (shown by {head.source})"
     return f"{head.kind}{inner}" + ("" if head.scale == 1 else f" times {head.scale:.3g}")
 
 

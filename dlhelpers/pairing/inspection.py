@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from dlhelpers.findings import Findings
 
 from .activations import activation_hits
-from .calls import LossCall, describe_call
+from .calls import Inside, LossCall, describe_call
 from .catalog import Hit, finding
 from .causes import missing
 from .forms import form_hits
 from .probe import as_tensor, first_tensor, restored, run_model, unwrap
 from .static import head_of_model, softmax_without_dim
+from .tape import Tape
 from .trace import UNKNOWN, Head, head_of_tensor
 from .trial import call_own, own_hits, said, trial_hits
 from .values import Values
@@ -196,7 +197,25 @@ def _look_inside(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Iterator
     """Call a loss of the reader's own and look at it, and at the torch losses that it calls."""
     inside = call_own(loss, pairs)
     known: list[Hit] = []
-    for call in inside.calls:
+    for call in _with_graph(inside):
         known.extend(look(call))
     yield from known
     yield from own_hits(loss, inside, known)
+
+
+def _with_graph(inside: Inside) -> list[LossCall]:
+    """Return the torch losses called inside; where the outputs had no graph, with one from them."""
+    output = first_tensor(inside.arguments[0])
+    if not inside.calls or output is None or output.requires_grad:
+        return inside.calls
+    with torch.enable_grad():
+        try:
+            leaf = output.detach().requires_grad_()
+        except RuntimeError:  # integers
+            return inside.calls
+        made = Tape(inside).play([(output, leaf)])
+    if made is None:
+        return inside.calls
+    predictions = [made.get(id(call.prediction), call.prediction) for call in inside.calls]
+    pairs = zip(inside.calls, predictions, strict=True)
+    return [replace(call, prediction=prediction) for call, prediction in pairs]

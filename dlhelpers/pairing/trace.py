@@ -17,9 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["UNKNOWN", "Head", "activation_of", "head_of_tensor"]
+from .values import Values
+
+__all__ = ["UNKNOWN", "Head", "activation_of", "head_of_tensor", "is_of_logarithms"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Head:
         source: how it is known, for the reader.
         where: path of the module, where there is one.
         before: the activation whose values this one was applied to; None for a linear layer,
-            arithmetic, or nothing seen. An ``other`` that only scales has one as well.
+            arithmetic, or nothing seen. An ``other`` that only scales has one as well, and an
+            ``unknown`` whose numbers show it.
         scale: constant that this activation's values were multiplied by before the next step.
         is_sure: False where the range of the numbers alone was seen.
     """
@@ -99,6 +102,7 @@ _OF_LOG_AND_EXP = {
     ("Exp", "log_softmax"): "softmax",
     ("Exp", "log_sigmoid"): "sigmoid",
 }
+_LOGARITHMS = ("LogSoftmax", "LogSigmoid", "Log", "Log1P", "Logsumexp", "Logcumsumexp")
 _SCALES = ("Mul", "Div", "Neg", "NativeDropout")
 _BOUNDED = (  # activations after which a second one is looked at, and their values' range is known
     "softmax",
@@ -119,6 +123,22 @@ def head_of_tensor(tensor: Tensor) -> Head:
     if node is None:
         return UNKNOWN
     return _walk(node, tuple(tensor.shape), [], 0)
+
+
+def is_of_logarithms(tensor: Tensor) -> bool:
+    """Whether arithmetic made ``tensor`` out of logarithms of probabilities: focal, weighted."""
+    seen, waiting = set(), [getattr(tensor, "grad_fn", None)]
+    while waiting and len(seen) < 100:
+        node = waiting.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stem = node.name().split("Backward")[0]
+        if stem in _LOGARITHMS:
+            return True
+        if _KINDS.get(stem) != "linear" and stem not in _PRODUCTS:
+            waiting.extend(operand for operand, _ in node.next_functions)
+    return False
 
 
 def _walk(
@@ -158,6 +178,8 @@ def _walk(
             return Head("other", None, source)
         if stem in _JOINS:
             return _head_of_parts(node, stem, shape, path, depth)
+        if "AccumulateGrad" in name:
+            return Head("unknown", before=_of_values(getattr(node, "variable", None)))
         if stem.startswith("torch::autograd::") or any(part in name for part in _OPAQUE):
             return UNKNOWN
         step = _step(node, stem, shape)
@@ -171,7 +193,7 @@ def _walk(
 
 def activation_of(head: Head) -> Head | None:
     """Return the activation that ``head`` is or only scales; None where it is neither."""
-    if head.kind == "other":
+    if head.kind in ("other", "unknown"):
         return head.before
     return head if head.kind in _BOUNDED else None
 
@@ -181,6 +203,18 @@ def _before(node: Any, kind: str, shape: Any, depth: int) -> Head | None:
     if kind not in _BOUNDED or not node.next_functions:
         return None
     return activation_of(_walk(_next(node), shape, [], depth))
+
+
+def _of_values(leaf: Tensor | None) -> Head | None:
+    """Return the activation that the numbers of a leaf show: an output that came detached."""
+    if leaf is None or isinstance(leaf, nn.Parameter):
+        return None
+    values = Values(leaf, 65_536)
+    if any(values.sums_to_one(axis) > 1 for axis in range(leaf.ndim)):
+        return Head("softmax", None, "its rows, which sum to 1")
+    if values.within(0, 1) and values.high > values.low:
+        return Head("sigmoid", None, "its values, all in [0, 1]", is_sure=False)
+    return None
 
 
 def _factor(node: Any, stem: str) -> float | None:
