@@ -92,15 +92,23 @@ a class or None in place of a loss                     not-a-loss               
 sparse, meta, quantised, complex tensors               values-not-readable                  hint
 the model fails on its inputs                          model-raised                         rule
 torch refuses the arguments or options of its loss     loss-raised                          rule
+raw outputs into a loss that wants probabilities       logits-into-own-loss                 rule
+an activation before a loss that wants logits          activation-into-own-loss             trace
+triplets, InfoNCE of embeddings of any length          embeddings-not-normalised            hint
+InfoNCE of cosines without a temperature               cosine-without-temperature           hint
 a loss of the reader's own raises                      loss-raised                          rule
 the loss is nan or inf                                 loss-not-finite                      rule
 a weight of one number per class on another axis       weight-over-wrong-axis               hint
 a rule fails on odd values                             check-failed                         hint
 =====================================================  ===================================  ======
 
-Not looked for: the saturation of Sigmoid + BCELoss (right, only less exact), embeddings that are
-not normalised, BCELoss under CUDA autocast (torch refuses it), ``LinearCrossEntropyLoss`` and
-``AdaptiveLogSoftmaxWithLoss``, which own their last layer.
+A loss that is not in :data:`LOSSES` (Dice, triplets, one of your own) is called once, and what its
+recorded operations give for other outputs shows what it wants; where they show nothing, the answer
+is "not looked at: no rule for this loss".
+
+Not looked for: the saturation of Sigmoid + BCELoss (right, only less exact), BCELoss under CUDA
+autocast (torch refuses it), ``LinearCrossEntropyLoss`` and ``AdaptiveLogSoftmaxWithLoss``, which
+own their last layer.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from .calls import LossCall
 from .catalog import Hit
 from .doubled import doubled_hits, named, scaled_hits
 from .forms import class_axis
-from .reach import span
-from .trace import Head, head_of_tensor, is_of_logarithms
+from .reach import class_floor, span
+from .trace import Head, head_of_tensor, is_of_cosines, is_of_logarithms
 from .values import Values
 
 __all__ = ["activation_hits"]
@@ -128,6 +128,11 @@ def _raw_scores(call: LossCall, head: Head, values: Values, target: Values) -> I
             if rows > 1 and not values.sums_to_one(axis, within=4):
                 name, what = "softmax-over-wrong-axis", f"{what}; axis {other} sums to 1"
         yield _traced(name, what, head)
+        return
+    if ending == "cross-entropy" and head.kind == "other" and is_of_cosines(call.prediction):
+        floor = class_floor(2.0, call.prediction.shape[axis])
+        what = f"cosines shown by {head.source}: the loss cannot fall below {floor:.3g}"
+        yield _traced("cosine-without-temperature", what, head, "suspicion")
         return
     scaled = list(scaled_hits(call, head, ending, axis, target))
     yield from scaled

@@ -92,6 +92,27 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "already they put a floor under the rate or variance.",
         "var = F.softplus(raw)  # raw: the last linear layer's output",
     ),
+    "logits-into-own-loss": (
+        "The loss takes its first argument for probabilities: outside [0, 1] an overlap passes its "
+        "best value, a logarithm is not a number, a clamp has no gradient.",
+        "loss_value = loss(torch.sigmoid(outputs), targets)  # softmax for exclusive classes",
+    ),
+    "activation-into-own-loss": (
+        "The loss applies an activation of its own: behind a first one its best value is out of "
+        "reach, and gradients shrink.",
+        "loss_value = loss(logits, targets)  # no activation before it",
+    ),
+    "embeddings-not-normalised": (
+        "The loss depends on the length of the embeddings: they can grow or shrink instead of "
+        "turning, and the margin or temperature means something else at each length. Where dot "
+        "products or Euclidean distances are meant this is right.",
+        "embeddings = F.normalize(embeddings, dim=1)  # before the loss",
+    ),
+    "cosine-without-temperature": (
+        "Cosines lie in [-1, 1]: the softmax over them stays nearly flat however good the "
+        "embeddings are, and the gradient hardly tells near negatives from far ones.",
+        "loss = F.cross_entropy(cosines / 0.07, labels)  # a temperature, fixed or learned",
+    ),
     "softmax-without-dim": (
         "Without dim torch guesses: axis 0 for 0, 1 and 3 dimensions, else axis 1.",
         "nn.Softmax(dim=1)  # name the class axis",

@@ -9,6 +9,7 @@ same numbers are read.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dlhelpers.fakes import tensors_in
 
-from .calls import Inside
+from .calls import NAME_OF, Inside
 
 __all__ = ["Tape"]
 
@@ -32,12 +33,28 @@ class Tape:
 
     Args:
         inside: the call, which raised nothing.
+        mute: play torch's own losses as 0, so that only the rest of the loss is left.
     """
 
-    def __init__(self, inside: Inside):
+    def __init__(self, inside: Inside, *, mute: bool = False):
         self._inside = inside
+        self._mute = mute
         value = inside.value[0] if type(inside.value) is tuple and inside.value else inside.value
         self._value = value
+
+    @property
+    def is_faithful(self) -> bool:
+        """Whether the call is played with the value that it had."""
+        if not isinstance(self._value, Tensor) or self._value.numel() == 0:
+            return False
+        again, value = self.value([]), self._value.detach().double().mean().item()
+        close = again is not None and math.isclose(again, value, rel_tol=1e-4, abs_tol=1e-6)
+        return close or (again is not None and math.isnan(again) and math.isnan(value))
+
+    def is_constant(self, outputs: Tensor) -> bool:
+        """Whether the loss does not depend on these outputs."""
+        values = [self.value([(outputs, scale * outputs.detach())]) for scale in (1, -0.5, 3)]
+        return None not in values and len(set(values)) == 1
 
     def value(self, places: Sequence[tuple[Tensor, Tensor]]) -> float | None:
         """Return the loss (its mean, if it is unreduced) with other tensors, or None.
@@ -65,6 +82,7 @@ class Tape:
             for func, args, kwargs, result in self._inside.steps:
                 _need_own(func, args, kwargs, made)
                 new = func(*_put(args, made), **_put(kwargs, made))
+                new = torch.zeros_like(new) if self._mute and func in NAME_OF else new
                 _pair(result, new, made)
             return made
         return None
@@ -90,7 +108,7 @@ def _need_own(func: Callable, args: tuple, kwargs: Mapping, made: Mapping[int, A
     name = getattr(func, "__name__", "")
     writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     writes = writes or name in ("__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
-    if name in ("backward", "register_hook") or "out" in kwargs:
+    if name in ("backward", "register_hook") or kwargs.get("out") is not None:
         raise _OtherPathError
     if writes and args and isinstance(args[0], Tensor) and id(args[0]) not in made:
         raise _OtherPathError

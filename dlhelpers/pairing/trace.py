@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from .values import Values
 
-__all__ = ["UNKNOWN", "Head", "activation_of", "head_of_tensor", "is_of_logarithms"]
+__all__ = [
+    "UNKNOWN",
+    "Head",
+    "activation_of",
+    "head_of_tensor",
+    "is_of_cosines",
+    "is_of_logarithms",
+]
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,28 @@ def is_of_logarithms(tensor: Tensor) -> bool:
     return False
 
 
+def is_of_cosines(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a product of two matrices of unit vectors, as they were saved."""
+    node = getattr(tensor, "grad_fn", None)
+    if node is None or node.name().split("Backward")[0] != "Mm" or tensor.numel() > 2**22:
+        return False
+    rows, columns = (_saved(node, name) for name in ("self", "mat2"))
+    if rows is None or columns is None:
+        return False
+    lengths = (rows.float().norm(dim=1), columns.float().norm(dim=0))
+    return all(bool(((length - 1).abs() < 1e-2).all()) for length in lengths)
+
+
+def _saved(node: Any, name: str) -> Tensor | None:
+    """Return a tensor that a node saved, without unpacking it; None where that cannot be."""
+    try:
+        saved = getattr(node, f"_raw_saved_{name}")
+        tensor = saved.data if saved.unpack_hook is None else None
+    except Exception:  # a graph that backward has freed, a torch without these names
+        return None
+    return tensor.detach() if isinstance(tensor, Tensor) else None
+
+
 def _walk(
     node: Any, shape: tuple[int, ...] | None, path: list[_AxisMap | None], depth: int
 ) -> Head:
@@ -224,11 +253,10 @@ def _factor(node: Any, stem: str) -> float | None:
     sources = [operand for operand, _ in node.next_functions]
     if len(sources) != 2 or sources[0] is None or sources[1] is not None:
         return None
+    other = _saved(node, "other")
     try:
-        saved = node._raw_saved_other
-        other = saved.data if saved.unpack_hook is None else None
-        values = other.detach().reshape(-1)[:4096].unique().tolist()
-    except Exception:  # a graph that backward has freed, wrapped tensors, a torch without them
+        values = [] if other is None else other.reshape(-1)[:4096].unique().tolist()
+    except Exception:  # wrapped tensors
         return None
     if len(values) == 1 and values[0]:
         return 1 / values[0] if stem == "Div" else values[0]

@@ -1,0 +1,154 @@
+"""Does a loss of embeddings depend on their length, and on a temperature? Its values say so.
+
+A contrastive loss sees embeddings only through their dot products or distances: turned together
+they give the same loss. Where it changes with their length, nothing was normalised. Cosines lie
+in [-1, 1], so without a temperature InfoNCE of N pairs stays above ln(1 + (N-1) exp(-2)).
+Source: van den Oord et al. 2018 (InfoNCE), Chen et al. 2020 (NT-Xent), Schroff et al. 2015
+(triplets of normalised embeddings).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .catalog import Hit
+from .reach import class_floor
+from .tape import Tape
+
+__all__ = ["embedding_hits"]
+
+_Loss = Callable[[Sequence[Tensor]], float]
+_SIZE = 2**22  # elements of embeddings that are still played
+
+
+def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
+    """Return the hits of a loss of embeddings; None where its values do not show that it is one.
+
+    Args:
+        tape: the recorded call.
+        floating: the floating tensors among its arguments, the first of them embeddings [N, D];
+            those with as many columns are taken for embeddings too.
+    """
+    first = floating[0]
+    if first.ndim != 2 or min(first.shape) < 2 or first.numel() > _SIZE:
+        return None
+    given = [x for x in floating if x.ndim == 2 and x.shape[1] == first.shape[1]]
+
+    def loss(embeddings: Sequence[Tensor]) -> float:
+        pairs = zip(given, embeddings, strict=True)
+        value = tape.value([(x, other.to(x.dtype)) for x, other in pairs])
+        return math.nan if value is None else value
+
+    probes = [_units(given, seed) for seed in (0, 1)]
+    plain = loss(probes[0])
+    if not _is_of_pairs(loss, probes, plain):
+        return None
+    scaled = [loss([c * x for x in probes[0]]) for c in (0.5, 3.0)]
+    lengths = torch.cat([x.detach().double().norm(dim=1) for x in given])
+    are_units = bool(((lengths - 1).abs() < 1e-2).all())
+    is_free = all(_alike(plain, value) for value in scaled)
+    if is_free or are_units:
+        candidates = _candidates_at_one(loss, probes)
+        if candidates is None:
+            return []
+        what = (
+            f"on unit vectors it is InfoNCE of their cosines, not divided by a temperature: over "
+            f"{candidates} candidates it cannot fall below {class_floor(2.0, candidates):.3g}"
+        )
+        return [Hit("cosine-without-temperature", "suspicion", what, "values")]
+    if _is_power(plain, scaled):
+        return None
+    what = (
+        f"the embeddings are {lengths.min():.3g} to {lengths.max():.3g} long; the loss of unit "
+        f"vectors is {plain:.3g}, of the same 3 times as long {scaled[1]:.3g}"
+    )
+    return [Hit("embeddings-not-normalised", "suspicion", what, "values")]
+
+
+def _units(given: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in given]
+    return [F.normalize(x, dim=1) for x in draw]
+
+
+def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
+    """Whether a loss compares embeddings with each other, and not each with what it should be.
+
+    It does not change where all are turned alike. Where it does not change either if each row is
+    turned for itself, it is one of triplets, or of pairs and labels, unless equal embeddings are
+    its best answer (a regression) or there is one tensor only (a penalty on lengths).
+    """
+    units = probes[0]
+    columns, rows = units[0].shape[1], units[0].shape[0]
+    generator = torch.Generator().manual_seed(2)
+    turn = torch.randn(rows, columns, columns, generator=generator, dtype=torch.float64)
+    turn = torch.linalg.qr(turn)[0]
+    if not _alike(plain, loss([x @ turn[0] for x in units])):
+        return False
+    alone = all(x.shape == units[0].shape for x in units)
+    alone = alone and _alike(plain, loss([(x[:, None] @ turn)[:, 0] for x in units]))
+    if not alone:
+        return True
+    if len(units) == 2:
+        same = loss([units[0], units[0]])
+        return not (abs(same) < 1e-3 and same <= min(plain, loss(probes[1])))
+    return len(units) > 2
+
+
+def _candidates_at_one(loss: _Loss, probes: list[list[Tensor]]) -> int | None:
+    """Return among how many candidates InfoNCE picks if that is the formula, without division."""
+    shape = probes[0][0].shape
+    if any(x.shape != shape for x in probes[0]) or len(probes[0]) > 2:
+        return None
+    found = [loss(units) for units in probes]
+    for name, formula in _FORMULAS.items():
+        values = [formula(units) for units in probes]
+        if None not in values and all(map(_alike, found, values)):
+            return shape[0] if name[0] == "pairs" else len(probes[0]) * shape[0] - 1
+    return None
+
+
+def _both_ways(units: list[Tensor], weights: tuple[float, float]) -> float | None:
+    if len(units) != 2:
+        return None
+    scores, places = units[0] @ units[1].T, torch.arange(len(units[0]))
+    one, other = F.cross_entropy(scores, places), F.cross_entropy(scores.T, places)
+    return (weights[0] * one + weights[1] * other).item()
+
+
+def _nt_xent(units: list[Tensor], *, interleaved: bool) -> float | None:
+    rows = torch.cat(units)
+    places = torch.arange(len(rows))
+    if len(rows) % 2:
+        return None
+    positive = places ^ 1 if interleaved else (places + len(rows) // 2) % len(rows)
+    scores = (rows @ rows.T).fill_diagonal_(-math.inf)
+    return F.cross_entropy(scores, positive).item()
+
+
+_FORMULAS: dict[tuple[str, int], Callable[[list[Tensor]], float | None]] = {
+    **{
+        ("pairs", i): partial(_both_ways, weights=weights)
+        for i, weights in enumerate([(1, 0), (0, 1), (0.5, 0.5), (1, 1)])
+    },
+    ("all", 0): partial(_nt_xent, interleaved=False),
+    ("all", 1): partial(_nt_xent, interleaved=True),
+}
+
+
+def _is_power(plain: float, scaled: list[float]) -> bool:
+    """Whether c times as long embeddings give c**k times the loss: a distance without a margin."""
+    if plain == 0 or any(value / plain <= 0 for value in scaled):
+        return plain == 0
+    half, triple = (math.log(value / plain) for value in scaled)
+    return math.isclose(half / math.log(0.5), triple / math.log(3), rel_tol=1e-3, abs_tol=1e-3)
+
+
+def _alike(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
