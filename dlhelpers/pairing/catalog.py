@@ -340,7 +340,7 @@ ENTRIES: dict[str, tuple[str, str]] = {
     "target-outside-0-1": (
         "A probability as target lies in [0, 1]; outside, binary cross entropy has no minimum "
         "and BCELoss raises.",
-        "target = (target > 0).float()  # -1 and +1 become 0 and 1",
+        "target = target.clamp(0, 1)",
     ),
     "target-not-probabilities": (
         "KLDivLoss takes probabilities as targets: they sum to 1, and a negative one makes the "

@@ -7,6 +7,7 @@ Source: https://pytorch.org/docs/stable/nn.functional.html#loss-functions
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -52,8 +53,9 @@ def missing(call: LossCall) -> list[str]:
 def why_refused(call: LossCall) -> Cause:
     """Return (why, remedy) of a call that raises; ("", "") where no rule knows the cause."""
     for rule in _REFUSALS:
-        if (cause := rule(call)) is not None:
-            return cause
+        with contextlib.suppress(Exception):  # options of any type
+            if (cause := rule(call)) is not None:
+                return cause
     return "", ""
 
 
@@ -233,8 +235,9 @@ def _ctc(call: LossCall) -> Cause | None:
     if not 0 <= blank < x.shape[-1]:
         why = f"The blank is one of the {x.shape[-1]} classes, 0 to {x.shape[-1] - 1}."
         return why, f"nn.CTCLoss(blank=0)  # or blank={x.shape[-1] - 1}, the last class"
-    if y.is_floating_point() or y.dtype not in (torch.int64, torch.int32):
-        return "Symbols are int64 class indices.", "targets = targets.long()"
+    if y.ndim not in (1, 2):
+        why = "Targets are padded, (N, S), or concatenated, (sum of the target lengths,)."
+        return why, "targets = targets.reshape(len(target_lengths), -1)"
     sizes = torch.as_tensor(call.options["target_lengths"]).reshape(-1).tolist()
     if y.ndim == 1 and sum(sizes) != y.numel():
         return (
@@ -250,6 +253,8 @@ def _ctc(call: LossCall) -> Cause | None:
     if y.ndim == 2 and x.ndim == 3 and y.shape[0] != x.shape[1]:
         why = f"log_probs (T, N, C) hold {x.shape[1]} samples, the targets (N, S) {y.shape[0]}."
         return why, "log_probs = log_probs.transpose(0, 1)  # where they are (N, T, C)"
+    if y.dtype not in (torch.int64, torch.int32):
+        return "Symbols are int64 class indices.", "targets = targets.long()"
     return None
 
 
@@ -285,11 +290,7 @@ def why_not_finite(call: LossCall) -> Cause:
     """Return (why, remedy) of a call whose value is nan or inf; ("", "") for an unknown cause."""
     for role, tensor in _tensors(call):
         if not all_finite(tensor):
-            why = f"The {role} holds {'nan' if Values(tensor).has_nan else 'inf'}."
-            if role == "prediction" and call.name in ("nll_loss", "kl_div", "ctc_loss"):
-                why += " log(0) is -inf."
-                return why, "log_probs = F.log_softmax(logits, dim=class_axis)"
-            return why, f"assert {role}.isfinite().all()"
+            return _from_input(call, role, Values(tensor))
     if call.name in ("cross_entropy", "nll_loss") and call.options.get("weight") is not None:
         return (
             "The mean divides by the sum of the weights of the targets in the batch, which is 0: "
@@ -305,7 +306,20 @@ def why_not_finite(call: LossCall) -> Cause:
         limit = math.log(torch.finfo(exp_of.dtype).max)
         if (high := Values(exp_of).high) > limit:
             return f"exp({high:.4g}) overflows.", "log_rate = log_rate.clamp(max=20)"
-    if getattr(call.prediction, "dtype", None) == torch.float16:
+    if call.prediction.dtype == torch.float16:
         why = "float16 ends at 65,504: the sum over the batch overflows."
         return why, "loss = loss_function(prediction.float(), target.float())"
     return "", ""
+
+
+def _from_input(call: LossCall, role: str, values: Values) -> Cause:
+    infinite = "-inf" if values.low == -math.inf else "inf"
+    why = f"The {role} holds {'nan' if values.has_nan else infinite}."
+    if role == "prediction" and infinite == "-inf" and not values.has_nan:
+        if call.name == "cross_entropy":
+            why += " A class that is masked out is the target of some sample."
+            return why, "mask[torch.arange(len(target)), target] = False  # before masked_fill"
+        if call.name in ("nll_loss", "kl_div", "ctc_loss"):
+            dim = -1 if call.name == "ctc_loss" else 1
+            return f"{why} log(0) is -inf.", f"log_probs = F.log_softmax(logits, dim={dim})"
+    return why, f"assert {role}.isfinite().all()"

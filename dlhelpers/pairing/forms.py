@@ -62,7 +62,7 @@ def form_hits(call: LossCall, prediction: Values, target: Values) -> Iterator[Hi
     yield from swapped
     if swapped:
         if call.name in _BINARY:
-            yield from _outside(call, target)
+            yield from _outside(call, target, "loss = loss_function(prediction, target)")
         return
     if not (call.prediction.is_floating_point() or call.prediction.is_complex()):
         yield _error("integer-prediction", f"the prediction is {call.prediction.dtype}")
@@ -258,12 +258,26 @@ def _binary_targets(call: LossCall, target: Values) -> Iterator[Hit]:
     yield from _outside(call, target)
 
 
-def _outside(call: LossCall, target: Values) -> Iterator[Hit]:
+def _outside(call: LossCall, target: Values, remedy: str = "") -> Iterator[Hit]:
     if target.is_empty or target.has_nan or target.within(0, 1):
         return
     far = not target.within(0, 1.5) or call.name == "binary_cross_entropy"  # 1.2: noisy labels
     what = f"target values from {target.low:g} to {target.high:g}"
-    yield (_error if far else _suspect)("target-outside-0-1", what)
+    severity = "error" if far else "suspicion"
+    remedy = remedy or _into_0_1(target)
+    yield Hit("target-outside-0-1", severity, what, "rule", remedy=remedy)
+
+
+def _into_0_1(target: Values) -> str:
+    if target.distinct <= {-1.0, 1.0}:
+        return "target = (target > 0).float()  # -1 and +1 become 0 and 1"
+    if target.low >= 0 and target.high == 255:
+        return "target = target / 255"
+    if target.low >= 0 and all(value == int(value) for value in target.distinct):
+        return "loss = F.cross_entropy(logits, target.long())  # class indices"
+    if target.within(0, 1.5):
+        return "target = target.clamp(0, 1)"
+    return "loss = F.mse_loss(prediction, target)  # targets that are no probabilities"
 
 
 def _broadcast(call: LossCall) -> Iterator[Hit]:
@@ -366,6 +380,9 @@ def _ctc(call: LossCall) -> Iterator[Hit]:
         if lengths is not None and len(lengths) != batch:
             what = f"{len(lengths)} {role} lengths, batch {batch} in log_probs {_shape(x)}"
             yield _error("ctc-lengths", what)
+            return
+        if lengths and min(lengths) < 0:
+            yield _error("ctc-lengths", f"a {role} length is {min(lengths)}")
             return
     if ins is not None and max(ins, default=0) > x.shape[0]:
         yield _error("ctc-lengths", f"input length {max(ins)} of {x.shape[0]} frames")

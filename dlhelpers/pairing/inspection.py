@@ -99,7 +99,9 @@ def _check(
     try:
         describe_call(loss, None, targets)
     except TypeError as error:  # more arguments than the loss takes
-        yield Hit("loss-raised", "error", said(error), "rule")
+        why = "A tuple holds all that follows the outputs; options belong to the loss itself."
+        remedy = "pairing.check(outputs, loss, targets)"
+        yield Hit("loss-raised", "error", said(error), "rule", why=why, remedy=remedy)
         return
     if callable(model) and not isinstance(model, Tensor):
         model = unwrap(model)

@@ -24,7 +24,7 @@ from .places import place_of
 from .probe import restored
 from .values import Values, all_finite
 
-__all__ = ["call_own", "not_finite", "own_hits", "refused", "said", "trial_hits"]
+__all__ = ["call_own", "explains", "not_finite", "own_hits", "refused", "said", "trial_hits"]
 
 _EXPLAINED = {  # errors that say why torch raises, or why the value is nan
     "all-targets-ignored",
@@ -92,7 +92,7 @@ def refused(call: LossCall, error: Exception, where: str = "") -> Hit:
     """Word what torch raised, with the cause where it is known."""
     why, remedy = why_refused(call)
     why = why or "torch does not take these arguments."
-    remedy = remedy or f"loss = F.{call.name}(prediction, target)  # raises this: fix its arguments"
+    remedy = remedy or "loss_value = loss(outputs, targets)  # raises this: fix the arguments"
     what = f"{said(error)} ({described(call)})"
     return Hit("loss-raised", "error", what, "rule", where, why, remedy)
 
@@ -131,9 +131,11 @@ def _is_safe(call: LossCall, known: list[Hit]) -> bool:
                 return False
     if call.name != "ctc_loss":
         return True
-    outside = any(hit.name == "class-index-out-of-range" for hit in known)
-    lengths = (call.options["input_lengths"], call.options["target_lengths"])
-    return not outside and all(Values(torch.as_tensor(part)).low >= 0 for part in lengths)
+    x, y = call.prediction, call.target
+    odd = isinstance(y, Tensor) and y.is_floating_point()  # taken all the same, and seen by no rule
+    if odd and not Values(y).within(0, x.shape[-1] - 1 if x.ndim else 0):
+        return False
+    return not any(hit.name in ("class-index-out-of-range", "ctc-lengths") for hit in known)
 
 
 def _plain(value: object, device: torch.device) -> object:
@@ -188,11 +190,11 @@ def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
             if not explains(inside.raised, known):
                 yield refused(inside.raised, error, where)
             return
-        why = "The loss itself raises on these outputs and targets."
-        remedy = ""
-        if isinstance(error, TypeError) and not where:
-            why = f"The loss takes {_signature(loss)}; a tuple holds all that follows the outputs."
-            remedy = "pairing.check(outputs, loss, (targets, weights))"
+        why = remedy = ""
+        names = _names(loss)
+        if isinstance(error, TypeError) and not where and names:
+            why = f"The loss takes ({', '.join(names)}): the outputs, then what a tuple holds."
+            remedy = f"pairing.check(outputs, loss, ({', '.join(names[1:])}))"
         yield Hit("loss-raised", "error", said(error), "rule", where, why, remedy)
         return
     value = inside.value[0] if type(inside.value) is tuple and inside.value else inside.value
@@ -238,11 +240,11 @@ def _takes(loss: object, arguments: tuple) -> bool:
     return True
 
 
-def _signature(loss: object) -> str:
+def _names(loss: object) -> list[str]:
     try:
-        return str(inspect.signature(_called(loss)))
+        return list(inspect.signature(_called(loss)).parameters)
     except (TypeError, ValueError):
-        return "other arguments"
+        return []
 
 
 def _deep_copy(loss: Any) -> Any:

@@ -29,6 +29,7 @@ from .calls import NAME_OF, LossCall, bind
 from .catalog import Hit, finding
 from .inspection import look
 from .places import shown_path, user_frame
+from .trial import explains, not_finite, refused
 
 __all__ = ["PairingWarning", "guard"]
 
@@ -47,7 +48,8 @@ def guard(steps: int = 20) -> contextlib.AbstractContextManager[Findings]:
 
     Findings are appended to the list as they are made, once a call site and name, with
     ``where="file.py:12"``; the first error of a call site also issues a :class:`PairingWarning`.
-    Values, gradients, modes and random states are as without it, and nothing is raised.
+    Values, gradients, modes and random states are as without it. What a loss raises is raised as
+    before; it is a finding, with its remedy, as well.
 
     A mis-pairing that the graph, a shape, a dtype or a range shows is reported at once. One that
     the numbers alone show (rows that sum to 1, without a graph) counts only if every look at the
@@ -182,22 +184,45 @@ class _Watcher(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or not self._looking or func not in NAME_OF:
             return func(*args, **kwargs)
-        self._see(NAME_OF[func], args, kwargs)
-        result = func(*args, **kwargs)
+        looked = self._see(NAME_OF[func], args, kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            if looked is not None:
+                self._see_result(*looked, error)
+            raise
+        if looked is not None:
+            self._see_result(*looked, result)
         if self._leaving and isinstance(result, Tensor):
             weakref.finalize(result, self._leave).atexit = False
         return result
 
-    def _see(self, name: str, args: tuple, kwargs: dict[str, Any]) -> None:
-        hits: list[Hit] = []
+    def _see(
+        self, name: str, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[_Site, LossCall, list[Hit]] | None:
+        """Report what is certain before the call; return what was looked at, None for nothing."""
+        looked, hits = None, []
         try:
             site = self._site(name)
             site.calls += 1
             if site.looks < self._steps:
-                hits = self._look(site, bind(name, args, kwargs))
+                call = bind(name, args, kwargs)
+                hits = self._look(site, call)
+                looked = site, call, hits
             self._leave_early(site, args, kwargs)
         except Exception:  # the training loop is never stopped by its guard
-            return
+            return None
+        self._report(site, hits, warn=True)
+        return looked
+
+    def _see_result(self, site: _Site, call: LossCall, known: list[Hit], result: Any) -> None:
+        """Report what the loss raised (it is raised all the same), or its nan."""
+        hits: list[Hit] = []
+        with contextlib.suppress(Exception), torch._C.DisableTorchFunction(), _no_dispatch_modes():
+            if isinstance(result, Exception):
+                hits = [] if explains(call, known) else [refused(call, result)]
+            elif not _is_capturing(result):
+                hits = list(not_finite(call, result, known))
         self._report(site, hits, warn=True)
 
     def _site(self, name: str) -> _Site:
