@@ -24,8 +24,11 @@ from .calls import NAME_OF, Inside
 __all__ = ["Tape"]
 
 
+_WRITES = ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+
+
 class _OtherPathError(Exception):
-    """Another path would be taken, or a tensor of the program would be written to."""
+    """Another path would be taken, or the graph would be used."""
 
 
 class Tape:
@@ -80,7 +83,7 @@ class Tape:
         with warnings.catch_warnings(), contextlib.suppress(Exception):
             warnings.simplefilter("ignore")
             for func, args, kwargs, result in self._inside.steps:
-                _need_own(func, args, kwargs, made)
+                _keep_others(func, args, kwargs, made)
                 new = func(*_put(args, made), **_put(kwargs, made))
                 new = torch.zeros_like(new) if self._mute and func in NAME_OF else new
                 _pair(result, new, made)
@@ -103,15 +106,14 @@ def _put(value: Any, made: Mapping[int, Any]) -> Any:
     return value
 
 
-def _need_own(func: Callable, args: tuple, kwargs: Mapping, made: Mapping[int, Any]) -> None:
-    """Refuse a step that writes into a tensor of the program, and one that reads the graph."""
+def _keep_others(func: Callable, args: tuple, kwargs: Mapping, made: dict[int, Any]) -> None:
+    """Let a step write into a copy where it wrote into a tensor that is not the call's own."""
     name = getattr(func, "__name__", "")
-    writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    writes = writes or name in ("__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__")
+    writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     if name in ("backward", "register_hook") or kwargs.get("out") is not None:
         raise _OtherPathError
     if writes and args and isinstance(args[0], Tensor) and id(args[0]) not in made:
-        raise _OtherPathError
+        made[id(args[0])] = args[0].detach().clone()
 
 
 def _pair(old: Any, new: Any, made: dict[int, Any]) -> None:
