@@ -228,6 +228,19 @@ def test_what_is_meant_stays_silent(case):
     assert named(*case) == []
 
 
+@pytest.mark.parametrize("case", HEALTHY.values(), ids=HEALTHY)
+def test_what_is_meant_stays_silent_in_guard(case):
+    outputs, loss, target, *inputs = case
+    rest = target if isinstance(target, tuple) else (target,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pairing.PairingWarning)
+        with pairing.guard() as findings:
+            for _ in range(6):
+                made = outputs(*(inputs or (X,))) if isinstance(outputs, nn.Module) else outputs
+                loss(made, *rest)
+    assert not findings
+
+
 def test_scaling_up_is_a_suspicion_until_the_floor_is_negligible():
     severities = []
     for factor in (1, 1.5, 20):

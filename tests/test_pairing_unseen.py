@@ -256,6 +256,21 @@ HEALTHY = {
         P.detach(),
         NO_RULE,
     ),
+    "divergence of kernels": (
+        A,
+        lambda a, b: sum(
+            sign * torch.exp(-(torch.cdist(x, y) ** 2)).mean()
+            for sign, x, y in ((1, a, a), (1, b, b), (-2, a, b))
+        ),
+        P.detach(),
+        NO_RULE,
+    ),
+    "relations of distances": (
+        A,
+        lambda a, b: F.huber_loss(torch.cdist(a, a), torch.cdist(b, b)),
+        P.detach(),
+        "nothing found",
+    ),
     "gradient penalty": (A, lambda a, _: ((a.norm(dim=1) - 1) ** 2).mean(), LABELS, NO_RULE),
     "squared error": (RAW, lambda o, t: ((o - t) ** 2).mean(), MASK, NO_RULE),
     "absolute error": (RAW.sigmoid(), lambda o, t: (o - t).abs().mean(), MASK, NO_RULE),

@@ -24,7 +24,6 @@ from .tape import Tape
 __all__ = ["embedding_hits"]
 
 _Loss = Callable[[Sequence[Tensor]], float]
-_SIZE = 2**22  # elements of embeddings that are still played
 
 
 def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
@@ -36,13 +35,13 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
             those with as many columns are taken for embeddings too.
     """
     first = floating[0]
-    if first.ndim != 2 or min(first.shape) < 2 or first.numel() > _SIZE:
+    if first.ndim != 2 or min(first.shape) < 2:
         return None
     given = [x for x in floating if x.ndim == 2 and x.shape[1] == first.shape[1]]
 
     def loss(embeddings: Sequence[Tensor]) -> float:
         pairs = zip(given, embeddings, strict=True)
-        value = tape.value([(x, other.to(x.dtype)) for x, other in pairs])
+        value = tape.value([(x, other.to(x)) for x, other in pairs])
         return math.nan if value is None else value
 
     probes = [_units(given, seed) for seed in (0, 1)]
@@ -80,25 +79,22 @@ def _units(given: Sequence[Tensor], seed: int) -> list[Tensor]:
 def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
     """Whether a loss compares embeddings with each other, and not each with what it should be.
 
-    It does not change where all are turned alike. Where it does not change either if each row is
-    turned for itself, it is one of triplets, or of pairs and labels, unless equal embeddings are
-    its best answer (a regression) or there is one tensor only (a penalty on lengths).
+    It does not change where all are turned alike. Two tensors whose best answer is that they are
+    equal, however short, are a regression or a divergence; one whose rows may each be turned for
+    itself is a penalty on lengths.
     """
     units = probes[0]
-    columns, rows = units[0].shape[1], units[0].shape[0]
+    rows, columns = units[0].shape
     generator = torch.Generator().manual_seed(2)
     turn = torch.randn(rows, columns, columns, generator=generator, dtype=torch.float64)
     turn = torch.linalg.qr(turn)[0]
     if not _alike(plain, loss([x @ turn[0] for x in units])):
         return False
-    alone = all(x.shape == units[0].shape for x in units)
-    alone = alone and _alike(plain, loss([(x[:, None] @ turn)[:, 0] for x in units]))
-    if not alone:
-        return True
-    if len(units) == 2:
-        same = loss([units[0], units[0]])
-        return not (abs(same) < 1e-3 and same <= min(plain, loss(probes[1])))
-    return len(units) > 2
+    if len(units) == 1:
+        return not _alike(plain, loss([(units[0][:, None] @ turn)[:, 0]]))
+    if len(units) == 2 and units[0].shape == units[1].shape:
+        return any(abs(loss([c * units[0]] * 2)) > 1e-3 for c in (0.1, 1.0))
+    return True
 
 
 def _candidates_at_one(loss: _Loss, probes: list[list[Tensor]]) -> int | None:

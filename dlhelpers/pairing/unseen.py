@@ -18,6 +18,7 @@ from .trace import Head
 
 __all__ = ["NO_RULE", "formula_hits"]
 
+_SIZE = 2**24  # elements of outputs for which a call is still played again
 NO_RULE = "not looked at: no rule for this loss"
 
 
@@ -33,7 +34,9 @@ def formula_hits(inside: Inside, head: Head) -> tuple[list[Hit], str]:
     unknown = rest if names else NO_RULE
     output = first_tensor(inside.arguments[0]) if inside.arguments else None
     tape = Tape(inside)
-    if output is None or not output.is_floating_point() or not tape.is_faithful:
+    if output is None or output.numel() > _SIZE or not output.is_floating_point():
+        return [], unknown
+    if not tape.is_faithful:
         return [], unknown
     if set(names) <= {"cross_entropy"}:
         floating = [x for x in tensors_in(inside.arguments) if x.is_floating_point()]
