@@ -177,6 +177,13 @@ def supervised(z, labels, temperature=0.1):
     return -((same * scores.log_softmax(1)).sum(1) / same.sum(1).clamp(min=1)).mean()
 
 
+def hardest(z, labels, margin=0.3):
+    distance, same = torch.cdist(z, z), labels[:, None] == labels
+    far = distance.masked_fill(~same, 0).max(dim=1).values
+    near = distance.masked_fill(same, 1e9).min(dim=1).values
+    return F.relu(far - near + margin).mean()
+
+
 A, P, Q = (2 * randn(N, D).requires_grad_() for _ in range(3))
 LABELS = torch.randint(0, 3, (N,), generator=SEED)
 EMBEDDED = {
@@ -188,6 +195,15 @@ EMBEDDED = {
     "triplet": ((A, P, Q), lambda o, _: triplet(*o), LABELS, LENGTH),
     "TripletMarginLoss": (A, nn.TripletMarginLoss(), (P, Q), LENGTH),
     "function": (A, F.triplet_margin_loss, (P, Q), LENGTH),
+    "views": (
+        torch.stack([A, P], 1),
+        lambda z, y: supervised(z.flatten(0, 1), y.repeat_interleave(2)),
+        LABELS,
+        LENGTH,
+    ),
+    "hardest triplets": (A, hardest, LABELS, LENGTH),
+    "dot product for cosine": (A, lambda a, b: 1 - (a * b).sum(1).mean(), P, LENGTH),
+    "negative dot product": ((A, P), lambda o, _: -(o[0] * o[1]).sum(1).mean(), LABELS, LENGTH),
     "contrastive pairs": ((A, P), lambda o, y: pair(*o, y), (LABELS > 0).float(), LENGTH),
     "cosines": (A, lambda a, b: info_nce(unit(a), unit(b)), P, COLD),
     "cosines of units": (unit(A), info_nce, unit(P), COLD),

@@ -31,13 +31,13 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
 
     Args:
         tape: the recorded call.
-        floating: the floating tensors among its arguments, the first of them embeddings [N, D];
-            those with as many columns are taken for embeddings too.
+        floating: the floating tensors among its arguments, the first of them embeddings
+            [N, ..., D]; those with as many axes and the same D are taken for embeddings too.
     """
     first = floating[0]
-    if first.ndim != 2 or min(first.shape) < 2:
+    if first.ndim < 2 or min(len(first), first.shape[-1]) < 2:
         return None
-    given = [x for x in floating if x.ndim == 2 and x.shape[1] == first.shape[1]]
+    given = [x for x in floating if x.ndim == first.ndim and x.shape[-1] == first.shape[-1]]
 
     def loss(embeddings: Sequence[Tensor]) -> float:
         pairs = zip(given, embeddings, strict=True)
@@ -49,7 +49,7 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
     if not _is_of_pairs(loss, probes, plain):
         return None
     scaled = [loss([c * x for x in probes[0]]) for c in (0.5, 3.0)]
-    lengths = torch.cat([x.detach().double().norm(dim=1) for x in given])
+    lengths = torch.cat([x.detach().double().norm(dim=-1).flatten() for x in given])
     are_units = bool(((lengths - 1).abs() < 1e-2).all())
     is_free = all(_alike(plain, value) for value in scaled)
     if is_free or are_units:
@@ -61,8 +61,8 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
             f"{candidates} candidates it cannot fall below {class_floor(2.0, candidates):.3g}"
         )
         return [Hit("cosine-without-temperature", "suspicion", what, "values")]
-    if _is_power(plain, scaled):
-        return None
+    if _is_power(plain, scaled) and not loss([probes[0][0]] * len(given)) < 0:
+        return None  # a distance; a similarity falls without limit as embeddings grow
     what = (
         f"the embeddings are {lengths.min():.3g} to {lengths.max():.3g} long; the loss of unit "
         f"vectors is {plain:.3g}, of the same 3 times as long {scaled[1]:.3g}"
@@ -73,7 +73,7 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
 def _units(given: Sequence[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in given]
-    return [F.normalize(x, dim=1) for x in draw]
+    return [F.normalize(x, dim=-1) for x in draw]
 
 
 def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
@@ -84,14 +84,14 @@ def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
     itself is a penalty on lengths.
     """
     units = probes[0]
-    rows, columns = units[0].shape
+    rows, columns = len(units[0]), units[0].shape[-1]
     generator = torch.Generator().manual_seed(2)
     turn = torch.randn(rows, columns, columns, generator=generator, dtype=torch.float64)
     turn = torch.linalg.qr(turn)[0]
     if not _alike(plain, loss([x @ turn[0] for x in units])):
         return False
     if len(units) == 1:
-        return not _alike(plain, loss([(units[0][:, None] @ turn)[:, 0]]))
+        return not _alike(plain, loss([torch.einsum("n...d,nde->n...e", units[0], turn)]))
     if len(units) == 2 and units[0].shape == units[1].shape:
         return any(abs(loss([c * units[0]] * 2)) > 1e-3 for c in (0.1, 1.0))
     return True
@@ -100,7 +100,7 @@ def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
 def _candidates_at_one(loss: _Loss, probes: list[list[Tensor]]) -> int | None:
     """Return among how many candidates InfoNCE picks if that is the formula, without division."""
     shape = probes[0][0].shape
-    if any(x.shape != shape for x in probes[0]) or len(probes[0]) > 2:
+    if any(x.shape != shape for x in probes[0]) or len(probes[0]) > 2 or len(shape) > 2:
         return None
     found = [loss(units) for units in probes]
     for name, formula in _FORMULAS.items():
@@ -139,7 +139,7 @@ _FORMULAS: dict[tuple[str, int], Callable[[list[Tensor]], float | None]] = {
 
 
 def _is_power(plain: float, scaled: list[float]) -> bool:
-    """Whether c times as long embeddings give c**k times the loss: a distance without a margin."""
+    """Whether c times as long embeddings give c**k times the loss: it has no margin."""
     if plain == 0 or any(value / plain <= 0 for value in scaled):
         return plain == 0
     half, triple = (math.log(value / plain) for value in scaled)

@@ -20,6 +20,7 @@ from torch import Tensor
 from dlhelpers.fakes import tensors_in
 
 from .calls import NAME_OF, Inside
+from .values import Values
 
 __all__ = ["Tape"]
 
@@ -48,7 +49,7 @@ class Tape:
     @property
     def is_faithful(self) -> bool:
         """Whether the call is played with the value that it had."""
-        if not isinstance(self._value, Tensor) or self._value.numel() == 0:
+        if Values(self._value).is_empty:
             return False
         again, value = self.value([]), self._value.detach().double().mean().item()
         close = again is not None and math.isclose(again, value, rel_tol=1e-4, abs_tol=1e-6)
@@ -68,7 +69,7 @@ class Tape:
         with torch.no_grad():
             made = self.play(places)
         value = None if made is None else made.get(id(self._value))
-        if not isinstance(value, Tensor) or value.numel() == 0 or value.is_complex():
+        if Values(value).is_empty:
             return None
         return value.double().mean().item()
 

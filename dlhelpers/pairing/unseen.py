@@ -6,15 +6,18 @@ nor that it compares embeddings, the answer is "not looked at", never "nothing f
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from dlhelpers.fakes import tensors_in
 
-from .calls import Inside
+from .calls import NAME_OF, Inside
 from .catalog import Hit
 from .embeddings import embedding_hits
 from .formulas import wish_hits, wish_of
 from .probe import first_tensor
 from .tape import Tape
 from .trace import Head
+from .values import Values
 
 __all__ = ["NO_RULE", "formula_hits"]
 
@@ -31,6 +34,9 @@ def formula_hits(inside: Inside, head: Head) -> tuple[list[Hit], str]:
     """
     names = sorted({call.name for call in inside.calls})
     rest = f"nothing found in {', '.join(names)}; not looked at: the rest of this loss"
+    of_torch = [result for func, _, _, result in inside.steps if func in NAME_OF]
+    if any(inside.value is result for result in of_torch):
+        rest = "nothing found"
     unknown = rest if names else NO_RULE
     output = first_tensor(inside.arguments[0]) if inside.arguments else None
     tape = Tape(inside)
@@ -39,8 +45,8 @@ def formula_hits(inside: Inside, head: Head) -> tuple[list[Hit], str]:
     if not tape.is_faithful:
         return [], unknown
     if set(names) <= {"cross_entropy"}:
-        floating = [x for x in tensors_in(inside.arguments) if x.is_floating_point()]
-        found = embedding_hits(tape, floating)
+        floating = [x for x in tensors_in(inside.arguments) if _is_floating(x)]
+        found = embedding_hits(tape, floating) if floating else None
         if found is not None:
             return found, "nothing found: this loss compares embeddings, which are normalised"
     muted = Tape(inside, mute=True) if names else tape
@@ -51,3 +57,8 @@ def formula_hits(inside: Inside, head: Head) -> tuple[list[Hit], str]:
     if wish is None:
         return [], unknown
     return list(wish_hits(wish, head, output)), f"nothing found: this loss wants {wish.kind}"
+
+
+def _is_floating(tensor: Tensor) -> bool:
+    """Whether a tensor may hold embeddings: floating numbers, and no flags."""
+    return tensor.is_floating_point() and not Values(tensor).distinct <= {-1.0, 0.0, 1.0}
