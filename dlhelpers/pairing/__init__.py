@@ -5,6 +5,9 @@ losses that a training loop calls. The one formula: with C classes, a softmax be
 CrossEntropyLoss keeps the loss above ln(1 + (C-1)/e), whatever the network learns.
 Source: documentation of ``torch.nn`` losses, https://pytorch.org/docs/stable/nn.html
 
+``check`` also calls the loss once, on detached tensors, and one that is not torch's on a deep
+copy: what it raises, and a value that is nan or inf, is an error with its cause.
+
 Three kinds of evidence. *rule*: shape, dtype or range is broken. *trace*: the graph (``grad_fn``),
 torch.fx or the module list shows the activation. *values*: no trace, at least two rows sum to 1
 within rounding (or their exponentials do). The table's last column names the evidence of an

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,16 @@ from torch.overrides import TorchFunctionMode
 
 from .values import all_finite
 
-__all__ = ["LOSSES", "NAME_OF", "Inside", "LossCall", "bind", "calls_inside", "describe_call"]
+__all__ = [
+    "LOSSES",
+    "NAME_OF",
+    "Inside",
+    "LossCall",
+    "bind",
+    "calls_inside",
+    "describe_call",
+    "with_forgotten",
+]
 
 _MODULES = {
     "binary_cross_entropy": nn.BCELoss,
@@ -175,6 +185,26 @@ def _name_of_module(loss: nn.Module) -> str | None:
     return None
 
 
+def with_forgotten(
+    function: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ``kwargs`` and what torch leaves out on the way to a mode: the weight of ``l1_loss``.
+
+    ``F.l1_loss`` (torch 2.14) passes no weight on, so that under any mode it is another function.
+    To be called by ``__torch_function__`` itself: the frame of ``function`` is close.
+    """
+    names = _NAMES_BY_FUNCTION[NAME_OF[function]]
+    absent = [name for name in names[len(args) :] if name not in kwargs]
+    frame, code = sys._getframe(1), getattr(function, "__code__", None)
+    for _ in range(4):
+        if not absent or code is None or frame is None:
+            break
+        if frame.f_code is code:
+            return {**kwargs, **{name: frame.f_locals[name] for name in absent}}
+        frame = frame.f_back
+    return dict(kwargs)
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
@@ -191,6 +221,7 @@ class _Recorder(TorchFunctionMode):
     def _call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func not in NAME_OF:
             return func(*args, **kwargs)
+        kwargs = with_forgotten(func, args, kwargs)
         try:
             call = bind(NAME_OF[func], args, kwargs)
         except TypeError:  # more arguments than it takes: it raises by itself

@@ -18,7 +18,7 @@ from .calls import LossCall
 from .forms import class_axis
 from .values import Values, all_finite
 
-__all__ = ["described", "missing", "why_not_finite", "why_refused"]
+__all__ = ["described", "missing", "refused_anyway", "why_not_finite", "why_refused"]
 
 Cause = tuple[str, str]
 
@@ -59,6 +59,14 @@ def why_refused(call: LossCall) -> Cause:
     return "", ""
 
 
+def refused_anyway(call: LossCall) -> Iterator[tuple[str, Cause]]:
+    """Yield (what, cause) of options that are refused whatever the prediction is."""
+    for rule, name in _OPTIONS.items():
+        with contextlib.suppress(Exception):
+            if (cause := rule(call)) is not None:
+                yield f"{name}={call.options.get(name)!r:.40}", cause
+
+
 def _missing(call: LossCall) -> Cause | None:
     if not (names := missing(call)):
         return None
@@ -84,6 +92,15 @@ def _label_smoothing(call: LossCall) -> Cause | None:
         return None
     why = f"label_smoothing is the share, from 0 to 1, that all classes divide, not {amount!r}."
     return why, "loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)"
+
+
+def _positive(call: LossCall) -> Cause | None:
+    for loss, name in (("huber_loss", "delta"), ("smooth_l1_loss", "beta")):
+        value = call.options.get(name, 1.0)
+        if call.name == loss and not value > 0:
+            why = f"{name} is where the squared error becomes linear, a distance, not {value!r}."
+            return why, f"{name}=1.0"
+    return None
 
 
 def _devices(call: LossCall) -> Cause | None:
@@ -220,7 +237,8 @@ def _pairs(call: LossCall) -> Cause | None:
     names = {"first": x, "second": other, "target": y}
     least = min(tensor.ndim for tensor in names.values())
     wide = [name for name, tensor in names.items() if tensor.ndim > least]
-    return why, "\n".join(f"{name} = {name}.squeeze(-1)" for name in wide)
+    narrow = "\n".join(f"{name} = {name}.squeeze(-1)" for name in wide)
+    return why, narrow or "assert first.shape == second.shape == target.shape"
 
 
 def _ctc(call: LossCall) -> Cause | None:
@@ -269,10 +287,16 @@ def _dtypes(call: LossCall) -> Cause | None:
     return None
 
 
+_OPTIONS = {
+    _reduction: "reduction",
+    _label_smoothing: "label_smoothing",
+    _ignore_index: "ignore_index",
+}
 _REFUSALS = (
     _missing,
     _reduction,
     _label_smoothing,
+    _positive,
     _devices,
     _tensor_options,
     _ignore_index,

@@ -117,8 +117,7 @@ def _logits(call: LossCall, inner: Head, target: Values) -> tuple[str, str] | No
     """Judge an activation whose values are taken for logits of independent labels."""
     if inner.kind not in _NO_LOGITS:
         return None
-    classes = call.prediction.shape[-1] if isinstance(call.prediction, Tensor) else None
-    low, high = span(inner, classes)
+    low, high = span(inner)
     zero, one = binary_floors(low, high)
     least, most = 1 - math.exp(-zero), math.exp(-one)
     if not target.is_empty and not target.distinct <= {0.0, 1.0} and target.within(least, most):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .calls import LossCall
 from .catalog import Hit
+from .ctc import ctc_hits
 from .values import Values
 
 __all__ = ["class_axis", "form_hits"]
@@ -74,7 +74,7 @@ def form_hits(call: LossCall, prediction: Values, target: Values) -> Iterator[Hi
     elif call.name == "multilabel_margin_loss":
         yield from _multilabel_margin_targets(call, target)
     elif call.name == "ctc_loss":
-        yield from _ctc(call)
+        yield from ctc_hits(call)
     if call.name in (*_BINARY, "multilabel_soft_margin_loss"):
         yield from _binary_targets(call, target)
     if call.name in _BROADCASTING:
@@ -367,60 +367,3 @@ def _variance(call: LossCall) -> Iterator[Hit]:
     low = Values(var).low if isinstance(var, Tensor) else var
     if isinstance(low, (int, float)) and low < 0:
         yield _error("negative-variance", f"variances from {low:.4g}")
-
-
-def _ctc(call: LossCall) -> Iterator[Hit]:
-    x, y = call.prediction, call.target
-    batch = x.shape[1] if x.ndim == 3 else 1
-    ins, outs = _ints(call.options.get("input_lengths")), _ints(call.options.get("target_lengths"))
-    if x.ndim not in (2, 3):
-        yield _error("ctc-lengths", f"log_probs {_shape(x)}; wanted (T, N, C) or (T, C)")
-        return
-    for role, lengths in (("input", ins), ("target", outs)):
-        if lengths is not None and len(lengths) != batch:
-            what = f"{len(lengths)} {role} lengths, batch {batch} in log_probs {_shape(x)}"
-            yield _error("ctc-lengths", what)
-            return
-        if lengths and min(lengths) < 0:
-            yield _error("ctc-lengths", f"a {role} length is {min(lengths)}")
-            return
-    if ins is not None and max(ins, default=0) > x.shape[0]:
-        yield _error("ctc-lengths", f"input length {max(ins)} of {x.shape[0]} frames")
-    rows = _transcripts(y, outs, batch)
-    if rows is None:
-        return
-    blank, classes = int(call.options.get("blank", 0)), x.shape[-1]
-    symbols = {int(symbol) for row in rows for symbol in row}
-    if blank in symbols:
-        yield _error("blank-in-targets", f"the targets hold blank={blank}")
-    if symbols and (min(symbols) < 0 or max(symbols) >= classes):
-        what = f"symbols from {min(symbols)} to {max(symbols)}, {classes} classes"
-        yield _error("class-index-out-of-range", what)
-    frames = ins or [x.shape[0]] * batch
-    needed = [len(row) + sum(a == b for a, b in itertools.pairwise(row)) for row in rows]
-    short = [i for i, (have, want) in enumerate(zip(frames, needed, strict=False)) if have < want]
-    if short:
-        what = f"sample {short[0]}: {frames[short[0]]} frames, at least {needed[short[0]]} needed"
-        zero = call.options.get("zero_infinity", False)
-        yield (_suspect if zero else _error)("ctc-input-too-short", what)
-
-
-def _ints(lengths: object) -> list[int] | None:
-    if isinstance(lengths, Tensor):
-        known = Values(lengths).readable and not lengths.is_floating_point()
-        return [int(value) for value in lengths.reshape(-1).tolist()] if known else None
-    return [int(value) for value in lengths] if isinstance(lengths, (list, tuple)) else None
-
-
-def _transcripts(y: Tensor, lengths: list[int] | None, batch: int) -> list[list[int]] | None:
-    """Return each sample's symbols, without padding; None where lengths are not known."""
-    if lengths is None or not Values(y).readable or y.is_floating_point() or y.ndim not in (1, 2):
-        return None
-    values = y.tolist()
-    if y.ndim == 2:
-        return [row[:size] for row, size in zip(values, lengths, strict=False)]
-    rows, start = [], 0
-    for size in lengths:
-        rows.append(values[start : start + size])
-        start += size
-    return rows

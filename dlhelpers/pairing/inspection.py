@@ -20,7 +20,7 @@ from .probe import as_tensor, first_tensor, restored, run_model, unwrap
 from .static import head_of_model, softmax_without_dim
 from .tape import Tape
 from .trace import UNKNOWN, Head, head_of_tensor
-from .trial import call_own, own_hits, said, trial_hits
+from .trial import call_own, option_hits, own_hits, said, trial_hits
 from .unseen import NO_RULE, formula_hits
 from .values import Values
 from .weights import weight_hits
@@ -108,6 +108,8 @@ def _check(
         static = _head_without_a_run(model)
         if inputs is None:
             call = describe_call(loss, None, as_tensor(targets))
+            if call is not None:
+                yield from option_hits(call)
             if call is not None and static.is_known:
                 hidden = Values(None)
                 yield from activation_hits(call, static, hidden, Values(call.target))

@@ -19,12 +19,21 @@ from torch import Tensor, nn
 
 from .calls import LOSSES, Inside, LossCall, calls_inside
 from .catalog import Hit
-from .causes import described, missing, why_not_finite, why_refused
+from .causes import described, missing, refused_anyway, why_not_finite, why_refused
 from .places import place_of
 from .probe import restored
 from .values import Values, all_finite
 
-__all__ = ["call_own", "explains", "not_finite", "own_hits", "refused", "said", "trial_hits"]
+__all__ = [
+    "call_own",
+    "explains",
+    "not_finite",
+    "option_hits",
+    "own_hits",
+    "refused",
+    "said",
+    "trial_hits",
+]
 
 _EXPLAINED = {  # errors that say why torch raises, or why the value is nan
     "all-targets-ignored",
@@ -50,6 +59,12 @@ _EXPLAINED = {  # errors that say why torch raises, or why the value is nan
     "target-shape",
 }
 _OF_PROBABILITIES = {"logits-into-bce", "target-outside-0-1"}  # BCELoss alone raises
+
+
+def option_hits(call: LossCall) -> Iterator[Hit]:
+    """Yield the options that torch refuses, where there is no prediction to call the loss with."""
+    for what, (why, remedy) in refused_anyway(call):
+        yield Hit("loss-raised", "error", what, "rule", why=why, remedy=remedy)
 
 
 def trial_hits(call: LossCall, known: list[Hit]) -> Iterator[Hit]:

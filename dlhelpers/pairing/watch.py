@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from dlhelpers.arguments import whole_number
 from dlhelpers.findings import Findings
 
-from .calls import NAME_OF, LossCall, bind
+from .calls import NAME_OF, LossCall, bind, with_forgotten
 from .catalog import Hit, finding
 from .inspection import look
 from .places import shown_path, user_frame
@@ -182,7 +182,10 @@ class _Watcher(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or not self._looking or func not in NAME_OF:
+        if torch.compiler.is_compiling() or func not in NAME_OF:
+            return func(*args, **kwargs)
+        kwargs = with_forgotten(func, args, kwargs)
+        if not self._looking:
             return func(*args, **kwargs)
         looked = self._see(NAME_OF[func], args, kwargs)
         try:
