@@ -88,6 +88,12 @@ WRONG = {
         LABELS,
         SOFTMAX,
     ),
+    "own loss, no graph": (
+        scores().softmax(1).detach(),
+        lambda o, t: F.nll_loss(F.log_softmax(o, 1), t),
+        LABELS,
+        SOFTMAX,
+    ),
     "KL": (scores().sigmoid().log_softmax(1), KL, SOFT, SOFTMAX),
     "wasted log_softmax": (scores().softmax(1).log_softmax(1), CE, LABELS, SOFTMAX),
     "CTC": (
@@ -213,6 +219,16 @@ HEALTHY = {
     ),
     "targets within reach, BCE": (scores(K).sigmoid().sigmoid(), BCE, 0.55 + 0.1 * BITS),
     "product of probabilities": (scores(K).sigmoid() * scores(K).sigmoid(), BCE, BITS),
+    "equal weights": (
+        torch.full((N, C), 1 / C).requires_grad_().log_softmax(1),
+        NLL,
+        LABELS,
+    ),
+    "own loss, logits without a graph": (
+        scores().detach(),
+        lambda o, t: F.nll_loss(F.log_softmax(o, 1), t),
+        LABELS,
+    ),
     "evidence": (F.log_softmax(F.softplus(scores()), 1), NLL, LABELS),
     "variance": (scores(1), nn.GaussianNLLLoss(), (BITS[:, :1], F.softplus(scores(1)) + 1e-6)),
     "pooled relu": (

@@ -16,7 +16,7 @@ from torch import Tensor
 from .calls import LossCall
 from .catalog import Hit
 from .reach import binary_floors, class_floor, span
-from .trace import Head
+from .trace import OF_VALUES, Head
 from .values import Values
 
 __all__ = ["doubled_hits", "named", "scaled_hits"]
@@ -48,7 +48,7 @@ def doubled_hits(call: LossCall, head: Head, axis: int | None, target: Values) -
         severity, limit = judged
         last = "log(softmax)" if head.kind == "log_of_softmax" else head.kind
         what = f"{named(inner)} before {last}, shown by {head.source}: {limit}"
-        evidence = "trace" if inner.is_sure else "values"
+        evidence = "values" if inner.source.startswith(OF_VALUES) else "trace"
         yield Hit(f"activation-before-{kind}", severity, what, evidence, head.where)
 
 
@@ -75,7 +75,7 @@ def scaled_hits(
 def named(head: Head) -> str:
     """Name an activation and the constant that its values are multiplied by."""
     inner = "" if head.before is None else f" of {named(head.before)}"
-    if head.source.startswith(("its rows", "its values")):
+    if head.source.startswith(OF_VALUES):
         inner = f" (shown by {head.source})"
     return f"{head.kind}{inner}" + ("" if head.scale == 1 else f" times {head.scale:.3g}")
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .values import Values
 
 __all__ = [
+    "OF_VALUES",
     "UNKNOWN",
     "Head",
     "activation_of",
@@ -65,6 +66,7 @@ class Head:
 
 
 UNKNOWN = Head("unknown")
+OF_VALUES = "its numbers: "
 
 _KINDS = {
     "Softmax": "softmax",
@@ -239,11 +241,11 @@ def _of_values(leaf: Tensor | None) -> Head | None:
     if leaf is None or isinstance(leaf, nn.Parameter):
         return None
     values = Values(leaf, 65_536)
+    if not values.within(0, 1) or values.low == values.high:
+        return None
     if any(values.sums_to_one(axis) > 1 for axis in range(leaf.ndim)):
-        return Head("softmax", None, "its rows, which sum to 1")
-    if values.within(0, 1) and values.high > values.low:
-        return Head("sigmoid", None, "its values, all in [0, 1]", is_sure=False)
-    return None
+        return Head("softmax", None, OF_VALUES + "rows sum to 1")
+    return Head("sigmoid", None, OF_VALUES + "all lie in [0, 1]", is_sure=False)
 
 
 def _factor(node: Any, stem: str) -> float | None:
@@ -304,7 +306,8 @@ def _head_of_parts(node: Any, stem: str, shape: Any, path: list, depth: int) -> 
         path = [*path, lambda axis: axis + (axis >= dim)]
     else:  # along the softmax's own axis the rows no longer sum to 1: left to the values
         path = [*path, lambda axis: None if axis == dim else axis]
-    heads = [_walk(branch, shape, path, depth) for branch, _ in node.next_functions[:64]]
+    branches = node.next_functions[:64]  # joins of joins of joins would take 64 ** 3 walks
+    heads = [_walk(branch, shape, path, depth + 30) for branch, _ in branches]
     if not heads or any(head.kind != heads[0].kind for head in heads):
         return UNKNOWN
     same = all(head.axis == heads[0].axis for head in heads)
