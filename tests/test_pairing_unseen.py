@@ -329,6 +329,12 @@ HEALTHY = {
         CLASSES,
         "nothing found",
     ),
+    "many classes": (
+        torch.randn(64, 1000, generator=SEED).requires_grad_(),
+        lambda o, t: F.cross_entropy(o, t),
+        torch.arange(64),
+        "nothing found",
+    ),
     "mixture": (
         torch.stack([MANY, -MANY]),
         lambda o, t: F.nll_loss(torch.logsumexp(o.log_softmax(2), 0) - math.log(2), t),

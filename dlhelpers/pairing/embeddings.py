@@ -1,8 +1,9 @@
 """Does a loss of embeddings depend on their length, and on a temperature? Its values say so.
 
-A contrastive loss sees embeddings only through their dot products or distances: turned together
-they give the same loss. Where it changes with their length, nothing was normalised. Cosines lie
-in [-1, 1], so without a temperature InfoNCE of N pairs stays above ln(1 + (N-1) exp(-2)).
+A contrastive loss sees embeddings only through their dot products or distances: it stays the same
+where their axes are permuted and mirrored. Where it changes with their length, nothing was
+normalised. Cosines lie in [-1, 1], so without a temperature InfoNCE of N pairs stays above
+ln(1 + (N-1) exp(-2)).
 Source: van den Oord et al. 2018 (InfoNCE), Chen et al. 2020 (NT-Xent), Schroff et al. 2015
 (triplets of normalised embeddings).
 """
@@ -35,7 +36,7 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
             [N, ..., D]; those with as many axes and the same D are taken for embeddings too.
     """
     first = floating[0]
-    if first.ndim < 2 or min(len(first), first.shape[-1]) < 2:
+    if first.ndim < 2 or min(len(first), first.shape[-1]) < 2 or not _is_small(first):
         return None
     given = [x for x in floating if x.ndim == first.ndim and x.shape[-1] == first.shape[-1]]
 
@@ -70,6 +71,11 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
     return [Hit("embeddings-not-normalised", "suspicion", what, "values")]
 
 
+def _is_small(first: Tensor) -> bool:
+    """Whether a loss over all pairs of rows is played in a moment."""
+    return first.shape[:-1].numel() <= 2048 and first.numel() <= 2**20
+
+
 def _units(given: Sequence[Tensor], seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in given]
@@ -79,22 +85,30 @@ def _units(given: Sequence[Tensor], seed: int) -> list[Tensor]:
 def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
     """Whether a loss compares embeddings with each other, and not each with what it should be.
 
-    It does not change where all are turned alike. Two tensors whose best answer is that they are
-    equal, however short, are a regression or a divergence; one whose rows may each be turned for
-    itself is a penalty on lengths.
+    It does not change where the axes of all are permuted and mirrored alike. Two tensors whose
+    best answer is that they are equal, however short, are a regression or a divergence; one tensor whose rows may each be
+    mirrored differently is under a penalty on lengths.
     """
     units = probes[0]
-    rows, columns = len(units[0]), units[0].shape[-1]
+    long = [math.sqrt(units[0].shape[-1]) * x for x in units]  # elements of size 1
+    seen = loss(long)
+    if not math.isfinite(seen):
+        long, seen = units, plain
     generator = torch.Generator().manual_seed(2)
-    turn = torch.randn(rows, columns, columns, generator=generator, dtype=torch.float64)
-    turn = torch.linalg.qr(turn)[0]
-    if not _alike(plain, loss([x @ turn[0] for x in units])):
-        return False
+    for shift in (1, 2, 3):
+        signs = _signs(generator, long[0].shape[-1])
+        if not _alike(seen, loss([x.roll(shift, -1) * signs for x in long])):
+            return False
     if len(units) == 1:
-        return not _alike(plain, loss([torch.einsum("n...d,nde->n...e", units[0], turn)]))
+        shape = (len(units[0]), *[1] * (units[0].ndim - 2), units[0].shape[-1])
+        return not _alike(plain, loss([units[0] * _signs(generator, *shape)]))
     if len(units) == 2 and units[0].shape == units[1].shape:
         return any(abs(loss([c * units[0]] * 2)) > 1e-3 for c in (0.1, 1.0))
     return True
+
+
+def _signs(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator) * 2 - 1
 
 
 def _candidates_at_one(loss: _Loss, probes: list[list[Tensor]]) -> int | None:
