@@ -86,8 +86,8 @@ def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
     """Whether a loss compares embeddings with each other, and not each with what it should be.
 
     It does not change where the axes of all are permuted and mirrored alike. Two tensors whose
-    best answer is that they are equal, however short, are a regression or a divergence; one tensor whose rows may each be
-    mirrored differently is under a penalty on lengths.
+    best answer is that they are equal, however short, are a regression or a divergence; one
+    tensor whose rows may each be mirrored differently is under a penalty on lengths.
     """
     units = probes[0]
     long = [math.sqrt(units[0].shape[-1]) * x for x in units]  # elements of size 1
