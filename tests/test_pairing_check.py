@@ -68,6 +68,12 @@ class Branching(FunctionalHead):
 
 
 INPUTS = torch.randn(N, 6, generator=SEED)
+
+
+def soft_dice(p, t):
+    return 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
+
+
 UNNAMED = nn.Sequential(nn.Linear(6, C), nn.Softmax())
 
 
@@ -170,6 +176,15 @@ CASES = {
         (randn(9, 2, C, grad=False).log_softmax(0), nn.CTCLoss(), CTC),
     ],
     "nn.Softmax() without dim": [(UNNAMED, CE, LABELS, INPUTS), (UNNAMED, CE, LABELS)],
+    "bounded scores before log_softmax or softmax": [
+        (randn(N, C).softmax(1).log_softmax(1), NLL, LABELS),
+        (nn.Sequential(nn.Linear(6, C), nn.Sigmoid(), nn.LogSoftmax(1)), NLL, LABELS, INPUTS),
+        (nn.Sequential(nn.Linear(6, C), nn.Sigmoid(), nn.LogSoftmax(1)), NLL, LABELS),
+    ],
+    "bounded scores before sigmoid, BCELoss": [
+        (randn(N, K).sigmoid().sigmoid(), BCE, BITS),
+        (nn.Sequential(nn.Linear(6, K), nn.Tanh(), nn.Sigmoid()), BCE, BITS),
+    ],
     "one logit with CrossEntropyLoss": [
         (randn(N, 1), CE, torch.zeros(N).long()),
         (randn(N, 1, 4), CE, torch.zeros(N, 4).long()),
@@ -332,6 +347,10 @@ CASES = {
         (F.softplus(randn(N)), nn.PoissonNLLLoss(), torch.ones(N)),
         (randn(N).relu(), F.poisson_nll_loss, torch.ones(N)),
     ],
+    "exp or softplus of a positive rate or variance": [
+        (F.softplus(randn(N)).exp(), nn.PoissonNLLLoss(log_input=False), torch.ones(N)),
+        (randn(N), nn.GaussianNLLLoss(), (randn(N, grad=False), F.softplus(randn(N).exp()))),
+    ],
     "negative prediction with log_input=False": [
         (randn(N), nn.PoissonNLLLoss(log_input=False), torch.ones(N))
     ],
@@ -430,6 +449,25 @@ CASES = {
     "torch refuses the arguments or options of its loss": [
         (randn(N, C), nn.CrossEntropyLoss(weight=torch.ones(2)), LABELS),
         (randn(N, C), nn.GaussianNLLLoss(), randn(N, C, grad=False)),
+    ],
+    "raw outputs into a loss that wants probabilities": [
+        (randn(N, K), soft_dice, BITS),
+        (nn.Linear(6, K), soft_dice, BITS, INPUTS),
+    ],
+    "an activation before a loss that wants logits": [
+        (randn(N, K).sigmoid(), lambda o, t: soft_dice(o.sigmoid(), t), BITS),
+    ],
+    "triplets, InfoNCE of embeddings of any length": [
+        (randn(N, C), nn.TripletMarginLoss(), (randn(N, C), randn(N, C))),
+        (randn(N, C), lambda a, b: F.cross_entropy(a @ b.T, torch.arange(N)), randn(N, C)),
+    ],
+    "InfoNCE of cosines without a temperature": [
+        (F.normalize(randn(N, C)) @ F.normalize(randn(N, C)).T, CE, torch.arange(N)),
+        (
+            randn(N, C),
+            lambda a, b: F.cross_entropy(F.normalize(a) @ F.normalize(b).T, torch.arange(N)),
+            randn(N, C),
+        ),
     ],
     "a loss of the reader's own raises": [(randn(N, C), raising, LABELS)],
     "the loss is nan or inf": [(randn(N, C), nn.CrossEntropyLoss(torch.zeros(C)), LABELS)],

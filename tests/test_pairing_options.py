@@ -404,8 +404,8 @@ BATCH = {  # loss -> (prediction, targets)
     nn.SoftMarginLoss: (Z, SIGNS),
     nn.CosineEmbeddingLoss: (Z, (OTHER, SIGNS[:, 0])),
     nn.MarginRankingLoss: (Z[:, 0], (OTHER[:, 0], SIGNS[:, 0])),
-    nn.TripletMarginLoss: (Z, (OTHER, SOFT)),
-    nn.TripletMarginWithDistanceLoss: (Z, (OTHER, SOFT)),
+    nn.TripletMarginLoss: (F.normalize(Z), (F.normalize(OTHER), F.normalize(SOFT))),
+    nn.TripletMarginWithDistanceLoss: (F.normalize(Z), (F.normalize(OTHER), F.normalize(SOFT))),
     nn.CTCLoss: (FRAMES, (SYMBOLS, INS, OUTS)),
     nn.KLDivLoss: (Z.log_softmax(1), SOFT),
 }

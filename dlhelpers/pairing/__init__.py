@@ -28,6 +28,8 @@ LogSoftmax before CrossEntropyLoss (wasted)            log-softmax-into-cross-en
 softmax, log_softmax over another axis than classes    softmax-over-wrong-axis              trace
 the same without a graph                               softmax-over-wrong-axis              values
 nn.Softmax() without dim                               softmax-without-dim                  hint
+bounded scores before log_softmax or softmax           activation-before-softmax            trace
+bounded scores before sigmoid, BCELoss                 activation-before-sigmoid            trace
 one logit with CrossEntropyLoss                        one-logit                            rule
 softmax before NLLLoss                                 softmax-into-nll                     trace
 softmax before NLLLoss, no graph                       softmax-into-nll                     values
@@ -68,6 +70,7 @@ sigmoid before a margin loss                           sigmoid-into-margin-loss 
 ReLU, sigmoid or tanh cannot reach the targets         head-cannot-reach-targets            trace
 softmax and a squared or absolute error on one-hot     softmax-into-regression              hint
 exp, softplus, ReLU into PoissonNLLLoss(log_input)     positive-head-into-log-rate          trace
+exp or softplus of a positive rate or variance         positive-head-twice                  hint
 negative prediction with log_input=False               negative-rate                        rule
 negative counts                                        negative-counts                      rule
 negative variance                                      negative-variance                    rule
@@ -92,15 +95,23 @@ a class or None in place of a loss                     not-a-loss               
 sparse, meta, quantised, complex tensors               values-not-readable                  hint
 the model fails on its inputs                          model-raised                         rule
 torch refuses the arguments or options of its loss     loss-raised                          rule
+raw outputs into a loss that wants probabilities       logits-into-own-loss                 rule
+an activation before a loss that wants logits          activation-into-own-loss             trace
+triplets, InfoNCE of embeddings of any length          embeddings-not-normalised            hint
+InfoNCE of cosines without a temperature               cosine-without-temperature           hint
 a loss of the reader's own raises                      loss-raised                          rule
 the loss is nan or inf                                 loss-not-finite                      rule
 a weight of one number per class on another axis       weight-over-wrong-axis               hint
 a rule fails on odd values                             check-failed                         hint
 =====================================================  ===================================  ======
 
-Not looked for: the saturation of Sigmoid + BCELoss (right, only less exact), embeddings that are
-not normalised, BCELoss under CUDA autocast (torch refuses it), ``LinearCrossEntropyLoss`` and
-``AdaptiveLogSoftmaxWithLoss``, which own their last layer.
+A loss that is not in :data:`LOSSES` (Dice, triplets, one of your own) is called once, and what its
+recorded operations give for other outputs shows what it wants; where they show nothing, the answer
+is "not looked at: no rule for this loss".
+
+Not looked for: the saturation of Sigmoid + BCELoss (right, only less exact), BCELoss under CUDA
+autocast (torch refuses it), ``LinearCrossEntropyLoss`` and ``AdaptiveLogSoftmaxWithLoss``, which
+own their last layer.
 """
 
 from __future__ import annotations

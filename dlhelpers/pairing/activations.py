@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .calls import LossCall
 from .catalog import Hit
+from .doubled import doubled_hits, named, scaled_hits
 from .forms import class_axis
-from .trace import Head
+from .reach import class_floor, span
+from .trace import Head, head_of_tensor, is_of_cosines, is_of_logarithms
 from .values import Values
 
 __all__ = ["activation_hits"]
@@ -33,16 +35,6 @@ _WRONG_FOR_SCORES = {
     "bce-with-logits": ("softmax", "sigmoid", "tanh", "relu", "log-softmax"),
     "margin-loss": ("softmax", "sigmoid"),
 }
-_LIMITS = {  # what an activation can give
-    "relu": (0.0, float("inf")),
-    "softplus": (0.0, float("inf")),
-    "exp": (0.0, float("inf")),
-    "sigmoid": (0.0, 1.0),
-    "softmax": (0.0, 1.0),
-    "tanh": (-1.0, 1.0),
-    "log_softmax": (-float("inf"), 0.0),
-    "log_sigmoid": (-float("inf"), 0.0),
-}
 
 
 def activation_hits(
@@ -50,7 +42,7 @@ def activation_hits(
 ) -> Iterator[Hit]:
     """Yield the mis-pairings of one call; ``prediction`` may be unreadable."""
     if call.name in _SCORES:
-        yield from _raw_scores(call, head, prediction)
+        yield from _raw_scores(call, head, prediction, target)
     elif call.name in _LOG_PROBS:
         yield from _log_probabilities(call, head, prediction, target)
     elif call.name == "binary_cross_entropy":
@@ -62,6 +54,10 @@ def activation_hits(
         if call.options.get("log_input", True) and head.kind in kinds:
             what = f"{head.kind} shown by {head.source}, and log_input=True"
             yield _traced("positive-head-into-log-rate", what, head)
+        elif not call.options.get("log_input", True):
+            yield from _floor_of_positive("rate", head)
+    elif call.name == "gaussian_nll_loss" and isinstance(call.options.get("var"), Tensor):
+        yield from _floor_of_positive("variance", head_of_tensor(call.options["var"]))
 
 
 def _traced(name: str, what: str, head: Head, severity: str = "error") -> Hit:
@@ -75,6 +71,14 @@ def _by_values(name: str, what: str, rows: int) -> Hit:
 def _shown(head: Head) -> str:
     along = "" if head.axis is None else f" along axis {head.axis}"
     return f"{head.kind}{along} shown by {head.source}"
+
+
+def _floor_of_positive(role: str, head: Head) -> Iterator[Hit]:
+    """A rate or variance that is made positive twice: exp, softplus of what is positive."""
+    low = span(head)[0] if head.kind in ("exp", "softplus") and head.before else 0.0
+    if low > 0.1:
+        what = f"{named(head)} shown by {head.source}: the {role} cannot fall below {low:.3g}"
+        yield _traced("positive-head-twice", what, head, "suspicion")
 
 
 def _ndim(call: LossCall) -> int | None:
@@ -106,11 +110,12 @@ def _other_axis(call: LossCall, values: Values, axis: int | None, log: bool) -> 
     return (-1, 0)
 
 
-def _raw_scores(call: LossCall, head: Head, values: Values) -> Iterator[Hit]:
+def _raw_scores(call: LossCall, head: Head, values: Values, target: Values) -> Iterator[Hit]:
     ending = _SCORES[call.name]
     axis, traced_axis = _axes(call, head)
     kind = head.kind.replace("log_of_softmax", "log_softmax").replace("_", "-")
     if kind == "log-softmax" and ending == "cross-entropy":
+        yield from doubled_hits(call, head, axis, target)
         yield from _log_softmax_into_cross_entropy(call, head, values, axis, traced_axis)
         return
     if "softmax" in kind and _is_other(axis, traced_axis) and call.name == "cross_entropy":
@@ -123,6 +128,15 @@ def _raw_scores(call: LossCall, head: Head, values: Values) -> Iterator[Hit]:
             if rows > 1 and not values.sums_to_one(axis, within=4):
                 name, what = "softmax-over-wrong-axis", f"{what}; axis {other} sums to 1"
         yield _traced(name, what, head)
+        return
+    if ending == "cross-entropy" and head.kind == "other" and is_of_cosines(call.prediction):
+        floor = class_floor(2.0, call.prediction.shape[axis])
+        what = f"cosines shown by {head.source}: the loss cannot fall below {floor:.3g}"
+        yield _traced("cosine-without-temperature", what, head, "suspicion")
+        return
+    scaled = list(scaled_hits(call, head, ending, axis, target))
+    yield from scaled
+    if scaled:
         return
     yield from _scores_by_values(call, head, values, axis, ending)
 
@@ -186,6 +200,7 @@ def _log_probabilities(call: LossCall, head: Head, values: Values, target: Value
     if axis is None:
         axis = _axis_of_distribution(call, target)
     if head.kind in ("log_softmax", "log_of_softmax"):
+        yield from doubled_hits(call, head, axis, target)
         if _is_other(axis, traced_axis):
             yield _traced("softmax-over-wrong-axis", _shown(head), head)
         elif traced_axis is None and axis is not None and not values.is_empty:
@@ -206,7 +221,9 @@ def _log_probabilities(call: LossCall, head: Head, values: Values, target: Value
         return
     if values.is_empty or values.has_nan or not isinstance(call.prediction, Tensor):
         return
-    yield from _log_probs_by_values(call, values, axis, ending)
+    negated = head.before is not None and head.before.scale < 0
+    if negated or head.kind != "other" or not is_of_logarithms(call.prediction):
+        yield from _log_probs_by_values(call, values, axis, ending)
 
 
 def _axis_of_distribution(call: LossCall, target: Values) -> int | None:
@@ -250,7 +267,9 @@ def _log_probs_by_values(
 def _probabilities(call: LossCall, head: Head, values: Values, target: Values) -> Iterator[Hit]:
     if head.kind in ("linear", "relu", "tanh", "log_softmax", "log_sigmoid", "softplus"):
         yield _traced("logits-into-bce", _shown(head), head)
-    elif not values.is_empty and not values.has_nan and not values.within(0, 1, 0):
+        return
+    yield from doubled_hits(call, head, _softmax_axis(call, head), target)
+    if not values.is_empty and not values.has_nan and not values.within(0, 1, 0):
         what = f"values from {values.low:.4g} to {values.high:.4g}"
         yield Hit("logits-into-bce", "error", what, "rule")
     elif not isinstance(call.prediction, Tensor):
@@ -271,6 +290,11 @@ def _probabilities(call: LossCall, head: Head, values: Values, target: Values) -
             evidence = "trace" if head.kind == "softmax" else "values"
             yield Hit("softmax-into-bce", severity, what, evidence, head.where)
             return
+
+
+def _softmax_axis(call: LossCall, head: Head) -> int | None:
+    """Return the axis that the softmax ran over, which BCELoss itself does not name."""
+    return _axes(call, head)[1] if "softmax" in head.kind else None
 
 
 def _holds_several(call: LossCall, axis: int, target: Values) -> bool:
@@ -295,12 +319,14 @@ def _regression(call: LossCall, head: Head, values: Values, target: Values) -> I
             what = f"{rows} rows sum to 1, as the one-hot targets do"
             yield Hit("softmax-into-regression", "suspicion", what, "values")
             return
-    low, high = _LIMITS.get(head.kind, (-float("inf"), float("inf")))
+    axis = _softmax_axis(call, head)
+    known = axis is not None and isinstance(call.prediction, Tensor)
+    low, high = span(head, call.prediction.shape[axis] if known else None)
     slack = 0.01 * (target.high - target.low) or 1e-6 * abs(target.high)
     if target.low < low - slack or target.high > high + slack:
         share = target.share_outside(low - slack, high + slack)
-        span = f"targets from {target.low:.4g} to {target.high:.4g}"
-        what = f"{_shown(head)}; {span}, {share:.1%} of them out of reach"
+        seen = f"targets from {target.low:.4g} to {target.high:.4g}"
+        what = f"{named(head)} shown by {head.source}; {seen}, {share:.1%} of them out of reach"
         severity = "error" if share >= 0.1 else "suspicion"
         yield _traced("head-cannot-reach-targets", what, head, severity)
     elif not head.is_known and values.low == 0 < values.high and target.low < -slack:

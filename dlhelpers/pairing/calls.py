@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -106,6 +107,9 @@ class Inside:
         error: what it raised.
         raised: the one of ``calls`` that raised, None where it was another line.
         not_finite: the first of ``calls`` whose value holds nan or inf.
+        arguments: what it was called with.
+        steps: every call of a torch function: (function, args, kwargs, result), in order.
+        is_random: whether it drew from torch's generator.
     """
 
     calls: list[LossCall] = field(default_factory=list)
@@ -113,6 +117,9 @@ class Inside:
     error: Exception | None = None
     raised: LossCall | None = None
     not_finite: LossCall | None = None
+    arguments: tuple = ()
+    steps: list[tuple[Callable, tuple, Mapping[str, Any], Any]] = field(default_factory=list)
+    is_random: bool = False
 
 
 def bind(name: str, args: tuple, kwargs: Mapping[str, Any]) -> LossCall:
@@ -207,6 +214,11 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        value = self._call(func, args, kwargs)
+        self.inside.steps.append((func, args, kwargs, value))
+        return value
+
+    def _call(self, func: Callable, args: tuple, kwargs: dict) -> Any:
         if func not in NAME_OF:
             return func(*args, **kwargs)
         kwargs = with_forgotten(func, args, kwargs)
@@ -227,10 +239,13 @@ class _Recorder(TorchFunctionMode):
 
 def calls_inside(loss: Callable, *args: object) -> Inside:
     """Call ``loss(*args)`` once and return what happened; what it raises is kept, not raised."""
+    before = torch.get_rng_state()
     with _Recorder() as recorder:
         inside = recorder.inside
+        inside.arguments = args
         try:
             inside.value = loss(*args)
         except Exception as error:
             inside.error = error
+    inside.is_random = not torch.equal(before, torch.get_rng_state())
     return inside

@@ -73,6 +73,46 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "batch: samples compete with each other. Nothing is raised.",
         "F.log_softmax(logits, dim=class_axis)  # 1 for (N, C, ...), -1 for CTC's (T, N, C)",
     ),
+    "activation-before-softmax": (
+        "softmax and log_softmax expect unbounded scores. Applied to the values of another "
+        "activation they cannot bring a probability near 0 or 1: the loss is cross entropy of "
+        "that activation, has a floor, and its gradients shrink. Nothing is raised.",
+        "log_probs = F.log_softmax(logits, dim=1)  # of the last linear layer's outputs\n"
+        "loss = F.nll_loss(log_probs, target)  # or F.cross_entropy(logits, target)",
+    ),
+    "activation-before-sigmoid": (
+        "A sigmoid expects an unbounded logit. Applied to the value of another activation it "
+        "cannot bring the probability near 0 or 1: the loss is BCEWithLogitsLoss of that "
+        "activation and has a floor. Nothing is raised.",
+        "probability = torch.sigmoid(logit)  # of the last linear layer's output\n"
+        "loss = F.binary_cross_entropy_with_logits(logit, target)  # or BCELoss of probability",
+    ),
+    "positive-head-twice": (
+        "exp and softplus make any number positive. Applied to numbers that are positive already "
+        "they put a floor under the rate or variance.",
+        "var = F.softplus(raw)  # raw: the last linear layer's output",
+    ),
+    "logits-into-own-loss": (
+        "The loss treats its first argument as probabilities. Outside [0, 1] an overlap score "
+        "exceeds its best value, a logarithm is nan, and a clamp passes no gradient.",
+        "loss_value = loss(torch.sigmoid(outputs), targets)  # softmax for exclusive classes",
+    ),
+    "activation-into-own-loss": (
+        "The loss applies an activation itself. After a first one its best value is out of reach, "
+        "and gradients shrink.",
+        "loss_value = loss(logits, targets)  # no activation before it",
+    ),
+    "embeddings-not-normalised": (
+        "The loss depends on the length of the embeddings: training can change lengths instead of "
+        "angles, and a margin or temperature means something else at each length. If dot products "
+        "or Euclidean distances are intended, this is right.",
+        "embeddings = F.normalize(embeddings, dim=1)  # before the loss",
+    ),
+    "cosine-without-temperature": (
+        "Cosines lie in [-1, 1]. Without a temperature the softmax over them stays nearly flat "
+        "however good the embeddings are, and hard negatives hardly count more than easy ones.",
+        "loss = F.cross_entropy(cosines / 0.07, labels)  # a temperature, fixed or learned",
+    ),
     "softmax-without-dim": (
         "Without dim torch guesses: axis 0 for 0, 1 and 3 dimensions, else axis 1.",
         "nn.Softmax(dim=1)  # name the class axis",

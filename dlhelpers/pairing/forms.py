@@ -290,6 +290,8 @@ def _broadcast(call: LossCall) -> Iterator[Hit]:
     except RuntimeError:
         yield _error("target-shape", f"{shapes}: they cannot be broadcast")
         return
+    if math.prod(joint) == x.numel() and y.numel() in (1, x.numel()):
+        return  # one to one, or one number for all
     crossed = math.prod(joint) > max(x.numel(), y.numel())
     if crossed and x.ndim != y.ndim:  # axes of 1 on both sides are written on purpose
         yield _error("broadcast-target", f"{shapes} are broadcast to {tuple(joint)}")

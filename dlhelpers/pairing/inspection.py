@@ -12,18 +12,22 @@ from torch import Tensor, nn
 from dlhelpers.findings import Findings
 
 from .activations import activation_hits
-from .calls import LossCall, describe_call
+from .calls import Inside, LossCall, describe_call
 from .catalog import Hit, finding
 from .causes import missing
 from .forms import form_hits
 from .probe import as_tensor, first_tensor, restored, run_model, unwrap
 from .static import head_of_model, softmax_without_dim
+from .tape import Tape
 from .trace import UNKNOWN, Head, head_of_tensor
 from .trial import call_own, option_hits, own_hits, said, trial_hits
+from .unseen import NO_RULE, formula_hits
 from .values import Values
 from .weights import weight_hits
 
 __all__ = ["check", "look"]
+
+_GIVE = "call pairing.check(model, loss, targets, inputs)"
 
 
 def check(
@@ -37,8 +41,9 @@ def check(
             ``inputs`` where they are given, else its torch.fx graph and module list are read.
         loss: module of ``torch.nn``, function of ``torch.nn.functional``, partial of one; any
             other callable is called with the whole outputs and targets (with the first tensor,
-            with a tuple's parts, where that fails), and the torch losses inside are looked at.
-            What the loss raises, and a value that is nan or inf, is a finding.
+            with a tuple's parts, where that fails), and the torch losses inside are looked at,
+            then what its recorded operations give for other outputs. What the loss raises, and a
+            value that is nan or inf, is a finding.
         targets: as the loss takes them; arrays and lists of numbers become tensors. A
             tuple holds all that follows the prediction:
             ``(targets, input_lengths, target_lengths)`` for CTC, ``(target, var)`` for
@@ -46,8 +51,10 @@ def check(
         inputs: the model's argument, a tuple of arguments or a mapping of keyword arguments.
 
     Returns:
-        Findings, errors first; empty where nothing was found. Never raises on odd arguments,
-        never runs backward; mode, parameters, gradients, buffers and random states are as before.
+        Findings, errors first; where there are none they print "nothing found", or "not looked
+        at" and why: no rule for this loss, no inputs to run the model on. Never raises on odd
+        arguments, never runs backward; mode, parameters, gradients, buffers and random states
+        are as before.
         A loss of torch's is called once on detached tensors, another one on a deep copy.
 
     >>> import torch
@@ -59,11 +66,16 @@ def check(
     nothing found
     """
     hits: list[Hit] = []
+    scope: list[str] = []
     try:
-        hits.extend(_check(model_or_outputs, loss, targets, inputs))
+        hits.extend(_check(model_or_outputs, loss, targets, inputs, scope))
     except Exception as error:  # odd arguments have errors of every kind
         hits.append(_failed(error))
-    return _worded(hits)
+    found = _worded(hits)
+    if scope:
+        found.scope = scope[-1]
+        found.note = scope[-1] if found and scope[-1].startswith("not looked at") else ""
+    return found
 
 
 def _failed(error: BaseException) -> Hit:
@@ -77,7 +89,9 @@ def _worded(hits: list[Hit]) -> Findings:
     return Findings(finding(hit) for hit in ordered)
 
 
-def _check(model: object, loss: object, targets: object, inputs: object) -> Iterator[Hit]:
+def _check(
+    model: object, loss: object, targets: object, inputs: object, scope: list[str]
+) -> Iterator[Hit]:
     head = UNKNOWN
     if not callable(loss) or isinstance(loss, type):
         yield Hit("not-a-loss", "error", f"the loss is {loss!r:.60}", "rule")
@@ -99,6 +113,10 @@ def _check(model: object, loss: object, targets: object, inputs: object) -> Iter
             if call is not None and static.is_known:
                 hidden = Values(None)
                 yield from activation_hits(call, static, hidden, Values(call.target))
+            if call is None:
+                scope.append(f"{NO_RULE}, and no outputs: {_GIVE}")
+            elif static.kind in ("unknown", "other") and static.before is None:
+                scope.append(f"not looked at: what the model ends with is not seen: {_GIVE}")
             yield from _guessed_axes(model)
             return
         try:
@@ -133,7 +151,7 @@ def _check(model: object, loss: object, targets: object, inputs: object) -> Iter
         yield from hits
         yield from trial_hits(call, hits)
     else:
-        yield from _look_inside(loss, ((outputs, targets), (tensor, numbers)))
+        yield from _look_inside(loss, ((outputs, targets), (tensor, numbers)), head, scope)
 
 
 def _guessed_axes(model: object) -> Iterator[Hit]:
@@ -196,11 +214,38 @@ def _without_contradictions(
         yield hit
 
 
-def _look_inside(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Iterator[Hit]:
+def _look_inside(
+    loss: Callable[..., Any], pairs: tuple[tuple, ...], head: Head, scope: list[str]
+) -> Iterator[Hit]:
     """Call a loss of the reader's own and look at it, and at the torch losses that it calls."""
     inside = call_own(loss, pairs)
     known: list[Hit] = []
-    for call in inside.calls:
+    for call in _with_graph(inside):
         known.extend(look(call))
     yield from known
-    yield from own_hits(loss, inside, known)
+    raised = list(own_hits(loss, inside, known))
+    if inside.error is None and not any(hit.severity == "error" for hit in known):
+        hits, seen = formula_hits(inside, head)
+        scope.append(seen)
+        yield from hits
+        if any(hit.severity == "error" for hit in hits):
+            raised = []  # its nan is what comes of it
+    yield from raised
+
+
+def _with_graph(inside: Inside) -> list[LossCall]:
+    """Return the torch losses called inside; where the outputs had no graph, with one from them."""
+    output = first_tensor(inside.arguments[0])
+    if not inside.calls or output is None or output.requires_grad:
+        return inside.calls
+    with torch.enable_grad():
+        try:
+            leaf = output.detach().requires_grad_()
+        except RuntimeError:  # integers
+            return inside.calls
+        made = Tape(inside).play([(output, leaf)])
+    if made is None:
+        return inside.calls
+    predictions = [made.get(id(call.prediction), call.prediction) for call in inside.calls]
+    pairs = zip(inside.calls, predictions, strict=True)
+    return [replace(call, prediction=prediction) for call, prediction in pairs]

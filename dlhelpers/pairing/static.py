@@ -7,14 +7,16 @@ Source: https://pytorch.org/docs/stable/fx.html
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .trace import UNKNOWN, Head
+from .trace import UNKNOWN, Head, activation_of
 
 __all__ = ["head_of_model", "softmax_without_dim"]
 
@@ -32,6 +34,8 @@ _FUNCTIONS = {
     F.tanh: "tanh",
     torch.exp: "exp",
     F.softplus: "softplus",
+    F.relu6: "relu",
+    F.hardsigmoid: "sigmoid",
     F.linear: "linear",
     torch.conv1d: "linear",
     torch.conv2d: "linear",
@@ -54,6 +58,7 @@ _MODULE_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.modules.conv._ConvNd, "linear"),
 )
 _KEEPS_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten)
+_DROPOUTS = nn.modules.dropout._DropoutNd
 _KEEPS_METHODS = (
     "view",
     "reshape",
@@ -90,13 +95,15 @@ def _head_by_fx(model: nn.Module) -> Head:
     except Exception:  # control flow on values, kwargs only, compiled code: not traceable
         return UNKNOWN
     value = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
-    value = _first(value)
-    modules = dict(model.named_modules())
+    return _head_of_node(_first(value), dict(model.named_modules()))
+
+
+def _head_of_node(value: Any, modules: dict[str, nn.Module]) -> Head:
     moved = False
     while isinstance(value, torch.fx.Node):
         where = value.target if value.op == "call_module" else ""
+        module = modules.get(value.target) if value.op == "call_module" else None
         if value.op == "call_module":
-            module = modules.get(value.target)
             kind, dim = _kind_of_module(module), getattr(module, "dim", None)
             keeps = isinstance(module, _KEEPS_MODULES)
         elif value.op == "call_function":
@@ -108,14 +115,35 @@ def _head_by_fx(model: nn.Module) -> Head:
             keeps = value.target in _KEEPS_METHODS
         else:
             return UNKNOWN
+        inner = _first(value.args[0] if value.args else value.kwargs.get("input"))
         if kind is not None:
             known = isinstance(dim, int) and not moved and "softmax" in kind
-            return Head(kind, dim if known else None, "torch.fx", str(where))
+            axis = dim if known else None
+            before = activation_of(_head_of_node(inner, modules))
+            return Head(kind, axis, "torch.fx", str(where), before)
+        factor = _factor(value, module)
         if not keeps:
-            return Head("other", None, "torch.fx", str(where))
+            before = None if factor is None else activation_of(_head_of_node(inner, modules))
+            if before is not None:
+                before = replace(before, scale=before.scale * factor)
+            return Head("other", None, "torch.fx", str(where), before)
         moved = moved or value.target not in ("clone", "contiguous", "float", "to")
-        value = _first(value.args[0] if value.args else None)
+        value = inner
     return UNKNOWN
+
+
+def _factor(node: Any, module: nn.Module | None) -> float | None:
+    """Return the constant that a step multiplies by; 1 for dropout, None where it is another."""
+    if isinstance(module, _DROPOUTS) or node.target in (F.dropout, torch.dropout):
+        return 1.0
+    if node.target in ("neg", torch.neg, operator.neg):
+        return -1.0
+    other = node.args[1] if len(node.args) == 2 else None
+    if isinstance(other, bool) or not isinstance(other, (int, float)) or not other:
+        return None
+    if node.target in ("mul", torch.mul, operator.mul):
+        return float(other)
+    return 1 / other if node.target in ("div", torch.div, operator.truediv) else None
 
 
 def _first(value: Any) -> Any:
@@ -138,23 +166,31 @@ def _kind_of_module(module: nn.Module | None) -> str | None:
 
 
 def _head_of_list(model: nn.Module) -> Head:
-    """Follow the last child of (nested) Sequentials: their order is the order of execution."""
-    module, path = model, ""
-    while isinstance(module, nn.Sequential) and len(module):
-        children = [
-            (name, child)
-            for name, child in module.named_children()
-            if not isinstance(child, _KEEPS_MODULES)
-        ]
-        if not children:
-            return UNKNOWN
-        name, module = children[-1]
-        path = f"{path}.{name}" if path else name
-    kind = _kind_of_module(module)
+    """Follow the last children of (nested) Sequentials: their order is the order of execution."""
+    steps = [
+        (path, module)
+        for path, module in _steps(model)
+        if not isinstance(module, (*_KEEPS_MODULES, nn.Sequential))
+    ]
+    kind = _kind_of_module(steps[-1][1]) if steps else None
     if kind is None:
         return UNKNOWN
+    path, module = steps.pop()
+    while steps and isinstance(steps[-1][1], _DROPOUTS):
+        steps.pop()
+    inner = _kind_of_module(steps[-1][1]) if steps else None
+    before = None if inner is None else activation_of(Head(inner, None, "the module list"))
     dim = getattr(module, "dim", None)
-    return Head(kind, dim if isinstance(dim, int) else None, "the module list", path)
+    return Head(kind, dim if isinstance(dim, int) else None, "the module list", path, before)
+
+
+def _steps(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield what (nested) Sequentials run, in order, with the path of each."""
+    if not isinstance(module, nn.Sequential):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _steps(child, f"{path}.{name}" if path else name)
 
 
 def softmax_without_dim(model: nn.Module) -> list[str]:

@@ -3,8 +3,10 @@
 The walk starts at ``tensor.grad_fn`` and goes back through nodes that only move, copy or cast
 values (view, reshape, transpose, squeeze, slice, index, cat, to, clone) until one changes them:
 ``SoftmaxBackward0`` says softmax, ``AddmmBackward0`` says a linear layer, ``MulBackward0`` says
-arithmetic, and then nothing is claimed. Node names and their ``_saved_*`` sizes and axes are
-plain numbers: no saved tensor is unpacked, so hooks on saved tensors are never run.
+arithmetic, and then nothing is claimed. What stands in front of an activation is read the same
+way, through scaling by a constant, masks and dropout as well. Node names and their ``_saved_*``
+sizes and axes are plain numbers, a constant factor is read as it was saved: no saved tensor is
+unpacked, so hooks on saved tensors are never run.
 Source: https://pytorch.org/docs/stable/notes/autograd.html
 """
 
@@ -15,9 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["UNKNOWN", "Head", "head_of_tensor"]
+from .values import Values
+
+__all__ = [
+    "OF_VALUES",
+    "UNKNOWN",
+    "Head",
+    "activation_of",
+    "head_of_tensor",
+    "is_of_cosines",
+    "is_of_logarithms",
+]
 
 
 @dataclass(frozen=True)
@@ -32,12 +44,20 @@ class Head:
             between hid it.
         source: how it is known, for the reader.
         where: path of the module, where there is one.
+        before: the activation whose values this one was applied to; None for a linear layer,
+            arithmetic, or nothing seen. An ``other`` that only scales has one as well, and an
+            ``unknown`` whose numbers show it.
+        scale: constant that this activation's values were multiplied by before the next step.
+        is_sure: False where the range of the numbers alone was seen.
     """
 
     kind: str
     axis: int | None = None
     source: str = ""
     where: str = ""
+    before: Head | None = None
+    scale: float = 1.0
+    is_sure: bool = True
 
     @property
     def is_known(self) -> bool:
@@ -46,6 +66,7 @@ class Head:
 
 
 UNKNOWN = Head("unknown")
+OF_VALUES = "its numbers: "
 
 _KINDS = {
     "Softmax": "softmax",
@@ -90,6 +111,18 @@ _OF_LOG_AND_EXP = {
     ("Exp", "log_softmax"): "softmax",
     ("Exp", "log_sigmoid"): "sigmoid",
 }
+_LOGARITHMS = ("LogSoftmax", "LogSigmoid", "Log", "Log1P", "Logsumexp", "Logcumsumexp")
+_SCALES = ("Mul", "Div", "Neg", "NativeDropout")
+_BOUNDED = (  # activations after which a second one is looked at, and their values' range is known
+    "softmax",
+    "log_softmax",
+    "sigmoid",
+    "log_sigmoid",
+    "relu",
+    "tanh",
+    "exp",
+    "softplus",
+)
 _AxisMap = Callable[[int], int | None]  # axis before the step -> axis after it
 
 
@@ -99,6 +132,44 @@ def head_of_tensor(tensor: Tensor) -> Head:
     if node is None:
         return UNKNOWN
     return _walk(node, tuple(tensor.shape), [], 0)
+
+
+def is_of_logarithms(tensor: Tensor) -> bool:
+    """Whether arithmetic made ``tensor`` out of logarithms of probabilities: focal, weighted."""
+    seen, waiting = set(), [getattr(tensor, "grad_fn", None)]
+    while waiting and len(seen) < 100:
+        node = waiting.pop(0)
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stem = node.name().split("Backward")[0]
+        if stem in _LOGARITHMS:
+            return True
+        if _KINDS.get(stem) != "linear" and stem not in _PRODUCTS:
+            waiting.extend(operand for operand, _ in node.next_functions)
+    return False
+
+
+def is_of_cosines(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a product of two matrices of unit vectors, as they were saved."""
+    node = getattr(tensor, "grad_fn", None)
+    if node is None or node.name().split("Backward")[0] != "Mm" or tensor.numel() > 2**22:
+        return False
+    rows, columns = (_saved(node, name) for name in ("self", "mat2"))
+    if rows is None or columns is None:
+        return False
+    lengths = (rows.float().norm(dim=1), columns.float().norm(dim=0))
+    return all(bool(((length - 1).abs() < 1e-2).all()) for length in lengths)
+
+
+def _saved(node: Any, name: str) -> Tensor | None:
+    """Return a tensor that a node saved, without unpacking it; None where that cannot be."""
+    try:
+        saved = getattr(node, f"_raw_saved_{name}")
+        tensor = saved.data if saved.unpack_hook is None else None
+    except Exception:  # a graph that backward has freed, a torch without these names
+        return None
+    return tensor.detach() if isinstance(tensor, Tensor) else None
 
 
 def _walk(
@@ -117,14 +188,29 @@ def _walk(
             return _head_of_clamp(node, stem, shape, path, depth)
         if stem in ("Log", "Exp"):
             inner = _walk(_next(node), shape, path, depth)
-            seen = _OF_LOG_AND_EXP.get((stem, inner.kind), "exp" if stem == "Exp" else "other")
-            return Head(seen, inner.axis if "softmax" in seen else None, source)
+            seen = _OF_LOG_AND_EXP.get((stem, inner.kind))
+            if seen is not None:
+                return Head(seen, inner.axis, source, before=inner.before)
+            seen = "exp" if stem == "Exp" else "other"
+            return Head(seen, None, source, before=activation_of(inner) if seen == "exp" else None)
         if stem == "Threshold" and getattr(node, "_saved_threshold", 0) != 0:
             kind = "other"
         if kind is not None:
-            return Head(kind, _follow(node, shape, path) if "softmax" in kind else None, source)
+            axis = _follow(node, shape, path) if "softmax" in kind else None
+            return Head(kind, axis, source, before=_before(node, kind, shape, depth))
+        if stem in _SCALES:
+            factor = _factor(node, stem)
+            inner = (
+                UNKNOWN if factor is None else activation_of(_walk(_next(node), shape, [], depth))
+            )
+            if inner is not None and inner.is_known:
+                inner = replace(inner, scale=inner.scale * factor)
+                return Head("other", None, source, before=inner)
+            return Head("other", None, source)
         if stem in _JOINS:
             return _head_of_parts(node, stem, shape, path, depth)
+        if "AccumulateGrad" in name:
+            return Head("unknown", before=_of_values(getattr(node, "variable", None)))
         if stem.startswith("torch::autograd::") or any(part in name for part in _OPAQUE):
             return UNKNOWN
         step = _step(node, stem, shape)
@@ -134,6 +220,49 @@ def _walk(
         path = [*path, axis_map]
         node = _next(node)
     return UNKNOWN
+
+
+def activation_of(head: Head) -> Head | None:
+    """Return the activation that ``head`` is or only scales; None where it is neither."""
+    if head.kind in ("other", "unknown"):
+        return head.before
+    return head if head.kind in _BOUNDED else None
+
+
+def _before(node: Any, kind: str, shape: Any, depth: int) -> Head | None:
+    """Return what stands in front of an activation; of a leaf what its numbers say."""
+    if kind not in _BOUNDED or not node.next_functions:
+        return None
+    return activation_of(_walk(_next(node), shape, [], depth))
+
+
+def _of_values(leaf: Tensor | None) -> Head | None:
+    """Return the activation that the numbers of a leaf show: an output that came detached."""
+    if leaf is None or isinstance(leaf, nn.Parameter):
+        return None
+    values = Values(leaf, 65_536)
+    if not values.within(0, 1) or values.low == values.high:
+        return None
+    if any(values.sums_to_one(axis) > 1 for axis in range(leaf.ndim)):
+        return Head("softmax", None, OF_VALUES + "rows sum to 1")
+    return Head("sigmoid", None, OF_VALUES + "all lie in [0, 1]", is_sure=False)
+
+
+def _factor(node: Any, stem: str) -> float | None:
+    """Return the constant that a node multiplies by; 1 for a mask or dropout, None if unknown."""
+    if stem in ("Neg", "NativeDropout"):
+        return -1.0 if stem == "Neg" else 1.0
+    sources = [operand for operand, _ in node.next_functions]
+    if len(sources) != 2 or sources[0] is None or sources[1] is not None:
+        return None
+    other = _saved(node, "other")
+    try:
+        values = [] if other is None else other.reshape(-1)[:4096].unique().tolist()
+    except Exception:  # wrapped tensors
+        return None
+    if len(values) == 1 and values[0]:
+        return 1 / values[0] if stem == "Div" else values[0]
+    return 1.0 if stem == "Mul" and len(values) == 2 and values[0] == 0 else None
 
 
 def _is_parameter(node: Any) -> bool:
@@ -177,7 +306,8 @@ def _head_of_parts(node: Any, stem: str, shape: Any, path: list, depth: int) -> 
         path = [*path, lambda axis: axis + (axis >= dim)]
     else:  # along the softmax's own axis the rows no longer sum to 1: left to the values
         path = [*path, lambda axis: None if axis == dim else axis]
-    heads = [_walk(branch, shape, path, depth) for branch, _ in node.next_functions[:64]]
+    branches = node.next_functions[:64]  # joins of joins of joins would take 64 ** 3 walks
+    heads = [_walk(branch, shape, path, depth + 30) for branch, _ in branches]
     if not heads or any(head.kind != heads[0].kind for head in heads):
         return UNKNOWN
     same = all(head.axis == heads[0].axis for head in heads)

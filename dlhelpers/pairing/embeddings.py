@@ -1,0 +1,164 @@
+"""Does a loss of embeddings depend on their length, and on a temperature? Its values say so.
+
+A contrastive loss sees embeddings only through their dot products or distances: it stays the same
+where their axes are permuted and mirrored. Where it changes with their length, nothing was
+normalised. Cosines lie in [-1, 1], so without a temperature InfoNCE of N pairs stays above
+ln(1 + (N-1) exp(-2)).
+Source: van den Oord et al. 2018 (InfoNCE), Chen et al. 2020 (NT-Xent), Schroff et al. 2015
+(triplets of normalised embeddings).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .catalog import Hit
+from .reach import class_floor
+from .tape import Tape
+
+__all__ = ["embedding_hits"]
+
+_Loss = Callable[[Sequence[Tensor]], float]
+
+
+def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
+    """Return the hits of a loss of embeddings; None where its values do not show that it is one.
+
+    Args:
+        tape: the recorded call.
+        floating: the floating tensors among its arguments, the first of them embeddings
+            [N, ..., D]; those with as many axes and the same D are taken for embeddings too.
+    """
+    first = floating[0]
+    if first.ndim < 2 or min(len(first), first.shape[-1]) < 2 or not _is_small(first):
+        return None
+    given = [x for x in floating if x.ndim == first.ndim and x.shape[-1] == first.shape[-1]]
+
+    def loss(embeddings: Sequence[Tensor]) -> float:
+        pairs = zip(given, embeddings, strict=True)
+        value = tape.value([(x, other.to(x)) for x, other in pairs])
+        return math.nan if value is None else value
+
+    probes = [_units(given, seed) for seed in (0, 1)]
+    plain = loss(probes[0])
+    if not _is_of_pairs(loss, probes, plain):
+        return None
+    scaled = [loss([c * x for x in probes[0]]) for c in (0.5, 3.0)]
+    lengths = torch.cat([x.detach().double().norm(dim=-1).flatten() for x in given])
+    are_units = bool(((lengths - 1).abs() < 1e-2).all())
+    is_free = all(_alike(plain, value) for value in scaled)
+    if is_free or are_units:
+        candidates = _candidates_at_one(loss, probes)
+        if candidates is None:
+            return []
+        what = (
+            f"on unit vectors it is InfoNCE of their cosines, not divided by a temperature: over "
+            f"{candidates} candidates it cannot fall below {class_floor(2.0, candidates):.3g}"
+        )
+        return [Hit("cosine-without-temperature", "suspicion", what, "values")]
+    if _is_power(plain, scaled) and not loss([probes[0][0]] * len(given)) < 0:
+        return None  # a distance; a similarity falls without limit as embeddings grow
+    what = (
+        f"the embeddings are {lengths.min():.3g} to {lengths.max():.3g} long; the loss of unit "
+        f"vectors is {plain:.3g}, of the same 3 times as long {scaled[1]:.3g}"
+    )
+    return [Hit("embeddings-not-normalised", "suspicion", what, "values")]
+
+
+def _is_small(first: Tensor) -> bool:
+    """Whether a loss over all pairs of rows is played in a moment."""
+    return first.shape[:-1].numel() <= 2048 and first.numel() <= 2**20
+
+
+def _units(given: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in given]
+    return [F.normalize(x, dim=-1) for x in draw]
+
+
+def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
+    """Whether a loss compares embeddings with each other, and not each with what it should be.
+
+    It does not change where the axes of all are permuted and mirrored alike. Two tensors whose
+    best answer is that they are equal, however short, are a regression or a divergence; one
+    tensor whose rows may each be mirrored differently is under a penalty on lengths.
+    """
+    units = probes[0]
+    long = [math.sqrt(units[0].shape[-1]) * x for x in units]  # elements of size 1
+    seen = loss(long)
+    if not math.isfinite(seen):
+        long, seen = units, plain
+    generator = torch.Generator().manual_seed(2)
+    for shift in (1, 2, 3):
+        signs = _signs(generator, long[0].shape[-1])
+        if not _alike(seen, loss([x.roll(shift, -1) * signs for x in long])):
+            return False
+    if len(units) == 1:
+        shape = (len(units[0]), *[1] * (units[0].ndim - 2), units[0].shape[-1])
+        return not _alike(plain, loss([units[0] * _signs(generator, *shape)]))
+    if len(units) == 2 and units[0].shape == units[1].shape:
+        return any(abs(loss([c * units[0]] * 2)) > 1e-3 for c in (0.1, 1.0))
+    return True
+
+
+def _signs(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator) * 2 - 1
+
+
+def _candidates_at_one(loss: _Loss, probes: list[list[Tensor]]) -> int | None:
+    """Return among how many candidates InfoNCE picks if that is the formula, without division."""
+    shape = probes[0][0].shape
+    if any(x.shape != shape for x in probes[0]) or len(probes[0]) > 2 or len(shape) > 2:
+        return None
+    found = [loss(units) for units in probes]
+    for name, formula in _FORMULAS.items():
+        values = [formula(units) for units in probes]
+        if None not in values and all(map(_alike, found, values)):
+            return shape[0] if name[0] == "pairs" else len(probes[0]) * shape[0] - 1
+    return None
+
+
+def _both_ways(units: list[Tensor], weights: tuple[float, float]) -> float | None:
+    if len(units) != 2:
+        return None
+    scores, places = units[0] @ units[1].T, torch.arange(len(units[0]))
+    one, other = F.cross_entropy(scores, places), F.cross_entropy(scores.T, places)
+    return (weights[0] * one + weights[1] * other).item()
+
+
+def _nt_xent(units: list[Tensor], *, interleaved: bool) -> float | None:
+    rows = torch.cat(units)
+    places = torch.arange(len(rows))
+    if len(rows) % 2:
+        return None
+    positive = places ^ 1 if interleaved else (places + len(rows) // 2) % len(rows)
+    scores = (rows @ rows.T).fill_diagonal_(-math.inf)
+    return F.cross_entropy(scores, positive).item()
+
+
+_FORMULAS: dict[tuple[str, int], Callable[[list[Tensor]], float | None]] = {
+    **{
+        ("pairs", i): partial(_both_ways, weights=weights)
+        for i, weights in enumerate([(1, 0), (0, 1), (0.5, 0.5), (1, 1)])
+    },
+    ("all", 0): partial(_nt_xent, interleaved=False),
+    ("all", 1): partial(_nt_xent, interleaved=True),
+}
+
+
+def _is_power(plain: float, scaled: list[float]) -> bool:
+    """Whether c times as long embeddings give c**k times the loss: it has no margin."""
+    if plain == 0 or any(value / plain <= 0 for value in scaled):
+        return plain == 0
+    half, triple = (math.log(value / plain) for value in scaled)
+    return math.isclose(half / math.log(0.5), triple / math.log(3), rel_tol=1e-3, abs_tol=1e-3)
+
+
+def _alike(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-6)
