@@ -248,13 +248,14 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         vars(module).pop("_checkpointed", None)
         vars(module).pop("_steady", None)
+        vars(module).pop("_passes", None)
         if "_plain" in vars(type(module)):
             module.__class__ = type(module)._plain
     return copied
 
 
 def _inject(module: nn.Module, name: str, segments: Segments | None) -> None:
-    module._checkpointed, module._steady = (name, segments), set()
+    module._checkpointed, module._steady, module._passes = (name, segments), set(), 0
     if not isinstance(module, _Checkpointed):
         module.__class__ = _checkpointed_class(type(module))
 
@@ -279,9 +280,10 @@ class _Checkpointed(nn.Module):
         name, segments = vars(self).get("_checkpointed", (None, None))
         if name is None or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
+        self._passes += 1
         if segments is None:
             whole = (name, self, super().forward)
-            return Pass([whole], self._steady).run(*args, **kwargs)
+            return Pass([whole], self._steady, self._passes).run(*args, **kwargs)
         chain = dict(_chain(self))
         cut = [block for segment in segments for block in segment]
         before = list(chain)[: len(chain) - len(cut)]
@@ -295,5 +297,5 @@ class _Checkpointed(nn.Module):
             value = chain[block](value)
         for segment in segments:
             blocks = [(f"{name}.{b}".lstrip("."), chain[b], chain[b]) for b in segment]
-            value = Pass(blocks, self._steady).run(value)
+            value = Pass(blocks, self._steady, self._passes).run(value)
         return value
