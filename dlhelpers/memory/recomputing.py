@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dlhelpers.memory.replaying import State
+from dlhelpers.memory.replaying import State, calls
 from dlhelpers.memory.verifying import Witness
 
 __all__ = ["Pass"]
@@ -61,7 +61,7 @@ class Pass:
         self._own = [dict(module._parameters) for _, module in self._modules]
         self._parameters = [p for own in self._own for p in own.values() if p is not None]
         self._begun = False
-        self._witness = Witness(is_due=number & (number - 1) == 0)  # 1, 2, 4, 8, ...
+        self._witness = Witness(number & (number - 1) == 0 or number % 64 == 0)  # 1, 2, 4, ...
         self._versions: list[int] = []  # of the parameters, after forward
         self._training: list[bool] = []  # of the modules, before forward
         self._before: dict[Key, tuple[Tensor, int, Tensor | None]] = {}  # object, version, copy
@@ -95,6 +95,10 @@ class Pass:
                         f"block {self._witness.block!r} overwrites the input of its segment, which "
                         "backward needs once more: give it inplace=False, or let it work on a clone"
                     )
+        if any(
+            isinstance(module, nn.RReLU) or calls(module, "rrelu") for _, module in self._modules
+        ):
+            self._witness.forget()  # it saves its noise before it draws it: memory not yet written
         self._state.keep_changed()
         self._learn_steady()
         self._versions = _versions(self._parameters)

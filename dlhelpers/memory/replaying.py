@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "generators_in"]
+__all__ = ["State", "calls", "generators_in"]
 
-State_ = tuple[Callable[[], Any], Callable[[Any], None]]  # get, set
+Access = tuple[Callable[[], Any], Callable[[Any], None]]  # get, set
 
 _FOREIGN = {"torch", "numpy", "builtins", "functools", "typing", "collections", "contextlib"}
 _CONTAINERS = (dict, list, set, deque)
@@ -108,6 +108,12 @@ def generators_in(roots: Iterable[Any]) -> Iterator[Any]:
             waiting += _reached(value)
 
 
+def calls(module: nn.Module, name: str) -> bool:
+    """Whether the name stands in the forward that a module's own class or a user's defines."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and not _is_foreign(type(module)) and name in _names(code)
+
+
 def _reached(value: Any) -> list[Any]:
     if isinstance(value, Mapping) and not isinstance(value, nn.Module):
         return list(value.values())[:_MOST_OBJECTS]
@@ -154,7 +160,9 @@ def _reached_by(function: FunctionType) -> list[Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _names(code: CodeType) -> tuple[str, ...]:
-    inner = (name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const))
+    inner = (
+        name for const in code.co_consts if isinstance(const, CodeType) for name in _names(const)
+    )
     return (*code.co_names, *inner)
 
 
@@ -164,7 +172,7 @@ def _is_foreign(value: Any) -> bool:
     return module.partition(".")[0] in _FOREIGN
 
 
-def _streams(blocks: Sequence[Any]) -> Iterator[State_]:
+def _streams(blocks: Sequence[Any]) -> Iterator[Access]:
     yield random.getstate, random.setstate
     if (numpy := sys.modules.get("numpy.random")) is not None:
         yield numpy.get_state, numpy.set_state

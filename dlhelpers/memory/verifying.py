@@ -2,8 +2,9 @@
 
 torch.utils.checkpoint compares shapes, dtypes and devices. A block that draws from a stream nobody
 can replay (``os.urandom``, a clock, a counter in a closure) has equal ones and other values, and its
-gradients are silently wrong. So a sample of each tensor that forward saves is kept, as bytes on the
-host, and compared with that of the recomputation.
+gradients are silently wrong. So in the first pass, the second, the fourth and so on, and in every
+64th, a sample of each tensor that forward saves is kept, on a CPU as bytes outside of torch, and
+compared with that of the recomputation.
 
 The tolerance, relative to the largest number of the sample, is eps ** 0.75 (float32: 6e-6) on CPUs
 and eps ** 0.5 on devices whose kernels add up in a changing order.
@@ -32,8 +33,7 @@ class Witness:
     """
 
     def __init__(self, is_due: bool) -> None:
-        """Begin without samples; ``is_due``: whether tensors of devices are sampled in this pass,
-        as to compare each of them waits for the device."""
+        """Begin without samples; ``is_due``: whether this pass is looked at, as a look takes time."""
         self.block = ""
         self._is_due = is_due
         self._samples: list[tuple[str, bytes | Tensor | None]] = []
@@ -48,7 +48,8 @@ class Witness:
         """
         self._at = 0
         top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-        hooks = None if top is None or torch.compiler.is_compiling() else top(False)
+        skips = top is None or not self._is_due or torch.compiler.is_compiling()
+        hooks = None if skips else top(False)
         if hooks is None:
             yield
             return
@@ -65,14 +66,14 @@ class Witness:
         self._samples = []
 
     def _record(self, tensor: Tensor) -> None:
-        self._samples.append((self.block, _sample(tensor, self._is_due)))
+        self._samples.append((self.block, _sample(tensor)))
 
     def _compare(self, tensor: Tensor) -> None:
         self._at += 1
         if self._at > len(self._samples):
             return  # torch.utils.checkpoint says that there are more
         block, old = self._samples[self._at - 1]
-        new = None if old is None else _sample(tensor, True)
+        new = None if old is None else _sample(tensor)
         if new is None or type(new) is not type(old) or len(new) != len(old):
             return  # torch.utils.checkpoint compares shapes, dtypes and devices
         if not _is_near(old, new, tensor):
@@ -94,7 +95,7 @@ def _after(look: Callable[[Tensor], None], hook: Callable[[Tensor], Any]) -> Cal
     return pack
 
 
-def _sample(tensor: Tensor, is_due: bool) -> bytes | Tensor | None:
+def _sample(tensor: Tensor) -> bytes | Tensor | None:
     """Return some of a tensor's numbers; None where its memory cannot be read as plain numbers.
 
     On a CPU no operator runs and nothing is allocated from torch: nobody who counts sees it.
@@ -114,7 +115,7 @@ def _sample(tensor: Tensor, is_due: bool) -> bytes | Tensor | None:
         except RuntimeError:  # a wrapper without memory
             return None
         return _read(address, span, tensor.element_size()) if address else None
-    if not is_due or not tensor.is_floating_point() or tensor.device.type == "meta":
+    if not tensor.is_floating_point() or tensor.device.type == "meta":
         return None
     flat = tensor.detach().as_strided((span,), (1,))
     return flat[:: -(-span // (_RUNS * _RUN_BYTES // 4))].clone()
