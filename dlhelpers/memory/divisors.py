@@ -7,6 +7,7 @@ divided by. Terms that depend on parameters alone (weight decay in the loss) hav
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,14 +79,18 @@ def _terms(node: Any) -> list[Term]:
 
 
 def _reduced(node: Any, kind: str, source: Any) -> list[Term]:
-    if source is not None and _kind(source) in ("Stack", "Cat"):
-        if all(_size(*inner) == 1 for inner in source.next_functions):
-            return [term for inner, _ in source.next_functions for term in _terms(inner)]
+    inner = source.next_functions if source and _kind(source) in ("Stack", "Cat") else ()
+    if inner and all(_size(*number) == 1 for number in inner):
+        return [term for number, _ in inner for term in _terms(number)]
     if kind == "Mean" and not hasattr(node, "_saved_dim"):
         return [Term("mean", node.name(), float(_elements(node)))]
     while source is not None and _kind(source) in ("Neg", "Mul", "Div", "ToCopy"):
         other = [*source.next_functions, (None, 0)][1][0]
-        if _kind(source) == "Div" and other is None and (divisor := _saved(source, "other")):
+        if (
+            _kind(source) == "Div"
+            and other is None
+            and (divisor := _saved(source, "other")) is not None
+        ):
             return [Term("mean", source.name(), divisor, is_certain=False)]
         source = source.next_functions[0][0]
     if source is not None and _kind(source) == "Mean" and hasattr(source, "_saved_dim"):
@@ -111,14 +116,14 @@ def _scaled(node: Any, kind: str, sources: Sequence[Any]) -> list[Term]:
     if sources[1 - at] is not None:  # a learnt factor: the same number for all micro-batches
         return found[at]
     factor = _saved(node, "other" if at == 0 else "self")
-    if not factor:
+    if factor is None:
         return [Term("unknown", node.name())]
     if kind == "Mul":
         return [replace(term, scale=term.scale * factor) for term in found[at]]
     return [
         replace(term, kind="mean", divisor=factor, is_certain=False)
         if term.kind == "sum"
-        else replace(term, scale=term.scale / factor)
+        else replace(term, scale=term.scale / factor if factor else math.inf)
         for term in found[at]
     ]
 

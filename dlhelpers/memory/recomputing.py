@@ -88,16 +88,16 @@ class Pass:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         versions = _versions(tensors)
         with self._witness.watching(False):
-            for self._witness.block, _, call in self._blocks:
+            for name, _, call in self._blocks:
+                self._witness.block = name
                 args, kwargs = (call(*args, **kwargs),), {}
                 if _versions(tensors) != versions:
                     raise RuntimeError(
-                        f"block {self._witness.block!r} overwrites the input of its segment, which "
-                        "backward needs once more: give it inplace=False, or let it work on a clone"
+                        f"block {name!r} overwrites the input of its segment, which backward "
+                        "needs once more: give it inplace=False, or let it work on a clone"
                     )
-        if any(
-            isinstance(module, nn.RReLU) or calls(module, "rrelu") for _, module in self._modules
-        ):
+        modules = [module for _, module in self._modules]
+        if any(isinstance(module, nn.RReLU) or calls(module, "rrelu") for module in modules):
             self._witness.forget()  # it saves its noise before it draws it: memory not yet written
         self._state.keep_changed()
         self._learn_steady()

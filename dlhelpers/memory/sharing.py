@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class Shares:
         if self._kind.startswith("counted") or len(self._counts) == 1:
             return None
         terms = terms_of(loss)
+        if len(terms) == 1 and terms[0].divisor == 1 and not terms[0].is_certain:
+            if terms[0].kind == "mean" and float(loss) == 0:  # a count of 0, clamped to 1
+                terms = [replace(terms[0], divisor=0.0)]
         problem = self._learn(terms, index)
         if self._has_warned or problem is None:
             return None
@@ -75,12 +79,15 @@ class Shares:
         names = " and ".join(dict.fromkeys(term.name for term in terms))
         kinds = {term.kind for term in terms}
         if self._kind == "sum":
-            if kinds == {"mean"} and all(term.is_certain for term in terms):
+            self._first = self._first or (1.0, list(terms))
+            is_mean = kinds == {"mean"} and all(term.is_certain for term in terms)
+            divides = [(term.divisor, term.scale) for term in terms]
+            if is_mean or divides != [(term.divisor, term.scale) for term in self._first[1]]:
                 return f"reduction='sum', but the loss is a mean ({names}): leave reduction out"
             return None
         if not terms:  # of the parameters alone: the same for every micro-batch
             return None
-        if kinds == {"sum"} and all(term.is_certain for term in terms):
+        if kinds == {"sum"} and all(term.is_certain and term.scale == 1 for term in terms):
             self._is_sum = True
             return None
         inexact = "the accumulated gradient may not be that of the whole batch: "
@@ -156,7 +163,8 @@ def _is_alike(terms: Sequence[Term], first: Sequence[Term]) -> bool:
     ratio = terms[0].divisor / first[0].divisor if first[0].divisor else 0.0
     return all(
         math.isclose(term.divisor, ratio * old.divisor, rel_tol=1e-5)
-        and math.isclose(term.scale, old.scale, rel_tol=1e-5)
+        # an overflow (inf, nan) is the scaler's to see
+        and (not math.isfinite(term.scale) or math.isclose(term.scale, old.scale, rel_tol=1e-5))
         for term, old in pairs
     )
 

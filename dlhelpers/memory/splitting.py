@@ -1,7 +1,7 @@
 """How is one batch cut into micro-batches? Every tensor in it along its first dimension, N.
 
-A batch may be nested: tensors in tuples, lists, mappings and dataclasses. What has an entry for each
-sample is cut as well (a list of N texts, an array of N rows); what has none goes to every
+A batch may be nested: tensors in tuples, lists, mappings and dataclasses. What has an entry for
+each sample is cut as well (a list of N texts, an array of N rows); what has none goes to every
 micro-batch as it is (a number, a name, a tensor without dimensions).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -44,7 +45,7 @@ def split(batch: Any, parts: int) -> Iterator[Any]:
     if count < parts:
         raise ValueError(f"{count} samples cannot make {parts} micro-batches: lower steps")
     ends = [i * (count // parts) + min(i, count % parts) for i in range(parts + 1)]
-    cuts = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    cuts = [slice(start, end) for start, end in pairwise(ends)]
     return (_part(batch, cut, count, is_top=True) for cut in cuts)
 
 

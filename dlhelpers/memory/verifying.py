@@ -1,10 +1,10 @@
 """Is what a recomputation gives to backward what forward would have given?
 
-torch.utils.checkpoint compares shapes, dtypes and devices. A block that draws from a stream nobody
-can replay (``os.urandom``, a clock, a counter in a closure) has equal ones and other values, and its
-gradients are silently wrong. So in the first pass, the second, the fourth and so on, and in every
-64th, a sample of each tensor that forward saves is kept, on a CPU as bytes outside of torch, and
-compared with that of the recomputation.
+torch.utils.checkpoint compares shapes, dtypes and devices. A block that draws from a stream that
+nobody can replay (``os.urandom``, a clock, a counter in a closure) has equal ones and other values,
+and its gradients are silently wrong. So in the first pass, the second, the fourth and so on, and in
+every 64th, a sample of each tensor that forward saves is kept, on a CPU as bytes outside of torch,
+and compared with that of the recomputation.
 
 The tolerance, relative to the largest number of the sample, is eps ** 0.75 (float32: 6e-6) on CPUs
 and eps ** 0.5 on devices whose kernels add up in a changing order.
@@ -33,7 +33,7 @@ class Witness:
     """
 
     def __init__(self, is_due: bool) -> None:
-        """Begin without samples; ``is_due``: whether this pass is looked at, as a look takes time."""
+        """Begin without samples; ``is_due``: whether to look at this pass, as it takes time."""
         self.block = ""
         self._is_due = is_due
         self._samples: list[tuple[str, bytes | Tensor | None]] = []
