@@ -87,7 +87,6 @@ class Micro:
             raise ValueError(f"the loss must be one number, a tensor: take its mean; got {got}")
         if self._went_backward:
             raise RuntimeError("micro.backward was called twice: add the losses, then call it once")
-        self._went_backward = True
         if self._inspects and (name := _batch_norm_in_training(loss.grad_fn)):
             _warn(
                 f"BatchNorm in train mode ({name}) takes mean and variance from the micro-batch, "
@@ -98,6 +97,7 @@ class Micro:
             _warn(problem)
         self.weight = self._shares.weight(self.index)
         correction = self._shares.correct() if self.is_last else 0.0
+        self._went_backward = True
         if self.weight or (self.is_last and self._shares.synchronizes):
             weighted = loss * self.weight
             (weighted if self._scaler is None else self._scaler.scale(weighted)).backward()

@@ -82,15 +82,12 @@ def _reduced(node: Any, kind: str, source: Any) -> list[Term]:
     inner = source.next_functions if source and _kind(source) in ("Stack", "Cat") else ()
     if inner and all(_size(*number) == 1 for number in inner):
         return [term for number, _ in inner for term in _terms(number)]
-    if kind == "Mean" and not hasattr(node, "_saved_dim"):
+    if kind == "Mean":  # of everything, as one number comes out
         return [Term("mean", node.name(), float(_elements(node)))]
     while source is not None and _kind(source) in ("Neg", "Mul", "Div", "ToCopy"):
-        other = [*source.next_functions, (None, 0)][1][0]
-        if (
-            _kind(source) == "Div"
-            and other is None
-            and (divisor := _saved(source, "other")) is not None
-        ):
+        has_number = _kind(source) == "Div" and [*source.next_functions, (None, 0)][1][0] is None
+        divisor = _saved(source, "other") if has_number else None
+        if divisor is not None:
             return [Term("mean", source.name(), divisor, is_certain=False)]
         source = source.next_functions[0][0]
     if source is not None and _kind(source) == "Mean" and hasattr(source, "_saved_dim"):
@@ -102,8 +99,6 @@ def _reduced(node: Any, kind: str, source: Any) -> list[Term]:
             for dim in dims:
                 count *= int(sizes[dim])
             return [Term("mean", source.name(), float(count), is_certain=False)]
-    if kind == "Mean":
-        return [Term("unknown", node.name())]
     return [Term("sum", node.name(), is_certain=False)]
 
 
@@ -168,6 +163,8 @@ def _saved(node: Any, name: str) -> float | None:
 def _elements(node: Any) -> float | None:
     if (numel := getattr(node, "_saved_self_sym_numel", None)) is not None:
         return float(numel)
+    if (sizes := getattr(node, "_saved_self_sym_sizes", None)) is not None:
+        return float(_numel(sizes))
     source, index = next((s for s in node.next_functions if s[0] is not None), (None, 0))
     return None if source is None else float(_size(source, index))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from dlhelpers.memory.replaying import State, calls
+from dlhelpers.memory.replaying import State
 from dlhelpers.memory.verifying import Witness
 
 __all__ = ["Pass"]
@@ -60,8 +60,11 @@ class Pass:
         ]
         self._own = [dict(module._parameters) for _, module in self._modules]
         self._parameters = [p for own in self._own for p in own.values() if p is not None]
+        self._called = [part for _, block, call in blocks for part in (block, call)]
         self._begun = False
-        self._witness = Witness(number & (number - 1) == 0 or number % 64 == 0)  # 1, 2, 4, ...
+        self._witness = Witness(
+            self._called, number & (number - 1) == 0 or number % 64 == 0
+        )  # 1, 2, 4, ...
         self._versions: list[int] = []  # of the parameters, after forward
         self._training: list[bool] = []  # of the modules, before forward
         self._before: dict[Key, tuple[Tensor, int, Tensor | None]] = {}  # object, version, copy
@@ -96,17 +99,13 @@ class Pass:
                         f"block {name!r} overwrites the input of its segment, which backward "
                         "needs once more: give it inplace=False, or let it work on a clone"
                     )
-        modules = [module for _, module in self._modules]
-        if any(isinstance(module, nn.RReLU) or calls(module, "rrelu") for module in modules):
-            self._witness.forget()  # it saves its noise before it draws it: memory not yet written
         self._state.keep_changed()
         self._learn_steady()
         self._versions = _versions(self._parameters)
         return args[0]
 
     def _remember(self) -> None:
-        called = [part for _, block, call in self._blocks for part in (block, call)]
-        self._state = State(called, [module for _, module in self._modules])
+        self._state = State(self._called, [module for _, module in self._modules])
         self._training = [module.training for _, module in self._modules]
         for name, module in self._modules:
             for inner, buffer in module._buffers.items():

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "calls", "generators_in"]
+__all__ = ["State", "generators_in", "saves_unwritten"]
 
 Access = tuple[Callable[[], Any], Callable[[Any], None]]  # get, set
 
@@ -94,6 +94,26 @@ def generators_in(roots: Iterable[Any]) -> Iterator[Any]:
     kinds = (torch.Generator, random.Random)
     if numpy is not None:
         kinds += (numpy.Generator, numpy.RandomState, numpy.BitGenerator)
+    for value in _objects(roots):
+        if isinstance(value, kinds) and not isinstance(value, random.SystemRandom):  # has no state
+            yield value
+
+
+def saves_unwritten(roots: Iterable[Any]) -> bool:
+    """Whether objects or what they call may save memory for backward before it is written.
+
+    ``rrelu`` alone does, of torch's functions: its noise.
+    """
+    names = {"rrelu", "rrelu_", "RReLU"}
+    return any(
+        isinstance(value, nn.RReLU)
+        or (isinstance(value, FunctionType) and not names.isdisjoint(_names(value.__code__)))
+        for value in _objects(roots)
+    )
+
+
+def _objects(roots: Iterable[Any]) -> Iterator[Any]:
+    """Yield what is reached from objects, tensors and plain values apart."""
     seen: dict[int, Any] = {}  # also keeps what was made on the way, so that no id comes twice
     waiting = list(roots)
     while waiting and len(seen) < _MOST_OBJECTS:
@@ -101,17 +121,8 @@ def generators_in(roots: Iterable[Any]) -> Iterator[Any]:
         if id(value) in seen or isinstance(value, (Tensor, str, bytes, int, float, type(None))):
             continue
         seen[id(value)] = value
-        if isinstance(value, kinds):
-            if not isinstance(value, random.SystemRandom):  # without a state
-                yield value
-        else:
-            waiting += _reached(value)
-
-
-def calls(module: nn.Module, name: str) -> bool:
-    """Whether the name stands in the forward that a module's own class or a user's defines."""
-    code = getattr(type(module).forward, "__code__", None)
-    return code is not None and not _is_foreign(type(module)) and name in _names(code)
+        yield value
+        waiting += _reached(value)
 
 
 def _reached(value: Any) -> list[Any]:

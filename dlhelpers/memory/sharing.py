@@ -66,9 +66,9 @@ class Shares:
         if self._kind.startswith("counted") or len(self._counts) == 1:
             return None
         terms = terms_of(loss)
-        if len(terms) == 1 and terms[0].divisor == 1 and not terms[0].is_certain:
-            if terms[0].kind == "mean" and float(loss) == 0:  # a count of 0, clamped to 1
-                terms = [replace(terms[0], divisor=0.0)]
+        is_one = [(t.kind, t.divisor, t.is_certain) for t in terms] == [("mean", 1.0, False)]
+        if is_one and float(loss.detach()) == 0:  # a count of 0, clamped to 1
+            terms = [replace(terms[0], divisor=0.0)]
         problem = self._learn(terms, index)
         if self._has_warned or problem is None:
             return None
@@ -96,11 +96,12 @@ class Shares:
         if kinds != {"mean"}:
             return f"{inexact}what the loss divides by cannot be known ({names}): {_HOW}"
         samples = self._counts[index]
-        if self._first is None and any(term.divisor for term in terms):
+        if self._first is None and all(term.divisor for term in terms):
             self._first = samples, list(terms)
             factor = terms[0].divisor / samples if samples else 1.0
             self._divisors[index + 1 :] = [n * factor for n in self._counts[index + 1 :]]
-        if self._first is not None and not _is_alike(terms, self._first[1]):
+        is_mixed = len({bool(term.divisor) for term in terms}) > 1
+        if is_mixed or (self._first is not None and not _is_alike(terms, self._first[1])):
             return f"{inexact}its terms are means over different things ({names}): {_HOW}"
         self._divisors[index] = terms[0].divisor
         return None

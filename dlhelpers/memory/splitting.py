@@ -102,6 +102,8 @@ def _part(value: Any, cut: slice, count: int, is_top: bool = False) -> Any:
         if not is_top and not is_named and _has_entry_for_each(value, count):
             return value[cut]
         parts = [_part(v, cut, count) for v in value]
+        if all(part is entry for part, entry in zip(parts, value, strict=True)):
+            return value
         return value._make(parts) if is_named else tuple(parts) if is_top else type(value)(parts)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)
