@@ -28,7 +28,16 @@ __all__ = ["State", "generators_in", "saves_unwritten"]
 
 Access = tuple[Callable[[], Any], Callable[[Any], None]]  # get, set
 
-_FOREIGN = {"torch", "numpy", "builtins", "functools", "typing", "collections", "contextlib"}
+_FOREIGN = {
+    "torch",
+    "numpy",
+    "random",
+    "builtins",
+    "functools",
+    "typing",
+    "collections",
+    "contextlib",
+}
 _CONTAINERS = (dict, list, set, deque)
 _MISSING = object()
 _MOST_OBJECTS = 5000  # a search does not walk through a data set that a module holds

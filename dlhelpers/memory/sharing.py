@@ -165,7 +165,10 @@ def _is_alike(terms: Sequence[Term], first: Sequence[Term]) -> bool:
     return all(
         math.isclose(term.divisor, ratio * old.divisor, rel_tol=1e-5)
         # an overflow (inf, nan) is the scaler's to see
-        and (not math.isfinite(term.scale) or math.isclose(term.scale, old.scale, rel_tol=1e-5))
+        and (
+            not math.isfinite(term.scale * old.scale)
+            or math.isclose(term.scale, old.scale, rel_tol=1e-5)
+        )
         for term, old in pairs
     )
 
