@@ -1,17 +1,22 @@
 """Accumulated gradients are those of the whole batch, or the loop says why they are not."""
 
 import copy
+import dataclasses
 import gc
 import warnings
 import weakref
-from collections import namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -164,22 +169,188 @@ def test_tokens_weigh_alike_whatever_the_padding(lengths, as_tensor):
     torch.testing.assert_close(total, value, rtol=1e-12, atol=0)
 
 
-def test_without_a_count_tokens_weigh_unequally():
-    # the control of the test above: 6 targets and 1 target are not half each
-    model, (inputs, targets) = mlp(), samples(12)
-    targets[7:] = -100
+def weights_of(y):
+    return torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)[y]
+
+
+EXACT = {
+    "mean": lambda z, y, t: F.cross_entropy(z, y),
+    "class weights": lambda z, y, t: F.cross_entropy(z, y, weight=weights_of([0, 1, 2])),
+    "label smoothing": lambda z, y, t: F.cross_entropy(
+        z, y, weight=weights_of([0, 1, 2]), label_smoothing=0.1
+    ),
+    "images": lambda z, y, t: F.cross_entropy(
+        torch.stack([z, z * z], -1), torch.stack([y, y], -1), weight=weights_of([0, 1, 2])
+    ),
+    "sum": lambda z, y, t: F.cross_entropy(z, y, reduction="sum"),
+    "soft targets": lambda z, y, t: F.cross_entropy(z, t, weight=weights_of([0, 1, 2])),
+    "pos_weight": lambda z, y, t: F.binary_cross_entropy_with_logits(
+        z, t, pos_weight=weights_of([1, 0, 2])
+    ),
+    "batchmean": lambda z, y, t: F.kl_div(z.log_softmax(1), t, reduction="batchmean"),
+    "squared": lambda z, y, t: 2 * F.mse_loss(z, t) / 3,
+    "two means over the same": lambda z, y, t: F.l1_loss(z, t) + 0.1 * F.mse_loss(z, t),
+    "masked": lambda z, y, t: ((z - t) ** 2 * (t > 0.3)).sum() / (t > 0.3).sum(),
+    "clamped": lambda z, y, t: ((z - t) ** 2 * (t > 0.6)).sum() / (t > 0.6).sum().clamp(min=1),
+    "picked": lambda z, y, t: (z - t)[t > 0.3].square().mean(),
+    "mean over the batch, sum over classes": lambda z, y, t: (z - t).square().mean(0).sum(),
+    "mean over given dimensions": lambda z, y, t: (z - t)[t > 0.3].abs().mean(dim=(0,)),
+    "mean of means": lambda z, y, t: torch.stack([F.l1_loss(z, t), F.mse_loss(z, t)]).mean(),
+    "own quotient": lambda z, y, t: F.cross_entropy(z, y, reduction="sum") / (y != -100).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(4, 20),
+    steps=st.integers(1, 4),
+    name=st.sampled_from(sorted(EXACT)),
+    seed=st.integers(0, 99),
+    ignored=st.floats(0, 0.9),
+)
+def test_the_divisor_is_what_the_loss_divides_by(n, steps, name, seed, ignored):
+    model, (inputs, targets) = mlp(), samples(n, seed)
+    generator = torch.Generator().manual_seed(seed)
+    soft = torch.rand(n, 3, generator=generator, dtype=torch.float64).softmax(1)
+    targets[torch.rand(n, generator=generator) < ignored] = -100
+    targets[-1] = 1  # one at least; whole micro-batches without any happen
+    soft[-1] = torch.tensor([0.7, 0.2, 0.1])
+
+    def loss(z, both):
+        return EXACT[name](z, *both)
+
+    wanted, value = whole_gradients(model, inputs, (targets, soft), loss)
+    [(got, total)] = run(model, sgd(model), (inputs, (targets, soft)), loss=loss, steps=steps)
+    assert_same(got, wanted, rtol=1e-9)
+    torch.testing.assert_close(total, value, rtol=1e-9, atol=1e-12)
+
+
+class Own(torch.autograd.Function):
+    """A mean that its graph does not show."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.shape = z.shape
+        return z.mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.expand(ctx.shape) / ctx.shape.numel()
+
+
+INEXACT = {
+    "means over different things": lambda z, y, t: F.cross_entropy(z, y) + F.mse_loss(z, t),
+    "root": lambda z, y, t: F.mse_loss(z, t).sqrt(),
+    "ratio of sums": lambda z, y, t: (z.sigmoid() * t).sum() / z.sigmoid().sum(),
+    "mean and sum": lambda z, y, t: F.mse_loss(z, t) + z.square().sum(),
+    "reduction is 'mean'": lambda z, y, t: z.square().sum(),
+    "cannot be known": lambda z, y, t: Own.apply(z),
+}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_a_divisor_that_cannot_be_known_is_told_once_with_what_to_give(name):
+    model, (inputs, targets) = mlp(), samples(7)
+    targets[0] = -100
+    batch = (inputs, (targets, torch.rand(7, 3, dtype=torch.float64)))
+    with pytest.warns(UserWarning, match="may not be that of the whole batch") as told:
+        run(model, sgd(model), batch, loss=lambda z, both: INEXACT[name](z, *both), steps=3)
+    [message] = [str(w.message) for w in told if "accumulated gradient" in str(w.message)]
+    assert "count=" in message or "give 'sum'" in message
+    assert name not in ("means over different things", "cannot be known") or name in message
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [F.cross_entropy, lambda z, y: F.cross_entropy(z, y, reduction="sum") / len(z)],
+    ids=["mean", "quotient"],
+)
+def test_a_mean_told_as_a_sum_is_warned_of(loss):
+    model = mlp()
+    with pytest.warns(UserWarning, match="reduction='sum', but the loss is a mean"):
+        run(model, sgd(model), samples(7), loss=loss, steps=3, reduction="sum")
+
+
+def test_a_penalty_on_the_parameters_has_no_divisor():
+    model, batch = mlp(), samples(9)
+    batch[1][:4] = -100
+
+    def penalized(module):
+        def loss(z, y):
+            penalty = sum(p.square().sum() for p in module.parameters())
+            return F.cross_entropy(z, y) + 0.1 * penalty + module[0].weight.abs().mean()
+
+        return loss
+
+    plain = copy.deepcopy(model)
+    value = penalized(plain)(plain(batch[0]), batch[1])
+    value.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [(got, total)] = run(model, sgd(model), batch, loss=penalized(model), steps=4)
+    assert_same(got, gradients(plain), rtol=1e-10)
+    torch.testing.assert_close(total, value.detach())
+
+
+def test_a_group_without_targets_is_an_error_and_leaves_no_gradient():
+    model, (inputs, targets) = mlp(), samples(6)
+    with pytest.raises(ValueError, match="count 0 in all"):
+        run(model, sgd(model), (inputs, targets.fill_(-100)), steps=3)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_corrected_before_they_are_unscaled_and_clipped():
+    model, (inputs, targets) = mlp(), samples(9)
+    targets[1:4] = -100
     wanted, _ = whole_gradients(model, inputs, targets)
-    [(got, _)] = run(model, sgd(model), (inputs, targets), steps=2)
-    assert not torch.allclose(got[0], wanted[0], rtol=1e-2)
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu")
+    for micro in accumulate(optimizer, (inputs, targets), 3, scaler=scaler):
+        micro.backward(F.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+        if micro.is_last:
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in wanted]).norm())
 
 
-def test_a_sum_over_micro_batches_is_divided_by_the_whole_group():
+def test_a_checkpointed_loss_is_not_recomputed_to_read_its_divisor():
+    model, batch, calls = mlp(), samples(6), []
+
+    def loss(z, y):
+        calls.append(1)
+        return F.cross_entropy(z, y)
+
+    def checkpointed(z, y):
+        return checkpoint(loss, z, y, use_reentrant=False)
+
+    with pytest.warns(UserWarning, match="cannot be known"):
+        run(model, sgd(model), batch, loss=checkpointed, steps=2)
+    assert len(calls) == 4  # a forward and a recomputation of each
+
+
+def test_a_sum_without_a_count_is_the_whole_batchs_sum():
+    model, (inputs, targets) = mlp(), samples(11)
+
+    def summed(output, target):
+        return F.cross_entropy(output, target, reduction="sum")
+
+    wanted, value = whole_gradients(model, inputs, targets, summed)
+    for options in ({"reduction": "sum"}, {}):
+        [(got, total)] = run(
+            model, torch.optim.SGD(model.parameters(), lr=0.0), (inputs, targets), loss=summed,
+            steps=4, **options,
+        )  # fmt: skip
+        assert_same(got, wanted)
+        torch.testing.assert_close(total, value, rtol=1e-12, atol=0)
+
+
+def test_a_sum_with_a_count_is_divided_by_the_whole_groups_count():
     def summed(output, target):
         return F.cross_entropy(output, target, reduction="sum", ignore_index=-100)
 
     model, (inputs, targets) = mlp(), samples(11)
     targets[:3] = -100  # the whole first micro-batch of [3, 3, 3, 2]
-    wanted, value = whole_gradients(model, inputs, targets)
+    wanted, value = whole_gradients(model, inputs, targets)  # the mean
     [(got, total)] = run(
         model,
         sgd(model),
@@ -215,6 +386,75 @@ def test_a_tensor_stays_a_tensor_and_a_named_tuple_named():
     for micro in accumulate(sgd(model), pair, steps=2):
         assert micro.batch.x.shape == (2, 5)
         micro.backward(F.cross_entropy(model(micro.batch.x), micro.batch.y))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    x: torch.Tensor
+    name: str
+
+
+Pair = namedtuple("Pair", "x y")
+
+
+def test_a_nested_batch_is_split_along_every_tensors_first_dimension():
+    x, y = torch.arange(10.0).view(5, 2), torch.arange(5)
+    batch = {
+        "pair": (x, [y, y + 5]),
+        "named": Pair(x, {"y": y}),
+        "record": Record(x, "train"),
+        "texts": ["a", "b", "c", "d", "e"],
+        "keys": ("a", "b", "c", "d", "e"),
+        "labels": [1, 2, 3, 4, 5],
+        "rows": np.arange(10).reshape(5, 2),
+        "size": (5, 5, 5, 5, 5),
+        "vocabulary": ["a", "b"],
+        "scale": torch.tensor(2.0),
+        "epoch": 3,
+        "missing": None,
+    }
+    weight = nn.Parameter(torch.zeros(()))
+    optimizer, seen = torch.optim.SGD([weight], lr=0.1), []
+    for micro in accumulate(optimizer, batch, steps=2):
+        seen.append(micro.batch)
+        micro.backward(weight.sum())
+    for got, part in zip(seen, (slice(0, 3), slice(3, 5)), strict=True):
+        assert list(got) == list(batch)
+        assert torch.equal(got["pair"][0], x[part])
+        assert [v.tolist() for v in got["pair"][1]] == [y[part].tolist(), (y + 5)[part].tolist()]
+        assert isinstance(got["named"], Pair)
+        assert torch.equal(got["named"].y["y"], y[part])
+        assert got["record"].name == "train"
+        assert torch.equal(got["record"].x, x[part])
+        assert torch.equal(batch["record"].x, x)
+        assert got["texts"] == batch["texts"][part]
+        assert got["keys"] == batch["keys"][part]
+        assert got["labels"] == batch["labels"][part]
+        assert got["rows"].tolist() == batch["rows"][part].tolist()
+        for whole in ("size", "vocabulary", "scale", "epoch", "missing"):
+            assert got[whole] is batch[whole]
+
+
+@pytest.mark.parametrize("kind", [OrderedDict, UserDict, MappingProxyType])
+def test_a_mapping_keeps_its_type_where_it_can_be_written_to(kind):
+    weight = nn.Parameter(torch.zeros(()))
+    batch = kind({"x": torch.ones(4)})
+    micro = next(accumulate(torch.optim.SGD([weight], lr=0.1), batch, steps=2))
+    assert type(micro.batch) is (dict if kind is MappingProxyType else kind)
+    assert (len(micro.batch["x"]), len(batch["x"])) == (2, 4)
+
+
+def test_a_list_of_images_of_all_sizes_is_split_by_its_entries():
+    weight = nn.Parameter(torch.zeros(()))
+    images = [torch.ones(3, 4 + i, 5) for i in range(5)]
+    boxes = [{"boxes": torch.ones(i, 4)} for i in range(5)]
+    for batch in ((images, boxes), {"images": images, "targets": boxes}):
+        micros = accumulate(torch.optim.SGD([weight], lr=0.1), batch, steps=2)
+        first = next(micros).batch
+        got = first if isinstance(first, tuple) else tuple(first.values())
+        assert [len(part) for part in got] == [3, 3]
+        assert got[0][2] is images[2]
+        assert got[1][2] is boxes[2]
 
 
 def test_the_samples_of_a_nested_batch_are_those_of_its_first_tensor():
@@ -363,7 +603,8 @@ X, Y = samples(6)
         ({"batch": iter(())}, ValueError, "no batch"),
         ({"batch": (X, Y[:4])}, ValueError, r"\[6, 4\]"),
         ({"batch": {"x": X, "y": Y[:4]}}, ValueError, r"\[6, 4\]"),
-        ({"batch": ((X, Y), (X, Y))}, ValueError, "a list is many batches"),
+        ({"batch": ((X, Y), (X, Y[:4]))}, ValueError, "a list is many batches"),
+        ({"model": mlp}, TypeError, "nn.Module, got function"),
         ({"batch": [X, Y]}, ValueError, r"tuple\(batch\)"),  # what a DataLoader gives
         ({"batch": ["text"]}, ValueError, r"\(str\).*count="),
         ({"count": lambda batch: -1}, ValueError, "got -1"),
@@ -546,6 +787,104 @@ def test_a_scheduler_steps_after_each_step_of_the_optimizer():
                 rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.1, 0.01, 0.001])
     assert weight.item() == pytest.approx(-0.111)
+
+
+@pytest.mark.parametrize("overflows", [{0}, {1, 2}, {0, 2}, set()])
+def test_the_scheduler_does_not_step_when_the_scaler_skips_the_step(overflows):
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = Counting([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    options, group = {"scaler": scaler, "scheduler": scheduler}, 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's "Detected call of lr_scheduler.step()" as well
+        for micro in accumulate(optimizer, [torch.ones(2)] * 8, 2, **options):
+            loss = (weight * micro.batch).mean()
+            micro.backward(loss * float("inf") if group in overflows else loss)
+            group += micro.is_last
+    assert optimizer.steps == scheduler.last_epoch == 4 - len(overflows)
+
+
+def test_a_scheduler_skips_with_a_fused_optimizer_that_is_called_all_the_same():
+    class Fused(Counting):
+        _step_supports_amp_scaling = True  # as fused Adam: it looks at found_inf by itself
+
+        def step(self, closure=None):
+            return None if self.found_inf.item() else super().step(closure)
+
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = Fused([weight], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    options = {"scaler": torch.amp.GradScaler("cpu"), "scheduler": scheduler}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for micro in accumulate(optimizer, [torch.ones(2)] * 4, 2, **options):
+            micro.backward((weight * micro.batch).mean() * (float("inf") if micro.of else 1.0))
+    assert optimizer.steps == scheduler.last_epoch == 0
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["itself", "a part"])
+def test_a_ddp_model_averages_whole_gradients_once_a_group(wrap, one_rank):
+    model, (inputs, targets) = mlp(), samples(12)
+    targets[:2] = targets[5] = targets[8:] = -100  # the last micro-batch without targets
+    wanted, _ = whole_gradients(model, inputs, targets)
+    wrapped, reduced = DistributedDataParallel(model), []
+
+    def hook(state, bucket):
+        reduced.append([gradient.clone() for gradient in bucket.gradients()])
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, hook)
+    whole = wrap(wrapped)
+    for micro in accumulate(sgd(model), (inputs, targets), 3, model=whole):
+        micro.backward(F.cross_entropy(whole(micro.batch[0]), micro.batch[1]))
+        assert wrapped.require_backward_grad_sync == micro.is_last
+    [gradients_of_the_group] = reduced  # already corrected: ranks have other divisors
+    shapes = {gradient.shape: gradient for gradient in gradients_of_the_group}
+    assert_same([shapes[g.shape] for g in wanted], wanted, rtol=1e-10)
+    assert wrapped.require_backward_grad_sync
+
+
+def test_a_loop_left_early_leaves_ddp_synchronizing(one_rank):
+    wrapped = DistributedDataParallel(mlp())
+    for _ in accumulate(sgd(wrapped), samples(6), 3, model=wrapped):
+        assert not wrapped.require_backward_grad_sync
+        break
+    assert wrapped.require_backward_grad_sync
+
+
+class Sharded(nn.Linear):
+    """Has FSDP's two names that matter here."""
+
+    def reshard(self):
+        raise NotImplementedError
+
+    def set_requires_gradient_sync(self, requires):
+        self.synced.append(requires)
+
+
+def test_a_sharded_model_is_told_by_its_setter_and_needs_a_count_where_divisors_differ():
+    model, (inputs, targets) = Sharded(5, 3).double(), samples(6)
+    model.synced = []
+
+    def train():
+        for micro in accumulate(sgd(model), (inputs, targets), 3, model=model):
+            micro.backward(F.cross_entropy(model(micro.batch[0]), micro.batch[1]))
+
+    train()
+    assert model.synced == [False, True, False, True]
+    targets[1] = -100
+    with pytest.raises(RuntimeError, match=r"sharded model.*count="):
+        train()
 
 
 def test_a_break_that_loses_a_whole_group_is_told():

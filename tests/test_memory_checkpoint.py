@@ -4,13 +4,17 @@ import copy
 import gc
 import importlib
 import io
+import itertools
 import math
+import os
 import pickle
+import random
 import sys
 import types
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
@@ -18,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from torch.utils.checkpoint import checkpoint_sequential
 from torchvision.models.convnext import CNBlockConfig
@@ -516,6 +521,231 @@ def test_buffers_that_a_forward_changes_change_once_and_are_recomputed_with(work
     for _ in range(2):
         pairs = zip(after(plain, work, x), after(result, work, x), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
+
+
+GLOBAL_TORCH = torch.Generator()
+GLOBAL_NUMPY = np.random.default_rng()
+GLOBAL_PYTHON = random.Random()
+
+
+def drawn_by_a_helper():
+    return GLOBAL_PYTHON.random()
+
+
+class Augments:
+    """What a block holds is no module, and holds a generator itself."""
+
+    rng = random.Random(8)
+
+    def __init__(self):
+        self.numpy = np.random.default_rng(5)
+
+    def draw(self):
+        return self.numpy.random() + self.rng.random()
+
+
+class Draws(nn.Module):
+    """A block whose output is multiplied by what it draws or counts."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.linear, self.draw, self.calls, self.log, self.cache = nn.Linear(8, 8), draw, 0, [], {}
+        self.torch, self.numpy = torch.Generator(), np.random.default_rng(6)
+        self.state, self.python = np.random.RandomState(4), random.Random(7)
+        self.several, self.augments = {"a": [np.random.default_rng(3)]}, Augments()
+        self.mean, self.lazy = torch.ones(8), None
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x) * self.draw(self, x))
+
+
+def count(block, x):
+    block.calls += 1
+    return 1 / block.calls
+
+
+def fill(block, x):
+    block.log.append(1.0)
+    block.cache["calls"] = block.cache.get("calls", 0) + 2
+    return float(len(block.log) + block.cache["calls"])
+
+
+def rebind(block, x):
+    mean, block.mean = block.mean, x.detach().mean(0)
+    block.attention = x  # as a block keeps it for drawing
+    return mean.clone()
+
+
+def fill_once(block, x):
+    if block.lazy is None:
+        block.lazy = torch.rand(8)
+    return block.lazy
+
+
+def closing_over(generator):
+    return lambda block, x: generator.random() + 0.5
+
+
+SOURCES = {
+    "torch": lambda block, x: torch.rand_like(x),
+    "random": lambda block, x: random.gauss(1, 0.5),
+    "numpy": lambda block, x: torch.from_numpy(np.random.randn(8)).float(),
+    "permutation": lambda block, x: x[:, torch.from_numpy(np.random.permutation(8))],
+    "layer drop": lambda block, x: x.sin() if random.random() < 0.5 else x,
+    "torch.Generator": lambda block, x: torch.rand(x.shape, generator=block.torch),
+    "numpy Generator": lambda block, x: block.numpy.random() + 0.5,
+    "RandomState": lambda block, x: block.state.rand() + 0.5,
+    "random.Random": lambda block, x: block.python.random() + 0.5,
+    "in containers": lambda block, x: block.several["a"][0].random() + 0.5,
+    "in an object": lambda block, x: block.augments.draw(),
+    "global torch": lambda block, x: torch.rand(x.shape, generator=GLOBAL_TORCH),
+    "global numpy": lambda block, x: GLOBAL_NUMPY.random() + 0.5,
+    "global by a helper": lambda block, x: drawn_by_a_helper() + 0.5,
+    "closure": closing_over(np.random.default_rng(11)),
+    "counter": count,
+    "containers": fill,
+    "rebound tensors": rebind,
+    "filled once": fill_once,
+}
+
+
+def drawing(draw):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), Draws(draw), nn.Linear(8, 8), Draws(draw))
+
+
+def after_two_steps(model):
+    """Gradients, and what every stream gives next."""
+    random.seed(0)
+    np.random.seed(0)
+    GLOBAL_TORCH.manual_seed(1)
+    GLOBAL_PYTHON.seed(2)
+    Augments.rng.seed(3)
+    seeds = np.random.PCG64(4).state
+    closed = SOURCES["closure"].__closure__[0].cell_contents
+    for generator in (GLOBAL_NUMPY, closed):
+        generator.bit_generator.state = seeds
+    block = model[1]
+    block.torch.manual_seed(5)
+    seen = trained(model, torch.randn(4, 8, generator=torch.Generator().manual_seed(6)))
+    streams = [random.random(), np.random.rand(), torch.rand(1, generator=GLOBAL_TORCH).item()]
+    streams += [GLOBAL_NUMPY.random(), GLOBAL_PYTHON.random(), Augments.rng.random()]
+    streams += [torch.rand(1, generator=block.torch).item(), block.numpy.random(), closed.random()]
+    streams += [block.state.rand(), block.python.random(), block.several["a"][0].random()]
+    return seen, [*streams, block.augments.numpy.random(), block.calls, block.log, block.cache]
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_a_block_draws_or_counts_is_replayed_and_left_as_after_one_forward(source, segments):
+    plain, own = drawing(SOURCES[source]), drawing(SOURCES[source])
+    wanted, streams = after_two_steps(plain)
+    got, own_streams = after_two_steps(checkpoint_blocks(own, segments))
+    assert [name for name, w in wanted.items() if not torch.equal(w, got[name])] == []
+    assert own_streams == streams
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_streams_and_counters_stand_several_forwards_and_backwards(work):
+    def draw(block, x):
+        return random.random() + block.numpy.random() + count(block, x)
+
+    found = []
+    for wrap in (lambda model: model, lambda model: checkpoint_blocks(model, 2)):
+        model = wrap(drawing(draw))
+        random.seed(0)
+        values = after(model, work, torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
+        found.append((values, [random.random(), model[1].numpy.random(), model[1].calls]))
+    (wanted, streams), (got, own_streams) = found
+    assert all(map(torch.equal, wanted, got))
+    assert streams == own_streams
+
+
+CLOCK = itertools.count(1)
+
+
+def emas_in_place(block, x):
+    block.mean.mul_(0.5).add_(x.detach().mean(0))
+    return block.mean.clone()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda block, x: int.from_bytes(os.urandom(4), "big") / 2**32 + 0.5,
+        lambda block, x: random.SystemRandom().random() + 0.5,
+        lambda block, x: np.random.default_rng().random() + 0.5,
+        lambda block, x: (torch.from_numpy(np.random.default_rng().random((4, 8))) > 0.1).float(),
+        lambda block, x: x.detach()[:, torch.from_numpy(np.random.default_rng().permutation(8))],
+        lambda block, x: 1 / next(CLOCK),
+        emas_in_place,
+    ],
+    ids=["urandom", "system", "new generator", "mask", "order", "iterator", "tensor in place"],
+)
+def test_a_block_that_cannot_be_replayed_is_refused_by_name_in_the_first_backward(draw):
+    model = nn.Sequential(nn.Linear(8, 8), Draws(draw), nn.Linear(8, 8))
+    output = checkpoint_blocks(model, 1)(torch.randn(4, 8))
+    with pytest.raises(RuntimeError, match="block '1' does not compute in backward what"):
+        output.square().mean().backward()
+
+
+def test_a_stream_that_begins_late_is_seen_in_one_of_the_next_samples():
+    def draw(block, x):
+        return os.urandom(1)[0] / 256 + 0.5 if begun else 1.0
+
+    def step():
+        result(torch.randn(4, 8)).square().mean().backward()
+
+    result, begun = checkpoint_blocks(nn.Sequential(nn.Linear(8, 8), Draws(draw)), 1), []
+    for _ in range(3):
+        step()
+    begun.append(True)
+    with pytest.raises(RuntimeError, match="does not compute in backward"):
+        step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: nn.RReLU(),  # saves its noise before it is drawn
+        lambda: nn.AlphaDropout(0.2),
+        lambda: nn.Sequential(nn.LayerNorm(8), nn.Unflatten(1, (2, 4)), nn.Flatten()),
+        lambda: Draws(lambda block, x: F.rrelu(x, training=True)),
+        lambda: Draws(lambda block, x: F.gumbel_softmax(x, hard=True)),
+        lambda: Draws(lambda block, x: torch.fft.irfft(torch.fft.rfft(x.float()), n=8)),
+        lambda: Draws(lambda block, x: x.T.sort().values.T.cumsum(0)),
+        lambda: Draws(lambda block, x: x[:, None].expand(4, 4, 8).max(1).values),
+        lambda: Draws(lambda block, x: nn.functional.one_hot(x.argmax(1), 8)),
+    ],
+)
+def test_a_healthy_block_is_never_refused(block, dtype):
+    model, x = nn.Sequential(nn.Linear(8, 8), block(), nn.Linear(8, 8)), torch.randn(4, 8)
+    plain, own = copy.deepcopy(model), checkpoint_blocks(model, 1)
+    for each in (plain, own):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            output = each(x)
+        output.float().square().mean().backward()
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(plain.parameters(), own.parameters(), strict=True)
+    )
+
+
+def test_an_old_output_that_a_block_keeps_holds_no_graph_of_former_steps():
+    class Keeps(nn.Module):
+        def forward(self, x):
+            self.last = x.sin()
+            graphs.append(weakref.ref(self.last))
+            return self.last
+
+    graphs = []
+    result = checkpoint_blocks(nn.Sequential(nn.Linear(8, 8), Keeps()), 1)
+    for _ in range(4):
+        result(torch.randn(2, 8)).sum().backward()
+    gc.collect()
+    assert [ref() is not None for ref in graphs][:-2] == [False] * (len(graphs) - 2)
 
 
 def test_steady_buffers_are_not_copied_from_step_to_step():

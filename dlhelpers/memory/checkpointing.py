@@ -42,8 +42,10 @@ def checkpoint_blocks(
     """Return a copy that keeps the inputs of its segments only and computes the rest once more.
 
     The copy shares parameters and buffers with the model and has its names; outputs, gradients,
-    buffers and torch's random state after a step equal the model's. BatchNorm counts a batch
-    once, whereas plain checkpointing updates its statistics in the recomputation as well.
+    buffers and random state after a step equal the model's: Python's, NumPy's and torch's, and that
+    of every generator that a block holds or reaches by closure or global. BatchNorm counts a batch
+    once, and so does a Python counter in a module, whereas plain checkpointing updates them in the
+    recomputation as well.
 
     Every outermost ``nn.Sequential`` is a part: a chain of blocks (nested chains count as one)
     that is cut into segments. In an outermost ``nn.ModuleList`` each element that has children
@@ -60,11 +62,14 @@ def checkpoint_blocks(
         ValueError: the model has neither part nor list, segments is out of range, or "auto" is
             without inputs.
         RuntimeError: in training, where the result would be silently wrong: a block overwrites
-            its segment's input, a parameter changes before backward, a part lost or got blocks.
+            its segment's input, a parameter changes before backward, a part lost or got blocks, or
+            a block does not compute again what it computed in forward (a stream that cannot be
+            replayed, a counter outside of the module); samples of its tensors are compared in the
+            steps 1, 2, 4, 8 and so on, and in every 64th.
 
     Cost: one more forward of the checkpointed parts a step, and a copy of each buffer that a
-    forward changes; hooks inside them may run twice, and what a forward changes apart from buffers
-    (a Python counter) changes twice.
+    forward changes; hooks inside them may run twice, and what a forward changes outside of its
+    modules (a list that is global) changes twice.
     Source: arXiv:1604.06174; BatchNorm: pytorch#62471, pytorch#96136, fairscale#1035.
 
     >>> model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
@@ -248,13 +253,14 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     for module in copied.modules():
         vars(module).pop("_checkpointed", None)
         vars(module).pop("_steady", None)
+        vars(module).pop("_passes", None)
         if "_plain" in vars(type(module)):
             module.__class__ = type(module)._plain
     return copied
 
 
 def _inject(module: nn.Module, name: str, segments: Segments | None) -> None:
-    module._checkpointed, module._steady = (name, segments), set()
+    module._checkpointed, module._steady, module._passes = (name, segments), set(), 0
     if not isinstance(module, _Checkpointed):
         module.__class__ = _checkpointed_class(type(module))
 
@@ -279,9 +285,10 @@ class _Checkpointed(nn.Module):
         name, segments = vars(self).get("_checkpointed", (None, None))
         if name is None or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
+        self._passes += 1
         if segments is None:
             whole = (name, self, super().forward)
-            return Pass([whole], self._steady).run(*args, **kwargs)
+            return Pass([whole], self._steady, self._passes).run(*args, **kwargs)
         chain = dict(_chain(self))
         cut = [block for segment in segments for block in segment]
         before = list(chain)[: len(chain) - len(cut)]
@@ -295,5 +302,5 @@ class _Checkpointed(nn.Module):
             value = chain[block](value)
         for segment in segments:
             blocks = [(f"{name}.{b}".lstrip("."), chain[b], chain[b]) for b in segment]
-            value = Pass(blocks, self._steady).run(value)
+            value = Pass(blocks, self._steady, self._passes).run(value)
         return value

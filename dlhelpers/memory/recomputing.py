@@ -1,10 +1,11 @@
 """How is a segment computed again in backward as if that were the first time?
 
-torch.utils.checkpoint restores the random state and autocast. What is left is the state of the
+torch.utils.checkpoint restores torch's random state and autocast. What is left is the state of the
 modules: their mode, their parameters (``torch.func.functional_call`` lends them others for a
-forward), and the buffers that a forward changes. A recomputation runs on copies of those
-buffers as they were before forward, put in the modules' place and taken away afterwards: nothing is
-counted twice, and no tensor that autograd has saved is written to.
+forward), other random streams and attributes (``replaying``), and the buffers that a forward
+changes. A recomputation runs on copies of those buffers as they were before forward, put in the
+modules' place and taken away afterwards: nothing is counted twice, and no tensor that autograd has
+saved is written to. What it gives to backward is compared with what forward had (``verifying``).
 
 (track_running_stats=False for the time of the recomputation does not do for BatchNorm: it would
 save two tensors fewer than forward did, a CheckpointError.)
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from dlhelpers.memory.replaying import State
+from dlhelpers.memory.verifying import Witness
+
 __all__ = ["Pass"]
 
 Key = tuple[str, bool]  # full name of a buffer, is its module training?
@@ -35,6 +39,7 @@ class Pass:
             several arguments.
         steady: buffers that forwards were seen to leave alone, of which no copies are needed;
             kept by the caller from pass to pass.
+        number: of forwards through the segment, this one included, or 0.
 
     >>> block, steady = nn.BatchNorm1d(4), set()
     >>> output = Pass([("norm", block, block)], steady).run(torch.randn(8, 4))
@@ -43,7 +48,9 @@ class Pass:
     1
     """
 
-    def __init__(self, blocks: Sequence[tuple[str, nn.Module, Any]], steady: set[Key]) -> None:
+    def __init__(
+        self, blocks: Sequence[tuple[str, nn.Module, Any]], steady: set[Key], number: int = 0
+    ) -> None:
         self._blocks = blocks
         self._steady = steady
         self._modules = [
@@ -53,7 +60,11 @@ class Pass:
         ]
         self._own = [dict(module._parameters) for _, module in self._modules]
         self._parameters = [p for own in self._own for p in own.values() if p is not None]
+        self._called = [part for _, block, call in blocks for part in (block, call)]
         self._begun = False
+        self._witness = Witness(
+            self._called, number & (number - 1) == 0 or number % 64 == 0
+        )  # 1, 2, 4, ...
         self._versions: list[int] = []  # of the parameters, after forward
         self._training: list[bool] = []  # of the modules, before forward
         self._before: dict[Key, tuple[Tensor, int, Tensor | None]] = {}  # object, version, copy
@@ -63,7 +74,7 @@ class Pass:
 
         Raises:
             RuntimeError: a block overwrites an argument; or, in backward, a parameter has changed
-                since forward.
+                since forward, or a block does not compute again what it computed in forward.
         """
         leaves, self._spec = tree_flatten((args, kwargs))
         return checkpoint(self._call, *leaves, use_reentrant=False, preserve_rng_state=True)
@@ -71,7 +82,7 @@ class Pass:
     def _call(self, *leaves: Any) -> Any:
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self._begun:
-            with self._as_before():
+            with self._as_before(), self._state.restored(), self._witness.watching(True):
                 for _, _, call in self._blocks:
                     args, kwargs = (call(*args, **kwargs),), {}
                 return args[0]
@@ -79,18 +90,22 @@ class Pass:
         self._remember()
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         versions = _versions(tensors)
-        for name, _, call in self._blocks:
-            args, kwargs = (call(*args, **kwargs),), {}
-            if _versions(tensors) != versions:
-                raise RuntimeError(
-                    f"block {name!r} overwrites the input of its segment, which backward needs "
-                    "once more: give it inplace=False, or let it work on a clone"
-                )
+        with self._witness.watching(False):
+            for name, _, call in self._blocks:
+                self._witness.block = name
+                args, kwargs = (call(*args, **kwargs),), {}
+                if _versions(tensors) != versions:
+                    raise RuntimeError(
+                        f"block {name!r} overwrites the input of its segment, which backward "
+                        "needs once more: give it inplace=False, or let it work on a clone"
+                    )
+        self._state.keep_changed()
         self._learn_steady()
         self._versions = _versions(self._parameters)
         return args[0]
 
     def _remember(self) -> None:
+        self._state = State(self._called, [module for _, module in self._modules])
         self._training = [module.training for _, module in self._modules]
         for name, module in self._modules:
             for inner, buffer in module._buffers.items():
@@ -116,6 +131,7 @@ class Pass:
                     self._steady.discard(key)
                     self._before[key] = (old, version, old.detach().clone())
                     if _versions([old])[0] != version:
+                        self._witness.forget()
                         warnings.warn(
                             f"buffer {key[0]!r} changed in this forward but not in the first: only "
                             "from the next one on will the recomputation see its value of before",

@@ -1,0 +1,184 @@
+"""By what does a loss divide? Its autograd graph says so, from the number back to the samples.
+
+A mean is S / d with S a sum over samples. d is the total weight that ``nll_loss`` keeps (class
+weights, without the targets ignored), the number of elements of a mean, or the number that a sum is
+divided by. Terms that depend on parameters alone (weight decay in the loss) have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Term", "terms_of"]
+
+_SAME = ("Neg", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone")
+_SAME += ("Alias", "Select")
+_ADDED = ("Add", "Sub", "Rsub")
+_OF_PARAMETERS = (*_SAME, *_ADDED, "Mul", "Pow", "Abs", "Norm", "LinalgVectorNorm", "Sum", "Mean")
+_OF_PARAMETERS += ("Sqrt", "Stack", "Cat", "Exp", "Log", "T", "Transpose")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One addend of a loss.
+
+    Attributes:
+        kind: mean, sum, or unknown.
+        name: of the node that says so.
+        divisor: what a mean divides its sum by.
+        scale: what the term is multiplied by.
+        is_certain: a criterion of torch or a mean says so, not a sum or quotient of the user's own.
+    """
+
+    kind: str
+    name: str
+    divisor: float = 1.0
+    scale: float = 1.0
+    is_certain: bool = True
+
+
+def terms_of(loss: Tensor) -> list[Term]:
+    """Return the terms of a loss that depend on the batch.
+
+    Nothing is read that a hook for saved tensors keeps: a checkpoint would be recomputed.
+
+    >>> import torch
+    >>> z, y = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, -100, 1])
+    >>> [term.divisor for term in terms_of(torch.nn.functional.cross_entropy(z, y))]
+    [3.0]
+    """
+    return _terms(loss.grad_fn)
+
+
+def _terms(node: Any) -> list[Term]:
+    if node is None or _is_of_parameters(node):
+        return []
+    name, kind = node.name(), _kind(node)
+    sources = [source for source, _ in node.next_functions]
+    if kind in _SAME:
+        return _terms(sources[0])
+    if kind in _ADDED:
+        return [term for source in sources for term in _terms(source)]
+    reduction = getattr(node, "_saved_reduction", None)
+    if reduction == 2:
+        return [Term("sum", name)]
+    if reduction == 1:
+        is_nll = hasattr(node, "_raw_saved_total_weight")
+        divisor = _saved(node, "total_weight") if is_nll else _elements(node)
+        return [Term("unknown", name) if divisor is None else Term("mean", name, divisor)]
+    if kind in ("Mean", "Sum"):
+        return _reduced(node, kind, sources[0])
+    if kind in ("Mul", "Div"):
+        return _scaled(node, kind, [*sources, None][:2])  # one where the other is C++'s number
+    return [Term("unknown", name)]
+
+
+def _reduced(node: Any, kind: str, source: Any) -> list[Term]:
+    inner = source.next_functions if source and _kind(source) in ("Stack", "Cat") else ()
+    if inner and all(_size(*number) == 1 for number in inner):
+        return [term for number, _ in inner for term in _terms(number)]
+    if kind == "Mean":  # of everything, as one number comes out
+        return [Term("mean", node.name(), float(_elements(node)))]
+    while source is not None and _kind(source) in ("Neg", "Mul", "Div", "ToCopy"):
+        has_number = _kind(source) == "Div" and [*source.next_functions, (None, 0)][1][0] is None
+        divisor = _saved(source, "other") if has_number else None
+        if divisor is not None:
+            return [Term("mean", source.name(), divisor, is_certain=False)]
+        source = source.next_functions[0][0]
+    if source is not None and _kind(source) == "Mean" and hasattr(source, "_saved_dim"):
+        sizes = source._saved_self_sym_sizes
+        dims = [dim % 2**64 for dim in source._saved_dim]  # kept as unsigned
+        dims = [dim - 2**64 if dim >= 2**63 else dim for dim in dims]
+        if 0 in [dim % len(sizes) for dim in dims]:
+            count = 1
+            for dim in dims:
+                count *= int(sizes[dim])
+            return [Term("mean", source.name(), float(count), is_certain=False)]
+    return [Term("sum", node.name(), is_certain=False)]
+
+
+def _scaled(node: Any, kind: str, sources: Sequence[Any]) -> list[Term]:
+    """One of the two is a number without a gradient, or made of parameters alone."""
+    found = [_terms(source) for source in sources]
+    if (found[0] and found[1]) or (kind == "Div" and not found[0]):
+        return [Term("unknown", node.name())]
+    at = 0 if found[0] else 1
+    if sources[1 - at] is not None:  # a learnt factor: the same number for all micro-batches
+        return found[at]
+    factor = _saved(node, "other" if at == 0 else "self")
+    if factor is None:
+        return [Term("unknown", node.name())]
+    if kind == "Mul":
+        return [replace(term, scale=term.scale * factor) for term in found[at]]
+    return [
+        replace(term, kind="mean", divisor=factor, is_certain=False)
+        if term.kind == "sum"
+        else replace(term, scale=term.scale / factor if factor else math.inf)
+        for term in found[at]
+    ]
+
+
+def _kind(node: Any) -> str:
+    """Mean of MeanBackward0 and MeanBackward1."""
+    return node.name().rstrip("0123456789").removesuffix("Backward")
+
+
+def _is_of_parameters(node: Any) -> bool:
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node in seen or hasattr(node, "variable"):
+            continue
+        seen.add(node)
+        is_number = _numel(node._input_metadata[0].shape) == 1
+        if _kind(node) not in _OF_PARAMETERS:
+            return False
+        for source, _ in node.next_functions:
+            if source is not None:
+                waiting.append(source)
+            elif not is_number and _saved(node, "other") is None and _saved(node, "self") is None:
+                return False  # times or plus a tensor that may be the batch
+    return bool(seen) or hasattr(node, "variable")
+
+
+def _saved(node: Any, name: str) -> float | None:
+    """Return a saved tensor of one number."""
+    raw = getattr(node, f"_raw_saved_{name}", None)
+    if raw is not None and getattr(raw, "unpack_hook", None) is not None:
+        return None
+    try:
+        value = getattr(node, f"_saved_{name}", None)
+    except RuntimeError:  # freed
+        return None
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _elements(node: Any) -> float | None:
+    if (numel := getattr(node, "_saved_self_sym_numel", None)) is not None:
+        return float(numel)
+    if (sizes := getattr(node, "_saved_self_sym_sizes", None)) is not None:
+        return float(_numel(sizes))
+    source, index = next((s for s in node.next_functions if s[0] is not None), (None, 0))
+    return None if source is None else float(_size(source, index))
+
+
+def _size(source: Any, index: int) -> int:
+    if source is None:
+        return 1
+    if (leaf := getattr(source, "variable", None)) is not None:
+        return leaf.numel()
+    return _numel(source._input_metadata[index].shape)
+
+
+def _numel(shape: Any) -> int:
+    count = 1
+    for size in shape:
+        count *= int(size)
+    return count

@@ -1,0 +1,136 @@
+"""How is one batch cut into micro-batches? Every tensor in it along its first dimension, N.
+
+A batch may be nested: tensors in tuples, lists, mappings and dataclasses. What has an entry for
+each sample is cut as well (a list of N texts, an array of N rows); what has none goes to every
+micro-batch as it is (a number, a name, a tensor without dimensions).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from dlhelpers.fakes import tensors_in
+
+__all__ = ["is_one_batch", "samples_in", "split"]
+
+
+def is_one_batch(value: Any) -> bool:
+    """Whether a value is a batch; a list or a loader is many of them."""
+    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return isinstance(value, (Tensor, tuple, Mapping)) or is_record
+
+
+def split(batch: Any, parts: int) -> Iterator[Any]:
+    """Yield ``parts`` batches of nearly equal size, the larger ones first.
+
+    Raises:
+        ValueError: the tensors differ in N, there is none, or N is less than ``parts``.
+
+    >>> import torch
+    >>> list(split({"id": ["a", "b", "c"], "x": torch.arange(3)}, 2))
+    [{'id': ['a', 'b'], 'x': tensor([0, 1])}, {'id': ['c'], 'x': tensor([2])}]
+    """
+    sizes = _sizes(batch)
+    if len(set(sizes)) != 1:
+        raise ValueError(
+            f"one batch has one first dimension N, got {sizes}; a list is many batches"
+        )
+    count = sizes[0]
+    if count < parts:
+        raise ValueError(f"{count} samples cannot make {parts} micro-batches: lower steps")
+    ends = [i * (count // parts) + min(i, count % parts) for i in range(parts + 1)]
+    cuts = [slice(start, end) for start, end in pairwise(ends)]
+    return (_part(batch, cut, count, is_top=True) for cut in cuts)
+
+
+def samples_in(batch: Any) -> int | None:
+    """Return the number of samples of a batch: N of its tensors, or of its first one.
+
+    Where a list holds one tensor for each sample, of differing sizes, that is the list's length.
+    """
+    return next(iter(_sizes(batch)), None)
+
+
+def _sizes(batch: Any) -> list[int]:
+    """What may be N, by the surest sign that there is: tensors outside of lists come first."""
+    found: tuple[list[int], ...] = ([], [], [])
+
+    def walk(value: Any, is_in_list: bool) -> None:
+        if isinstance(value, Tensor):
+            found[2 * is_in_list].extend([len(value)] if value.dim() > 0 else [])
+        elif isinstance(value, list) and _is_list_of_samples(value):
+            found[1].append(len(value))
+        else:
+            for inner in _entries(value):
+                walk(inner, is_in_list or isinstance(value, list))
+
+    walk(batch, False)
+    return next(filter(None, found), [])
+
+
+def _is_list_of_samples(value: list[Any]) -> bool:
+    """Whether tensors in it differ in their first dimension, or it holds records with tensors."""
+    firsts = {len(t) for t in tensors_in(value) if t.dim() > 0}
+    return len(firsts) > 1 or any(isinstance(v, Mapping) and [*tensors_in(v)] for v in value)
+
+
+def _entries(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (tuple, list)):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    return []
+
+
+def _part(value: Any, cut: slice, count: int, is_top: bool = False) -> Any:
+    if isinstance(value, Tensor):
+        if value.dim() > 0 and len(value) != count:
+            raise ValueError(f"one batch has one first dimension N, got {[count, len(value)]}")
+        return value[cut] if value.dim() > 0 else value
+    if isinstance(value, Mapping):
+        return _with_items(value, {k: _part(v, cut, count) for k, v in value.items()})
+    if isinstance(value, (tuple, list)):
+        is_named = hasattr(value, "_make")
+        if not is_top and not is_named and _has_entry_for_each(value, count):
+            return value[cut]
+        parts = [_part(v, cut, count) for v in value]
+        if all(part is entry for part, entry in zip(parts, value, strict=True)):
+            return value
+        return value._make(parts) if is_named else tuple(parts) if is_top else type(value)(parts)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):
+            if hasattr(value, field.name):
+                inner = _part(getattr(value, field.name), cut, count)
+                object.__setattr__(made, field.name, inner)  # a frozen one as well
+        return made
+    shape = getattr(value, "shape", None)  # an array
+    return value[cut] if isinstance(shape, tuple) and shape[:1] == (count,) else value
+
+
+def _has_entry_for_each(value: tuple[Any, ...] | list[Any], count: int) -> bool:
+    """A tuple of N numbers may be a size, and a list of tensors [N, ...] holds columns."""
+    if len(value) != count:
+        return False
+    if isinstance(value, list):
+        firsts = {len(t) for t in tensors_in(value) if t.dim() > 0}
+        return _is_list_of_samples(value) or firsts != {count}
+    return all(isinstance(entry, (str, bytes)) for entry in value)
+
+
+def _with_items(old: Mapping[Any, Any], new: dict[Any, Any]) -> Any:
+    try:
+        made = copy.copy(old)
+        for key, value in new.items():
+            made[key] = value  # type: ignore[index]
+    except (TypeError, AttributeError):  # cannot be written to
+        return new
+    return made
