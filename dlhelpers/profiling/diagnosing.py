@@ -19,6 +19,7 @@ import torch
 from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
+from dlhelpers.profiling.kept import what_is_kept
 from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.program_lines import program_lines
 from dlhelpers.profiling.rules import RULES
@@ -26,7 +27,7 @@ from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
-from dlhelpers.profiling.watching import graph_counter, watch
+from dlhelpers.profiling.watching import watch
 from dlhelpers.recording import need_no_recording
 
 __all__ = ["diagnose", "observe", "rank"]
@@ -93,18 +94,20 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     """Run the step, watch it, and return what was seen."""
     need_no_recording("diagnose")
     with watch() as seen:
-        step_s, calls = _warm_up(train_step)
+        step = seen.step(train_step)
+        step_s, calls = _warm_up(step)
         steps = min(steps, max(1, int(_STEPS_S / step_s)))
         left = 2 - calls  # of what warms up
-        report = record_steps(train_step, steps, left, on_record=seen.begin_anew, progress=progress)
+        report = record_steps(step, steps, left, on_record=seen.begin_anew, progress=progress)
+    repeats = seen.repeats.found()
     step_ms = statistics.median(report.plain_ms)
     least = min(steps, max(1, int(_LOOK_MS / max(step_ms, 0.1))))
     looked_at = min(200, max(least, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
     looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
-    with graph_counter() as count:
-        nodes = [(train_step(), count())[1] for _ in range(4 if step_s < _STEPS_S / 4 else 2)]
+    kept = what_is_kept(train_step, 4 if step_s < _STEPS_S / 4 else 2)
     cores = machine.describe().cores
     loader = seen.slowest
+    key = id(loader.dataset) if loader else 0
     waits = report.shares.get("data loading", 0.0)
     costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
     return Seen(
@@ -114,9 +117,17 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         costs=costs,
         calls=tuple(seen.calls.values()),
         trained=frozenset(seen.trained),
-        graph_nodes=tuple(nodes),
+        graph_nodes=kept.nodes,
         lines=program_lines(looks),
         cores=cores,
+        step=train_step,
+        starts=seen.starts[key] / steps,
+        fetches=seen.fetches[key] / steps,
+        optimizers=tuple(seen.optimizers.values()),
+        anomaly=seen.anomaly,
+        repeats=repeats,
+        tensors=() if kept.is_bounded else kept.nbytes,
+        kept_where=kept.where,
     )
 
 

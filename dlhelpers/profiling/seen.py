@@ -12,6 +12,7 @@ from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.outside import Outside, outside_of_models
 from dlhelpers.profiling.phases import PHASES, find_phases
 from dlhelpers.profiling.program_lines import ProgramLines
+from dlhelpers.profiling.repeats import Repeat
 from dlhelpers.profiling.trace import Trace
 from dlhelpers.profiling.watching import Loader, ModelCalls
 
@@ -73,6 +74,15 @@ class Seen:
         graph_nodes: nodes of autograd's graphs that are alive after each of some steps.
         lines: of the program, where the step was seen.
         cores: that this process may use.
+        tried: remedies that were tried and brought nothing, as code.
+        step: the program's own, to try remedies on; None where there is none.
+        starts, fetches: iterators that a step makes of the loader, and batches that it takes.
+        optimizers: those that made a step, each with the ids of its parameters that had a dense
+            gradient, or None where it had another kind as well.
+        anomaly: whether autograd's anomaly detection was on.
+        repeats: calls of models that repeat another one.
+        tensors: bytes of the tensors that are alive after each of some steps.
+        kept_where: what holds those that are new, in words.
     """
 
     trace: Trace
@@ -84,6 +94,15 @@ class Seen:
     graph_nodes: Sequence[int] = ()
     lines: ProgramLines = field(default_factory=ProgramLines)
     cores: int = 1
+    tried: list[str] = field(default_factory=list)
+    step: Trial = None
+    starts: float = 0.0
+    fetches: float = 0.0
+    optimizers: Sequence[tuple[Any, frozenset[int] | None]] = ()
+    anomaly: bool = False
+    repeats: Sequence[Repeat] = ()
+    tensors: Sequence[int] = ()
+    kept_where: str = ""
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -141,8 +160,12 @@ class Seen:
     @property
     def kept_nodes(self) -> int:
         """Nodes of graphs that each step leaves behind, if every one of them does; else 0."""
-        pairs = zip(self.graph_nodes, self.graph_nodes[1:], strict=False)
-        return max(0, min((later - former for former, later in pairs), default=0))
+        return _growth(self.graph_nodes)
+
+    @property
+    def kept_tensor_bytes(self) -> int:
+        """Bytes of tensors that each step leaves behind, if every one of them does; else 0."""
+        return _growth(self.tensors)
 
     @property
     def kept_bytes(self) -> int:
@@ -159,3 +182,9 @@ class Seen:
         """Make a finding whose speedup follows from what is saved."""
         left = self.step_ms - min(saves_ms, 0.99 * self.step_ms)
         return Bottleneck(name, severity, saves_ms=saves_ms, speedup=self.step_ms / left, **told)  # type: ignore[arg-type]
+
+
+def _growth(counts: Sequence[int]) -> int:
+    """Return by how much each count exceeds the one before, at least; 0 where one does not."""
+    pairs = zip(counts, counts[1:], strict=False)
+    return max(0, min((later - former for former, later in pairs), default=0))
