@@ -20,6 +20,7 @@ from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
 from dlhelpers.profiling.kept import what_is_kept
+from dlhelpers.profiling.loader_trials import RACED_MS
 from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.program_lines import program_lines
 from dlhelpers.profiling.rules import RULES
@@ -109,7 +110,9 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     loader = seen.slowest
     key = id(loader.dataset) if loader else 0
     waits = report.shares.get("data loading", 0.0)
-    costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
+    slow = step_ms > RACED_MS  # to try workers on it
+    looked_into = loader is not None and waits > 0.02
+    costs = loader_costs(loader, cores=cores, try_workers=slow) if looked_into else None
     return Seen(
         trace=report.trace,
         step_ms=step_ms,
@@ -123,6 +126,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         step=train_step,
         starts=seen.starts[key] / steps,
         fetches=seen.fetches[key] / steps,
+        ends=seen.ends[key] / steps,
         optimizers=tuple(seen.optimizers.values()),
         anomaly=seen.anomaly,
         repeats=repeats,
@@ -191,5 +195,5 @@ def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) 
             return 1.0
     # an interval needs a dozen pairs
     budget_s = min(_TRIED_S, max(0.3, 16 * (perf_counter() - begin)))
-    result = compare(before, after, budget_s=budget_s)
+    result = compare(before, after, budget_s=budget_s, overtime=1.0)
     return result.speedup if result.outcome == "faster" else 1.0

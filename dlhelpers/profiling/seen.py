@@ -76,7 +76,8 @@ class Seen:
         cores: that this process may use.
         tried: remedies that were tried and brought nothing, as code.
         step: the program's own, to try remedies on; None where there is none.
-        starts, fetches: iterators that a step makes of the loader, and batches that it takes.
+        starts, fetches, ends: iterators that a step makes of the loader, batches that it takes,
+            and epochs that it ends.
         optimizers: those that made a step, each with the ids of its parameters that had a dense
             gradient, or None where it had another kind as well.
         anomaly: whether autograd's anomaly detection was on.
@@ -98,6 +99,7 @@ class Seen:
     step: Trial = None
     starts: float = 0.0
     fetches: float = 0.0
+    ends: float = 0.0
     optimizers: Sequence[tuple[Any, frozenset[int] | None]] = ()
     anomaly: bool = False
     repeats: Sequence[Repeat] = ()

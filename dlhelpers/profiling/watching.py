@@ -98,7 +98,8 @@ class Watch:
         waited_s: seconds in each of them, by the same key.
         calls: of modules with parameters, by ``id`` and mode.
         trained: ids of the parameters of optimizers that made a step.
-        starts, fetches: iterators that were made, and batches that were given, by the same key.
+        starts, fetches, ends: iterators that were made, batches that were given and epochs that
+            ended, by the same key.
         optimizers: those that made a step, by ``id``, each with the ids of its parameters that
             had a dense gradient, or None where it had another kind as well.
         anomaly: whether autograd's anomaly detection was on.
@@ -111,6 +112,7 @@ class Watch:
     trained: set[int] = field(default_factory=set)
     starts: Counter[int] = field(default_factory=Counter)
     fetches: Counter[int] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
     optimizers: dict[int, tuple[torch.optim.Optimizer, frozenset[int] | None]] = field(
         default_factory=dict
     )
@@ -123,6 +125,7 @@ class Watch:
         self.waited_s.clear()
         self.starts.clear()
         self.fetches.clear()
+        self.ends.clear()
         self.repeats.begin_anew()
 
     def step(self, train_step: Callable[[], Any]) -> Callable[[], Any]:
@@ -185,9 +188,12 @@ def _loaders_noted(seen: Watch) -> Iterator[None]:
     def noted(loader: Any) -> Any:
         begin = perf_counter()
         try:
-            return give(loader)
-        finally:
-            seen.fetches[waited(loader, begin)] += 1
+            batch = give(loader)
+        except StopIteration:
+            seen.ends[waited(loader, begin)] += 1
+            raise
+        seen.fetches[waited(loader, begin)] += 1
+        return batch
 
     def noted_start(loader: Any) -> Any:
         begin = perf_counter()
