@@ -11,10 +11,20 @@ from collections.abc import Callable, Iterator
 from dlhelpers.profiling.rules_loading import loading
 from dlhelpers.profiling.rules_loops import decoding, loops
 from dlhelpers.profiling.rules_models import batch_of_one, evaluation, kept_graphs
+from dlhelpers.profiling.rules_waste import (
+    anomaly_detection,
+    double_precision,
+    kept_tensors,
+    optimizers,
+    repeated_calls,
+)
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 
 __all__ = ["RULES"]
 
 Rule = Callable[[Seen, float, Speedup], Iterator[Bottleneck]]
 
-RULES: tuple[Rule, ...] = (loading, loops, decoding, batch_of_one, evaluation, kept_graphs)
+RULES: tuple[Rule, ...] = (
+    loading, loops, decoding, batch_of_one, evaluation, kept_graphs,
+    anomaly_detection, double_precision, optimizers, repeated_calls, kept_tensors,
+)  # fmt: skip
