@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -101,7 +102,9 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         left = 2 - calls  # of what warms up
         report = record_steps(step, steps, left, on_record=seen.begin_anew, progress=progress)
     repeats = seen.repeats.found()
-    step_ms = statistics.median(report.plain_ms)
+    # a step that makes an iterator takes far longer, and comes as often as it comes
+    average = statistics.fmean if seen.starts else statistics.median
+    step_ms = average(report.plain_ms)
     least = min(steps, max(1, int(_LOOK_MS / max(step_ms, 0.1))))
     looked_at = min(200, max(least, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
     looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
@@ -111,8 +114,10 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     key = id(loader.dataset) if loader else 0
     waits = report.shares.get("data loading", 0.0)
     slow = step_ms > RACED_MS  # to try workers on it
-    looked_into = loader is not None and waits > 0.02
-    costs = loader_costs(loader, cores=cores, try_workers=slow) if looked_into else None
+    costs = None
+    if loader is not None and waits > 0.02:
+        with suppress(Exception):  # of a data set, or a sampler, that cannot be asked from here
+            costs = loader_costs(loader, cores=cores, try_workers=slow)
     return Seen(
         trace=report.trace,
         step_ms=step_ms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -54,7 +55,7 @@ def what_is_kept(step: Callable[[], Any], steps: int) -> Kept:
                 new = [weakref.ref(tensor) for tensor in fresh[:_LOOKED_AT]]
             del alive
     told, is_bounded = "", False
-    if steps > 1 and all(b > a for a, b in zip(nbytes, nbytes[1:], strict=False)):
+    if steps > 1 and all(b > a for a, b in itertools.pairwise(nbytes)):
         for note in new:
             if (tensor := note()) is None:
                 continue

@@ -11,7 +11,7 @@ from typing import Any
 
 from dlhelpers.profiling.loaders import random_states_kept
 from dlhelpers.profiling.seen import Seen, Speedup, Trial
-from dlhelpers.profiling.twins import TwinFailed, TwinStep, epoch_of, steps_in_a_call
+from dlhelpers.profiling.twins import TwinError, TwinStep, epoch_of, steps_in_a_call
 
 __all__ = ["RACED_MS", "LoaderTrials"]
 
@@ -54,7 +54,7 @@ class LoaderTrials:
     def workers(self, count: int) -> float | None:
         """Try another number of workers."""
         factor = self._race({}, {"workers": count, "persistent": True}, max(count, self._own))
-        self.settled |= factor is not None
+        self.settled |= factor is not None and count > 0
         return factor
 
     def persistent_workers(self) -> tuple[float | None, bool]:
@@ -63,8 +63,9 @@ class LoaderTrials:
             return None, False
         if self.steps_of_epoch * self.seen.step_ms <= _EPOCH_MS:
             return self._race({}, {"persistent": True}, self._own), True
-        saves = self._restart_ms() / self.steps_of_epoch
-        return self.seen.step_ms / max(self.seen.step_ms - saves, 0.01 * self.seen.step_ms), False
+        waits = self.seen.ms("data loading")
+        saves = min(waits, self._restart_ms() / self.steps_of_epoch)
+        return self.seen.step_ms / max(1e-9, self.seen.step_ms - saves), False
 
     def one_iterator(self) -> float | None:
         """Try one iterator for all steps in place of one for each."""
@@ -127,7 +128,7 @@ class LoaderTrials:
                 for trial in (first, second):  # workers start, and begin to work ahead
                     trial()
                 return max(1.0, self.speedup(first, second))
-            except TwinFailed:
+            except TwinError:
                 self.failed = after.get("workers", 0)
                 return None
             except Exception:  # of the program's own, or it came to its end

@@ -28,15 +28,19 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
         return
     costs = seen.costs
     if costs is None:
+        loader = seen.loader
+        ahead = "prepare batches while the step computes: DataLoader(..., num_workers=2)"
+        if loader and not loader.by_index:
+            ahead += ", each worker giving its own part of the stream, by get_worker_info()"
         yield seen.finding(
             "slow-loading",
             saves_ms=waits,
             at_most=True,
             what=f"{waits / seen.step_ms:.0%} of a step is data loading",
             why="the step waits until its batch is there",
-            remedy="prepare batches while the step computes: DataLoader(..., num_workers=2)"
-            + ", each worker giving its own part of the stream, by get_worker_info()"
-            * bool(seen.loader and not seen.loader.by_index),
+            remedy="profile_python(lambda: next(iter(DataLoader(dataset, num_workers=0))))"
+            if loader and loader.workers and loader.by_index
+            else ahead,
             notebook="03_dali_io",
         )
         return
@@ -100,7 +104,8 @@ def _workers(
         if loader is None:
             return
         share = f"{waits / seen.step_ms:.0%} of a step waits for the loader"
-        factor = trials.workers(0)
+        # what takes one process longer than the whole step is not faster there
+        factor = trials.workers(0) if costs.batch_ms < seen.step_ms else None
         if factor and (saves := seen.step_ms * (1 - 1 / factor)) >= least_ms:
             yield seen.finding(
                 "needless-workers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from dlhelpers.findings import Finding
@@ -188,5 +189,5 @@ class Seen:
 
 def _growth(counts: Sequence[int]) -> int:
     """Return by how much each count exceeds the one before, at least; 0 where one does not."""
-    pairs = zip(counts, counts[1:], strict=False)
-    return max(0, min((later - former for former, later in pairs), default=0))
+    grown = (later - former for former, later in pairwise(counts))
+    return max(0, min(grown, default=0))

@@ -1,4 +1,4 @@
-"""What would the step take without a part of it? The program's own step, with that part left out."""
+"""What would the step take without a part of it? The program's own step, that part left out."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.profiling.watching import Loader
 
-__all__ = ["TwinFailed", "TwinStep", "epoch_of", "steps_in_a_call"]
+__all__ = ["TwinError", "TwinStep", "epoch_of", "steps_in_a_call"]
 
 _BATCHES = 512  # of an epoch, at most
 _CALL_MS = 20.0  # what one call of several steps takes at least
 
 
-class TwinFailed(RuntimeError):
+class TwinError(RuntimeError):
     """A twin could not give a batch; the program's own loader gave it."""
 
 
@@ -84,12 +84,12 @@ class TwinStep:
         self._running: Any = None
 
     def __call__(self) -> None:
-        """Make the steps; raise TwinFailed where one of their batches came from elsewhere."""
+        """Make the steps; raise TwinError where one of their batches came from elsewhere."""
         with self._in_its_turn():
             for _ in range(self.count):
                 self.step()
                 if self.failure is not None:
-                    raise TwinFailed(str(self.failure)) from self.failure
+                    raise TwinError(str(self.failure)) from self.failure
 
     def begin_ms(self, clock: Callable[[], float]) -> float:
         """Return how long it takes to begin an epoch of the twin's and to get its first batch."""
