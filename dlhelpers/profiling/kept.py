@@ -39,7 +39,7 @@ class Kept:
 
 def what_is_kept(step: Callable[[], Any], steps: int) -> Kept:
     """Run the step a few times and count what is alive after each."""
-    nodes, nbytes, before, new = [], [], set(), []
+    nodes, nbytes, before, new = [], [], {}, []
     with living_tensors() as living:
         for number in range(steps):
             step()
@@ -48,18 +48,17 @@ def what_is_kept(step: Callable[[], Any], steps: int) -> Kept:
             alive = living()
             nbytes.append(_nbytes(alive))
             if number == 0:
-                before = {id(tensor) for tensor in alive}
-            elif number == steps - 1:
-                fresh = [t for t in alive if id(t) not in before]
-                fresh.sort(key=_own_bytes, reverse=True)
-                new = [weakref.ref(tensor) for tensor in fresh[:_LOOKED_AT]]
+                before = {id(tensor): weakref.ref(tensor) for tensor in alive}
+            elif number == 1:  # of these, those that are there at the end are kept
+                fresh = [t for t in alive if (note := before.get(id(t))) is None or note() is not t]
+                new = [weakref.ref(t) for t in sorted(fresh, key=_own_bytes, reverse=True)]
+                del fresh
             del alive
     told, is_bounded = "", False
     if steps > 1 and all(b > a for a, b in itertools.pairwise(nbytes)):
-        for note in new:
-            if (tensor := note()) is None:
-                continue
-            where, bounded = _holder(tensor)
+        kept = [tensor for note in new if (tensor := note()) is not None]
+        for tensor in kept[:_LOOKED_AT]:
+            where, bounded = _holder(tensor, kept)
             told, is_bounded = told or where, is_bounded or bounded
     return Kept(tuple(nodes), tuple(nbytes), told, is_bounded)
 
@@ -83,10 +82,10 @@ def _own_bytes(tensor: Tensor) -> int:
         return 0
 
 
-def _holder(tensor: Tensor) -> tuple[str, bool]:
+def _holder(tensor: Tensor, known: list[Tensor]) -> tuple[str, bool]:
     """Return what is kept and in what, in words, and whether that has a limit."""
     shape, dtype = "x".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype)[6:]
-    told, things, mine = "", [tensor], [tensor]
+    told, things, mine = "", [tensor], [tensor, known]
     for _ in range(_LEVELS):
         found = gc.get_referrers(*things)
         mine += [things, found]
