@@ -53,9 +53,12 @@ def diagnose(
 
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
     The step runs about ``3 * steps + 8`` times, a short one more often, one of many seconds only
-    eight times, so it trains on. Remedies are tried on copies of the model, and with samples read
-    anew from the data set, after which the random states are put back. The DataLoader and the model
-    are found while they run.
+    eight times, so it trains on. Where something points to waste, its remedy is tried for a few
+    seconds: on copies of the model and of what its optimizer updates, or on the step itself, which
+    then runs some dozens of times more, with and without the remedy. For remedies of a DataLoader
+    the batches of these steps come from loaders of the same samples that are made for the trial:
+    the program's own iterator stands still, and so do the random states. The DataLoader, the model
+    and the optimizer are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an

@@ -64,7 +64,8 @@ class LoaderTrials:
         if self.steps_of_epoch * self.seen.step_ms <= _EPOCH_MS:
             return self._race({}, {"persistent": True}, self._own), True
         waits = self.seen.ms("data loading")
-        saves = min(waits, self._restart_ms() / self.steps_of_epoch)
+        saves = self._restart_ms() / self.steps_of_epoch
+        saves = waits if 1.5 * saves >= waits else saves  # a bound, and its own noise with it
         return self.seen.step_ms / max(1e-9, self.seen.step_ms - saves), False
 
     def one_iterator(self) -> float | None:

@@ -122,7 +122,9 @@ def _workers(
         if loader.persistent:
             return
         factor, tried = trials.persistent_workers()
-        if factor and (saves := seen.step_ms * (1 - 1 / factor)) >= least_ms:
+        # where no epoch began in the steps that were looked at, its beginning has to be long
+        enough = least_ms if seen.starts else 4 * least_ms
+        if factor and (saves := seen.step_ms * (1 - 1 / factor)) >= enough:
             yield seen.finding(
                 "workers-restarted",
                 saves_ms=saves,

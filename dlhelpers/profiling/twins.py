@@ -103,7 +103,10 @@ class TwinStep:
         """End the twin's workers."""
         if self._gate:
             self._gate.open()
-        self._running = self.twin = None
+        for iterator in (self._running, getattr(self.twin, "_iterator", None)):
+            if shut_down := getattr(iterator, "_shutdown_workers", None):
+                shut_down()  # where the traceback of a failure holds it, it would end late
+        self._running = self.twin = self.failure = None
 
     @contextmanager
     def _in_its_turn(self) -> Iterator[None]:
