@@ -289,6 +289,12 @@ def of_a_view(model, train):
         accuracy(model, X.detach())
 
 
+def of_a_copy(model, train):
+    train()
+    with torch.no_grad():
+        accuracy(model, X.double().float())
+
+
 def twice_more(model, train):
     train()
     accuracy(model)
@@ -301,6 +307,7 @@ def twice_more(model, train):
         (after_the_update, {1}, True),
         (before_it, {0}, True),
         (of_a_view, {1}, True),
+        (of_a_copy, {1}, True),
         (twice_more, {1, 2}, True),
     ],
 )

@@ -19,6 +19,7 @@ from dlhelpers.fakes import tensors_in
 __all__ = ["Repeat", "Repeats", "detached", "is_in_backward"]
 
 _LOOK_BACK = 4  # calls whose inputs are kept to be compared with
+_COMPARED = 2**22  # values of two tensors, at most
 _VALUES = 8  # of a parameter, to see whether it was changed
 
 
@@ -188,7 +189,7 @@ def detached(value: Any) -> Any:
 
 
 def _alike(one: _Call, other: _Call) -> bool:
-    if one.inputs is None or one.versions != other.versions:
+    if one.inputs is None or _versions(one.inputs) != one.versions:  # written to since
         return False
     if one.values is not None and other.values is not None and one.values != other.values:
         return False
@@ -196,19 +197,17 @@ def _alike(one: _Call, other: _Call) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two inputs are the same tensors, or views of all of the same memory."""
+    """Whether two inputs are the same tensors, share their memory, or hold the same values."""
     if one is other:
         return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (
-            one.dtype == other.dtype
-            and one.shape == other.shape
-            and one.stride() == other.stride()
-            and one.layout is torch.strided
-            and one.device == other.device
-            and one.device.type != "meta"
-            and one.data_ptr() == other.data_ptr() != 0
-        )
+        if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+            return False
+        if type(one) is not Tensor or one.layout is not torch.strided or one.is_meta:
+            return False
+        if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+            return True
+        return one.numel() <= _COMPARED and torch.equal(one, other)
     if type(one) is not type(other):
         return False
     if isinstance(one, dict):
