@@ -489,3 +489,14 @@ def test_a_program_that_raises_under_a_remedy_is_not_told_of_it():
 
     facts = seen_of(anomaly=True, step=lambda: None)
     assert rank(facts, 0.05, fails) == []
+
+
+def test_parameters_that_cannot_be_looked_at_do_not_stop_the_program():
+    class Strange(nn.Linear):
+        def parameters(self, recurse=True):
+            yield from super().parameters(recurse)
+            raise NotImplementedError
+
+    model = Strange(4, 3)
+    step = lambda: (model(X), model(X))  # noqa: E731
+    assert watched(step).repeats.found() == ()

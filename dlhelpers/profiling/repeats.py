@@ -8,6 +8,7 @@ exactly one may have a gradient flow back through it; the others are those that 
 from __future__ import annotations
 
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,8 +86,11 @@ class Repeats:
 
     def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Note a call from outside any other module; one in backward recomputes what was freed."""
-        if is_in_backward():
-            return
+        if not is_in_backward():
+            with suppress(Exception):  # of tensors that are no common ones, into the program
+                self._note(module, args, kwargs, output)
+
+    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         inputs = args, kwargs
         call = _Call(
             module,
@@ -119,7 +123,8 @@ class Repeats:
         self._updates += 1
         for call in self._latest:
             if call.values is not None:
-                call.values = _values(call.module)
+                with suppress(Exception):
+                    call.values = _values(call.module)
 
     def _end_step(self) -> None:
         found: dict[int, Repeat] = {}
