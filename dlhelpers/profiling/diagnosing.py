@@ -201,7 +201,7 @@ def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) 
         call()
         if perf_counter() - begin > _TRIED_S:  # one pair settles nothing, and more take too long
             return 1.0
-    # an interval needs a dozen pairs
-    budget_s = min(_TRIED_S, max(0.3, 16 * (perf_counter() - begin)))
+    # an interval needs a dozen pairs, and more of them beside other programs
+    budget_s = min(_TRIED_S, max(1.0, 24 * (perf_counter() - begin)))
     result = compare(before, after, budget_s=budget_s, overtime=1.0)
     return result.speedup if result.outcome == "faster" else 1.0
