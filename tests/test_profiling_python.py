@@ -439,8 +439,15 @@ def test_the_hot_line_is_the_programs_own_and_not_the_loaders():
     model = ("/x/site-packages/torch/nn/modules/module.py", 3, "_call_impl")
     stacks = [own, lib], [own], [other], [other, loader, own], [other, model, lib]
     found = program_lines([Look(1 + 3 * (len(s) == 3), {"": s}) for s in stacks])
-    assert found == ProgramLines("me/train.py:9", "me/train.py:7", 2 / 11, 1 / 11)
-    assert program_lines([Look(2.0, {"": [lib]})]) == ProgramLines("", "", 0.0, 1.0)
+    assert found == ProgramLines(
+        hottest="me/train.py:9",
+        outside="me/train.py:7",
+        outside_share=2 / 11,
+        decoding_share=1 / 11,
+        outside_line=own,
+        decoding="me/train.py:7",
+    )
+    assert program_lines([Look(2.0, {"": [lib]})]) == ProgramLines(decoding_share=1.0)
     assert program_lines([]) == ProgramLines()
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
@@ -23,6 +24,8 @@ from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
 from dlhelpers.profiling.decoders import decoders_shown
 from dlhelpers.profiling.following import follow
+from dlhelpers.profiling.kept import what_is_kept
+from dlhelpers.profiling.loader_trials import RACED_MS
 from dlhelpers.profiling.loaders import loader_costs
 from dlhelpers.profiling.program_lines import program_lines
 from dlhelpers.profiling.rules import LOOKED_FOR, NOT_LOOKED_FOR, RULES
@@ -30,7 +33,7 @@ from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
-from dlhelpers.profiling.watching import graph_counter, watch
+from dlhelpers.profiling.watching import watch
 from dlhelpers.recording import need_no_recording
 
 __all__ = ["diagnose", "observe", "rank"]
@@ -54,9 +57,12 @@ def diagnose(
 
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
     The step runs about ``3 * steps + 9`` times, a short one more often, one of many seconds only
-    nine times, so it trains on. Remedies are tried on copies of the model, and with samples read
-    anew from the data set, after which the random states are put back. The DataLoader and the model
-    are found while they run.
+    nine times, so it trains on. Where something points to waste, its remedy is tried for a few
+    seconds: on copies of the model and of what its optimizer updates, or on the step itself, which
+    then runs some dozens of times more, with and without the remedy. For remedies of a DataLoader
+    the batches of these steps come from loaders of the same samples that are made for the trial:
+    the program's own iterator stands still, and so do the random states. The DataLoader, the model
+    and the optimizer are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
@@ -97,20 +103,28 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     """Run the step, watch it, and return what was seen."""
     need_no_recording("diagnose")
     with watch() as seen, decoders_shown():
-        step_s, calls = _warm_up(train_step)
+        step = seen.step(train_step)
+        step_s, calls = _warm_up(step)
         steps = min(steps, max(1, int(_STEPS_S / step_s)))
         left = 2 - calls  # of what warms up
-        report = record_steps(train_step, steps, left, on_record=seen.begin_anew, progress=progress)
-    step_ms = statistics.median(report.plain_ms)
+        report = record_steps(step, steps, left, on_record=seen.begin_anew, progress=progress)
+    repeats = seen.repeats.found()
+    # a step that makes an iterator takes far longer, and comes as often as it comes
+    average = statistics.fmean if seen.starts else statistics.median
+    step_ms = average(report.plain_ms)
     least = min(steps, max(1, int(_LOOK_MS / max(step_ms, 0.1))))
     looked_at = min(200, max(least, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
     looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
-    with graph_counter() as count:
-        nodes = [(train_step(), count())[1] for _ in range(4 if step_s < _STEPS_S / 4 else 2)]
+    kept = what_is_kept(train_step, 4 if step_s < _STEPS_S / 4 else 2)
     cores = machine.describe().cores
     loader = seen.slowest
+    key = id(loader.dataset) if loader else 0
     waits = report.shares.get("data loading", 0.0)
-    costs = loader_costs(loader, cores=cores) if loader and waits > 0.02 else None
+    slow = step_ms > RACED_MS  # to try workers on it
+    costs = None
+    if loader is not None and waits > 0.02:
+        with suppress(Exception):  # of a data set, or a sampler, that cannot be asked from here
+            costs = loader_costs(loader, cores=cores, try_workers=slow)
     facts = Seen(
         trace=report.trace,
         step_ms=step_ms,
@@ -118,9 +132,18 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         costs=costs,
         calls=tuple(seen.calls.values()),
         trained=frozenset(seen.trained),
-        graph_nodes=tuple(nodes),
+        graph_nodes=kept.nodes,
         lines=program_lines(looks),
         cores=cores,
+        step=train_step,
+        starts=seen.starts[key] / steps,
+        fetches=seen.fetches[key] / steps,
+        ends=seen.ends[key] / steps,
+        optimizers=tuple(seen.optimizers.values()),
+        anomaly=seen.anomaly,
+        repeats=repeats,
+        tensors=() if kept.is_bounded else kept.nbytes,
+        kept_where=kept.where,
     )
     if not _may_loop(facts):
         return facts
@@ -199,7 +222,7 @@ def _speedup(before: Callable[[], Any] | None, after: Callable[[], Any] | None) 
         call()
         if perf_counter() - begin > _TRIED_S:  # one pair settles nothing, and more take too long
             return 1.0
-    # an interval needs a dozen pairs
-    budget_s = min(_TRIED_S, max(0.3, 16 * (perf_counter() - begin)))
-    result = compare(before, after, budget_s=budget_s)
+    # an interval needs a dozen pairs, and more of them beside other programs
+    budget_s = min(_TRIED_S, max(1.0, 24 * (perf_counter() - begin)))
+    result = compare(before, after, budget_s=budget_s, overtime=1.0)
     return result.speedup if result.outcome == "faster" else 1.0

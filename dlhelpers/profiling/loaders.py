@@ -22,7 +22,7 @@ from dlhelpers.profiling.program_lines import decodes
 from dlhelpers.profiling.python_profile import profile_python
 from dlhelpers.profiling.watching import Loader
 
-__all__ = ["LoaderCosts", "decoding_share", "loader_costs", "workers_ms"]
+__all__ = ["LoaderCosts", "decoding_share", "loader_costs", "random_states_kept", "workers_ms"]
 
 _SAMPLES_S = 3.0  # for the samples of one batch, made once more
 _WORKERS_S = 10.0  # for trying workers
@@ -68,9 +68,15 @@ class LoaderCosts:
 
 
 def loader_costs(
-    loader: Loader, *, cores: int, clock: Callable[[], float] = perf_counter
+    loader: Loader,
+    *,
+    cores: int,
+    try_workers: bool = True,
+    clock: Callable[[], float] = perf_counter,
 ) -> LoaderCosts | None:
     """Measure the parts of one batch; try workers where there are none and there are cores.
+
+    Without ``try_workers`` only a loader that has workers is tried with them.
 
     None for a stream that cannot be copied: what is read for a trial would be missing. Of samples
     so slow that a batch of them takes seconds a smaller one is made, and its times scaled.
@@ -78,7 +84,7 @@ def loader_costs(
     stream = None if loader.by_index else _copied(loader.dataset)
     if not loader.by_index and stream is None:
         return None
-    with _random_states_kept(loader):
+    with random_states_kept(loader):
         batches = _some_batches(loader)
         first = batches[0]
         size = len(first) if loader.batched else 1
@@ -108,10 +114,12 @@ def loader_costs(
             collate_ms *= size / len(samples)
             plain_ms = None if plain_ms is None else plain_ms * size / len(samples)
         tried, with_workers, ready = 0, None, 0.0
-        if loader.workers == 0 and loader.by_index and cores > 1:
+        seconds = 4 * size * sample_ms / 1000  # some three batches for each worker, one ahead
+        share = min(1.0, _WORKERS_S / max(seconds, 1e-9))
+        if loader.workers and loader.by_index:
+            _, ready = workers_ms(loader, loader.workers, clock, share=share)
+        elif loader.by_index and cores > 1 and try_workers:
             tried = min(4, cores)
-            seconds = 4 * size * sample_ms / 1000  # some three batches for each worker, one ahead
-            share = min(1.0, _WORKERS_S / max(seconds, 1e-9))
             with_workers, ready = workers_ms(loader, tried, clock, share=share)
     places = _place(loader.collate), _place(type(loader.dataset))
     times = sample_ms, decoding, repeats, copying, collate_ms, plain_ms, with_workers, ready
@@ -259,7 +267,8 @@ def _place(thing: Any) -> str:
 
 
 @contextmanager
-def _random_states_kept(loader: Loader) -> Iterator[None]:
+def random_states_kept(loader: Loader) -> Iterator[None]:
+    """Put the random states back afterwards: Python's, NumPy's, torch's and the sampler's own."""
     import numpy
 
     samplers = loader.sampler, getattr(loader.sampler, "sampler", None)

@@ -12,6 +12,13 @@ from dlhelpers.profiling.recurrent import recurrent_cells
 from dlhelpers.profiling.rules_loading import loading
 from dlhelpers.profiling.rules_loops import decoding, loops
 from dlhelpers.profiling.rules_models import batch_of_one, evaluation, kept_graphs
+from dlhelpers.profiling.rules_waste import (
+    anomaly_detection,
+    double_precision,
+    kept_tensors,
+    optimizers,
+    repeated_calls,
+)
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 
 __all__ = ["LOOKED_FOR", "NOT_LOOKED_FOR", "RULES"]
@@ -26,6 +33,11 @@ RULES: tuple[Rule, ...] = (
     batch_of_one,
     evaluation,
     kept_graphs,
+    anomaly_detection,
+    double_precision,
+    optimizers,
+    repeated_calls,
+    kept_tensors,
 )
 
 # in the words of what a reader is told where nothing was found
@@ -36,5 +48,10 @@ LOOKED_FOR = (
     "batches of one",
     "graphs that nobody needs",
     "BatchNorm that could be folded",
+    "anomaly detection",
+    "float64",
+    "optimizers that go by tensor",
+    "repeated forward passes",
+    "tensors that are kept",
 )
 NOT_LOOKED_FOR = "whether the model, its layers or their sizes could be others"

@@ -1,9 +1,15 @@
-"""Which part of the DataLoader does the step wait for?"""
+"""Which part of the DataLoader does the step wait for, and what would the step be without it?
+
+A remedy that can be tried is tried on the step, whose batches come from a twin of the loader. The
+rest are bounds: a part of a batch counts in whole, shared among the workers that make batches at
+the same time, and never for more than the step waits until a batch has been made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dlhelpers.profiling.loader_trials import LoaderTrials
 from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 
@@ -15,25 +21,36 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
     waits = seen.ms("data loading")
     if waits < least_ms:
         return
+    trials = LoaderTrials(seen, speedup)
+    found = list(_iterators(seen, trials, waits, least_ms))
+    if found:  # what it hides is seen once it is gone
+        yield from found
+        return
     costs = seen.costs
     if costs is None:
+        loader = seen.loader
+        ahead = "prepare batches while the step computes: DataLoader(..., num_workers=2)"
+        if loader and not loader.by_index:
+            ahead += ", each worker giving its own part of the stream, by get_worker_info()"
         yield seen.finding(
             "slow-loading",
             saves_ms=waits,
             at_most=True,
             what=f"{waits / seen.step_ms:.0%} of a step is data loading",
             why="the step waits until its batch is there",
-            remedy="prepare batches while the step computes: DataLoader(..., num_workers=2)"
-            + ", each worker giving its own part of the stream, by get_worker_info()"
-            * bool(seen.loader and not seen.loader.by_index),
+            remedy="profile_python(lambda: next(iter(DataLoader(dataset, num_workers=0))))"
+            if loader and loader.workers and loader.by_index
+            else ahead,
             notebook="03_dali_io",
         )
         return
-    found = list(_parts_of_loading(seen, costs, waits, least_ms))
-    explained = min(waits, costs.batch_ms)  # the rest is the transport from workers
+    found = list(_workers(seen, costs, trials, waits, least_ms))
+    found += _parts(seen, costs, trials, waits, least_ms)
+    explained = _hidden_by_nothing(seen, costs, waits, costs.batch_ms)
     # workers that were tried and do not help leave nothing to say
-    if not found and costs.workers_ms is None and explained >= least_ms:
-        failed = f"; {costs.tried} workers were tried and failed" if costs.tried else ""
+    if not found and not trials.settled and costs.workers_ms is None and explained >= least_ms:
+        count = trials.failed or costs.tried
+        failed = f"; {count} workers were tried and failed" if count else ""
         found = [
             seen.finding(
                 "slow-loading",
@@ -51,46 +68,156 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
     yield from found
 
 
-def _parts_of_loading(
-    seen: Seen, costs: LoaderCosts, waits: float, least_ms: float
+def _iterators(
+    seen: Seen, trials: LoaderTrials, waits: float, least_ms: float
 ) -> Iterator[Bottleneck]:
-    side = max(1, costs.workers)  # batches that are made at the same time
-    told = (
-        f"{waits / seen.step_ms:.0%} of a step waits for the loader; one batch of {costs.batch} "
-        f"takes it {costs.batch_ms:.3g} ms in one process"
+    """Find an iterator that each step makes for one batch."""
+    loader = seen.loader
+    if loader is None or seen.starts < 1 or seen.ends or seen.fetches > seen.starts:
+        return
+    factor = trials.one_iterator()
+    saves = waits if factor is None else seen.step_ms * (1 - 1 / factor)
+    if saves < least_ms:
+        trials.note_no_gain("one iterator for all steps")
+        return
+    workers = f", and starts {loader.workers} workers for it" if loader.workers else ""
+    again = loader.persistent and ", and sends its workers to the beginning"
+    yield seen.finding(
+        "iterator-every-step",
+        saves_ms=saves,
+        at_most=factor is None,
+        what=f"a step makes an iterator of the DataLoader for one batch{again or workers}; "
+        f"{waits / seen.step_ms:.0%} of it is data loading",
+        why="all that is prepared ahead is thrown away, and without shuffle=True each step gets "
+        "the first batch",
+        remedy="batches = iter(loader) once per epoch, before the steps; then next(batches)",
+        notebook="03_dali_io",
     )
+
+
+def _workers(
+    seen: Seen, costs: LoaderCosts, trials: LoaderTrials, waits: float, least_ms: float
+) -> Iterator[Bottleneck]:
+    """Try workers where there are none; and none, or such as stay, where there are."""
+    loader = seen.loader
+    if costs.workers:
+        if loader is None:
+            return
+        share = f"{waits / seen.step_ms:.0%} of a step waits for the loader"
+        # what takes one process longer than the whole step is not faster there
+        factor = trials.workers(0) if costs.batch_ms < seen.step_ms else None
+        if factor and (saves := seen.step_ms * (1 - 1 / factor)) >= least_ms:
+            yield seen.finding(
+                "needless-workers",
+                saves_ms=saves,
+                what=f"{share}, which has {costs.workers} workers; one batch of {costs.batch} "
+                f"takes it {costs.batch_ms:.3g} ms in one process",
+                why="to start the workers, and to send a batch from one process to another, takes "
+                "longer than to make it",
+                remedy="DataLoader(..., num_workers=0)",
+                notebook="03_dali_io",
+            )
+        elif factor:
+            trials.note_no_gain("num_workers=0")
+        if loader.persistent:
+            return
+        factor, tried = trials.persistent_workers()
+        # where no epoch began in the steps that were looked at, its beginning has to be long
+        enough = least_ms if seen.starts else 4 * least_ms
+        if factor and (saves := seen.step_ms * (1 - 1 / factor)) >= enough:
+            yield seen.finding(
+                "workers-restarted",
+                saves_ms=saves,
+                at_most=not tried,
+                what=f"{share}, which starts its {costs.workers} workers anew every "
+                f"{trials.steps_of_epoch} step{'s' * (trials.steps_of_epoch != 1)}",
+                why="at the end of an epoch the workers end; the next one waits for new ones, and "
+                "for their first batch",
+                remedy=f"DataLoader(..., num_workers={costs.workers}, persistent_workers=True)",
+                notebook="03_dali_io",
+            )
+        elif factor:
+            trials.note_no_gain("persistent_workers=True")
+        return
+    count, factor = trials.count, None
+    if seen.cores > 1:
+        factor = trials.workers(count)
+    if factor is not None:
+        saves, at_most = seen.step_ms * (1 - 1 / factor), False
+        told = f"with {count} workers a step takes {seen.step_ms / factor:.3g} ms, tried here"
+    elif costs.workers_ms is not None:  # tried on batches alone
+        count, computes = costs.tried, seen.step_ms - waits
+        least = max(computes + costs.ready_ms, (costs.batch_ms + computes) / seen.cores)
+        saves, at_most = seen.step_ms - max(least, costs.workers_ms), True
+        told = f"with {count} workers a batch comes every {costs.workers_ms:.3g} ms"
+    else:
+        return
+    remedy = f"num_workers={count}, persistent_workers=True"
+    if saves < least_ms:
+        trials.note_no_gain(remedy)
+        return
+    yield seen.finding(
+        "no-workers",
+        saves_ms=saves,
+        at_most=at_most,
+        what=f"{_told(seen, costs, waits)}, and num_workers is 0; {told}",
+        why="the step and the loader take turns, and a core idles",
+        remedy=f"DataLoader(..., {remedy})",
+        notebook="03_dali_io",
+    )
+
+
+def _parts(
+    seen: Seen, costs: LoaderCosts, trials: LoaderTrials, waits: float, least_ms: float
+) -> Iterator[Bottleneck]:
+    """Name the parts of a batch that stand out."""
+    told = _told(seen, costs, waits)
     own = costs.plain_collate_ms or 0.0
     bound = costs.plain_collate_ms is None
-    saves = min(waits, (costs.collate_ms - own) / side)
+    saves = _hidden_by_nothing(seen, costs, waits, costs.collate_ms - own)
     if saves >= least_ms and (not bound or costs.collate_ms > costs.batch_ms / 4):
-        yield seen.finding(
-            "slow-collate",
-            saves_ms=saves,
-            at_most=bound,
-            where=costs.collate_at,
-            what=f"{told}, {costs.collate_ms:.3g} ms of it in collate_fn"
-            + ("" if bound else f"; torch's own gives the same in {own:.3g} ms"),
-            why="it goes through the samples in Python, where one call would copy them",
-            remedy="drop collate_fn, or torch.stack(images) once a batch",
-            notebook="03_dali_io",
-        )
-    rest = costs.batch * costs.sample_ms / side
-    saves = min(waits, rest * (1 - costs.decoding))
+        factor = None if bound else trials.plain_collate()
+        if factor is not None:
+            saves = seen.step_ms * (1 - 1 / factor)
+        if saves >= least_ms:
+            yield seen.finding(
+                "slow-collate",
+                saves_ms=saves,
+                at_most=factor is None,
+                where=costs.collate_at,
+                what=f"{told}, {costs.collate_ms:.3g} ms of it in collate_fn"
+                + ("" if bound else f"; torch's own gives the same in {own:.3g} ms"),
+                why="it goes through the samples in Python, where one call would copy them",
+                remedy="drop collate_fn, or torch.stack(images) once a batch",
+                notebook="03_dali_io",
+            )
+        else:
+            trials.note_no_gain("no collate_fn")
+    samples_ms = costs.batch * costs.sample_ms
+    saves = _hidden_by_nothing(seen, costs, waits, samples_ms * (1 - costs.decoding))
     # what is stored is not decoded either, but it has to be read
-    stored = min(waits, rest - costs.batch * costs.copy_ms / side)
+    unread = samples_ms - costs.batch * costs.copy_ms
+    stored = _hidden_by_nothing(seen, costs, waits, unread)
     if saves >= least_ms and costs.decoding < 0.5:
         if costs.repeats and stored >= least_ms:
-            yield seen.finding(
-                "repeated-transforms",
-                saves_ms=stored,
-                where=costs.sample_at,
-                what=f"{told}; a sample comes out the same each time, and {1 - costs.decoding:.0%} "
-                "of its time is not decoding",
-                why="what does not change is computed anew in every epoch",
-                remedy="transform once and store the result: "
-                "dlhelpers.lmdb_io.write_lmdb(folder, 'small.lmdb', resize=...), or a tensor",
-                notebook="02_lmdb_io",
-            )
+            factor = trials.stored_samples(costs.sample_ms)
+            if factor is not None:
+                stored = seen.step_ms * (1 - 1 / factor)
+            if stored >= least_ms:
+                yield seen.finding(
+                    "repeated-transforms",
+                    saves_ms=stored,
+                    at_most=factor is None,
+                    where=costs.sample_at,
+                    what=f"{told}; a sample comes out the same each time, and "
+                    f"{1 - costs.decoding:.0%} of its time is not decoding",
+                    why="what does not change is computed anew in every epoch",
+                    remedy="transform once and store the result: "
+                    "dlhelpers.lmdb_io.write_lmdb(folder, 'small.lmdb', resize=...), or a tensor",
+                    notebook="02_lmdb_io",
+                )
+            else:
+                trials.note_no_gain("samples stored in memory")
         elif not costs.repeats and (costs.workers or seen.cores == 1):
             yield seen.finding(
                 "slow-transforms",
@@ -103,22 +230,7 @@ def _parts_of_loading(
                 remedy="transforms.v2 on uint8 tensors, or a pipeline of DALI's",
                 notebook="03_dali_io",
             )
-    batch_ms = costs.workers_ms
-    if costs.workers == 0 and batch_ms is not None:
-        computes = seen.step_ms - waits
-        after = max(computes + costs.ready_ms, batch_ms, (costs.batch_ms + computes) / seen.cores)
-        saves = seen.step_ms - after
-        if saves >= least_ms:
-            yield seen.finding(
-                "no-workers",
-                saves_ms=saves,
-                what=f"{told}, and num_workers is 0; with {costs.tried} workers a batch comes "
-                f"every {batch_ms:.3g} ms",
-                why="the step and the loader take turns, and a core idles",
-                remedy=f"DataLoader(..., num_workers={costs.tried}, persistent_workers=True)",
-                notebook="03_dali_io",
-            )
-    saves = min(waits, rest * costs.decoding)
+    saves = _hidden_by_nothing(seen, costs, waits, samples_ms * costs.decoding)
     if saves >= least_ms and costs.decoding >= 0.3:
         yield seen.finding(
             "slow-decoding",
@@ -131,3 +243,18 @@ def _parts_of_loading(
             "resize=256), or decode by DALI's threads",
             notebook="02_lmdb_io",
         )
+
+
+def _told(seen: Seen, costs: LoaderCosts, waits: float) -> str:
+    return (
+        f"{waits / seen.step_ms:.0%} of a step waits for the loader; one batch of {costs.batch} "
+        f"takes it {costs.batch_ms:.3g} ms in one process"
+    )
+
+
+def _hidden_by_nothing(seen: Seen, costs: LoaderCosts, waits: float, part_ms: float) -> float:
+    """Return what of a step goes away with a part of each batch, at most."""
+    if not costs.workers:
+        return min(waits, part_ms)
+    side = min(costs.workers, max(1, seen.cores))  # batches that are made at the same time
+    return min(max(0.0, waits - costs.ready_ms), part_ms / side)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from dlhelpers.findings import Finding
@@ -13,6 +14,7 @@ from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.outside import Outside, outside_of_models
 from dlhelpers.profiling.phases import PHASES, find_phases
 from dlhelpers.profiling.program_lines import ProgramLines
+from dlhelpers.profiling.repeats import Repeat
 from dlhelpers.profiling.trace import Trace
 from dlhelpers.profiling.watching import Loader, ModelCalls
 
@@ -83,6 +85,15 @@ class Seen:
         cores: that this process may use.
         flow: which of the calls and operators need each other; None where that was not looked at.
         tried: remedies that were tried and brought nothing, as code.
+        step: the program's own, to try remedies on; None where there is none.
+        starts, fetches, ends: iterators that a step makes of the loader, batches that it takes,
+            and epochs that it ends.
+        optimizers: those that made a step, each with the ids of its parameters that had a dense
+            gradient, or None where it had another kind as well.
+        anomaly: whether autograd's anomaly detection was on.
+        repeats: calls of models that repeat another one.
+        tensors: bytes of the tensors that are alive after each of some steps.
+        kept_where: what holds those that are new, in words.
     """
 
     trace: Trace
@@ -96,6 +107,15 @@ class Seen:
     cores: int = 1
     flow: Dataflow | None = None
     tried: list[str] = field(default_factory=list)
+    step: Trial = None
+    starts: float = 0.0
+    fetches: float = 0.0
+    ends: float = 0.0
+    optimizers: Sequence[tuple[Any, frozenset[int] | None]] = ()
+    anomaly: bool = False
+    repeats: Sequence[Repeat] = ()
+    tensors: Sequence[int] = ()
+    kept_where: str = ""
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -170,8 +190,12 @@ class Seen:
     @property
     def kept_nodes(self) -> int:
         """Nodes of graphs that each step leaves behind, if every one of them does; else 0."""
-        pairs = zip(self.graph_nodes, self.graph_nodes[1:], strict=False)
-        return max(0, min((later - former for former, later in pairs), default=0))
+        return _growth(self.graph_nodes)
+
+    @property
+    def kept_tensor_bytes(self) -> int:
+        """Bytes of tensors that each step leaves behind, if every one of them does; else 0."""
+        return _growth(self.tensors)
 
     @property
     def kept_bytes(self) -> int:
@@ -188,3 +212,9 @@ class Seen:
         """Make a finding whose speedup follows from what is saved."""
         left = max(self.step_ms - saves_ms, self.step_ms / _MOST_SPEEDUP)
         return Bottleneck(name, severity, saves_ms=saves_ms, speedup=self.step_ms / left, **told)  # type: ignore[arg-type]
+
+
+def _growth(counts: Sequence[int]) -> int:
+    """Return by how much each count exceeds the one before, at least; 0 where one does not."""
+    grown = (later - former for former, later in pairwise(counts))
+    return max(0, min(grown, default=0))

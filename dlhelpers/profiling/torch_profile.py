@@ -3,7 +3,7 @@
 torch's own summary knows operators; the page that showed how long a step waits for its data went
 with the TensorBoard plugin (pytorch/kineto#857, #1009), and what it reported for loaders with
 workers was 0 (pytorch/kineto#610). Here the wait is the time inside the loader's ``__next__``,
-with and without workers.
+with and without workers, and that in which an epoch begins or its workers end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.files import write_whole
 from dlhelpers.profiling.code_report import Unseen, unseen
+from dlhelpers.profiling.loader_marks import loaders_marked
 from dlhelpers.profiling.operators import Operator, find_operators
 from dlhelpers.profiling.outside import outside_of_models
 from dlhelpers.profiling.phases import find_phases, phase_spans
@@ -357,7 +358,7 @@ def record_steps(
                 session.step()
                 if on_record is not None:
                     on_record()
-                with unseen() as not_seen:
+                with unseen() as not_seen, loaders_marked():
                     begin = clock()
                     _record(timed, steps, recorded)
                     catch_up()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.fakes import tensors_in
 from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["calls_gain", "folding_gain", "graph_bytes", "rows_to_try", "trial"]
+__all__ = ["calls_gain", "folding_gain", "graph_bytes", "is_double", "rows_to_try", "trial"]
 
 _FAST_S = 0.005  # a call of which dozens are settled in a trial's time
 _PARTS = 32  # additions that are tried as one
@@ -22,9 +24,15 @@ _TRIAL_S = 10.0  # what a call on several samples may take
 
 
 def trial(
-    calls: ModelCalls, rows: int | None = None, *, grad: bool | None = None
+    calls: ModelCalls,
+    rows: int | None = None,
+    *,
+    grad: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[], Any] | None:
     """Return a function that calls a copy of the model as it was called, on ``rows`` samples.
+
+    With ``dtype`` what is float64 in the copy and its inputs becomes that.
 
     By default forward and backward, if the call made a graph in train mode, else forward alone;
     with ``grad`` forward alone, with or without a graph. None where the copy cannot be called so,
@@ -40,6 +48,11 @@ def trial(
         model = _without_hooks(copy.deepcopy(calls.module)).train(calls.training)
         args = tuple(map(grown, calls.args))
         kwargs = {name: grown(value) for name, value in calls.kwargs.items()}
+        if dtype is not None:
+            for held in (*model.parameters(), *model.buffers()):
+                held.data = _cast(held.data, dtype)
+            args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+            calls = replace(calls, args=args, kwargs=kwargs)
         training = calls.training and calls.makes_graph
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,6 +85,23 @@ def rows_to_try(one: Trial) -> int:
     return 64 if perf_counter() - begin < _FAST_S else 16
 
 
+def is_double(calls: ModelCalls) -> bool:
+    """Whether a parameter, a buffer or an input of the model is float64."""
+    module = calls.module
+    held = (*module.parameters(), *module.buffers(), *tensors_in((calls.args, calls.kwargs)))
+    return any(tensor.dtype is torch.float64 for tensor in held)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype is torch.float64 else value
+    if type(value) is dict:
+        return {key: _cast(inner, dtype) for key, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_cast(inner, dtype) for inner in value)
+    return value
+
+
 def _without_hooks(model: nn.Module) -> nn.Module:
     """Take the program's own hooks off a copy: what is tried is not theirs to see."""
     for module in model.modules():
@@ -85,8 +115,6 @@ def _without_hooks(model: nn.Module) -> nn.Module:
 
 
 def _with_graph(output: Any) -> list[Tensor]:
-    from dlhelpers.fakes import tensors_in
-
     return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
 
 

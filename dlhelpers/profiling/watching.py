@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from dlhelpers.profiling.repeats import Repeats
 from dlhelpers.profiling.trace import MODEL
 
-__all__ = ["Loader", "ModelCalls", "Watch", "graph_counter", "living", "watch"]
+__all__ = [
+    "Loader",
+    "ModelCalls",
+    "Watch",
+    "count_nodes",
+    "graph_counter",
+    "living",
+    "living_tensors",
+    "watch",
+]
 
 _ALONE = threading.Lock()
 
@@ -32,6 +43,9 @@ class Loader:
         sampler: gives lists of indices, or single ones where batching is off.
         batched: whether it makes batches itself (``batch_size`` is not None).
         pinned: ``pin_memory``.
+        persistent: whether its workers stay from epoch to epoch.
+        prefetch: batches that each worker makes ahead; None without workers.
+        worker_init: ``worker_init_fn``, as far as an iterator knows it.
     """
 
     dataset: Any
@@ -40,6 +54,9 @@ class Loader:
     sampler: Any
     batched: bool
     pinned: bool
+    persistent: bool = False
+    prefetch: int | None = None
+    worker_init: Any = None
 
     @property
     def by_index(self) -> bool:
@@ -84,17 +101,44 @@ class Watch:
         waited_s: seconds in each of them, by the same key.
         calls: of modules with parameters, by ``id`` and mode.
         trained: ids of the parameters of optimizers that made a step.
+        starts, fetches, ends: iterators that were made, batches that were given and epochs that
+            ended, by the same key.
+        optimizers: those that made a step, by ``id``, each with the ids of its parameters that
+            had a dense gradient, or None where it had another kind as well.
+        anomaly: whether autograd's anomaly detection was on.
+        repeats: calls of models that repeat another one.
     """
 
     loaders: dict[int, Loader] = field(default_factory=dict)
     waited_s: dict[int, float] = field(default_factory=dict)
     calls: dict[tuple[int, bool], ModelCalls] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)
+    starts: Counter[int] = field(default_factory=Counter)
+    fetches: Counter[int] = field(default_factory=Counter)
+    ends: Counter[int] = field(default_factory=Counter)
+    optimizers: dict[int, tuple[torch.optim.Optimizer, frozenset[int] | None]] = field(
+        default_factory=dict
+    )
+    anomaly: bool = False
+    repeats: Repeats = field(default_factory=Repeats)
 
     def begin_anew(self) -> None:
         """Forget calls and waiting, of steps that warm up; loaders are known already."""
         self.calls.clear()
         self.waited_s.clear()
+        self.starts.clear()
+        self.fetches.clear()
+        self.ends.clear()
+        self.repeats.begin_anew()
+
+    def step(self, train_step: Callable[[], Any]) -> Callable[[], Any]:
+        """Return the step that says where it begins."""
+
+        def begun() -> Any:
+            self.repeats.begin_step()
+            return train_step()
+
+        return begun
 
     @property
     def slowest(self) -> Loader | None:
@@ -118,6 +162,7 @@ def watch() -> Iterator[Watch]:
             stack.enter_context(_loaders_noted(seen))
             stack.enter_context(_models_noted(seen))
             stack.enter_context(_optimizers_noted(seen))
+            stack.enter_context(_anomaly_noted(seen))
             yield seen
     finally:
         _ALONE.release()
@@ -125,9 +170,9 @@ def watch() -> Iterator[Watch]:
 
 @contextmanager
 def _loaders_noted(seen: Watch) -> Iterator[None]:
-    give = _BaseDataLoaderIter.__next__
+    give, begin_epoch = _BaseDataLoaderIter.__next__, DataLoader.__iter__
 
-    def noted(loader: Any) -> Any:
+    def waited(loader: Any, since: float) -> int:
         key = id(loader._dataset)
         seen.loaders[key] = Loader(
             loader._dataset,
@@ -136,18 +181,51 @@ def _loaders_noted(seen: Watch) -> Iterator[None]:
             loader._index_sampler,
             loader._auto_collation,
             loader._pin_memory,
+            loader._persistent_workers,
+            getattr(loader, "_prefetch_factor", None),
+            getattr(loader, "_worker_init_fn", None),
         )
+        seen.waited_s[key] = seen.waited_s.get(key, 0.0) + perf_counter() - since
+        return key
+
+    def noted(loader: Any) -> Any:
         begin = perf_counter()
         try:
-            return give(loader)
-        finally:
-            seen.waited_s[key] = seen.waited_s.get(key, 0.0) + perf_counter() - begin
+            batch = give(loader)
+        except StopIteration:
+            seen.ends[waited(loader, begin)] += 1
+            raise
+        seen.fetches[waited(loader, begin)] += 1
+        return batch
 
-    _BaseDataLoaderIter.__next__ = noted
+    def noted_start(loader: Any) -> Any:
+        begin = perf_counter()
+        made = begin_epoch(loader)
+        if isinstance(made, _BaseDataLoaderIter):
+            seen.starts[waited(made, begin)] += 1
+        return made
+
+    _BaseDataLoaderIter.__next__, DataLoader.__iter__ = noted, noted_start
     try:
         yield
     finally:
-        _BaseDataLoaderIter.__next__ = give
+        _BaseDataLoaderIter.__next__, DataLoader.__iter__ = give, begin_epoch
+
+
+@contextmanager
+def _anomaly_noted(seen: Watch) -> Iterator[None]:
+    switch = torch.set_anomaly_enabled  # both of torch's context managers call it
+
+    def noted(enabled: bool, *args: Any, **kwargs: Any) -> Any:
+        seen.anomaly |= bool(enabled)
+        return switch(enabled, *args, **kwargs)
+
+    seen.anomaly |= torch.is_anomaly_enabled()
+    torch.set_anomaly_enabled = noted
+    try:
+        yield
+    finally:
+        torch.set_anomaly_enabled = switch
 
 
 @contextmanager
@@ -185,7 +263,13 @@ def _optimizers_noted(seen: Watch) -> Iterator[None]:
 
     def noted(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         held = (p for group in optimizer.param_groups for p in group["params"])
-        seen.trained.update(map(id, held))
+        parameters = list(held)
+        seen.trained.update(map(id, parameters))
+        graded = [p for p in parameters if p.grad is not None]
+        dense = all(p.grad.layout is torch.strided for p in graded)
+        ids = frozenset(map(id, graded)) if dense else None
+        seen.optimizers[id(optimizer)] = optimizer, ids
+        seen.repeats.note_update()
 
     hook = register_optimizer_step_post_hook(noted)
     try:
@@ -201,6 +285,7 @@ def _note(
         (id(module), module.training), ModelCalls(module, module.training)
     )
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    seen.repeats.note(module, args, kwargs, output)
     calls.count += 1
     calls.rows = len(tensors[0]) if tensors and tensors[0].dim() else 0
     calls.makes_graph = any(t.grad_fn is not None for t in _tensors_of(output))
@@ -219,10 +304,17 @@ def _tensors_of(output: Any) -> list[Tensor]:
 
 @contextmanager
 def graph_counter(limit: int = 200_000) -> Iterator[Callable[[], int]]:
-    """Give a function that counts the nodes of autograd's graphs that living tensors hold.
+    """Give a function that counts the nodes of autograd's graphs that living tensors hold."""
+    with living_tensors() as tensors:
+        yield lambda: count_nodes(tensors(), limit)
+
+
+@contextmanager
+def living_tensors() -> Iterator[Callable[[], list[Tensor]]]:
+    """Give a function that returns all living tensors.
 
     The garbage collector knows a million objects, and to go through them takes a good part of a
-    second. So the tensors that are there already are noted once, and each count looks at them and
+    second. So the tensors that are there already are noted once, and each call looks at them and
     at objects that are new. Tensors that the program itself has set aside (``gc.freeze``), the
     collector shows to nobody.
     """
@@ -230,21 +322,22 @@ def graph_counter(limit: int = 200_000) -> Iterator[Callable[[], int]]:
 
     known = [weakref.ref(tensor) for tensor in living(Tensor)]
 
-    def count() -> int:
+    def tensors() -> list[Tensor]:
         old = (tensor for note in known if (tensor := note()) is not None)
-        return _count_nodes({id(t): t for t in (*old, *living(Tensor))}.values(), limit)
+        return list({id(t): t for t in (*old, *living(Tensor))}.values())
 
     if gc.get_freeze_count():
-        yield count
+        yield tensors
         return
     gc.freeze()
     try:
-        yield count
+        yield tensors
     finally:
         gc.unfreeze()
 
 
-def _count_nodes(tensors: Iterable[Tensor], limit: int) -> int:
+def count_nodes(tensors: Iterable[Tensor], limit: int = 200_000) -> int:
+    """Count the nodes of autograd's graphs that these tensors hold, up to a limit."""
     todo = [tensor.grad_fn for tensor in tensors if _has_graph(tensor)]
     seen: set[Any] = set()
     while todo and len(seen) < limit:

@@ -1,0 +1,106 @@
+"""What does each step leave behind in memory? Nodes of autograd's graphs, and tensors."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dlhelpers.profiling.watching import count_nodes, living_tensors
+
+__all__ = ["Kept", "what_is_kept"]
+
+_LOOKED_AT = 3  # new tensors, whose holders are looked for
+_LEVELS = 3  # of containers in containers
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is alive after each of some steps.
+
+    Attributes:
+        nodes: of autograd's graphs.
+        nbytes: of the memory of tensors.
+        where: a tensor that is new and what holds it, in words; empty where none is.
+        is_bounded: whether a ``deque`` with a ``maxlen`` holds what is new.
+    """
+
+    nodes: tuple[int, ...]
+    nbytes: tuple[int, ...]
+    where: str = ""
+    is_bounded: bool = False
+
+
+def what_is_kept(step: Callable[[], Any], steps: int) -> Kept:
+    """Run the step a few times and count what is alive after each."""
+    nodes, nbytes, before, new = [], [], {}, []
+    with living_tensors() as tensors:
+        for number in range(steps):
+            step()
+            nodes.append(count_nodes(tensors()))
+            gc.collect()  # what lies in a circle is not kept for ever
+            alive = tensors()
+            nbytes.append(_nbytes(alive))
+            if number == 0:
+                before = {id(tensor): weakref.ref(tensor) for tensor in alive}
+            elif number == 1:  # of these, those that are there at the end are kept
+                fresh = [t for t in alive if (note := before.get(id(t))) is None or note() is not t]
+                new = [weakref.ref(t) for t in sorted(fresh, key=_own_bytes, reverse=True)]
+                del fresh
+            del alive
+    told, is_bounded = "", False
+    if steps > 1 and all(b > a for a, b in itertools.pairwise(nbytes)):
+        kept = [tensor for note in new if (tensor := note()) is not None]
+        for tensor in kept[:_LOOKED_AT]:
+            where, bounded = _holder(tensor, kept)
+            told, is_bounded = told or where, is_bounded or bounded
+    return Kept(tuple(nodes), tuple(nbytes), told, is_bounded)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the memory that tensors hold; what two share counts once."""
+    storages: dict[int, int] = {}
+    for tensor in tensors:
+        try:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        except Exception:  # sparse, fake, or a dead proxy
+            continue
+    return sum(storages.values())
+
+
+def _own_bytes(tensor: Tensor) -> int:
+    try:
+        return tensor.nbytes
+    except Exception:
+        return 0
+
+
+def _holder(tensor: Tensor, known: list[Tensor]) -> tuple[str, bool]:
+    """Return what is kept and in what, in words, and whether that has a limit."""
+    shape, dtype = "x".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype)[6:]
+    told, things, mine = "", [tensor], [tensor, known]
+    for _ in range(_LEVELS):
+        found = gc.get_referrers(*things)
+        mine += [things, found]
+        holders = [
+            thing
+            for thing in found
+            if isinstance(thing, list | tuple | dict | set | deque)
+            and not any(thing is own for own in mine)
+        ]
+        if any(isinstance(thing, deque) and thing.maxlen is not None for thing in holders):
+            return told, True
+        for thing in holders:
+            if not told and isinstance(thing, list | deque | dict) and len(thing) > 1:
+                told = f"a tensor {shape} of {dtype} in a {type(thing).__name__} of {len(thing)}"
+        if not holders:
+            break
+        things = holders[:8]
+    return told or f"a tensor {shape} of {dtype}", False

@@ -1,0 +1,233 @@
+"""Which calls of a model repeat another one of the same step, with no use for their gradient?
+
+A second forward for the accuracy is the usual one. Two calls are alike if they get the same tensors
+and nothing but an optimizer has changed the parameters in between. Of the calls that are alike
+exactly one may have a gradient flow back through it; the others are those that repeat it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlhelpers.fakes import tensors_in
+
+__all__ = ["Repeat", "Repeats", "detached", "is_in_backward"]
+
+_LOOK_BACK = 4  # calls whose inputs are kept to be compared with
+_COMPARED = 2**22  # values of two tensors, at most
+_VALUES = 8  # of a parameter, to see whether it was changed
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Calls of one model that repeat another one, in each of the recorded steps.
+
+    Attributes:
+        module: the model.
+        numbers: which of its calls in a step, from 0.
+        training, repeat_training: its mode in the call that has a gradient, and in the others.
+        after_update: whether an optimizer made a step in between.
+        args, kwargs: of the calls, detached.
+        output: of the last repeat, detached.
+    """
+
+    module: nn.Module
+    numbers: frozenset[int]
+    training: bool
+    repeat_training: bool
+    after_update: bool
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+
+
+@dataclass(eq=False)
+class _Call:
+    module: nn.Module
+    number: int
+    training: bool
+    inputs: tuple[tuple, dict[str, Any]] | None
+    versions: tuple[int, ...]
+    output: Any
+    updates: int
+    values: list[float] | None
+    has_gradient: bool = False
+    first: _Call | None = None  # the call that it is like
+
+
+class Repeats:
+    """The calls of the step that runs, and what was found in the steps before."""
+
+    def __init__(self) -> None:
+        self._found: list[dict[int, Repeat]] = []  # of each step, by id of the module
+        self._suspects: set[int] = set()  # whose parameters are looked at
+        self._begin()
+
+    def _begin(self) -> None:
+        self._calls: list[_Call] = []
+        self._latest: deque[_Call] = deque(maxlen=_LOOK_BACK)
+        self._counts: Counter[int] = Counter()
+        self._updates = 0
+
+    def begin_anew(self) -> None:
+        """Forget the steps that warmed up."""
+        self._end_step()
+        self._found.clear()
+
+    def begin_step(self) -> None:
+        """Tell that a step begins, and so that the one before has ended."""
+        self._end_step()
+
+    def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        """Note a call from outside any other module; one in backward recomputes what was freed."""
+        if not is_in_backward():
+            with suppress(Exception):  # of tensors that are no common ones, into the program
+                self._note(module, args, kwargs, output)
+
+    def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        inputs = args, kwargs
+        call = _Call(
+            module,
+            self._counts[id(module)],
+            module.training,
+            inputs,
+            _versions(inputs),
+            None,
+            self._updates,
+            _values(module) if id(module) in self._suspects else None,
+        )
+        self._counts[id(module)] += 1
+        for tensor in tensors_in(output):
+            if tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(_Flag(call))
+        for other in self._latest:
+            if other.module is module and _alike(other, call):
+                call.first = other.first or other
+                self._suspects.add(id(module))
+                break
+        if id(module) in self._suspects:
+            call.output = detached(output)
+        if len(self._latest) == _LOOK_BACK:
+            self._latest[0].inputs = None
+        self._latest.append(call)
+        self._calls.append(call)
+
+    def note_update(self) -> None:
+        """Note that an optimizer has changed parameters."""
+        self._updates += 1
+        for call in self._latest:
+            if call.values is not None:
+                with suppress(Exception):
+                    call.values = _values(call.module)
+
+    def _end_step(self) -> None:
+        found: dict[int, Repeat] = {}
+        groups: dict[int, list[_Call]] = {}
+        for call in self._calls:
+            groups.setdefault(id(call.first or call), []).append(call)
+        for group in groups.values():
+            used = [call for call in group if call.has_gradient]
+            others = [call for call in group if not call.has_gradient]
+            if len(used) != 1 or not others:
+                continue
+            last, key = others[-1], id(others[-1].module)
+            known = found[key].numbers if key in found else frozenset()
+            args, kwargs = detached(last.inputs or ((), {}))
+            found[key] = Repeat(
+                last.module,
+                known | {call.number for call in others},
+                used[0].training,
+                last.training,
+                any(call.updates != used[0].updates for call in others),
+                args,
+                kwargs,
+                last.output,
+            )
+        if self._calls:
+            self._found.append(found)
+        self._begin()
+
+    def found(self) -> tuple[Repeat, ...]:
+        """Return what was there in every step since the last ``begin_anew``."""
+        self._end_step()
+        if not self._found:
+            return ()
+        last = self._found[-1]
+        return tuple(
+            repeat
+            for key, repeat in last.items()
+            if all(key in step and step[key].numbers == repeat.numbers for step in self._found)
+        )
+
+
+class _Flag:
+    """A hook of a tensor that notes that a gradient came by."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.call.has_gradient = True
+
+
+def is_in_backward() -> bool:
+    """Whether autograd's engine runs the calling code; False where torch cannot tell."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
+def detached(value: Any) -> Any:
+    """Return tuples, lists and dicts with their tensors detached; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: detached(inner) for key, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(detached, value))
+    return value
+
+
+def _alike(one: _Call, other: _Call) -> bool:
+    if one.inputs is None or _versions(one.inputs) != one.versions:  # written to since
+        return False
+    if one.values is not None and other.values is not None and one.values != other.values:
+        return False
+    return bool(other.versions) and _same(one.inputs, other.inputs)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two inputs are the same tensors, share their memory, or hold the same values."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+            return False
+        if type(one) is not Tensor or one.layout is not torch.strided or one.is_meta:
+            return False
+        if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+            return True
+        return one.numel() <= _COMPARED and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool | int | float | str | type(None)) and one == other
+
+
+def _versions(inputs: Any) -> tuple[int, ...]:
+    """Return how often each tensor was written to; one made in inference mode cannot tell."""
+    return tuple(-1 if t.is_inference() else t._version for t in tensors_in(list(inputs)))
+
+
+def _values(module: nn.Module) -> list[float]:
+    """Return a few values of the last parameter, which a swap of weights would change."""
+    *_, last = module.parameters()
+    return last.detach().flatten()[:_VALUES].tolist()
