@@ -35,6 +35,7 @@ from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.torch_profile import record_steps
 from dlhelpers.profiling.watching import watch
 from dlhelpers.recording import need_no_recording
+from dlhelpers.tables import duration
 
 __all__ = ["diagnose", "observe", "rank"]
 
@@ -200,14 +201,15 @@ def _scope(seen: Seen, at_least: float) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares.items() if share > 0)
     told = (
         f"nothing found that would save {at_least:.0%} of a step; looked for: "
-        f"{', '.join(LOOKED_FOR)}; not for {NOT_LOOKED_FOR}; a step takes {seen.step_ms:.3g} ms: "
-        f"{shares}"
+        f"{', '.join(LOOKED_FOR)}; not for {NOT_LOOKED_FOR}; a step "
+        f"takes {duration(seen.step_ms / 1e3)}: {shares}"
     )
     if seen.tried:
         told += f"; tried, no gain shown: {', '.join(dict.fromkeys(seen.tried))}"
     if seen.python_ms >= at_least * seen.step_ms:
         place = f", most of it at {seen.lines.outside}" * bool(seen.lines.outside)
-        told += f"; {seen.python_ms:.3g} ms of it are Python outside models and operators{place}"
+        spent = duration(seen.python_ms / 1e3)
+        told += f"; {spent} of it is Python outside models and operators{place}"
     return told
 
 

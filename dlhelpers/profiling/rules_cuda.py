@@ -8,6 +8,7 @@ import torch
 
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup, Trial
 from dlhelpers.profiling.trials import trial
+from dlhelpers.tables import duration
 
 __all__ = ["CUDA_RULES"]
 
@@ -68,7 +69,7 @@ def unpinned(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlene
             saves_ms=took,
             at_most=True,
             what=f"{len(slow) / seen.steps:.0f} copies a step go to the GPU from pageable memory, "
-            f"{took:.3g} ms",
+            f"{duration(took / 1e3)}",
             why="such a copy goes through a buffer, and the CPU waits for it",
             remedy="batch.pin_memory().to('cuda', non_blocking=True)"
             if has

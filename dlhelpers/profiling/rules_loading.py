@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dlhelpers.profiling.loader_trials import LoaderTrials
 from dlhelpers.profiling.loaders import LoaderCosts
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
+from dlhelpers.tables import duration
 
 __all__ = ["loading"]
 
@@ -58,8 +59,8 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
                 at_most=True,
                 where=costs.sample_at,
                 what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, with "
-                f"{costs.workers} workers; a batch takes {costs.batch_ms:.3g} ms in one process"
-                + failed,
+                f"{costs.workers} workers; a batch takes {duration(costs.batch_ms / 1e3)} in one "
+                "process" + failed,
                 why="no part of it stands out, so all of it would have to become faster",
                 remedy="profile_python(lambda: [dataset[i] for i in range(100)])",
                 notebook="03_dali_io",
@@ -111,7 +112,7 @@ def _workers(
                 "needless-workers",
                 saves_ms=saves,
                 what=f"{share}, which has {costs.workers} workers; one batch of {costs.batch} "
-                f"takes it {costs.batch_ms:.3g} ms in one process",
+                f"takes it {duration(costs.batch_ms / 1e3)} in one process",
                 why="to start the workers, and to send a batch from one process to another, takes "
                 "longer than to make it",
                 remedy="DataLoader(..., num_workers=0)",
@@ -144,12 +145,13 @@ def _workers(
         factor = trials.workers(count)
     if factor is not None:
         saves, at_most = seen.step_ms * (1 - 1 / factor), False
-        told = f"with {count} workers a step takes {seen.step_ms / factor:.3g} ms, tried here"
+        after = duration(seen.step_ms / factor / 1e3)
+        told = f"with {count} workers a step takes {after}, tried here"
     elif costs.workers_ms is not None:  # tried on batches alone
         count, computes = costs.tried, seen.step_ms - waits
         least = max(computes + costs.ready_ms, (costs.batch_ms + computes) / seen.cores)
         saves, at_most = seen.step_ms - max(least, costs.workers_ms), True
-        told = f"with {count} workers a batch comes every {costs.workers_ms:.3g} ms"
+        told = f"with {count} workers a batch comes every {duration(costs.workers_ms / 1e3)}"
     else:
         return
     remedy = f"num_workers={count}, persistent_workers=True"
@@ -185,8 +187,8 @@ def _parts(
                 saves_ms=saves,
                 at_most=factor is None,
                 where=costs.collate_at,
-                what=f"{told}, {costs.collate_ms:.3g} ms of it in collate_fn"
-                + ("" if bound else f"; torch's own gives the same in {own:.3g} ms"),
+                what=f"{told}, {duration(costs.collate_ms / 1e3)} of it in collate_fn"
+                + ("" if bound else f"; torch's own gives the same in {duration(own / 1e3)}"),
                 why="it goes through the samples in Python, where one call would copy them",
                 remedy="drop collate_fn, or torch.stack(images) once a batch",
                 notebook="03_dali_io",
@@ -248,7 +250,7 @@ def _parts(
 def _told(seen: Seen, costs: LoaderCosts, waits: float) -> str:
     return (
         f"{waits / seen.step_ms:.0%} of a step waits for the loader; one batch of {costs.batch} "
-        f"takes it {costs.batch_ms:.3g} ms in one process"
+        f"takes it {duration(costs.batch_ms / 1e3)} in one process"
     )
 
 

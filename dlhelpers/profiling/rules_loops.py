@@ -12,6 +12,7 @@ from dlhelpers.profiling.code_report import place_of
 from dlhelpers.profiling.loop_code import loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.trials import calls_gain, rows_to_try, trial
+from dlhelpers.tables import duration
 
 __all__ = ["decoding", "loops"]
 
@@ -90,7 +91,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             saves_ms=in_python,
             at_most=True,
             where=seen.lines.outside,
-            what=f"{told}; {in_python:.3g} ms of it pass outside torch's operators",
+            what=f"{told}; {duration(in_python / 1e3)} of it pass outside torch's operators",
             why="it is Python, or what Python calls at this line: numbers, texts, files, a lock, a "
             "model or a loader that is not torch's",
             remedy="profiling.sample(train_step) names the function: compute on whole tensors, let "

@@ -8,6 +8,7 @@ from dlhelpers.profiling.optimizer_trials import optimizers_raced
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup, Trial
 from dlhelpers.profiling.step_trials import answered, computes_the_same, without_anomaly
 from dlhelpers.profiling.trials import is_double, trial
+from dlhelpers.tables import duration
 
 __all__ = ["anomaly_detection", "double_precision", "kept_tensors", "optimizers", "repeated_calls"]
 
@@ -27,7 +28,7 @@ def anomaly_detection(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator
         "anomaly-detection",
         saves_ms=saves,
         what=f"autograd's anomaly detection is on; without it a step takes "
-        f"{seen.step_ms / factor:.3g} ms, tried here",
+        f"{duration(seen.step_ms / factor / 1e3)}, tried here",
         why="each operator notes the stack that called it, and each gradient is searched for nan",
         remedy=f"{remedy}; on again only to look for a nan",
         notebook="08_profiling",
@@ -85,7 +86,7 @@ def optimizers(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
             saves_ms=saves,
             what=f"{told.name} updates {told.tensors} tensors one by one, and takes "
             f"{seen.shares['optimizer']:.0%} of a step; with {option}=True a step takes "
-            f"{seen.step_ms / factor:.3g} ms, tried here on copies",
+            f"{duration(seen.step_ms / factor / 1e3)}, tried here on copies",
             why="several short operators for each tensor: calling them takes longer than they do",
             remedy=remedy,
             notebook="04_memory",
@@ -110,7 +111,8 @@ def repeated_calls(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
             saves_ms=saves,
             what=f"{type(repeat.module).__name__} is called on an input that it was given before "
             f"in the same step{updated}, {times} time{'s' * (times != 1)} a step, and no gradient "
-            f"flows back; without it a step takes {seen.step_ms / factor:.3g} ms, tried here",
+            f"flows back; without it a step takes {duration(seen.step_ms / factor / 1e3)}, "
+            "tried here",
             why="the outputs of the call that is trained on are there already"
             + ("; they are those before the update" if repeat.after_update else ""),
             remedy="outputs = model(x); the loss from outputs, the accuracy from outputs.detach()",

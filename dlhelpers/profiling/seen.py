@@ -17,6 +17,7 @@ from dlhelpers.profiling.program_lines import ProgramLines
 from dlhelpers.profiling.repeats import Repeat
 from dlhelpers.profiling.trace import Trace
 from dlhelpers.profiling.watching import Loader, ModelCalls
+from dlhelpers.tables import duration, figures
 
 __all__ = ["Bottleneck", "Seen", "Speedup", "Trial"]
 
@@ -59,9 +60,9 @@ class Bottleneck(Finding):
             faster = f"{about}{self.speedup:.2f} times as fast"
             if self.speedup > 0.999 * _MOST_SPEEDUP:
                 faster = "next to nothing of it is left"
-            parts.append(f"{about}{self.saves_ms:.3g} ms a step: {faster}{untried}")
+            parts.append(f"{about}{duration(self.saves_ms / 1e3)} a step: {faster}{untried}")
         if self.saves_bytes >= 2**16:
-            parts.append(f"{self.saves_bytes / 2**20:.3g} MiB less memory")
+            parts.append(f"{figures(self.saves_bytes / 2**20)} MiB less memory")
         return "; ".join(parts) or self.besides
 
     def details(self) -> list[tuple[str, str]]:
