@@ -26,6 +26,7 @@ from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
 from dlhelpers.memory.scratch import Scratch, call_of
+from dlhelpers.memory.sparse import SparseOps, is_coo
 from dlhelpers.memory.without_data import Fakes, Numbers, explained
 
 __all__ = ["estimate"]
@@ -124,12 +125,12 @@ def estimate(
         raise ValueError(f"hold_outputs must be one of {[*_HELD]}, got {hold_outputs!r}")
     _check_optimizer(optimizer, model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes, numbers = Fakes(mode), Numbers()
+    fakes, numbers, sparse = Fakes(mode), Numbers(), SparseOps()
     loop = _loop(model, training, hold_outputs, steps)
     model, args, kwargs = fakes.model(model), fakes.value(args), fakes.value(kwargs)
     # under ``with torch.device("meta")`` what the model makes itself would be of that device
     is_meta = torch.get_default_device().type == "meta"
-    with mode, numbers, explained(), torch.device("cpu") if is_meta else nullcontext():
+    with mode, numbers, sparse, explained(), torch.device("cpu") if is_meta else nullcontext():
         if checkpoint is not None:
             from dlhelpers.memory.checkpointing import checkpoint_blocks
 
@@ -157,7 +158,12 @@ def estimate(
     on_cuda = next(tensors_in((args, kwargs))).device.type == "cuda"
     block = (CudaRecord if on_cuda else CpuRecord).granularity
     totals, notes = _with_kernels(ops, storages, scratch, block)
-    notes = (*numbers.notes, *notes)
+    if _keeps_sparse(stepper):
+        sparse.notes.append(
+            f"{type(stepper).__name__}'s state of a sparse gradient may grow by the gradient's "
+            "rows with each step: counted is the second step"
+        )
+    notes = (*numbers.notes, *sparse.notes, *notes)
     return report_of(
         ops, storages, totals, measured=False, notes=notes, granularity=block, loop=loop
     )
@@ -218,9 +224,14 @@ def _train(
     hold_outputs: str,
     numbers: Numbers,
 ) -> None:
-    """Play one step; a third micro-batch finds alive what the second one found."""
+    """Play one step; a third micro-batch finds alive what the second one found.
+
+    A sparse gradient alone grows with each.
+    """
     replaced: list[int] = []  # numbers of the operators at which the former outputs, loss go
-    for args, kwargs in parts[:2]:
+    for number, (args, kwargs) in enumerate(parts):
+        if number > 1 and not any(is_coo(parameter.grad) for parameter in model.parameters()):
+            break
         with _autocast(args, kwargs, dtype):
             outputs = model(*args, **kwargs)
             replaced.append(len(accounting.ops))
@@ -280,6 +291,8 @@ def _autocast(args: Any, kwargs: Any, dtype: torch.dtype | None) -> Any:
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
+        if _keeps_sparse(optimizer):
+            optimizer.step()
     except TypeError as error:
         if "closure" not in str(error):
             raise
@@ -287,6 +300,11 @@ def _step(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} wants a closure, which runs the step it knows itself: run "
             "it under measure_peak"
         ) from error
+
+
+def _keeps_sparse(optimizer: Optimizer | None) -> bool:
+    """Whether it keeps sums of sparse gradients, as SGD's momentum: those grow with each step."""
+    return optimizer is not None and any(is_coo(t) for t in tensors_in(optimizer.state))
 
 
 def _loss(outputs: Any, loss: Any, steps: int) -> tuple[Tensor, Tensor | None]:

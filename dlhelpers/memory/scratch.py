@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.fakes import dense_parts, tensors_in
 from dlhelpers.files import cache_dir, write_whole
 from dlhelpers.memory.allocator import record_of
+from dlhelpers.memory.sparse import is_coo
 
 __all__ = ["Call", "Scratch", "call_of"]
 
@@ -31,6 +32,7 @@ __all__ = ["Call", "Scratch", "call_of"]
 _PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
 _WITHOUT_BOUND = ("upsample", "dist", "linalg")  # theirs grows with the output, or by algorithm
 _CONVOLUTIONS = ("aten.convolution.default", "aten.convolution_backward.default")
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _SMALL = 64 << 20  # bytes of arguments that a trial is always worth
 _BLOCK = 256 << 10  # bytes that even the smallest convolution may take
 _FILLED = 64  # rows or columns that a matrix unit works on at once
@@ -102,6 +104,37 @@ def _summed(
 
 
 @dataclass(frozen=True)
+class _SparseShape(_Shape):
+    """Of a sparse tensor, whose rows are all different as far as there are enough."""
+
+    nnz: int = 0
+    sparse_dim: int = 1
+    layout: torch.layout = torch.sparse_coo
+    is_coalesced: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        rows = self.dtype.itemsize * prod(self.size[self.sparse_dim :])
+        return self.nnz * (8 * self.sparse_dim + rows)
+
+    @property
+    def is_dense(self) -> bool:
+        return False
+
+    def make(self, random: bool) -> Tensor:
+        places = self.size[: self.sparse_dim]
+        numbers = torch.arange(self.nnz, device=self.device) % max(1, prod(places))
+        indices = torch.stack(torch.unravel_index(numbers, places))
+        values = torch.zeros(
+            (self.nnz, *self.size[self.sparse_dim :]), dtype=self.dtype, device=self.device
+        )
+        made = torch.sparse_coo_tensor(
+            indices, values, self.size, check_invariants=False, is_coalesced=self.is_coalesced
+        )
+        return made if self.layout == made.layout else made.to_sparse(layout=self.layout)
+
+
+@dataclass(frozen=True)
 class Call:
     """An operator and its arguments, tensors by their shapes only."""
 
@@ -122,11 +155,18 @@ class Call:
         return found
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether one of the tensors is sparse."""
+        return any(isinstance(shape, _SparseShape) for shape in self.shapes)
+
+    @property
     def at_most(self) -> int:
         """Bytes inside the kernel that were never seen exceeded: what is worth a trial."""
         shapes, name = self.shapes, str(self.func)
         if self.func.is_view or self.func.namespace == "prim":
             return 0
+        if self.is_sparse:
+            return sys.maxsize  # sorted, merged, unfolded
         if self._is_plain:
             tile = _TILE * shapes[0].dtype.itemsize if "clone" in name else 0
             return tile + _A_FEW_NUMBERS
@@ -197,6 +237,10 @@ def call_of(func: Any, args: Any, kwargs: Any) -> Call:
     def shape(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if value.layout in _COMPRESSED or is_coo(value):
+            facts: tuple[Any, ...] = (value._nnz(), value.sparse_dim(), value.layout)
+            facts += (is_coo(value) and value.is_coalesced(),)
+            return _SparseShape(tuple(value.shape), (), value.dtype, str(value.device), *facts)
         return _Shape(tuple(value.shape), value.stride(), value.dtype, str(value.device))
 
     return Call(func, *tree_map(shape, (args, kwargs)))
@@ -243,7 +287,7 @@ class Scratch:
 
         One product of a few thousand rows in bfloat16 can take minutes where float32 takes none.
         """
-        if _hashed(call.key) in self._known or not call.shapes:
+        if _hashed(call.key) in self._known or not call.shapes or call.is_sparse:
             return 0.0
         dtype = max(call.shapes, key=lambda shape: shape.nbytes).dtype
         if dtype not in (torch.bfloat16, torch.float16) or (flops := _flops_of(call)) < _FEW_FLOPS:
@@ -358,11 +402,15 @@ def _measured(call: Call) -> int:
             reverse, *sizes, has_biases, train, bidirectional, batches, first = args[13:22]
             flags = (reverse, batches, *sizes, has_biases, bidirectional, first, train)
             args = (*args[:22], _workspace(args[:7], flags))  # crashes on one that is not filled
+        given = {s.data_ptr() for t in tensors_in((args, kwargs)) for s in _storages(t)}
         device = next((tensor.device for tensor in tensors_in((args, kwargs))), torch.device("cpu"))
         record = record_of(device)
         with torch.no_grad(), record, record.mark(0):
             made = call.func(*args, **kwargs)
-    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs))}
-    outputs = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors_in(made)}
+    outputs = {s._cdata: s for t in tensors_in(made) for s in _storages(t)}
     new = sum(whole.nbytes() for whole in outputs.values() if whole.data_ptr() not in given)
     return max(0, record.levels(1)[0] - new)
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    return [part.untyped_storage() for part in dense_parts(tensor)]
