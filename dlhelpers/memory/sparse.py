@@ -54,7 +54,7 @@ class SparseOps(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         coo = [value for value in args if is_coo(value)]
-        name = func.overloadpacket.__name__ if coo and func.namespace == "aten" else ""
+        name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
         if name == "_coalesce":
             return self._coalesced(coo[0])
         if name in ("add", "add_") and len(coo) == 2:
@@ -64,6 +64,13 @@ class SparseOps(TorchDispatchMode):
                 return made
             coo[0].data = made
             return coo[0]
+        if name == "_embedding_bag_backward" and args[9]:  # sparse
+            grad, indices, rows = args[0], args[1], args[6]
+            values = grad.new_empty(indices.numel(), grad.shape[1])  # one row per index
+            size = (rows, grad.shape[1])
+            return torch.sparse_coo_tensor(
+                indices.reshape(1, -1), values, size, check_invariants=False
+            )
         result = func(*args, **(kwargs or {}))
         if coo and is_coo(result) and not result._nnz() and name != "zero_":
             return _filled(result, coo[0])
