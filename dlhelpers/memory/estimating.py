@@ -11,6 +11,7 @@ Source: PyTorch documentation, torch.compiler: Fake tensor.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,9 +26,9 @@ from dlhelpers.fakes import tensors_in
 from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
-from dlhelpers.memory.scratch import Scratch, call_of
+from dlhelpers.memory.scratch import Scratch, call_of, whole_of
 from dlhelpers.memory.sparse import SparseOps, is_coo
-from dlhelpers.memory.without_data import Fakes, Numbers, explained
+from dlhelpers.memory.without_data import Fakes, Numbers, StandIns, explained
 
 __all__ = ["estimate"]
 
@@ -142,11 +143,10 @@ def estimate(
             accounting.add_optimizer(stepper)
         accounting.add("inputs", tensors_in((args, kwargs)))
         parts = _micro_batches(args, kwargs, steps)
-        with accounting, torch.set_grad_enabled(training):
-            if training:
-                _train(accounting, model, parts, loss, dtype, stepper, hold_outputs, numbers)
-            else:
-                _infer(accounting, model, parts, loss, dtype, hold_outputs)
+        with accounting, StandIns(fakes), torch.set_grad_enabled(training):
+            play = functools.partial(_train, stepper=stepper, numbers=numbers)
+            play = play if training else _infer
+            former = play(accounting, model, parts, loss, dtype, hold_outputs)
     ops, storages = accounting.ops, accounting.storages
     if not ops:
         raise ValueError("the model called no operator of torch: there is nothing to estimate")
@@ -155,6 +155,8 @@ def estimate(
             storage.born = BEFORE  # what a first step makes, a later one finds
     scratch = Scratch()
     _fill_workspaces(ops, storages, scratch)
+    for storage, until in former:  # the former step's, alive until this step's replaces it
+        storages.append(dataclasses.replace(storage, born=BEFORE, died=until, alive=None))
     on_cuda = next(tensors_in((args, kwargs))).device.type == "cuda"
     block = (CudaRecord if on_cuda else CpuRecord).granularity
     totals, notes = _with_kernels(ops, storages, scratch, block)
@@ -220,13 +222,13 @@ def _train(
     parts: list[Any],
     loss: Any,
     dtype: torch.dtype | None,
-    stepper: Optimizer | None,
     hold_outputs: str,
+    stepper: Optimizer | None,
     numbers: Numbers,
-) -> None:
-    """Play one step; a third micro-batch finds alive what the second one found.
+) -> list[tuple[Storage, int]]:
+    """Play one step; return what of the former one is alive until which operator.
 
-    A sparse gradient alone grows with each.
+    A third micro-batch finds alive what the second one found, but for sparse gradients.
     """
     replaced: list[int] = []  # numbers of the operators at which the former outputs, loss go
     for number, (args, kwargs) in enumerate(parts):
@@ -246,11 +248,13 @@ def _train(
     if stepper is not None:
         numbers.is_asked_by_optimizer = True
         _step(stepper)
+    former: list[tuple[Storage, int]] = []
     if hold_outputs == "loop":
-        with _former(accounting, until=replaced[0]):
+        with _former(accounting, former, until=replaced[0]):
             outputs = None
-        with _former(accounting, until=replaced[1]):
+        with _former(accounting, former, until=replaced[1]):
             value = None  # and its graph
+    return former
 
 
 def _infer(
@@ -260,27 +264,28 @@ def _infer(
     loss: Any,
     dtype: torch.dtype | None,
     hold_outputs: str,
-) -> None:
+) -> list[tuple[Storage, int]]:
     ((args, kwargs),) = parts
     with _autocast(args, kwargs, dtype):
         outputs = model(*args, **kwargs)
         replaced = len(accounting.ops)
         if loss is not None:
             loss(outputs)
+    former: list[tuple[Storage, int]] = []
     if hold_outputs == "loop":
-        with _former(accounting, until=replaced):
+        with _former(accounting, former, until=replaced):
             outputs = None
+    return former
 
 
 @contextmanager
-def _former(accounting: Accounting, until: int) -> Iterator[None]:
-    """Count once more what dies inside: the former step's is alive until operator ``until``."""
+def _former(
+    accounting: Accounting, former: list[tuple[Storage, int]], until: int
+) -> Iterator[None]:
+    """Add what dies inside."""
     held = [storage for storage in accounting.storages if storage.died is None]
     yield
-    for storage in held:
-        if storage.died is not None:
-            former = dataclasses.replace(storage, born=BEFORE, died=until, alive=None)
-            accounting.storages.append(former)
+    former += [(storage, until) for storage in held if storage.died is not None]
 
 
 def _autocast(args: Any, kwargs: Any, dtype: torch.dtype | None) -> Any:
@@ -327,12 +332,21 @@ def _loss(outputs: Any, loss: Any, steps: int) -> tuple[Tensor, Tensor | None]:
 
 
 def _fill_workspaces(ops: list[Op], storages: list[Storage], scratch: Scratch) -> None:
-    """Give oneDNN's recurrent layers the workspace that their fakes lack."""
+    """Give outputs the bytes that their fakes lack.
+
+    Those are the workspace of oneDNN's recurrent layers, and the whole from which some losses take
+    their mean: the one number stays in a storage of its size.
+    """
+    made: dict[int, list[Storage]] = {}
+    for storage in storages:
+        made.setdefault(storage.born, []).append(storage)
     for number, op in enumerate(ops):
-        if op.name == "aten.mkldnn_rnn_layer.default":
-            for storage in storages:
-                if storage.born == number and not storage.nbytes:
+        for storage in made.get(number, ()):
+            if op.name == "aten.mkldnn_rnn_layer.default":
+                if not storage.nbytes and storage.in_forward:
                     storage.nbytes = scratch.workspace_of(op.call)
+            elif "_loss." in op.name or "binary_cross_entropy." in op.name:
+                storage.nbytes = max(storage.nbytes, whole_of(op.call))
 
 
 def _with_kernels(

@@ -26,7 +26,7 @@ from dlhelpers.files import cache_dir, write_whole
 from dlhelpers.memory.allocator import record_of
 from dlhelpers.memory.sparse import is_coo
 
-__all__ = ["Call", "Scratch", "call_of"]
+__all__ = ["Call", "Scratch", "call_of", "whole_of"]
 
 
 _PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
@@ -244,6 +244,22 @@ def call_of(func: Any, args: Any, kwargs: Any) -> Call:
         return _Shape(tuple(value.shape), value.stride(), value.dtype, str(value.device))
 
     return Call(func, *tree_map(shape, (args, kwargs)))
+
+
+def whole_of(call: Call) -> int:
+    """Return the bytes of the storage that a loss returns its one number in; 0 if just the number.
+
+    A mean is taken in place in some kernels, as ``mse_loss`` does: two numbers show it.
+    """
+    shapes = [shape for shape in call.shapes if shape.size]
+    try:
+        few = torch.zeros(2, dtype=shapes[0].dtype, device=shapes[0].device)
+        made = call.func(few, few)
+        whole = torch.broadcast_shapes(*(shape.size for shape in shapes[:2]))
+    except Exception:  # of other arguments, or no such device here
+        return 0
+    is_whole = made.numel() == 1 and made.untyped_storage().nbytes() > made.nbytes
+    return made.itemsize * prod(whole) if is_whole else 0
 
 
 class Scratch:

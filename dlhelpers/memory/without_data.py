@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.memory.accounting import user_code
 
-__all__ = ["Fakes", "Numbers", "explained"]
+__all__ = ["Fakes", "Numbers", "StandIns", "explained"]
 
 _MOST_ANSWERS = 1000
 
@@ -110,6 +111,11 @@ class Fakes:
         """Return the one stand-in of a tensor."""
         if id(real) in self._memo:
             return self._memo[id(real)]
+        if real.layout not in (torch.strided, torch.sparse_coo):
+            raise ValueError(
+                f"a tensor of layout {real.layout} has no stand-in without data: use "
+                "to_sparse_coo(), or run the step under measure_peak"
+            )
         made = fake_of(self._mode, real)
         if isinstance(real, nn.Parameter):
             made = nn.Parameter(made, requires_grad=real.requires_grad)
@@ -148,3 +154,26 @@ class Fakes:
             self.tensor(tensor)
         with self._mode:
             return copy.deepcopy(optimizer, self._memo)
+
+
+class StandIns(TorchDispatchMode):
+    """Let operators see the stand-ins of tensors with data, as of targets that a loss refers to.
+
+    One tensor has one stand-in, so that it is counted once, whatever views are taken of it.
+    """
+
+    def __init__(self, fakes: Fakes) -> None:
+        from torch._subclasses import FakeTensor
+
+        super().__init__()
+        self._fakes, self._fake_type = fakes, FakeTensor
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        def stand_in(tensor: Tensor) -> Tensor:
+            is_fake = isinstance(tensor, self._fake_type)
+            return tensor if is_fake else self._fakes.tensor(tensor)
+
+        args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs or {}))
+        return func(*args, **kwargs)
