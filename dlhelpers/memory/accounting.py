@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,9 +94,16 @@ class Accounting(TorchDispatchMode):
         mark: called with the number of each operator; gives the context to run it in.
         keep_call: called with each operator and its arguments; what it returns is kept.
         device: type of the device whose storages are followed; None for all.
+        stand_in: gives the tensor whose storage is followed in place of another's.
     """
 
-    def __init__(self, mark: Any = None, keep_call: Any = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        mark: Any = None,
+        keep_call: Any = None,
+        device: str | None = None,
+        stand_in: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self._device = device
         self.storages: list[Storage] = []
@@ -110,6 +117,7 @@ class Accounting(TorchDispatchMode):
         self._hooks = ExitStack()
         self._in_step = 0
         self._is_looking = False
+        self._stand_in = stand_in
 
     # what is known before the first operator
 
@@ -218,12 +226,12 @@ class Accounting(TorchDispatchMode):
         """Return the tensor's storages: one, or those of a sparse tensor's parts."""
         if self._device is not None and tensor.device.type != self._device:
             return []
-        if tensor.layout == torch.strided:
+        if tensor.layout == torch.strided and self._stand_in is None:
             parts: tuple[Tensor, ...] = (tensor,)
         else:
             was, self._is_looking = self._is_looking, True
             try:
-                parts = dense_parts(tensor)
+                parts = dense_parts(self._stand_in(tensor) if self._stand_in else tensor)
             finally:
                 self._is_looking = was
         storages = [self._see_part(part, tensor, kind, born) for part in parts]

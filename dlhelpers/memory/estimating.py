@@ -28,7 +28,7 @@ from dlhelpers.memory.allocator import CpuRecord, CudaRecord
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
 from dlhelpers.memory.scratch import Scratch, call_of, whole_of
 from dlhelpers.memory.sparse import SparseOps, is_coo
-from dlhelpers.memory.without_data import Fakes, Numbers, StandIns, explained
+from dlhelpers.memory.without_data import Fakes, Numbers, explained
 
 __all__ = ["estimate"]
 
@@ -137,13 +137,13 @@ def estimate(
 
             model = checkpoint_blocks(model, checkpoint)
         stepper = fakes.optimizer(optimizer, model) if training else None
-        accounting = Accounting(keep_call=call_of)
+        accounting = Accounting(keep_call=call_of, stand_in=fakes.seen)
         accounting.add_model(model)
         if stepper is not None:
             accounting.add_optimizer(stepper)
         accounting.add("inputs", tensors_in((args, kwargs)))
         parts = _micro_batches(args, kwargs, steps)
-        with accounting, StandIns(fakes), torch.set_grad_enabled(training):
+        with accounting, torch.set_grad_enabled(training):
             play = functools.partial(_train, stepper=stepper, numbers=numbers)
             play = play if training else _infer
             former = play(accounting, model, parts, loss, dtype, hold_outputs)

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.memory.accounting import user_code
 
-__all__ = ["Fakes", "Numbers", "StandIns", "explained"]
+__all__ = ["Fakes", "Numbers", "explained"]
 
 _MOST_ANSWERS = 1000
 
@@ -105,6 +104,7 @@ class Fakes:
     def __init__(self, mode: Any) -> None:
         self._mode = mode
         self._memo: dict[int, Any] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: list[Any] = []  # an id in the memo is good while its owner lives
 
     def tensor(self, real: Tensor) -> Tensor:
@@ -124,6 +124,17 @@ class Fakes:
         self._memo[id(real)] = made
         self._kept.append(real)
         return made
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        """Return what operators take for a tensor with data, as for targets in a loss."""
+        from torch._subclasses import FakeTensor
+
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in self._seen:
+            made = self._mode.from_tensor(tensor, static_shapes=True)
+            self._seen[id(tensor)] = (tensor, made)  # the mode gives it again while it lives
+        return self._seen[id(tensor)][1]
 
     def model(self, model: nn.Module) -> nn.Module:
         """Return a copy with stand-ins for all its tensors."""
@@ -154,26 +165,3 @@ class Fakes:
             self.tensor(tensor)
         with self._mode:
             return copy.deepcopy(optimizer, self._memo)
-
-
-class StandIns(TorchDispatchMode):
-    """Let operators see the stand-ins of tensors with data, as of targets that a loss refers to.
-
-    One tensor has one stand-in, so that it is counted once, whatever views are taken of it.
-    """
-
-    def __init__(self, fakes: Fakes) -> None:
-        from torch._subclasses import FakeTensor
-
-        super().__init__()
-        self._fakes, self._fake_type = fakes, FakeTensor
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        def stand_in(tensor: Tensor) -> Tensor:
-            is_fake = isinstance(tensor, self._fake_type)
-            return tensor if is_fake else self._fakes.tensor(tensor)
-
-        args, kwargs = tree_map_only(Tensor, stand_in, (args, kwargs or {}))
-        return func(*args, **kwargs)
