@@ -176,7 +176,9 @@ def loop_over(batches, model, optimizer, loss):
         optimizer.step()
 
 
-@pytest.mark.parametrize("make", [sgd, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "make", [torch.optim.AdamW, pytest.param(sgd, marks=pytest.mark.slow)], ids=["adamw", "sgd"]
+)
 def test_outputs_are_held_as_long_as_the_loop_holds_them(program, make):
     model, inputs, targets, loss = program
     optimizer = make(model.parameters())
@@ -229,7 +231,7 @@ def test_the_profilers_own_record_agrees():
 # ---- micro-batches ----
 
 
-@pytest.mark.parametrize("held", ["loop", "loss"])
+@pytest.mark.parametrize("held", ["loop", pytest.param("loss", marks=pytest.mark.slow)])
 def test_accumulation_is_predicted_as_accumulate_does_it(program, held):
     model, inputs, targets, loss = program
     optimizer = torch.optim.AdamW(model.parameters())
@@ -284,11 +286,22 @@ def test_what_cannot_be_split_is_said():
     assert "targets[:len(outputs)]" in "".join(caught.value.__notes__)
 
 
+def test_a_distributed_model_is_refused_by_name():
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.module = nn.Linear(8, 2)
+
+    with pytest.raises(ValueError, match=r"give model\.module; the buckets take"):
+        estimate(Wrapped(), torch.zeros(4, 8), sgd)
+
+
 # ---- inference ----
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("mode", "without"), [("train", torch.no_grad), ("eval", torch.inference_mode)]
+)
 def test_a_forward_pass_without_gradients_is_predicted(program, mode, without):
     model, inputs, _, _ = program
     getattr(model, mode)()
@@ -373,7 +386,9 @@ def sparse_step(model, x, optimizer):
         optimizer.step()
 
 
-@pytest.mark.parametrize("rows", [900, 200])  # more than are used, and fewer
+@pytest.mark.parametrize(  # more rows than are used, and fewer
+    "rows", [900, pytest.param(200, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", SPARSE_OPTIMIZERS)
 @pytest.mark.parametrize("kind", SPARSE)
 def test_sparse_gradients_are_counted(kind, name, rows):

@@ -64,7 +64,8 @@ def estimate(
             loss.backward()
             optimizer.step()
 
-    Neither model, inputs nor optimizer are touched, and none needs memory: they may be of device
+    What else a program holds, such as an averaged copy of the weights, is not counted. Neither
+    model, inputs nor optimizer are touched, and none needs memory: they may be of device
     ``meta``.
 
     Args:
@@ -100,7 +101,7 @@ def estimate(
         ValueError: the size of a tensor or the end of a loop depends on data, the optimizer holds
             none of the model's parameters, or wants a closure; steps is not a whole number, splits
             no dimension 0 common to all inputs, or is given for inference; hold_outputs is none of
-            the three.
+            the three; the model is a DistributedDataParallel one.
         TypeError: the inputs hold no tensor, or the optimizer is none.
 
     Cost: about half a second for a network of a hundred layers, whatever its batch; the first time
@@ -182,6 +183,12 @@ def _loop(model: nn.Module, training: bool, hold_outputs: str, steps: int) -> st
 
 
 def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    parallel = getattr(nn.parallel, "DistributedDataParallel", None)
+    if parallel is not None and isinstance(model, parallel):
+        raise ValueError(
+            "the model is a DistributedDataParallel one, whose communication an estimate cannot "
+            "play: give model.module; the buckets take the bytes of the gradients once more"
+        )
     if isinstance(optimizer, Optimizer):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(parameter) in held for parameter in model.parameters()):
