@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dlhelpers.memory import checkpoint_blocks, estimate, measure_peak, scratch
 from dlhelpers.memory.accounting import Accounting
-from dlhelpers.memory.scratch import Scratch, call_of
+from dlhelpers.memory.calls import call_of
+from dlhelpers.memory.scratch import Scratch
 
 # small steps: behind a loss of 0 gradients are subnormal numbers, which are slow to compute with
 OPTIMIZERS = {

@@ -25,8 +25,9 @@ from dlhelpers.arguments import model_inputs, whole_number
 from dlhelpers.fakes import tensors_in
 from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
+from dlhelpers.memory.calls import call_of
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
-from dlhelpers.memory.scratch import Scratch, call_of, whole_of
+from dlhelpers.memory.scratch import Scratch, whole_of
 from dlhelpers.memory.sparse import SparseOps, is_coo
 from dlhelpers.memory.without_data import Fakes, Numbers, explained
 
