@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dlhelpers.memory import checkpoint_blocks, estimate, measure_peak, scratch
 from dlhelpers.memory.accounting import Accounting
-from dlhelpers.memory.scratch import Scratch, call_of
+from dlhelpers.memory.calls import call_of
+from dlhelpers.memory.scratch import Scratch
 
 # small steps: behind a loss of 0 gradients are subnormal numbers, which are slow to compute with
 OPTIMIZERS = {
@@ -54,28 +55,32 @@ def cross_entropy(output):
 
 
 def measured(model, inputs, optimizer, loss=None, dtype=None):
-    """The allocator's record of a later step: state exists, gradients are None."""
+    """The allocator's record of the usual loop: state exists, gradients are None at its start."""
     args = inputs if isinstance(inputs, tuple) else (inputs,)
 
     labels = []  # the caller of a true step holds them
 
-    def value_of(output):
+    def value_of(outputs):
         if loss is not None:
-            return loss(output)
-        labels[:] = labels or [labels_of(output)]
-        return F.cross_entropy(main_of(output), labels[0])
+            return loss(outputs)
+        labels[:] = labels or [labels_of(outputs)]
+        return F.cross_entropy(main_of(outputs), labels[0])
 
-    def step():
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            value = value_of(model(*args))
-        value.backward()
-        if optimizer is not None:
-            optimizer.step()
+    def steps():
+        for _ in range(2):  # the second finds the outputs and the loss of the first
+            for parameter in model.parameters():
+                parameter.grad = None
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                outputs = model(*args)
+                value = value_of(outputs)
+            value.backward()
+            if optimizer is not None:
+                optimizer.step()
 
-    step()
+    steps()
     for parameter in model.parameters():
         parameter.grad = None
-    return measure_peak(step)
+    return measure_peak(steps)
 
 
 def agree(model, inputs, make, within=0.02, **options):

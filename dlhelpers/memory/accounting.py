@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.fakes import dense_parts, tensors_in
+from dlhelpers.memory.sparse import is_coo, like_coo
 
 __all__ = ["BEFORE", "Accounting", "Op", "Storage", "user_code"]
 
@@ -93,9 +94,16 @@ class Accounting(TorchDispatchMode):
         mark: called with the number of each operator; gives the context to run it in.
         keep_call: called with each operator and its arguments; what it returns is kept.
         device: type of the device whose storages are followed; None for all.
+        stand_in: gives the tensor whose storage is followed in place of another's.
     """
 
-    def __init__(self, mark: Any = None, keep_call: Any = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        mark: Any = None,
+        keep_call: Any = None,
+        device: str | None = None,
+        stand_in: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self._device = device
         self.storages: list[Storage] = []
@@ -108,6 +116,8 @@ class Accounting(TorchDispatchMode):
         self._watched: set[int] = set()
         self._hooks = ExitStack()
         self._in_step = 0
+        self._is_looking = False
+        self._stand_in = stand_in
 
     # what is known before the first operator
 
@@ -179,20 +189,24 @@ class Accounting(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._is_looking:
+            return func(*args, **kwargs)
         number = len(self.ops)
         seen = list(tensors_in((args, kwargs)))
         lifted = "lift" in func.__name__  # a tensor that was made without the dispatcher
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
         for tensor in seen:
-            storage = self._see(tensor, None, born=number if lifted else BEFORE)
-            if storage is not None and in_backward and storage.in_forward:
-                storage.saved = True
+            for storage in self._see(tensor, None, born=number if lifted else BEFORE):
+                storage.saved |= in_backward and storage.in_forward
         kept = self._keep_call(func, args, kwargs) if self._keep_call else None
         self.ops.append(
             Op(str(func), self._phase(), self._module(), user_code(sys._getframe(1)), kept)
         )
         with self._mark(number):
-            result = func(*args, **kwargs)
+            if in_backward and _would_be_taken(func, args):
+                result = like_coo(args[0], *dense_parts(args[0]), args[0].is_coalesced())
+            else:
+                result = func(*args, **kwargs)
         for tensor in (*tensors_in(result), *seen):
             self._see(tensor, None, born=number)
         return result
@@ -208,15 +222,30 @@ class Accounting(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         return node.metadata.get("dlhelpers.module", "") if node is not None else ""
 
-    def _see(self, tensor: Tensor, kind: str | None, born: int = BEFORE) -> Storage | None:
-        """Return the tensor's storage, new or known; note its kind and a change of its size."""
+    def _see(self, tensor: Tensor, kind: str | None, born: int = BEFORE) -> list[Storage]:
+        """Return the tensor's storages: one, or those of a sparse tensor's parts."""
         if self._device is not None and tensor.device.type != self._device:
-            return None
+            return []
+        if tensor.layout == torch.strided and self._stand_in is None:
+            parts: tuple[Tensor, ...] = (tensor,)
+        else:
+            was, self._is_looking = self._is_looking, True
+            try:
+                parts = dense_parts(self._stand_in(tensor) if self._stand_in else tensor)
+            finally:
+                self._is_looking = was
+        storages = [self._see_part(part, tensor, kind, born) for part in parts]
+        return [storage for storage in storages if storage is not None]
+
+    def _see_part(
+        self, part: Tensor, tensor: Tensor, kind: str | None, born: int
+    ) -> Storage | None:
+        """Return a part's storage, new or known; note its kind and a change of its size."""
         try:
-            whole = tensor.untyped_storage()
+            whole = part.untyped_storage()
             nbytes = whole.nbytes()
         except (NotImplementedError, RuntimeError):
-            return None  # sparse and the like: no storage of its own
+            return None  # of a layout without a storage of its own
         known = self._live.get(whole._cdata)
         if known is not None and known.nbytes != nbytes:  # resized: a new block of memory
             known.died = len(self.ops)
@@ -244,8 +273,7 @@ class Accounting(TorchDispatchMode):
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         kept = tensor.detach()  # the tensor itself would make a circle with its graph
-        storage = self._see(tensor, None, born=max(0, len(self.ops) - 1))
-        if storage is not None:
+        for storage in self._see(tensor, None, born=max(0, len(self.ops) - 1)):
             storage.saved = True
         return kept, tensor._version
 
@@ -279,6 +307,18 @@ class Accounting(TorchDispatchMode):
         self._in_step -= 1
         for tensor in tensors_in(optimizer.state):
             self._see(tensor, "optimizer state", born=max(0, len(self.ops) - 1))
+
+
+def _would_be_taken(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is the copy of a sparse gradient that is made only because it is looked at.
+
+    A leaf takes the first gradient as it is where nobody else holds it. That a mode sees the
+    gradient counts as holding it.
+    """
+    if func is not torch.ops.aten.clone.default or not is_coo(args[0]):
+        return False
+    node = torch._C._current_autograd_node()
+    return node is not None and "AccumulateGrad" in node.name()
 
 
 def _unpack(kept: tuple[Tensor, int]) -> Tensor:

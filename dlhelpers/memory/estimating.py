@@ -10,30 +10,34 @@ Source: PyTorch documentation, torch.compiler: Fake tensor.
 
 from __future__ import annotations
 
-import copy
-import linecache
-import logging
-import sys
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from dlhelpers.arguments import model_inputs
-from dlhelpers.fakes import fake_of, tensors_in
-from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage, user_code
+from dlhelpers.arguments import model_inputs, whole_number
+from dlhelpers.fakes import tensors_in
+from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
+from dlhelpers.memory.calls import call_of
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
-from dlhelpers.memory.scratch import Scratch, call_of
+from dlhelpers.memory.scratch import Scratch, whole_of
+from dlhelpers.memory.sparse import SparseOps, is_coo
+from dlhelpers.memory.without_data import Fakes, Numbers, explained
 
 __all__ = ["estimate"]
 
-_MOST_ANSWERS = 1000
+_HELD = {  # how long variables hold the model's outputs and the loss
+    "loop": "outputs and loss held until the next ones replace them",
+    "step": "outputs and loss held until the step ends",
+    "loss": "outputs not held once the loss is computed",
+}
 
 
 def estimate(
@@ -44,11 +48,26 @@ def estimate(
     loss: Callable[[Any], Tensor] | None = None,
     dtype: torch.dtype | None = None,
     checkpoint: int | None = None,
+    steps: int = 1,
+    hold_outputs: str | None = None,
+    training: bool = True,
 ) -> MemoryReport:
-    """Predict the peak of a training step without running it.
+    """Predict the peak of a training step, or of inference, without running it.
 
-    The step is a later one: the optimizer's state exists, gradients are None at its start. Neither
-    model, inputs nor optimizer are touched, and none needs memory: they may be of device ``meta``.
+    The step is a later one of the usual loop: the optimizer's state exists, gradients are None at
+    its start, and two variables outlive the step, so that the former outputs and loss are alive
+    until the next ones replace them::
+
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            outputs = model(inputs)
+            loss = loss_function(outputs, targets)
+            loss.backward()
+            optimizer.step()
+
+    What else a program holds, such as an averaged copy of the weights, is not counted. Neither
+    model, inputs nor optimizer are touched, and none needs memory: they may be of device
+    ``meta``.
 
     Args:
         model: in the mode, on the device and with the weights' types that it will train with.
@@ -60,16 +79,30 @@ def estimate(
             cross-entropy over the classes in dimension 1 of its first tensor.
         dtype: of ``torch.autocast`` around model and loss; None for no autocast.
         checkpoint: segments of ``checkpoint_blocks``; None for no checkpointing.
+        steps: micro-batches that ``accumulate`` splits the inputs into for one step of the
+            optimizer; ``loss`` gets the outputs of one of them. Gradients are alive from the first
+            one's backward pass on.
+        hold_outputs: how long variables hold the model's outputs and the loss. "loop": until the
+            next ones replace them, as above. "step": until the step ends (with ``steps`` the
+            micro-batch's backward pass), as in a function that makes one step. "loss": until the
+            loss is computed, as in ``loss_function(model(inputs), targets).backward()``. None for
+            "loop" in training and "loss" in inference.
+        training: False for one forward pass without gradients (``torch.no_grad``,
+            ``torch.inference_mode``), and ``loss`` if it is given; the optimizer is not used. With
+            ``hold_outputs="loop"`` the former outputs are alive meanwhile.
 
     Returns:
-        The report of ``measure_peak`` in advance. Where a kernel's own buffers can decide the peak,
-        that one operator is tried, once for each shape and machine, a large batch from two small
-        ones; what cannot be tried counts as nothing, and a note says so. Notes also name the lines
-        where the model asked for a value, as ``if x.mean() > 0`` does, and got one at random.
+        The report of ``measure_peak`` in advance; its ``loop`` says what was played. Where a
+        kernel's own buffers can decide the peak, that one operator is tried, once for each shape
+        and machine, a large batch from two small ones; what cannot be tried counts as nothing, and
+        a note says so. Notes also name the lines where the model asked for a value, as
+        ``if x.mean() > 0`` does, and got one at random.
 
     Raises:
         ValueError: the size of a tensor or the end of a loop depends on data, the optimizer holds
-            none of the model's parameters, or wants a closure.
+            none of the model's parameters, or wants a closure; steps is not a whole number, splits
+            no dimension 0 common to all inputs, or is given for inference; hold_outputs is none of
+            the three; the model is a DistributedDataParallel one.
         TypeError: the inputs hold no tensor, or the optimizer is none.
 
     Cost: about half a second for a network of a hundred layers, whatever its batch; the first time
@@ -86,45 +119,77 @@ def estimate(
     args, kwargs = model_inputs(inputs)
     if next(tensors_in((args, kwargs)), None) is None:
         raise TypeError(f"inputs must hold a tensor, got {type(inputs).__name__}")
+    steps = whole_number("steps", steps, 1)
+    if steps > 1 and not training:
+        raise ValueError(f"steps={steps} is of training: leave it out with training=False")
+    if hold_outputs is None:
+        hold_outputs = "loop" if training else "loss"
+    if hold_outputs not in _HELD:
+        raise ValueError(f"hold_outputs must be one of {[*_HELD]}, got {hold_outputs!r}")
     _check_optimizer(optimizer, model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes, numbers = _Fakes(mode), _Numbers()
+    fakes, numbers, sparse = Fakes(mode), Numbers(), SparseOps()
+    loop = _loop(model, training, hold_outputs, steps)
     model, args, kwargs = fakes.model(model), fakes.value(args), fakes.value(kwargs)
     # under ``with torch.device("meta")`` what the model makes itself would be of that device
     is_meta = torch.get_default_device().type == "meta"
-    with mode, numbers, _explained(), torch.device("cpu") if is_meta else nullcontext():
+    with mode, numbers, sparse, explained(), torch.device("cpu") if is_meta else nullcontext():
         if checkpoint is not None:
             from dlhelpers.memory.checkpointing import checkpoint_blocks
 
             model = checkpoint_blocks(model, checkpoint)
-        stepper = fakes.optimizer(optimizer, model)
-        accounting = Accounting(keep_call=call_of)
+        stepper = fakes.optimizer(optimizer, model) if training else None
+        accounting = Accounting(keep_call=call_of, stand_in=fakes.seen)
         accounting.add_model(model)
         if stepper is not None:
             accounting.add_optimizer(stepper)
         accounting.add("inputs", tensors_in((args, kwargs)))
-        with accounting:
-            value, targets = _loss(model, args, kwargs, loss, dtype)
-            accounting.add("inputs", tensors_in(targets))  # the caller of a true step holds them
-            value.backward()
-            del value
-            if stepper is not None:
-                numbers.is_asked_by_optimizer = True
-                _step(stepper)
+        parts = _micro_batches(args, kwargs, steps)
+        with accounting, torch.set_grad_enabled(training):
+            play = functools.partial(_train, stepper=stepper, numbers=numbers)
+            play = play if training else _infer
+            former = play(accounting, model, parts, loss, dtype, hold_outputs)
     ops, storages = accounting.ops, accounting.storages
+    if not ops:
+        raise ValueError("the model called no operator of torch: there is nothing to estimate")
     for storage in storages:
         if storage.kind == "optimizer state":
             storage.born = BEFORE  # what a first step makes, a later one finds
     scratch = Scratch()
     _fill_workspaces(ops, storages, scratch)
+    for storage, until in former:  # the former step's, alive until this step's replaces it
+        storages.append(dataclasses.replace(storage, born=BEFORE, died=until, alive=None))
     on_cuda = next(tensors_in((args, kwargs))).device.type == "cuda"
     block = (CudaRecord if on_cuda else CpuRecord).granularity
     totals, notes = _with_kernels(ops, storages, scratch, block)
-    notes = (*numbers.notes, *notes)
-    return report_of(ops, storages, totals, measured=False, notes=notes, granularity=block)
+    if _keeps_sparse(stepper):
+        sparse.notes.append(
+            f"{type(stepper).__name__}'s state of a sparse gradient may grow by the gradient's "
+            "rows with each step: counted is the second step"
+        )
+    notes = (*numbers.notes, *sparse.notes, *notes)
+    return report_of(
+        ops, storages, totals, measured=False, notes=notes, granularity=block, loop=loop
+    )
+
+
+def _loop(model: nn.Module, training: bool, hold_outputs: str, steps: int) -> str:
+    """Say in a line what is played."""
+    if not training:
+        mode = "train" if model.training else "eval"
+        held = f", {_HELD['loop']}" if hold_outputs == "loop" else ""
+        return f"one forward pass in {mode} mode without gradients{held}"
+    of = f"a step of {steps} micro-batches, " if steps > 1 else ""
+    return f"{of}{_HELD[hold_outputs]} (hold_outputs={hold_outputs!r})"
 
 
 def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    parallel = getattr(nn.parallel, "DistributedDataParallel", None)
+    if parallel is not None and isinstance(model, parallel):
+        raise ValueError(
+            "the model is a DistributedDataParallel one, whose communication an estimate cannot "
+            "play: give model.module; the buckets take the bytes of the gradients once more"
+        )
     if isinstance(optimizer, Optimizer):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(parameter) in held for parameter in model.parameters()):
@@ -139,9 +204,108 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
         )
 
 
+def _micro_batches(
+    args: tuple[Any, ...], kwargs: dict[str, Any], steps: int
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Split all tensors along dimension 0, as ``accumulate`` does; those without one stay whole."""
+    if steps == 1:
+        return [(args, kwargs)]
+    sizes = sorted({len(tensor) for tensor in tensors_in((args, kwargs)) if tensor.dim()})
+    if len(sizes) != 1 or sizes[0] < steps:
+        raise ValueError(
+            f"steps={steps} splits dimension 0 of all inputs, which must be the same and no "
+            f"smaller than steps; got {sizes}: leave steps out and give one micro-batch"
+        )
+    return [
+        tree_map_only(
+            Tensor, lambda t, i=i: t.tensor_split(steps)[i] if t.dim() else t, (args, kwargs)
+        )
+        for i in range(steps)
+    ]
+
+
+def _train(
+    accounting: Accounting,
+    model: nn.Module,
+    parts: list[Any],
+    loss: Any,
+    dtype: torch.dtype | None,
+    hold_outputs: str,
+    stepper: Optimizer | None,
+    numbers: Numbers,
+) -> list[tuple[Storage, int]]:
+    """Play one step; return what of the former one is alive until which operator.
+
+    A third micro-batch finds alive what the second one found, but for sparse gradients.
+    """
+    replaced: list[int] = []  # numbers of the operators at which the former outputs, loss go
+    for number, (args, kwargs) in enumerate(parts):
+        if number > 1 and not any(is_coo(parameter.grad) for parameter in model.parameters()):
+            break
+        with _autocast(args, kwargs, dtype):
+            outputs = model(*args, **kwargs)
+            replaced.append(len(accounting.ops))
+            value, targets = _loss(outputs, loss, len(parts))
+            replaced.append(len(accounting.ops))
+        accounting.add("inputs", tensors_in(targets))  # the caller of a true step holds them
+        if hold_outputs == "loss":
+            outputs = None
+        value.backward()
+        if hold_outputs == "loss" or (hold_outputs == "step" and len(parts) > 1):
+            outputs = value = None
+    if stepper is not None:
+        numbers.is_asked_by_optimizer = True
+        _step(stepper)
+    former: list[tuple[Storage, int]] = []
+    if hold_outputs == "loop":
+        with _former(accounting, former, until=replaced[0]):
+            outputs = None
+        with _former(accounting, former, until=replaced[1]):
+            value = None  # and its graph
+    return former
+
+
+def _infer(
+    accounting: Accounting,
+    model: nn.Module,
+    parts: list[Any],
+    loss: Any,
+    dtype: torch.dtype | None,
+    hold_outputs: str,
+) -> list[tuple[Storage, int]]:
+    ((args, kwargs),) = parts
+    with _autocast(args, kwargs, dtype):
+        outputs = model(*args, **kwargs)
+        replaced = len(accounting.ops)
+        if loss is not None:
+            loss(outputs)
+    former: list[tuple[Storage, int]] = []
+    if hold_outputs == "loop":
+        with _former(accounting, former, until=replaced):
+            outputs = None
+    return former
+
+
+@contextmanager
+def _former(
+    accounting: Accounting, former: list[tuple[Storage, int]], until: int
+) -> Iterator[None]:
+    """Add what dies inside."""
+    held = [storage for storage in accounting.storages if storage.died is None]
+    yield
+    former += [(storage, until) for storage in held if storage.died is not None]
+
+
+def _autocast(args: Any, kwargs: Any, dtype: torch.dtype | None) -> Any:
+    device = next((t.device.type for t in tensors_in((args, kwargs))), "cpu")
+    return torch.autocast(device, dtype) if dtype is not None else nullcontext()
+
+
 def _step(optimizer: Optimizer) -> None:
     try:
         optimizer.step()
+        if _keeps_sparse(optimizer):
+            optimizer.step()
     except TypeError as error:
         if "closure" not in str(error):
             raise
@@ -151,29 +315,46 @@ def _step(optimizer: Optimizer) -> None:
         ) from error
 
 
-def _loss(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Any, loss: Any, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    device = next((t.device.type for t in tensors_in((args, kwargs))), "cpu")
-    with torch.autocast(device, dtype) if dtype is not None else nullcontext():
-        output = model(*args, **kwargs)
-        if loss is not None:
-            return loss(output), None
-        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if isinstance(own, Tensor) and own.numel() == 1:
-            return own, None
-        main = next(tensors_in(output if not hasattr(output, "to_tuple") else output.to_tuple()))
-        targets = torch.zeros(main.shape[:1] + main.shape[2:], dtype=torch.long, device=main.device)
-        return nn.functional.cross_entropy(main, targets), targets
+def _keeps_sparse(optimizer: Optimizer | None) -> bool:
+    """Whether it keeps sums of sparse gradients, as SGD's momentum: those grow with each step."""
+    return optimizer is not None and any(is_coo(t) for t in tensors_in(optimizer.state))
+
+
+def _loss(outputs: Any, loss: Any, steps: int) -> tuple[Tensor, Tensor | None]:
+    if loss is not None:
+        try:
+            return loss(outputs), None
+        except Exception as error:
+            if steps > 1:
+                error.add_note(
+                    f"steps={steps} splits the inputs, and loss gets one micro-batch's outputs: "
+                    "take as many of the targets, as targets[:len(outputs)]"
+                )
+            raise
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(own, Tensor) and own.numel() == 1:
+        return own, None
+    main = next(tensors_in(outputs if not hasattr(outputs, "to_tuple") else outputs.to_tuple()))
+    targets = torch.zeros(main.shape[:1] + main.shape[2:], dtype=torch.long, device=main.device)
+    return nn.functional.cross_entropy(main, targets), targets
 
 
 def _fill_workspaces(ops: list[Op], storages: list[Storage], scratch: Scratch) -> None:
-    """Give oneDNN's recurrent layers the workspace that their fakes lack."""
+    """Give outputs the bytes that their fakes lack.
+
+    Those are the workspace of oneDNN's recurrent layers, and the whole from which some losses take
+    their mean: the one number stays in a storage of its size.
+    """
+    made: dict[int, list[Storage]] = {}
+    for storage in storages:
+        made.setdefault(storage.born, []).append(storage)
     for number, op in enumerate(ops):
-        if op.name == "aten.mkldnn_rnn_layer.default":
-            for storage in storages:
-                if storage.born == number and not storage.nbytes:
+        for storage in made.get(number, ()):
+            if op.name == "aten.mkldnn_rnn_layer.default":
+                if not storage.nbytes and storage.in_forward:
                     storage.nbytes = scratch.workspace_of(op.call)
+            elif "_loss." in op.name or "binary_cross_entropy." in op.name:
+                storage.nbytes = max(storage.nbytes, whole_of(op.call))
 
 
 def _with_kernels(
@@ -198,118 +379,3 @@ def _with_kernels(
         f"the buffers inside {name} are not counted: {why}" for name, why in scratch.untried.items()
     )
     return totals, tuple(notes)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say in plain words what fake tensors cannot do."""
-    from torch._subclasses.fake_tensor import (
-        DynamicOutputShapeException,
-        UnsupportedFakeTensorException,
-    )
-
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    was = log.disabled
-    log.disabled = True  # it writes thirty lines about what is said below
-    try:
-        yield
-    except DynamicOutputShapeException as error:
-        raise ValueError(
-            f"the size of what {error.func} returns depends on data, which an estimate has not: "
-            "run the step under measure_peak"
-        ) from error
-    except UnsupportedFakeTensorException as error:
-        raise ValueError(f"{error}: run the step under measure_peak") from error
-    except Exception as error:
-        error.add_note("raised while estimate played the step through on tensors without data")
-        raise
-    finally:
-        log.disabled = was
-
-
-class _Numbers(TorchDispatchMode):
-    """Let ``item()`` give some number where a fake tensor has none, and note who asked.
-
-    An optimizer asks for its step's number, which changes no tensor's size; ASGD also whether it
-    averages already, and is played as if it did, which takes more.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_asked_by_optimizer = False
-        self._asked: dict[tuple[str, int], list[Any]] = {}  # line -> answers
-
-    @property
-    def notes(self) -> list[str]:
-        return [
-            f"{Path(file).name}:{line} asked for a tensor's value, which an estimate has not, and "
-            f"got {answers[0]}: {linecache.getline(file, line).strip()}"
-            for (file, line), answers in self._asked.items()
-        ]
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            kind = args[0].dtype
-            answer = True if kind == torch.bool else 0.5 if kind.is_floating_point else 1
-            if not self.is_asked_by_optimizer:
-                place = user_code(sys._getframe(1))
-                answers = self._asked.setdefault(place, [])
-                answers.append(answer)
-                if len(answers) > _MOST_ANSWERS:
-                    raise ValueError(
-                        f"{Path(place[0]).name}:{place[1]} asked for tensors' values "
-                        f"{_MOST_ANSWERS} times, as a loop whose end depends on data would: run "
-                        "the step under measure_peak"
-                    )
-            return answer
-        return func(*args, **(kwargs or {}))
-
-
-class _Fakes:
-    """Copies of model, inputs and optimizer whose tensors have no memory."""
-
-    def __init__(self, mode: Any) -> None:
-        self._mode = mode
-        self._memo: dict[int, Any] = {}
-        self._kept: list[Any] = []  # an id in the memo is good while its owner lives
-
-    def tensor(self, real: Tensor) -> Tensor:
-        if id(real) in self._memo:
-            return self._memo[id(real)]
-        made = fake_of(self._mode, real)
-        if isinstance(real, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=real.requires_grad)
-        else:
-            made = made.requires_grad_(real.requires_grad)
-        self._memo[id(real)] = made
-        self._kept.append(real)
-        return made
-
-    def model(self, model: nn.Module) -> nn.Module:
-        for tensor in (*model.parameters(), *model.buffers()):
-            self.tensor(tensor)
-        for module in model.modules():
-            for tensor in tensors_in(list(vars(module).values())):
-                self.tensor(tensor)
-        with self._mode:
-            return copy.deepcopy(model, self._memo)
-
-    def value(self, value: Any) -> Any:
-        for tensor in tensors_in(value):
-            self.tensor(tensor)
-        return copy.deepcopy(value, self._memo)
-
-    def optimizer(self, optimizer: Any, model: nn.Module) -> Optimizer | None:
-        if optimizer is None:
-            return None
-        if not isinstance(optimizer, Optimizer):
-            made = optimizer([p for p in model.parameters() if p.requires_grad])
-            if not isinstance(made, Optimizer):
-                raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {made!r}")
-            return made
-        for tensor in tensors_in(list(vars(optimizer).values())):  # a learning rate can be one
-            self.tensor(tensor)
-        with self._mode:
-            return copy.deepcopy(optimizer, self._memo)

@@ -107,7 +107,7 @@ def _inside(thing: Any) -> Iterator[Any]:
     if isinstance(thing, functools.partial):
         yield from (thing.func, *thing.args, *thing.keywords.values())
     elif isinstance(thing, FunctionType):
-        if thing.__module__.partition(".")[0] in ("torch", "torchvision"):
+        if (thing.__module__ or "").partition(".")[0] in ("torch", "torchvision"):
             return
         yield from thing.__defaults__ or ()
         for cell in thing.__closure__ or ():

@@ -52,6 +52,7 @@ class MemoryReport:
         phases: phase of each operator.
         measured: True for the allocator's record, False for an estimate.
         notes: what an estimate could not know.
+        loop: what an estimate played; empty for a measured run.
     """
 
     peak_bytes: int
@@ -66,6 +67,7 @@ class MemoryReport:
     phases: Sequence[str] = field(repr=False)
     measured: bool
     notes: tuple[str, ...] = ()
+    loop: str = ""
 
     @property
     def tensor_bytes(self) -> int:
@@ -83,6 +85,8 @@ class MemoryReport:
         rows.append(f"at     {self._where()}")
         if self.line:
             rows.append(f"line   {self.line}")
+        if self.loop:
+            rows.append(f"loop   {self.loop}")
         return "\n".join([*rows, *(f"note   {note}" for note in self.notes)])
 
     def _where(self) -> str:
@@ -97,6 +101,8 @@ class MemoryReport:
         rows.append(("at", self._where()))
         if self.line:
             rows.append(("line", self.line))
+        if self.loop:
+            rows.append(("loop", self.loop))
         return facts_table(rows + [("note", note) for note in self.notes])
 
 
@@ -108,6 +114,7 @@ def report_of(
     measured: bool,
     granularity: int = 1,
     notes: tuple[str, ...] = (),
+    loop: str = "",
 ) -> MemoryReport:
     """Return the report of a run.
 
@@ -116,6 +123,7 @@ def report_of(
         totals: bytes alive while each operator ran, kernels included; what is not a storage's is
             a kernel's.
         granularity: bytes to which the allocator rounds each storage up.
+        notes, loop: the report's.
     """
     timeline = by_kind(ops, storages, granularity)
     known = [sum(bytes_at) for bytes_at in zip(*timeline.values(), strict=True)]
@@ -140,6 +148,7 @@ def report_of(
         phases=[op.phase for op in ops],
         measured=measured,
         notes=notes,
+        loop=loop,
     )
 
 

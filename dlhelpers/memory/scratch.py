@@ -6,13 +6,10 @@ operator, shapes, library and machine, so it is measured once for each and kept.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,185 +18,34 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.fakes import dense_parts, tensors_in
 from dlhelpers.files import cache_dir, write_whole
 from dlhelpers.memory.allocator import record_of
+from dlhelpers.memory.calls import Call, Shape
 
-__all__ = ["Call", "Scratch", "call_of"]
+__all__ = ["Scratch", "whole_of"]
 
 
-_PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
-_WITHOUT_BOUND = ("upsample", "dist", "linalg")  # theirs grows with the output, or by algorithm
-_CONVOLUTIONS = ("aten.convolution.default", "aten.convolution_backward.default")
 _SMALL = 64 << 20  # bytes of arguments that a trial is always worth
-_BLOCK = 256 << 10  # bytes that even the smallest convolution may take
-_FILLED = 64  # rows or columns that a matrix unit works on at once
-_A_FEW_NUMBERS = 64  # bytes: Python's numbers become tensors
-_TILE = 60 * 60  # elements: a copy that transposes works in such squares
 _TRIALS_S = 5.0  # seconds for all trials of one estimate
 _FEW_FLOPS = 1e8  # a trial that even a kernel without instructions for its type ends in a second
 _OUT_OF_CACHE = 3.0  # times as long as a small product for each FLOP
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """What one needs to make a tensor like another."""
+def whole_of(call: Call) -> int:
+    """Return the bytes of the storage that a loss returns its one number in; 0 if just the number.
 
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * prod(self.size)
-
-    def make(self, random: bool) -> Tensor:
-        made = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        if 0 in self.stride:
-            return made
-        return made.normal_() if random and made.is_floating_point() else made.zero_()
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether its elements fill a stretch of memory, in whatever order."""
-        steps = sorted((step, n) for n, step in zip(self.size, self.stride, strict=True) if n != 1)
-        expected = 1
-        for step, n in steps:
-            if step != expected:
-                return False
-            expected *= n
-        return True
-
-
-def _summed(
-    x: _Shape,
-    weight: _Shape,
-    bias: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    is_transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> int:
-    """Bytes of a convolution's output; a transposed one's twice, and of what it sums up."""
-    n, channels, kernel = x.size[0], weight.size[0], weight.size[2:]
-    given = (stride, padding, dilation, output_padding)
-    every = [tuple(each) * len(kernel) if len(each) == 1 else each for each in given]
-    places = []
-    for size, k, s, p, d, more in zip(x.size[2:], kernel, *every, strict=True):
-        reach = d * (k - 1)
-        if is_transposed:
-            places.append((size - 1) * s - 2 * p + reach + more + 1)
-        else:
-            places.append((size + 2 * p - reach - 1) // s + 1)
-    elements = prod(places)
-    if is_transposed:  # in groups, put together at the end; or unfolded
-        channels = weight.size[1] * groups
-        elements = 2 * elements + prod(kernel) * prod(x.size[2:])
-    return max(4, x.dtype.itemsize) * n * channels * elements
-
-
-@dataclass(frozen=True)
-class Call:
-    """An operator and its arguments, tensors by their shapes only."""
-
-    func: Any
-    args: Any
-    kwargs: Any
-
-    @property
-    def key(self) -> str:
-        """All that the kernel's bytes can depend on, as text."""
-        return f"{self.func}{self.args}{self.kwargs}"
-
-    @property
-    def shapes(self) -> list[_Shape]:
-        """The shapes of all tensors among the arguments."""
-        found: list[_Shape] = []
-        tree_map(lambda x: found.append(x) if isinstance(x, _Shape) else None, self._both())
-        return found
-
-    @property
-    def at_most(self) -> int:
-        """Bytes inside the kernel that were never seen exceeded: what is worth a trial."""
-        shapes, name = self.shapes, str(self.func)
-        if self.func.is_view or self.func.namespace == "prim":
-            return 0
-        if self._is_plain:
-            tile = _TILE * shapes[0].dtype.itemsize if "clone" in name else 0
-            return tile + _A_FEW_NUMBERS
-        if any(word in name for word in _WITHOUT_BOUND):
-            return sys.maxsize
-        # narrow types may be computed in float32
-        sizes = [max(4, shape.dtype.itemsize) * prod(shape.size) for shape in shapes]
-        bound = 3 * sum(sizes) + _A_FEW_NUMBERS
-        if name in _PRODUCTS:  # the output too, and in blocks that thin matrices are filled up to
-            left, right = shapes[-2:]
-            bound += 8 * prod(left.size[:-1]) * right.size[-1] + _BLOCK
-            bound += 4 * _FILLED * max(4, left.dtype.itemsize) * left.size[-1]
-        if "convolution" in name:
-            if name not in _CONVOLUTIONS:
-                return sys.maxsize
-            # may unfold its input, once for each weight of a kernel
-            weight = self.args[2 if "backward" in name else 1]
-            bound += 2 * prod(weight.size[2:]) * max(sizes) + _BLOCK
-            if "backward" not in name:  # and sum its output in float32
-                bound += _summed(*self.args[:9])
-            if weight.size[1] == 1:  # a depthwise one's weights, in blocks of channels
-                bound += 400 * max(4, weight.dtype.itemsize) * prod(weight.size)
-        return bound
-
-    @property
-    def _is_plain(self) -> bool:
-        """Whether the kernel takes its arguments as they are: no type or layout to change first."""
-        shapes = self.shapes
-        if len({s.dtype for s in shapes}) > 1 or not all(s.is_dense for s in shapes):
-            return False
-        if str(self.func) in _PRODUCTS:  # a matrix library wants rows or columns in one piece
-            is_known = all(s.dtype in (torch.float32, torch.float64) for s in shapes)
-            return is_known and all(1 in s.stride[-2:] for s in shapes)
-        layouts: dict[tuple[int, ...], tuple[int, ...]] = {}
-        return torch.Tag.pointwise in self.func.tags and all(
-            s.dtype.is_floating_point and layouts.setdefault(s.size, s.stride) == s.stride
-            for s in shapes
-        )
-
-    def with_batch(self, n: int) -> Call | None:
-        """Return the call for a batch of n instead; None where it is not plain what that is."""
-        shapes, name = self.shapes, str(self.func)
-        batch = shapes[0].size[0] if shapes and shapes[0].size else 0
-        if batch <= n or not all(s.is_dense or 0 in s.stride for s in shapes):
-            return None
-        weight = None
-        if name in ("aten.mm.default", "aten.addmm.default"):  # as many rows of the left alone
-            weight = self.args[-1]
-        if "convolution" in name:  # may have as many rows as the batch
-            weight = self.args[2 if "backward" in name else 1]
-
-        def smaller(value: Any) -> Any:
-            if not isinstance(value, _Shape) or value is weight or value.size[:1] != (batch,):
-                return value
-            if len(value.size) < 2 and value.dtype.is_floating_point:
-                return value  # of the channels; whole numbers are targets
-            return dataclasses.replace(value, size=(n, *value.size[1:]))
-
-        return Call(self.func, *tree_map(smaller, (self.args, self.kwargs)))
-
-    def _both(self) -> Any:
-        return (self.args, self.kwargs)
-
-
-def call_of(func: Any, args: Any, kwargs: Any) -> Call:
-    """Return the call with its tensors' shapes in place of the tensors."""
-
-    def shape(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return _Shape(tuple(value.shape), value.stride(), value.dtype, str(value.device))
-
-    return Call(func, *tree_map(shape, (args, kwargs)))
+    A mean is taken in place in some kernels, as ``mse_loss`` does: two numbers show it.
+    """
+    shapes = [shape for shape in call.shapes if shape.size]
+    try:
+        few = torch.zeros(2, dtype=shapes[0].dtype, device=shapes[0].device)
+        made = call.func(few, few)
+        whole = torch.broadcast_shapes(*(shape.size for shape in shapes[:2]))
+    except Exception:  # of other arguments, or no such device here
+        return 0
+    is_whole = made.numel() == 1 and made.untyped_storage().nbytes() > made.nbytes
+    return made.itemsize * prod(whole) if is_whole else 0
 
 
 class Scratch:
@@ -243,7 +89,7 @@ class Scratch:
 
         One product of a few thousand rows in bfloat16 can take minutes where float32 takes none.
         """
-        if _hashed(call.key) in self._known or not call.shapes:
+        if _hashed(call.key) in self._known or not call.shapes or call.is_sparse:
             return 0.0
         dtype = max(call.shapes, key=lambda shape: shape.nbytes).dtype
         if dtype not in (torch.bfloat16, torch.float16) or (flops := _flops_of(call)) < _FEW_FLOPS:
@@ -278,7 +124,7 @@ class Scratch:
         """Return the bytes that oneDNN's recurrent layer keeps for backward; a fake one none."""
 
         def measure() -> int:
-            args = tree_map(lambda x: x.make(False) if isinstance(x, _Shape) else x, call.args)
+            args = tree_map(lambda x: x.make(False) if isinstance(x, Shape) else x, call.args)
             return _workspace(args[:7], args[7:]).nbytes
 
         return self._tried(f"workspace {call.key}", call, measure)
@@ -322,7 +168,7 @@ def _flops_of(call: Call) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     def empty(value: Any) -> Any:
-        if not isinstance(value, _Shape):
+        if not isinstance(value, Shape):
             return value
         return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device="meta")
 
@@ -352,17 +198,21 @@ def _measured(call: Call) -> int:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         args, kwargs = tree_map(
-            lambda x: x.make(random) if isinstance(x, _Shape) else x, (call.args, call.kwargs)
+            lambda x: x.make(random) if isinstance(x, Shape) else x, (call.args, call.kwargs)
         )
         if str(call.func) == "aten.mkldnn_rnn_layer_backward.default":
             reverse, *sizes, has_biases, train, bidirectional, batches, first = args[13:22]
             flags = (reverse, batches, *sizes, has_biases, bidirectional, first, train)
             args = (*args[:22], _workspace(args[:7], flags))  # crashes on one that is not filled
+        given = {s.data_ptr() for t in tensors_in((args, kwargs)) for s in _storages(t)}
         device = next((tensor.device for tensor in tensors_in((args, kwargs))), torch.device("cpu"))
         record = record_of(device)
         with torch.no_grad(), record, record.mark(0):
             made = call.func(*args, **kwargs)
-    given = {tensor.data_ptr() for tensor in tensors_in((args, kwargs))}
-    outputs = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors_in(made)}
+    outputs = {s._cdata: s for t in tensors_in(made) for s in _storages(t)}
     new = sum(whole.nbytes() for whole in outputs.values() if whole.data_ptr() not in given)
     return max(0, record.levels(1)[0] - new)
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    return [part.untyped_storage() for part in dense_parts(tensor)]
