@@ -1,0 +1,376 @@
+"""What inside a module does a forward call that torch.fx cannot follow?
+
+Its source is read instead, every branch of it. ``self.body(x)`` calls a child as a whole, whose own
+trace then tells the rest; ``for layer in self.body`` calls what is inside of it, and whatever is
+given to a function, kept or returned may be called anywhere. Names stand for all modules that are
+ever put into them: the answer may hold too many modules, but none is missing.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from dlhelpers.fusion.tracing import SHAPE_ATTRIBUTES, is_layer
+
+__all__ = ["Reach", "reached_by"]
+
+_CHILDREN = {"children", "named_children", "values", "items", "_modules"}
+_INSIDE = {"modules", "named_modules", "get_submodule", "__dict__"}
+_ITSELF = {"to", "train", "eval", "float", "double", "half", "cuda", "cpu", "requires_grad_"}
+_ASKS = {"len", "isinstance", "hasattr", "type", "id", "print", "str", "repr", "bool", "callable"}
+_GIVES_ALL = {"enumerate", "zip", "reversed", "list", "tuple", "iter", "sorted", "dict", "set"}
+_GIVES_ALL |= {"filter", "next", "islice", "chain", "cycle", "zip_longest"}
+_PAIRS = {"enumerate", "zip", "zip_longest", "items", "named_children", "named_modules"}
+
+
+@dataclass
+class Reach:
+    """What a forward does with modules: it calls them, may do anything, or reads their tensors."""
+
+    called: set[nn.Module] = field(default_factory=set)
+    unknown: set[nn.Module] = field(default_factory=set)
+    read: set[nn.Module] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """The modules that an expression may be, and those that a collection may hold."""
+
+    direct: frozenset[nn.Module] = frozenset()
+    inside: frozenset[nn.Module] = frozenset()
+    is_pairs: bool = False
+
+    def __or__(self, other: _Value) -> _Value:
+        pairs = self.is_pairs or other.is_pairs
+        return _Value(self.direct | other.direct, self.inside | other.inside, pairs)
+
+    @property
+    def elements(self) -> frozenset[nn.Module]:
+        """What iterating over it, or an index, gives."""
+        return self.inside | {child for module in self.direct for child in module.children()}
+
+
+_NOTHING = _Value()
+
+
+def reached_by(module: nn.Module) -> Reach:
+    """Read a module's forward, and all methods that it leads to."""
+    reader = _Reader(Reach(), [], set())
+    reader.queue(module, vars(module).get("forward", type(module).forward))
+    while reader.todo:
+        owner, function = reader.todo.pop()
+        try:
+            reader.read(owner, function)
+        except (OSError, TypeError, ValueError, SyntaxError, StopIteration):  # there is no source
+            reader.escapes(_Value(frozenset({owner})))
+    reader.reach.unknown.discard(module)
+    return reader.reach
+
+
+@dataclass
+class _Reader:
+    reach: Reach
+    todo: list[tuple[nn.Module, Callable[..., Any]]]
+    seen: set[tuple[int, Any]]
+    owner: nn.Module = field(default_factory=nn.Module)
+    names: dict[str, _Value] = field(default_factory=dict)
+    outer: dict[str, Any] = field(default_factory=dict)
+    known: dict[ast.AST, _Value] = field(default_factory=dict)  # in this pass
+
+    def queue(self, owner: nn.Module, function: Any) -> None:
+        """Have a method of a module's read, once."""
+        function = getattr(function, "__func__", function)
+        if isinstance(function, types.FunctionType):
+            function = inspect.unwrap(function)
+        if (id(owner), function) not in self.seen:
+            self.seen.add((id(owner), function))
+            self.todo.append((owner, function))
+
+    def read(self, owner: nn.Module, function: Any) -> None:
+        """Read one method until no name holds more modules than before."""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        definition = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+        arguments = [*definition.args.posonlyargs, *definition.args.args]
+        self.owner, self.outer = owner, dict(inspect.getclosurevars(function).nonlocals)
+        self.outer.update(
+            (name, value)
+            for name, value in function.__globals__.items()
+            if isinstance(value, nn.Module)
+        )
+        self.names = {arguments[0].arg: _Value(frozenset({owner}))} if arguments else {}
+        before: dict[str, _Value] = {}
+        while before != self.names:
+            before = dict(self.names)
+            self.known.clear()
+            for statement in definition.body:
+                self.run(statement)
+
+    def escapes(self, value: _Value) -> None:
+        """Note modules that may be called anywhere from now on."""
+        for module in value.direct | value.inside:
+            self.reach.unknown.update(module.modules())
+
+    def calls(self, value: _Value) -> None:
+        """Note modules that are called as a whole."""
+        self.reach.called |= value.direct | value.inside
+
+    # ---- statements ----
+
+    def run(self, node: ast.AST) -> None:
+        """Follow a statement and all that are inside of it."""
+        if isinstance(node, ast.Assign):
+            value = self.of(node.value)
+            for target in node.targets:
+                self.bind(target, node.value, value)
+        elif isinstance(node, ast.AnnAssign | ast.AugAssign):
+            value = self.of(node.value) if node.value is not None else _NOTHING
+            self.bind(node.target, node.value, value)
+        elif isinstance(node, ast.For):
+            self.bind_elements(node.target, self.of(node.iter))
+            self.run_all((*node.body, *node.orelse))
+        elif isinstance(node, ast.Return):
+            self.escapes(self.of(node.value))
+        elif isinstance(node, ast.withitem):
+            value = self.of(node.context_expr)
+            if node.optional_vars is not None:
+                self.bind(node.optional_vars, node.context_expr, value)
+        elif isinstance(node, ast.Match):
+            self.escapes(self.of(node.subject))
+            self.run_all(node.cases)
+        elif isinstance(node, ast.expr):
+            self.of(node)
+        else:
+            self.run_all(ast.iter_child_nodes(node))
+
+    def run_all(self, nodes: Iterable[ast.AST]) -> None:
+        """Follow statements."""
+        for node in nodes:
+            self.run(node)
+
+    def bind(self, target: ast.expr, source: ast.expr | None, value: _Value) -> None:
+        """Put a value into a name; what is put elsewhere escapes."""
+        if isinstance(target, ast.Name):
+            self.names[target.id] = self.names.get(target.id, _NOTHING) | value
+        elif isinstance(target, ast.Tuple | ast.List):
+            if isinstance(source, ast.Tuple | ast.List) and len(source.elts) == len(target.elts):
+                for one, its in zip(target.elts, source.elts, strict=True):
+                    self.bind(one, its, self.of(its))
+            else:
+                for one in target.elts:
+                    self.bind(one, None, _Value(value.elements, value.elements))
+        elif isinstance(target, ast.Starred):
+            self.bind(target.value, None, value)
+        else:
+            self.escapes(value)
+
+    def bind_elements(self, target: ast.expr, value: _Value) -> None:
+        """Put what iterating over a value gives into the names of a loop."""
+        each = _Value(value.elements)
+        if isinstance(target, ast.Tuple | ast.List) and value.is_pairs:
+            for one in target.elts:
+                self.bind_elements(one, value) if isinstance(one, ast.Tuple) else self.bind(
+                    one, None, each
+                )
+        else:
+            self.bind(target, None, each)
+
+    # ---- expressions ----
+
+    def of(self, node: ast.AST | None) -> _Value:
+        """Return the modules that an expression may stand for; note those that it calls."""
+        if node is None:
+            return _NOTHING
+        if node not in self.known:
+            self.known[node] = self.found(node)
+        return self.known[node]
+
+    def found(self, node: ast.AST) -> _Value:
+        """Return the same, of what was not met before."""
+        if isinstance(node, ast.Name):
+            outer = self.outer.get(node.id)
+            held = _held(outer) if node.id not in self.names else _NOTHING
+            return self.names.get(node.id, held)
+        if isinstance(node, ast.Attribute):
+            return self.attribute(node)
+        if isinstance(node, ast.Call):
+            return self.call(node)
+        if isinstance(node, ast.Subscript):
+            return self.element(node)
+        if isinstance(node, ast.IfExp):
+            self.of(node.test)
+            return self.of(node.body) | self.of(node.orelse)
+        if isinstance(node, ast.BoolOp | ast.BinOp):
+            parts = node.values if isinstance(node, ast.BoolOp) else (node.left, node.right)
+            return functools.reduce(_Value.__or__, map(self.of, parts))
+        if isinstance(node, ast.NamedExpr):
+            value = self.of(node.value)
+            self.bind(node.target, node.value, value)
+            return value
+        if isinstance(node, ast.Starred):
+            return _Value(inside=self.of(node.value).elements)
+        if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
+            parts = node.values if isinstance(node, ast.Dict) else node.elts
+            both = functools.reduce(_Value.__or__, map(self.of, parts), _NOTHING)
+            return _Value(inside=both.direct | both.inside)
+        if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
+            for part in node.generators:
+                self.bind_elements(part.target, self.of(part.iter))
+                self.run_all(part.ifs)
+            made = self.of(node.value if isinstance(node, ast.DictComp) else node.elt)
+            return _Value(inside=made.direct | made.inside)
+        if isinstance(node, ast.Lambda | ast.Yield | ast.YieldFrom | ast.Await):
+            self.escapes(self.of(node.body if isinstance(node, ast.Lambda) else node.value))
+            return _NOTHING
+        self.run_all(ast.iter_child_nodes(node))  # of comparisons, strings and the like
+        return _NOTHING
+
+    def element(self, node: ast.Subscript) -> _Value:
+        """Return what an index or a slice gives."""
+        base, index = self.of(node.value), node.slice
+        self.of(index)
+        if isinstance(index, ast.Slice):
+            return _Value(inside=base.elements)
+        try:
+            where = ast.literal_eval(index)
+            if not base.inside:
+                return _Value(frozenset({module[where] for module in base.direct}))
+        except Exception:  # it is computed, or the module takes no such index
+            pass
+        return _Value(base.elements, base.inside)
+
+    def attribute(self, node: ast.Attribute) -> _Value:
+        """Return what an attribute holds; methods are read."""
+        is_super = isinstance(node.value, ast.Call) and _name(node.value.func) == "super"
+        if is_super:
+            for base in type(self.owner).__mro__[1:]:
+                self.method(self.owner, vars(base).get(node.attr))
+            return _NOTHING
+        if node.attr in SHAPE_ATTRIBUTES and isinstance(node.value, ast.Attribute):
+            whose = self.of(node.value.value)
+            if whose.direct and all(map(is_layer, whose.direct)):  # which keep their tensors
+                return _NOTHING
+        base = self.of(node.value)
+        if not base.direct:
+            return base
+        found = _NOTHING
+        for module in base.direct:
+            found |= self.resolved(module, node.attr)
+        return found | _Value(inside=base.inside)
+
+    def resolved(self, module: nn.Module, name: str) -> _Value:
+        """Return what a module's attribute holds."""
+        if name in module._modules:
+            return _held(module._modules[name])
+        if name in module._parameters or name in module._buffers:
+            self.reach.read.add(module)
+            return _NOTHING
+        if name in _CHILDREN:
+            return _Value(inside=frozenset(module.children()), is_pairs=name in _PAIRS)
+        if name in _INSIDE:
+            inside = frozenset(module.modules()) - {module}
+            return _Value(inside=inside, is_pairs=name in _PAIRS)
+        if name in vars(module):
+            value = vars(module)[name]
+            if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+                self.method(value.__self__, value.__func__)
+            elif isinstance(value, types.FunctionType):
+                for held in inspect.getclosurevars(value).nonlocals.values():
+                    self.escapes(_held(held))
+            elif isinstance(value, functools.partial):
+                self.escapes(_held((*value.args, *value.keywords.values(), value.func)))
+            return _held(value)
+        method = inspect.getattr_static(type(module), name, None)
+        if isinstance(method, property):
+            self.method(module, method.fget)
+            try:
+                return _held(getattr(module, name))
+            except Exception:  # the forward would raise, too
+                return _NOTHING
+        self.method(module, method)
+        return _NOTHING
+
+    def method(self, module: nn.Module, function: Any) -> None:
+        """Have a method read; torch's own call no children by other ways."""
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType):
+            return
+        if not function.__module__.startswith("torch.nn.modules"):
+            self.queue(module, function)
+            if module is not self.owner:  # nothing else can stand in its place
+                self.reach.unknown.add(module)
+
+    def call(self, node: ast.Call) -> _Value:
+        """Return what a call gives, and note which modules it calls."""
+        name, function = _name(node.func), node.func
+        given = [self.of(one) for one in node.args]
+        given += [self.of(keyword.value) for keyword in node.keywords]
+        if isinstance(function, ast.Attribute):
+            base = self.of(function.value)
+            if base.direct and name in _ITSELF:
+                return base
+            if base.direct and name == "forward":
+                self.calls(base)
+                return _NOTHING
+            if base.direct and name in ("apply", "__getattr__"):
+                self.escapes(base)
+            if (base.direct and name in _CHILDREN | _INSIDE) or (base.inside and not base.direct):
+                for value in given:
+                    self.escapes(value)
+                found = self.of(function)
+                is_one = name in ("get_submodule", "get", "pop", "popleft", "__getitem__")
+                return _Value(found.inside, is_pairs=False) if is_one else found
+        elif isinstance(function, ast.Name) and function.id not in self.names:
+            if name == "super":
+                return _Value(frozenset({self.owner}))
+            if name == "getattr" and given:
+                return self.looked_up(node, given[0])
+            if name in _ASKS:
+                return _NOTHING
+        if name in _GIVES_ALL:
+            every = frozenset().union(*(value.elements for value in given))
+            return _Value(every if name == "next" else frozenset(), every, name in _PAIRS)
+        called = self.of(function)
+        if name == "checkpoint" and given:
+            called, given = called | given[0], given[1:]
+        self.calls(called)
+        for value in given:
+            self.escapes(value)
+        return _NOTHING
+
+    def looked_up(self, node: ast.Call, base: _Value) -> _Value:
+        """Return what getattr gives: of a name that is computed, any child."""
+        name = node.args[1] if len(node.args) > 1 else None
+        found = _NOTHING
+        for module in base.direct:
+            if isinstance(name, ast.Constant):
+                found |= self.resolved(module, str(name.value))
+            else:
+                found |= _Value(frozenset(module.children()))
+                for value in vars(module).values():
+                    found |= _held(value) if not isinstance(value, dict) else _NOTHING
+        return found
+
+
+def _name(function: ast.expr) -> str:
+    return getattr(function, "attr", getattr(function, "id", ""))
+
+
+def _held(value: Any) -> _Value:
+    """Return the modules that an object is or holds."""
+    if isinstance(value, nn.Module):
+        return _Value(frozenset({value}))
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list | set):
+        inside = (_held(one) for one in value)
+        return _Value(inside=frozenset().union(*(one.direct | one.inside for one in inside)))
+    return _NOTHING
