@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from torch import fx, nn
 from torch.nn import functional as F
 
+from dlhelpers.fusion.affine import arguments_of
 from dlhelpers.fusion.calls import Calls, calls_of, made_by, used_by
 from dlhelpers.fusion.folding import fold_after
-from dlhelpers.fusion.norms import Norm, arguments_of
+from dlhelpers.fusion.norms import Norm
 from dlhelpers.fusion.refusing import why_not_axis, why_not_layer
 from dlhelpers.fusion.report import FusionRow
 from dlhelpers.fusion.tracing import (

@@ -46,6 +46,8 @@ def fold_by_own_methods(model: nn.Module) -> tuple[nn.Module, dict[str, str], li
                 break
             called = f"{name}.{method}()".lstrip(".")
             new, why = _tried(module, function)
+            if why is None:
+                continue
             if why:
                 notes.append(f"{called} of {type(module).__name__} was not used: {why}")
                 continue
@@ -83,20 +85,29 @@ def _norms(module: nn.Module) -> dict[str, nn.Module]:
     return {name: one for name, one in module.named_modules() if id(one) in ids}
 
 
-def _tried(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, str]:
-    """Return what the method makes of a module, or why it was not used: a copy goes first."""
+def _tried(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, str | None]:
+    """Return what the method makes of a module, and why it was not used: a copy goes first.
+
+    Empty where it was, None where it is no re-parametrisation.
+    """
     if any(has_hooks(one) for one in module.modules()):
         return module, "there are hooks inside"
-    before = len(_norms(module))
+    before, dtype = len(_norms(module)), _dtype(module)
     trial = copy.deepcopy(module)
     try:
         with torch.no_grad():
             given = function(trial)
             made = given if isinstance(given, nn.Module) else trial
             if len(_norms(made)) >= before:
-                return module, "it leaves the BatchNorms where they are"
+                return module, None
             made = function(module)
     except Exception as problem:
         return module, f"it raised {problem!r}"
     new = made if isinstance(made, nn.Module) else module
-    return new.train(module.training), ""
+    return new.to(dtype).train(module.training), ""
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the type of all of a module's weights; new ones are often of the default one."""
+    types = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return types.pop() if len(types) == 1 else None

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from dlhelpers.fusion.modules import NOTHING, Modules, changed_in, given_by, held_by, is_torchs
 from dlhelpers.fusion.tracing import SHAPE_ATTRIBUTES, is_layer
 
 __all__ = ["Reach", "reached_by"]
@@ -26,6 +27,7 @@ __all__ = ["Reach", "reached_by"]
 _CHILDREN = {"children", "named_children", "values", "items", "_modules"}
 _INSIDE = {"modules", "named_modules", "get_submodule", "__dict__"}
 _ITSELF = {"to", "train", "eval", "float", "double", "half", "cuda", "cpu", "requires_grad_"}
+_ANYTHING = {"apply", "__getattr__", "__call__", "_call_impl", "_wrapped_call_impl"}
 _ASKS = {"len", "isinstance", "hasattr", "type", "id", "print", "str", "repr", "bool", "callable"}
 _GIVES_ALL = {"enumerate", "zip", "reversed", "list", "tuple", "iter", "sorted", "dict", "set"}
 _GIVES_ALL |= {"filter", "next", "islice", "chain", "cycle", "zip_longest"}
@@ -41,27 +43,6 @@ class Reach:
     read: set[nn.Module] = field(default_factory=set)
 
 
-@dataclass(frozen=True)
-class _Value:
-    """The modules that an expression may be, and those that a collection may hold."""
-
-    direct: frozenset[nn.Module] = frozenset()
-    inside: frozenset[nn.Module] = frozenset()
-    is_pairs: bool = False
-
-    def __or__(self, other: _Value) -> _Value:
-        pairs = self.is_pairs or other.is_pairs
-        return _Value(self.direct | other.direct, self.inside | other.inside, pairs)
-
-    @property
-    def elements(self) -> frozenset[nn.Module]:
-        """What iterating over it, or an index, gives."""
-        return self.inside | {child for module in self.direct for child in module.children()}
-
-
-_NOTHING = _Value()
-
-
 def reached_by(module: nn.Module) -> Reach:
     """Read a module's forward, and all methods that it leads to."""
     reader = _Reader(Reach(), [], set())
@@ -71,7 +52,7 @@ def reached_by(module: nn.Module) -> Reach:
         try:
             reader.read(owner, function)
         except (OSError, TypeError, ValueError, SyntaxError, StopIteration):  # there is no source
-            reader.escapes(_Value(frozenset({owner})))
+            reader.escapes(Modules(frozenset({owner})))
     reader.reach.unknown.discard(module)
     return reader.reach
 
@@ -82,9 +63,10 @@ class _Reader:
     todo: list[tuple[nn.Module, Callable[..., Any]]]
     seen: set[tuple[int, Any]]
     owner: nn.Module = field(default_factory=nn.Module)
-    names: dict[str, _Value] = field(default_factory=dict)
+    names: dict[str, Modules] = field(default_factory=dict)
     outer: dict[str, Any] = field(default_factory=dict)
-    known: dict[ast.AST, _Value] = field(default_factory=dict)  # in this pass
+    changed: frozenset[str] = frozenset()  # attributes that a forward assigns
+    known: dict[ast.AST, Modules] = field(default_factory=dict)  # in this pass
 
     def queue(self, owner: nn.Module, function: Any) -> None:
         """Have a method of a module's read, once."""
@@ -100,26 +82,27 @@ class _Reader:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         definition = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
         arguments = [*definition.args.posonlyargs, *definition.args.args]
+        self.changed = changed_in(type(owner))
         self.owner, self.outer = owner, dict(inspect.getclosurevars(function).nonlocals)
         self.outer.update(
             (name, value)
             for name, value in function.__globals__.items()
             if isinstance(value, nn.Module)
         )
-        self.names = {arguments[0].arg: _Value(frozenset({owner}))} if arguments else {}
-        before: dict[str, _Value] = {}
+        self.names = {arguments[0].arg: Modules(frozenset({owner}))} if arguments else {}
+        before: dict[str, Modules] = {}
         while before != self.names:
             before = dict(self.names)
             self.known.clear()
             for statement in definition.body:
                 self.run(statement)
 
-    def escapes(self, value: _Value) -> None:
+    def escapes(self, value: Modules) -> None:
         """Note modules that may be called anywhere from now on."""
         for module in value.direct | value.inside:
             self.reach.unknown.update(module.modules())
 
-    def calls(self, value: _Value) -> None:
+    def calls(self, value: Modules) -> None:
         """Note modules that are called as a whole."""
         self.reach.called |= value.direct | value.inside
 
@@ -132,11 +115,13 @@ class _Reader:
             for target in node.targets:
                 self.bind(target, node.value, value)
         elif isinstance(node, ast.AnnAssign | ast.AugAssign):
-            value = self.of(node.value) if node.value is not None else _NOTHING
+            value = self.of(node.value) if node.value is not None else NOTHING
             self.bind(node.target, node.value, value)
         elif isinstance(node, ast.For):
             self.bind_elements(node.target, self.of(node.iter))
             self.run_all((*node.body, *node.orelse))
+        elif isinstance(node, ast.If) and (taken := self.truth(node.test)) is not None:
+            self.run_all(node.body if taken else node.orelse)
         elif isinstance(node, ast.Return):
             self.escapes(self.of(node.value))
         elif isinstance(node, ast.withitem):
@@ -156,25 +141,25 @@ class _Reader:
         for node in nodes:
             self.run(node)
 
-    def bind(self, target: ast.expr, source: ast.expr | None, value: _Value) -> None:
+    def bind(self, target: ast.expr, source: ast.expr | None, value: Modules) -> None:
         """Put a value into a name; what is put elsewhere escapes."""
         if isinstance(target, ast.Name):
-            self.names[target.id] = self.names.get(target.id, _NOTHING) | value
+            self.names[target.id] = self.names.get(target.id, NOTHING) | value
         elif isinstance(target, ast.Tuple | ast.List):
             if isinstance(source, ast.Tuple | ast.List) and len(source.elts) == len(target.elts):
                 for one, its in zip(target.elts, source.elts, strict=True):
                     self.bind(one, its, self.of(its))
             else:
                 for one in target.elts:
-                    self.bind(one, None, _Value(value.elements, value.elements))
+                    self.bind(one, None, Modules(value.elements, value.elements))
         elif isinstance(target, ast.Starred):
             self.bind(target.value, None, value)
         else:
             self.escapes(value)
 
-    def bind_elements(self, target: ast.expr, value: _Value) -> None:
+    def bind_elements(self, target: ast.expr, value: Modules) -> None:
         """Put what iterating over a value gives into the names of a loop."""
-        each = _Value(value.elements)
+        each = Modules(value.elements)
         if isinstance(target, ast.Tuple | ast.List) and value.is_pairs:
             for one in target.elts:
                 self.bind_elements(one, value) if isinstance(one, ast.Tuple) else self.bind(
@@ -183,21 +168,49 @@ class _Reader:
         else:
             self.bind(target, None, each)
 
+    def truth(self, node: ast.expr) -> bool | None:
+        """Say whether a test is true by what the model is set to; None where a call may differ."""
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            inner = self.truth(node.operand)
+            return None if inner is None else not inner
+        if isinstance(node, ast.BoolOp):
+            parts, decides = [self.truth(one) for one in node.values], isinstance(node.op, ast.Or)
+            return decides if decides in parts else None if None in parts else not decides
+        if isinstance(node, ast.Call) and _name(node.func) in ("is_scripting", "is_tracing"):
+            return False
+        is_none = isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot)
+        if is_none and ast.unparse(node.comparators[0]) == "None":
+            found, value = self.setting(node.left)
+            wanted = isinstance(node.ops[0], ast.Is)
+            return (value is None) == wanted if found else None
+        found, value = self.setting(node)
+        return value if found and isinstance(value, bool) else None
+
+    def setting(self, node: ast.expr) -> tuple[bool, Any]:
+        """Return whether a node is an attribute that no forward changes, and its value."""
+        if not isinstance(node, ast.Attribute) or node.attr in self.changed:
+            return False, None
+        whose = self.of(node.value).direct
+        if whose != {self.owner} or not isinstance(node.value, ast.Name):
+            return False, None
+        held = {**vars(self.owner), **self.owner._modules}
+        return node.attr in held, held.get(node.attr)
+
     # ---- expressions ----
 
-    def of(self, node: ast.AST | None) -> _Value:
+    def of(self, node: ast.AST | None) -> Modules:
         """Return the modules that an expression may stand for; note those that it calls."""
         if node is None:
-            return _NOTHING
+            return NOTHING
         if node not in self.known:
             self.known[node] = self.found(node)
         return self.known[node]
 
-    def found(self, node: ast.AST) -> _Value:
+    def found(self, node: ast.AST) -> Modules:
         """Return the same, of what was not met before."""
         if isinstance(node, ast.Name):
             outer = self.outer.get(node.id)
-            held = _held(outer) if node.id not in self.names else _NOTHING
+            held = held_by(outer) if node.id not in self.names else NOTHING
             return self.names.get(node.id, held)
         if isinstance(node, ast.Attribute):
             return self.attribute(node)
@@ -205,110 +218,116 @@ class _Reader:
             return self.call(node)
         if isinstance(node, ast.Subscript):
             return self.element(node)
+        if isinstance(node, ast.IfExp) and (taken := self.truth(node.test)) is not None:
+            return self.of(node.body if taken else node.orelse)
         if isinstance(node, ast.IfExp):
             self.of(node.test)
             return self.of(node.body) | self.of(node.orelse)
         if isinstance(node, ast.BoolOp | ast.BinOp):
             parts = node.values if isinstance(node, ast.BoolOp) else (node.left, node.right)
-            return functools.reduce(_Value.__or__, map(self.of, parts))
+            return functools.reduce(Modules.__or__, map(self.of, parts))
         if isinstance(node, ast.NamedExpr):
             value = self.of(node.value)
             self.bind(node.target, node.value, value)
             return value
         if isinstance(node, ast.Starred):
-            return _Value(inside=self.of(node.value).elements)
+            return Modules(inside=self.of(node.value).elements)
         if isinstance(node, ast.Tuple | ast.List | ast.Set | ast.Dict):
             parts = node.values if isinstance(node, ast.Dict) else node.elts
-            both = functools.reduce(_Value.__or__, map(self.of, parts), _NOTHING)
-            return _Value(inside=both.direct | both.inside)
+            both = functools.reduce(Modules.__or__, map(self.of, parts), NOTHING)
+            return Modules(inside=both.direct | both.inside)
         if isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
             for part in node.generators:
                 self.bind_elements(part.target, self.of(part.iter))
                 self.run_all(part.ifs)
             made = self.of(node.value if isinstance(node, ast.DictComp) else node.elt)
-            return _Value(inside=made.direct | made.inside)
+            return Modules(inside=made.direct | made.inside)
         if isinstance(node, ast.Lambda | ast.Yield | ast.YieldFrom | ast.Await):
             self.escapes(self.of(node.body if isinstance(node, ast.Lambda) else node.value))
-            return _NOTHING
+            return NOTHING
         self.run_all(ast.iter_child_nodes(node))  # of comparisons, strings and the like
-        return _NOTHING
+        return NOTHING
 
-    def element(self, node: ast.Subscript) -> _Value:
+    def element(self, node: ast.Subscript) -> Modules:
         """Return what an index or a slice gives."""
         base, index = self.of(node.value), node.slice
         self.of(index)
         if isinstance(index, ast.Slice):
-            return _Value(inside=base.elements)
+            return Modules(inside=base.elements)
         try:
             where = ast.literal_eval(index)
             if not base.inside:
-                return _Value(frozenset({module[where] for module in base.direct}))
+                return Modules(frozenset({module[where] for module in base.direct}))
         except Exception:  # it is computed, or the module takes no such index
             pass
-        return _Value(base.elements, base.inside)
+        return Modules(base.elements, base.inside)
 
-    def attribute(self, node: ast.Attribute) -> _Value:
+    def attribute(self, node: ast.Attribute) -> Modules:
         """Return what an attribute holds; methods are read."""
         is_super = isinstance(node.value, ast.Call) and _name(node.value.func) == "super"
         if is_super:
             for base in type(self.owner).__mro__[1:]:
                 self.method(self.owner, vars(base).get(node.attr))
-            return _NOTHING
+            return NOTHING
         if node.attr in SHAPE_ATTRIBUTES and isinstance(node.value, ast.Attribute):
             whose = self.of(node.value.value)
             if whose.direct and all(map(is_layer, whose.direct)):  # which keep their tensors
-                return _NOTHING
+                return NOTHING
         base = self.of(node.value)
         if not base.direct:
             return base
-        found = _NOTHING
+        found = NOTHING
         for module in base.direct:
             found |= self.resolved(module, node.attr)
-        return found | _Value(inside=base.inside)
+        return found | Modules(inside=base.inside)
 
-    def resolved(self, module: nn.Module, name: str) -> _Value:
+    def resolved(self, module: nn.Module, name: str) -> Modules:
         """Return what a module's attribute holds."""
         if name in module._modules:
-            return _held(module._modules[name])
+            return held_by(module._modules[name])
         if name in module._parameters or name in module._buffers:
             self.reach.read.add(module)
-            return _NOTHING
+            return NOTHING
         if name in _CHILDREN:
-            return _Value(inside=frozenset(module.children()), is_pairs=name in _PAIRS)
+            return Modules(inside=given_by(module, name), is_pairs=name in _PAIRS)
         if name in _INSIDE:
             inside = frozenset(module.modules()) - {module}
-            return _Value(inside=inside, is_pairs=name in _PAIRS)
+            return Modules(inside=inside, is_pairs=name in _PAIRS)
         if name in vars(module):
             value = vars(module)[name]
             if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
                 self.method(value.__self__, value.__func__)
             elif isinstance(value, types.FunctionType):
                 for held in inspect.getclosurevars(value).nonlocals.values():
-                    self.escapes(_held(held))
+                    self.escapes(held_by(held))
             elif isinstance(value, functools.partial):
-                self.escapes(_held((*value.args, *value.keywords.values(), value.func)))
-            return _held(value)
+                self.escapes(held_by((*value.args, *value.keywords.values(), value.func)))
+            return held_by(value)
         method = inspect.getattr_static(type(module), name, None)
         if isinstance(method, property):
             self.method(module, method.fget)
             try:
-                return _held(getattr(module, name))
+                return held_by(getattr(module, name))
             except Exception:  # the forward would raise, too
-                return _NOTHING
+                return NOTHING
         self.method(module, method)
-        return _NOTHING
+        if name in _ANYTHING:
+            self.escapes(Modules(frozenset({module})))
+        if is_torchs(method, "container") and name not in ("forward", "__len__", "keys"):
+            return Modules(given_by(module, name), given_by(module, name))
+        return NOTHING
 
     def method(self, module: nn.Module, function: Any) -> None:
         """Have a method read; torch's own call no children by other ways."""
         function = getattr(function, "__func__", function)
         if not isinstance(function, types.FunctionType):
             return
-        if not function.__module__.startswith("torch.nn.modules"):
+        if not is_torchs(function):
             self.queue(module, function)
             if module is not self.owner:  # nothing else can stand in its place
                 self.reach.unknown.add(module)
 
-    def call(self, node: ast.Call) -> _Value:
+    def call(self, node: ast.Call) -> Modules:
         """Return what a call gives, and note which modules it calls."""
         name, function = _name(node.func), node.func
         given = [self.of(one) for one in node.args]
@@ -319,58 +338,46 @@ class _Reader:
                 return base
             if base.direct and name == "forward":
                 self.calls(base)
-                return _NOTHING
-            if base.direct and name in ("apply", "__getattr__"):
-                self.escapes(base)
+                return NOTHING
             if (base.direct and name in _CHILDREN | _INSIDE) or (base.inside and not base.direct):
                 for value in given:
                     self.escapes(value)
                 found = self.of(function)
                 is_one = name in ("get_submodule", "get", "pop", "popleft", "__getitem__")
-                return _Value(found.inside, is_pairs=False) if is_one else found
+                return Modules(found.inside, is_pairs=False) if is_one else found
         elif isinstance(function, ast.Name) and function.id not in self.names:
             if name == "super":
-                return _Value(frozenset({self.owner}))
+                return Modules(frozenset({self.owner}))
             if name == "getattr" and given:
                 return self.looked_up(node, given[0])
             if name in _ASKS:
-                return _NOTHING
+                return NOTHING
         if name in _GIVES_ALL:
             every = frozenset().union(*(value.elements for value in given))
-            return _Value(every if name == "next" else frozenset(), every, name in _PAIRS)
+            return Modules(every if name == "next" else frozenset(), every, name in _PAIRS)
         called = self.of(function)
+        if name in ("checkpoint_seq", "checkpoint_sequential") and given:
+            called, given = Modules(given[0].elements), given[1:]
         if name == "checkpoint" and given:
             called, given = called | given[0], given[1:]
         self.calls(called)
         for value in given:
             self.escapes(value)
-        return _NOTHING
+        return NOTHING
 
-    def looked_up(self, node: ast.Call, base: _Value) -> _Value:
+    def looked_up(self, node: ast.Call, base: Modules) -> Modules:
         """Return what getattr gives: of a name that is computed, any child."""
         name = node.args[1] if len(node.args) > 1 else None
-        found = _NOTHING
+        found = NOTHING
         for module in base.direct:
             if isinstance(name, ast.Constant):
                 found |= self.resolved(module, str(name.value))
             else:
-                found |= _Value(frozenset(module.children()))
+                found |= Modules(frozenset(module.children()))
                 for value in vars(module).values():
-                    found |= _held(value) if not isinstance(value, dict) else _NOTHING
+                    found |= held_by(value) if not isinstance(value, dict) else NOTHING
         return found
 
 
 def _name(function: ast.expr) -> str:
     return getattr(function, "attr", getattr(function, "id", ""))
-
-
-def _held(value: Any) -> _Value:
-    """Return the modules that an object is or holds."""
-    if isinstance(value, nn.Module):
-        return _Value(frozenset({value}))
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list | set):
-        inside = (_held(one) for one in value)
-        return _Value(inside=frozenset().union(*(one.direct | one.inside for one in inside)))
-    return _NOTHING

@@ -30,7 +30,7 @@ def partner(
     layer = users[0][0] if users[0] else None
     stands = f"its input comes from {calls.between(bn)}"
     if not norm.is_alone:
-        return None, False, f"{stands}, and in front of a layer it is followed by more than a norm"
+        return None, False, f"{stands}, and {type(bn).__name__} does more before the next layer"
     if layer is None or not is_layer(layer):
         return None, False, f"{stands}, and its output goes to {calls.behind(bn)}"
     return layer, True, _why_not_in_front(bn, norm, layer, calls, dims, stands)
