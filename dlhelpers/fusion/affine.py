@@ -173,12 +173,12 @@ def _agreed(x: Affine, spatial: int | None) -> int | None:
 def _product(x: Affine, other: _Const) -> Affine:
     by, spatial, by_statistics = other
     spatial = _agreed(x, spatial)
-    return Affine(x.scale * by, x.shift * by, spatial, x.is_norm or by_statistics)
+    return Affine(x.scale * by, x.shift * by, spatial, x.is_norm or by_statistics, x.is_cast)
 
 
 def _sum(x: Affine, other: _Const) -> Affine:
     added, spatial, _ = other
-    return Affine(x.scale, x.shift + added, _agreed(x, spatial), x.is_norm)
+    return replace(x, shift=x.shift + added, spatial=_agreed(x, spatial))
 
 
 def _batch_normed(node: fx.Node, before: fx.Node, x: Affine, consts: Any) -> Affine:
@@ -194,7 +194,7 @@ def _batch_normed(node: fx.Node, before: fx.Node, x: Affine, consts: Any) -> Aff
     values = {key: consts.get(given.get(key)) for key in keys}
     eps = given.get("eps", 1e-5)
     scale, shift = scale_and_shift(SimpleNamespace(**values, eps=consts.get(eps, eps)))
-    return Affine(x.scale * scale, x.shift * scale + shift, x.spatial, True)
+    return Affine(x.scale * scale, x.shift * scale + shift, x.spatial, True, x.is_cast)
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:

@@ -157,6 +157,10 @@ def calls_of(model: nn.Module, leaves: Container[int] = ()) -> Calls:
     calls = Calls()
     for root, graph in _Parts(calls, leaves).of(model, ""):
         calls.graphs.append((root, graph))
+        for module in root.modules():
+            for buffer in module._buffers.values():
+                if id(buffer) in graph.output_node().meta["read"]:
+                    calls.looks.add(id(module))
         for node in graph.nodes:
             if node.op == "call_module":
                 calls.sites[id(root.get_submodule(str(node.target)))].append((node, root))

@@ -68,7 +68,11 @@ def _fold(module: fx.GraphModule, node: fx.Node) -> tuple[str, str]:
     while _is_same(layer):
         layer = layer.args[0]
     if _kind(layer) not in _LAYERS:
-        return "", f"its input comes from {_kind(layer) or layer.op}"
+        source = "the input" if layer.op == "placeholder" else _kind(layer) or layer.op
+        return (
+            "",
+            f"its input comes from {source}; in an exported graph a layer must stand before it",
+        )
     given = _given(layer)
     users = list(_users(layer))
     if users != [node]:

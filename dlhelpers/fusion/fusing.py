@@ -108,7 +108,8 @@ def _nbytes(model: nn.Module) -> int:
 def _fold_all(model: nn.Module, inputs: Inputs | None, by_own: bool) -> tuple[nn.Module, Plan]:
     fused = copy.deepcopy(model).eval()
     read = _read_by_eval(model)
-    plan = Plan(_rows_of(fused))
+    plain = _rows_of(fused)
+    plan = Plan(dict(plain))
     rows = plan.rows
     if by_own:
         fused, folded, plan.notes = fold_by_own_methods(fused)
@@ -122,6 +123,8 @@ def _fold_all(model: nn.Module, inputs: Inputs | None, by_own: bool) -> tuple[nn
     by_function = {row.into for row in functions.values()}
     norms = norms_of(fused)
     found = {name: m for name, m in fused.named_modules() if id(m) in norms}
+    for name in [name for name in rows if rows[name] is plain.get(name) and name not in found]:
+        del rows[name]  # no more than the owner of a function's tensors
     names = {id(module): name for name, module in fused.named_modules()}
     calls = calls_of(fused, norms)  # looks through the Identity where a BatchNorm was
     goes_on = True

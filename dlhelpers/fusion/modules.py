@@ -18,16 +18,25 @@ class Modules:
 
     direct: frozenset[nn.Module] = frozenset()
     inside: frozenset[nn.Module] = frozenset()
-    is_pairs: bool = False
+    pairs: str = ""  # "keyed": an index or a name, then a module; "zipped": each may be one
 
     def __or__(self, other: Modules) -> Modules:
-        pairs = self.is_pairs or other.is_pairs
+        pairs = self.pairs if self.pairs == other.pairs or not other else "zipped"
+        pairs = other.pairs if not self else pairs
         return Modules(self.direct | other.direct, self.inside | other.inside, pairs)
+
+    def __bool__(self) -> bool:
+        return bool(self.direct or self.inside)
 
     @property
     def elements(self) -> frozenset[nn.Module]:
         """What iterating over it, or an index, gives."""
         return self.inside.union(*(given_by(module, "__iter__") for module in self.direct))
+
+    @property
+    def each(self) -> Modules:
+        """One of the elements: of a collection it may be a collection again."""
+        return Modules(self.elements, self.inside)
 
 
 NOTHING = Modules()

@@ -63,7 +63,7 @@ def norms_of(model: nn.Module) -> dict[int, Norm]:
             if "forward" in vars(module):
                 found[id(module)] = _unknown(module, "a forward of its own")
             else:
-                found[id(module)] = Norm(module, _in_its_place(module))
+                found[id(module)] = Norm(module, _with_attributes(nn.Identity(), module))
         elif is_batch_norm(module):
             found[id(module)] = _split(module)
         elif _may_be_one(module):
@@ -86,13 +86,12 @@ def _may_be_one(module: nn.Module) -> bool:
     return len(sizes) == 1 and len(own) > 1 and not wide
 
 
-def _in_its_place(module: nn.Module) -> nn.Identity:
-    """Return an identity with the module's attributes that are no tensors, which models read."""
-    identity = nn.Identity()
+def _with_attributes(rest: nn.Module, module: nn.Module) -> nn.Module:
+    """Give what stands in a module's place its attributes that are no tensors: models read them."""
     for name, value in vars(module).items():
-        if not name.startswith("_") and name != "training":
-            vars(identity)[name] = value
-    return identity.train(module.training)
+        if not name.startswith("_") and name not in vars(rest):
+            vars(rest)[name] = value
+    return rest.train(module.training)
 
 
 def _unknown(module: nn.Module, why: str) -> Norm:
@@ -113,8 +112,6 @@ def _split(module: nn.Module) -> Norm:
     first = max(found, key=lambda norm: norm.spatial is not None)
     if any(not _is_same(first, norm) for norm in found if norm is not first):
         return _unknown(module, f"{own}, which its optional arguments change")
-    if not first.is_alone:
-        first.rest.train(module.training)
     return first
 
 
@@ -199,16 +196,11 @@ def _rest(module: nn.Module, graph: fx.Graph, x: fx.Node, end: fx.Node) -> nn.Mo
         if not alone or "." in name or name in inner:
             break
         inner[name] = module.get_submodule(name)
-    return as_module(module, graph)
+    return _with_attributes(as_module(module, graph), module)
 
 
 def _chain(module: nn.Module, inner: OrderedDict[str, nn.Module]) -> nn.Module:
     left = OrderedDict(
         (name, one) for name, one in inner.items() if type(one) is not nn.Identity or has_hooks(one)
     )
-    identity = _in_its_place(module)
-    if not left:
-        return identity
-    rest = nn.Sequential(left)
-    vars(rest).update({k: v for k, v in vars(identity).items() if k not in vars(rest)})
-    return rest
+    return _with_attributes(nn.Sequential(left) if left else nn.Identity(), module)

@@ -31,7 +31,8 @@ _ANYTHING = {"apply", "__getattr__", "__call__", "_call_impl", "_wrapped_call_im
 _ASKS = {"len", "isinstance", "hasattr", "type", "id", "print", "str", "repr", "bool", "callable"}
 _GIVES_ALL = {"enumerate", "zip", "reversed", "list", "tuple", "iter", "sorted", "dict", "set"}
 _GIVES_ALL |= {"filter", "next", "islice", "chain", "cycle", "zip_longest"}
-_PAIRS = {"enumerate", "zip", "zip_longest", "items", "named_children", "named_modules"}
+_PAIRS = {"zip": "zipped", "zip_longest": "zipped"}
+_PAIRS |= dict.fromkeys(("enumerate", "items", "named_children", "named_modules"), "keyed")
 
 
 @dataclass
@@ -151,7 +152,7 @@ class _Reader:
                     self.bind(one, its, self.of(its))
             else:
                 for one in target.elts:
-                    self.bind(one, None, Modules(value.elements, value.elements))
+                    self.bind(one, None, value.each)
         elif isinstance(target, ast.Starred):
             self.bind(target.value, None, value)
         else:
@@ -159,14 +160,12 @@ class _Reader:
 
     def bind_elements(self, target: ast.expr, value: Modules) -> None:
         """Put what iterating over a value gives into the names of a loop."""
-        each = Modules(value.elements)
-        if isinstance(target, ast.Tuple | ast.List) and value.is_pairs:
-            for one in target.elts:
-                self.bind_elements(one, value) if isinstance(one, ast.Tuple) else self.bind(
-                    one, None, each
-                )
-        else:
-            self.bind(target, None, each)
+        if not isinstance(target, ast.Tuple | ast.List) or not value.pairs:
+            self.bind(target, None, value.each)
+            return
+        is_keyed = value.pairs == "keyed" and len(target.elts) == 2
+        for one in target.elts[is_keyed:]:
+            self.bind(one, None, Modules(value.inside, value.inside))
 
     def truth(self, node: ast.expr) -> bool | None:
         """Say whether a test is true by what the model is set to; None where a call may differ."""
@@ -223,9 +222,10 @@ class _Reader:
         if isinstance(node, ast.IfExp):
             self.of(node.test)
             return self.of(node.body) | self.of(node.orelse)
-        if isinstance(node, ast.BoolOp | ast.BinOp):
-            parts = node.values if isinstance(node, ast.BoolOp) else (node.left, node.right)
-            return functools.reduce(Modules.__or__, map(self.of, parts))
+        if isinstance(node, ast.BoolOp):
+            return functools.reduce(Modules.__or__, map(self.of, node.values))
+        if isinstance(node, ast.BinOp):  # of lists
+            return Modules(inside=self.of(node.left).inside | self.of(node.right).inside)
         if isinstance(node, ast.NamedExpr):
             value = self.of(node.value)
             self.bind(node.target, node.value, value)
@@ -260,7 +260,7 @@ class _Reader:
                 return Modules(frozenset({module[where] for module in base.direct}))
         except Exception:  # it is computed, or the module takes no such index
             pass
-        return Modules(base.elements, base.inside)
+        return base.each
 
     def attribute(self, node: ast.Attribute) -> Modules:
         """Return what an attribute holds; methods are read."""
@@ -289,10 +289,10 @@ class _Reader:
             self.reach.read.add(module)
             return NOTHING
         if name in _CHILDREN:
-            return Modules(inside=given_by(module, name), is_pairs=name in _PAIRS)
+            return Modules(inside=given_by(module, name), pairs=_PAIRS.get(name, ""))
         if name in _INSIDE:
             inside = frozenset(module.modules()) - {module}
-            return Modules(inside=inside, is_pairs=name in _PAIRS)
+            return Modules(inside=inside, pairs=_PAIRS.get(name, ""))
         if name in vars(module):
             value = vars(module)[name]
             if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
@@ -344,7 +344,7 @@ class _Reader:
                     self.escapes(value)
                 found = self.of(function)
                 is_one = name in ("get_submodule", "get", "pop", "popleft", "__getitem__")
-                return Modules(found.inside, is_pairs=False) if is_one else found
+                return Modules(found.inside, found.inside) if is_one else found
         elif isinstance(function, ast.Name) and function.id not in self.names:
             if name == "super":
                 return Modules(frozenset({self.owner}))
@@ -354,7 +354,7 @@ class _Reader:
                 return NOTHING
         if name in _GIVES_ALL:
             every = frozenset().union(*(value.elements for value in given))
-            return Modules(every if name == "next" else frozenset(), every, name in _PAIRS)
+            return Modules(every if name == "next" else frozenset(), every, _PAIRS.get(name, ""))
         called = self.of(function)
         if name in ("checkpoint_seq", "checkpoint_sequential") and given:
             called, given = Modules(given[0].elements), given[1:]

@@ -55,6 +55,19 @@ class _Tracer(Tracer):
         super().__init__()
         self.proxy_buffer_attributes = buffers
         self.leaves, self.requires_grad, self.is_asked = leaves, requires_grad, False
+        self.read: set[int] = set()  # ids of tensors
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph; its last node's ``meta["read"]`` has the ids of the tensors read."""
+        graph = super().trace(root, concrete_args)
+        graph.output_node().meta["read"] = self.read
+        return graph
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Note which tensors are read: buffers leave no node."""
+        if isinstance(attr_val, Tensor):
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a call of it is one node."""
@@ -110,7 +123,7 @@ def traces(module: nn.Module, leaves: Container[int] = (), buffers: bool = False
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Take off hooks and checks, which want no proxies; undo what a forward did to the model."""
-    states = [(m, {k: copy.copy(v) for k, v in vars(m).items()}) for m in model.modules()]
+    states = [(m, {k: _kept(v) for k, v in vars(m).items()}) for m in model.modules()]
     buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
     for module, _ in states:
         for key in ("_forward_hooks", "_forward_pre_hooks"):
@@ -131,6 +144,16 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+def _kept(value: Any) -> Any:
+    """Return a copy of what a forward may change; methods and what has no copy are themselves."""
+    if callable(value):
+        return value
+    try:
+        return copy.copy(value)
+    except Exception:  # whatever an object's own copying does
+        return value
 
 
 def as_module(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
