@@ -31,9 +31,13 @@ def fuse_conv_bn(
     """Return a copy in eval mode with every BatchNorm folded that the algebra allows.
 
     Folded are BatchNorms behind a convolution or linear layer that feeds nothing else, and before
-    one that pads with no zeros; in their place stands an ``nn.Identity``. Parts that torch.fx
-    cannot trace are entered child by child. Modules with a ``reparameterize()`` or ``fuse()`` of
-    their own (RepVGG's) are folded by it. Of all that stays the report says why.
+    one that pads with no zeros; in their place stands an ``nn.Identity``, or what else their module
+    does: an activation, as in timm's ``BatchNormAct2d``. Dropout in eval mode and reads of a shape
+    between the two forbid nothing. Graphs of torch.export are folded as well. Parts that torch.fx
+    cannot trace are entered child by child, and their source tells what they do to layers past a
+    call of their parent: what may be used elsewhere stays. Known re-parametrisations among a
+    class's methods (RepVGG's ``switch_to_deploy()``, ``reparameterize()``, ``fuse()``) are tried
+    on a copy, and used where they fold BatchNorms. Of all that stays the report says why.
 
     Args:
         model: any; left as it is.
@@ -43,7 +47,9 @@ def fuse_conv_bn(
         verify: runs both models on the example, in float64 too, and compares all outputs.
 
     Raises:
-        FusionError: outputs differ beyond rounding; nothing wrong is returned.
+        FusionError: outputs differ beyond rounding; nothing wrong is returned. Where the model does
+            not run in float64, eight times as much is allowed as a change of its weights and
+            inputs by one unit in the last place does.
         TypeError: not a module, or a compiled or scripted one.
         ValueError: lazy parameters have no shape yet.
 

@@ -76,7 +76,7 @@ def changed_in(kind: type) -> frozenset[str]:
     }
     todo, seen, changed = ["forward"], set(), set()
     while todo:
-        code = getattr(inspect.unwrap(functions[name := todo.pop()]), "__code__", None)
+        code = getattr(inspect.unwrap(functions.get(name := todo.pop())), "__code__", None)
         seen.add(name)
         if code is not None:
             steps = dis.get_instructions(code)

@@ -20,7 +20,7 @@ from dlhelpers.fusion.tracing import has_hooks, replace_module
 
 __all__ = ["fold_by_own_methods"]
 
-_NAMES = ("fuse", "reparameterize", "switch_to_deploy", "fuse_convs", "fuse_model", "merge_bn")
+_NAMES = ("fuse", "reparameterize", "switch_to_deploy", "fuse_convs", "merge_bn")
 
 
 def fold_by_own_methods(model: nn.Module) -> tuple[nn.Module, dict[str, str], list[str]]:
