@@ -243,6 +243,16 @@ class KeptOn(nn.Dropout):
         return super().train(True)
 
 
+class BlockKeptOn(torchvision.ops.DropBlock2d):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+class Triples(nn.Identity):
+    def forward(self, x):
+        return 3 * x
+
+
 class DropPath(nn.Module):
     def forward(self, x):
         if not self.training:
@@ -265,6 +275,8 @@ BETWEEN = {
     "DropPath": (nn.Sequential(conv(), DropPath(), norm()), 1),
     "F.dropout": (dropped(lambda s, x: s.b(F.dropout(s.c(x), 0.5, s.training))), 1),
     "F.dropout that is on": (dropped(lambda s, x: s.b(F.dropout(s.c(x)))), 0),
+    "a DropBlock that stays on": (nn.Sequential(conv(), BlockKeptOn(0.5, 3), norm()), 0),
+    "an Identity that is none": (nn.Sequential(conv(), Triples(), norm()), 0),
     "a Dropout that stays on": (nn.Sequential(conv(), KeptOn(), norm()), 0),
     "before a layer": (nn.Sequential(norm(), nn.Dropout(), nn.Conv2d(4, 4, 1)), 1),
     "shape": (dropped(lambda s, x: (s.b(y := s.c(x)), y.shape[-2:])[0]), 1),

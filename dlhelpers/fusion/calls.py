@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import fx, nn
 
 from dlhelpers.fusion.reaching import reached_by
@@ -20,16 +18,18 @@ from dlhelpers.fusion.tracing import has_hooks, is_batch_norm, is_layer, reads_v
 
 __all__ = ["Calls", "calls_of", "made_by", "used_by"]
 
-_DROPOUTS = {
-    getattr(torch.nn, name).forward: name
+_SAME = {
+    getattr(nn, name).forward
     for name in (
         *("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"),
         *("AlphaDropout", "FeatureAlphaDropout"),
     )
 }
+# name of a function of torch's or torchvision's -> place of `training` among its arguments
 _DROPS = {
-    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
-    *("feature_dropout", "stochastic_depth", "drop_block2d", "drop_block3d"),
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), 2),
+    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), 2),
+    **{"stochastic_depth": 3, "drop_block2d": 5, "drop_block3d": 5},
 }
 
 
@@ -125,19 +125,20 @@ def _passes_on(node: fx.Node, root: nn.Module) -> bool:
         module = root.get_submodule(str(node.target))
         if has_hooks(module) or "forward" in vars(module):
             return False
-        is_dropout = type(module).forward in _DROPOUTS and not module.training
-        return isinstance(module, nn.Identity) or is_dropout
+        is_dropout = type(module).forward in _SAME and not module.training
+        return is_dropout or type(module).forward is nn.Identity.forward
     if node.op == "call_method":
         return node.target == "contiguous"
-    name = getattr(node.target, "__name__", "")
-    return node.op == "call_function" and name in _DROPS and _is_off(node, name)
+    return node.op == "call_function" and _is_dropout_off(node)
 
 
-def _is_off(node: fx.Node, name: str) -> bool:
-    """Whether a call of a dropout function is told that it is not in training."""
-    place = 3 if name in ("stochastic_depth", "drop_block2d", "drop_block3d") else 2
-    kwargs: dict[str, Any] = dict(node.kwargs)
-    given = node.args[place] if len(node.args) > place else kwargs.get("training", True)
+def _is_dropout_off(node: fx.Node) -> bool:
+    """Whether it calls a dropout function with ``training=False``."""
+    place = _DROPS.get(getattr(node.target, "__name__", ""))
+    where = getattr(node.target, "__module__", None) or "torch"  # a builtin's has none
+    if place is None or where.partition(".")[0] not in ("torch", "torchvision"):
+        return False
+    given = node.args[place] if len(node.args) > place else node.kwargs.get("training", True)
     return given is False
 
 
