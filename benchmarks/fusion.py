@@ -3,7 +3,9 @@
 A  every torchvision model that holds BatchNorm (with statistics that are not trivial): found,
    folded here and by torch.fx.experimental.optimization.fuse, what is left and why, the error of
    the outputs, and in float64
-B  speedup of inference by folding: three networks at batch 1 and 16, in eager mode, in ONNX Runtime
+B  a small network of each of timm's families: calls of F.batch_norm, and how many of them are left
+   here, by torch.fx and by timm's reparameterize_model; speedup of eager mode at batch 1
+C  speedup of inference by folding: three networks at batch 1 and 16, in eager mode, in ONNX Runtime
    and under torch.compile with and without freezing
 
 Prints tables and writes benchmarks/results/fusion.json.
@@ -34,6 +36,7 @@ from dlhelpers.measure import compare
 
 DETECTION = torchvision.models.list_models(module=torchvision.models.detection)
 SEGMENTATION = torchvision.models.list_models(module=torchvision.models.segmentation)
+SMALL = {"regnet": "regnetx_002", "efficientnet": "test_efficientnet"}
 VIDEO = torchvision.models.list_models(module=torchvision.models.video)
 
 
@@ -54,6 +57,11 @@ def built(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
     elif name.startswith("raft"):
         inputs = (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     model = torchvision.models.get_model(name, **options)
+    give_statistics(model)
+    return model, inputs
+
+
+def give_statistics(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if getattr(module, "running_var", None) is not None:
@@ -62,7 +70,6 @@ def built(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
             with torch.no_grad():
                 module.weight.uniform_(0.5, 1.5, generator=generator)
                 module.bias.normal_(0, 0.3, generator=generator)
-    return model, inputs
 
 
 def table_a(names: list[str]) -> list[dict[str, Any]]:
@@ -113,6 +120,95 @@ def table_a(names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def families() -> dict[str, str]:
+    """Return timm's families that hold BatchNorm, each with its smallest network."""
+    import timm
+
+    found = {}
+    for family in timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=family):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name, pretrained=False)
+            except Exception:  # some cannot be built without memory
+                continue
+            if any("running_var" in module._buffers for module in model.modules()):
+                sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+        if sizes:
+            found[family] = min(sizes, key=sizes.__getitem__)
+    return found
+
+
+def timms(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """Return a network of random weights and the smallest image that it takes."""
+    import timm
+
+    model = timm.create_model(name, pretrained=False).eval()
+    give_statistics(model)
+    channels, *_, side = model.default_cfg["input_size"]
+    for size in (64, 96, 128, side):
+        x = torch.rand(1, channels, size, size)
+        try:
+            run_of(model, x)()
+        except Exception:  # it is too small
+            continue
+        return model, x
+    raise RuntimeError(f"{name} runs with none of the sizes")
+
+
+def calls_of_batch_norm(model: nn.Module, x: torch.Tensor) -> int:
+    real, calls = nn.functional.batch_norm, []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    nn.functional.batch_norm = counted
+    try:
+        run_of(model, x)()
+    finally:
+        nn.functional.batch_norm = real
+    return len(calls)
+
+
+def table_timm(names: dict[str, str], budget_s: float) -> list[dict[str, Any]]:
+    from timm.utils.model import reparameterize_model
+
+    print(
+        f"\nB  {'family':26} {'network':28} {'calls':>5} {'here':>5} {'torch.fx':>10} {'timm':>5}"
+    )
+    rows = []
+    for family, name in names.items():
+        model, x = timms(name)
+        fused, report = fuse_conv_bn(model, x)
+        try:
+            by_fx: Any = calls_of_batch_norm(torch_fuse(copy.deepcopy(model)), x)
+        except Exception as error:  # told beside the others
+            by_fx = type(error).__name__
+        found = compare(run_of(model, x), run_of(fused, x), budget_s=budget_s)
+        row = {
+            "family": family,
+            "network": name,
+            "calls": calls_of_batch_norm(model, x),
+            "here": calls_of_batch_norm(fused, x),
+            "torch.fx": by_fx,
+            "timm": calls_of_batch_norm(reparameterize_model(model), x),
+            "error": report.max_rel_error,
+            "float64": report.algebra_error,
+            "left": dict(Counter(why.partition(";")[0] for why in report.left.values())),
+            "speedup": [found.speedup, found.low, found.high],
+        }
+        rows.append(row)
+        print(
+            f"   {family:26} {name:28} {row['calls']:5} {row['here']:5} {by_fx!s:>10} "
+            f"{row['timm']:5} {found} "
+            + "; ".join(f"{n} x {why}" for why, n in row["left"].items()),
+            flush=True,
+        )
+    return rows
+
+
 def in_onnxruntime(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
     import onnxruntime
 
@@ -134,8 +230,8 @@ def run_of(model: Any, x: torch.Tensor) -> Callable[[], Any]:
     return run
 
 
-def table_b(names: list[str], budget_s: float) -> list[dict[str, Any]]:
-    print("\nB  speedup of inference by folding")
+def table_c(names: list[str], budget_s: float) -> list[dict[str, Any]]:
+    print("\nC  speedup of inference by folding")
     rows = []
     for name in names:
         model, _ = built(name)
@@ -183,7 +279,8 @@ def main() -> None:
     result = {
         "machine": machine.describe().as_dict(),
         "A": table_a(few if options.quick else everything),
-        "B": [] if options.quick else table_b(["vgg11_bn", "resnet18", "mobilenet_v2"], 3.0),
+        "timm": table_timm(*(SMALL, 0.5) if options.quick else (families(), 2.0)),
+        "C": [] if options.quick else table_c(["vgg11_bn", "resnet18", "mobilenet_v2"], 3.0),
     }
     path = Path(__file__).parent / "results" / "fusion.json"
     path.parent.mkdir(exist_ok=True)

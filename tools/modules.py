@@ -6,7 +6,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 ROOT = Path(__file__).parent.parent
-INTERNAL = {"arguments", "drawing", "extras", "fakes", "files", "progress", "recording"}
+INTERNAL = {"arguments", "drawing", "extras", "fakes", "files", "patching", "progress", "recording"}
 INTERNAL |= {"stderr_filter", "tables"}
 
 

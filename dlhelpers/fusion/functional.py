@@ -5,24 +5,24 @@ Its owner's forward has to change, so the owner becomes a torch.fx GraphModule w
 
 from __future__ import annotations
 
-from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.fx.operator_schemas import normalize_function
+from torch import fx, nn
 from torch.nn import functional as F
 
+from dlhelpers.fusion.affine import arguments_of
+from dlhelpers.fusion.calls import Calls, calls_of, made_by, used_by
 from dlhelpers.fusion.folding import fold_after
+from dlhelpers.fusion.norms import Norm
 from dlhelpers.fusion.refusing import why_not_axis, why_not_layer
 from dlhelpers.fusion.report import FusionRow
 from dlhelpers.fusion.tracing import (
-    Calls,
+    as_module,
     caller_of,
-    calls_of,
     has_hooks,
     is_layer,
     replace_module,
+    tensor_at,
     traces,
 )
 
@@ -30,32 +30,34 @@ __all__ = ["fold_functional"]
 
 
 def fold_functional(
-    model: nn.Module, dims: dict[int, set[int]]
+    model: nn.Module, norms: dict[int, Norm], dims: dict[int, set[int]]
 ) -> tuple[nn.Module, dict[str, FusionRow]]:
     """Fold calls of ``F.batch_norm`` in eval mode into the layer before; return model and rows.
 
     Args:
         model: changed in place, but for its own forward.
+        norms: id of a module that is a BatchNorm itself, whose calls are not looked at.
         dims: id of a layer -> dimensions of its outputs on the example.
     """
     rows: dict[str, FusionRow] = {}
     owners = {
         id(caller_of(node, root))
-        for root, graph in calls_of(model).graphs
+        for root, graph in calls_of(model, norms).graphs
         for node in graph.nodes
         if node.target is F.batch_norm
     }
     # from the inside out: an owner's graph holds the calls of all that is inside of it
     for name, owner in reversed(list(model.named_modules())):
+        if id(owner) in norms or is_layer(owner):  # a layer's own are for its weights
+            continue
         if id(owner) not in owners and "batch_norm" not in _names_of(owner):
             continue
-        graphs = traces(owner)
-        if why := _why_not_owner(owner, len(graphs)):
+        graphs, calls = traces(owner, norms), calls_of(model, norms)
+        if why := calls.opaque.get(id(owner), "") or _why_not_owner(owner, len(graphs)):
             row = f"{name}: F.batch_norm".removeprefix(": ")
             rows[row] = FusionRow(row, "function", why=why)
             continue
-        graph = graphs[0]
-        calls, is_changed = calls_of(model), False
+        graph, is_changed = graphs[0], False
         for number, node in enumerate(_own_calls(owner, graph)):
             row = f"{name}: F.batch_norm {number}".removeprefix(": ")
             layer, why = _fold(owner, graph, node, calls, dims)
@@ -63,9 +65,7 @@ def fold_functional(
             rows[row] = FusionRow(row, "function", into=into, why=why)
             is_changed |= bool(layer)
         if is_changed:
-            graph.lint()
-            new = fx.GraphModule(owner, graph, type(owner).__name__)
-            new.train(owner.training)
+            new = as_module(owner, graph)
             if owner is model:
                 model = new
             replace_module(model, owner, new)
@@ -95,30 +95,17 @@ def _own_calls(owner: nn.Module, graph: fx.Graph) -> list[fx.Node]:
     ]
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    normalized = normalize_function(
-        F.batch_norm, node.args, node.kwargs, normalize_to_only_use_kwargs=True
-    )
-    return dict(normalized.kwargs)
-
-
-def _tensor(root: nn.Module, source: Any) -> Tensor | None:
-    """Return the tensor of a module that a node stands for; None where it is computed."""
-    is_read = isinstance(source, fx.Node) and source.op == "get_attr"
-    return attrgetter(str(source.target))(root) if is_read else None
-
-
 def _fold(
     owner: nn.Module, graph: fx.Graph, node: fx.Node, calls: Calls, dims: dict[int, set[int]]
 ) -> tuple[str, str]:
-    given = _arguments(node)
-    before = given["input"]
+    given = arguments_of(node)
+    before = made_by(given["input"], owner)
     if given.get("training"):
         return "", "it is called with training=True"
     if before.op != "call_module" or not is_layer(owner.get_submodule(str(before.target))):
-        return "", "no layer stands before it"
+        return "", f"its input comes from {_said(before, owner)}"
     tensors = {
-        key: _tensor(owner, given.get(key))
+        key: tensor_at(owner, given.get(key))
         for key in ("running_mean", "running_var", "weight", "bias")
     }
     for key, tensor in tensors.items():
@@ -127,18 +114,27 @@ def _fold(
     layer = owner.get_submodule(str(before.target))
     bn = SimpleNamespace(**tensors, eps=given.get("eps", 1e-5))
     where = f"behind {before.target}"
-    if why := why_not_layer(layer, calls) or why_not_axis(layer, bn, dims, where):
+    norm = Norm(bn, nn.Identity())
+    if why := why_not_layer(layer, calls) or why_not_axis(layer, norm, dims, where):
         return "", why
     for call, root in calls.sites[id(layer)]:  # everywhere in the model
-        user = next(iter(call.users), None)
-        if len(call.users) > 1 or user is None or user.target is not F.batch_norm:
+        users = list(used_by(call, root))
+        if len(users) != 1 or users[0].target is not F.batch_norm:
             return "", f"the output of {before.target} is used elsewhere, too"
-        if _tensor(root, _arguments(user)["running_mean"]) is not tensors["running_mean"]:
+        if tensor_at(root, arguments_of(users[0])["running_mean"]) is not tensors["running_mean"]:
             return "", f"another batch_norm stands behind {before.target}, too"
     new = fold_after(layer, bn)
     layer.weight, layer.bias = new.weight, new.bias
-    node.replace_all_uses_with(before)
+    node.replace_all_uses_with(given["input"])
     graph.erase_node(node)
     for unused in [n for n in graph.nodes if n.op == "get_attr" and not n.users]:
         graph.erase_node(unused)
     return str(before.target), ""
+
+
+def _said(node: fx.Node, root: nn.Module) -> str:
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target))).__name__
+    if node.op == "placeholder":
+        return "outside of its module"
+    return getattr(node.target, "__name__", str(node.target))

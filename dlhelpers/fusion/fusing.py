@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from dlhelpers.arguments import model_inputs
-from dlhelpers.fakes import tensors_in
+from dlhelpers.fusion.calls import calls_of
+from dlhelpers.fusion.exported import fold_exported
 from dlhelpers.fusion.folding import fold_after, fold_before
 from dlhelpers.fusion.functional import fold_functional
+from dlhelpers.fusion.norms import norms_of
+from dlhelpers.fusion.own import fold_by_own_methods
+from dlhelpers.fusion.proving import FusionError, Inputs, Plan, run, verified
 from dlhelpers.fusion.refusing import partner
-from dlhelpers.fusion.report import FusionReport, FusionRow, said
-from dlhelpers.fusion.tracing import calls_of, is_batch_norm, is_layer, replace_module
+from dlhelpers.fusion.report import FusionReport, FusionRow
+from dlhelpers.fusion.tracing import is_batch_norm, is_layer, replace_module
 
 __all__ = ["FusionError", "fuse_conv_bn"]
-
-_Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
-
-_ALGEBRA = 1e-6  # relative, in float64: far above its rounding, far below any mistake
-_WITHOUT_FLOAT64 = 1e-2
-_SELECTS = 1e-2  # more than rounding adds up to, but for a choice that it changes
-
-
-class FusionError(RuntimeError):
-    """The fused model's outputs are not the model's: nothing was returned."""
 
 
 def fuse_conv_bn(
@@ -41,9 +31,13 @@ def fuse_conv_bn(
     """Return a copy in eval mode with every BatchNorm folded that the algebra allows.
 
     Folded are BatchNorms behind a convolution or linear layer that feeds nothing else, and before
-    one that pads with no zeros; in their place stands an ``nn.Identity``. Parts that torch.fx
-    cannot trace are entered child by child. Modules with a ``reparameterize()`` or ``fuse()`` of
-    their own (RepVGG's) are folded by it. Of all that stays the report says why.
+    one that pads with no zeros; in their place stands an ``nn.Identity``, or what else their module
+    does: an activation, as in timm's ``BatchNormAct2d``. Dropout in eval mode and reads of a shape
+    between the two forbid nothing. Graphs of torch.export are folded as well. Parts that torch.fx
+    cannot trace are entered child by child, and their source tells what they do to layers past a
+    call of their parent: what may be used elsewhere stays. Known re-parametrisations among a
+    class's methods (RepVGG's ``switch_to_deploy()``, ``reparameterize()``, ``fuse()``) are tried
+    on a copy, and used where they fold BatchNorms. Of all that stays the report says why.
 
     Args:
         model: any; left as it is.
@@ -53,7 +47,9 @@ def fuse_conv_bn(
         verify: runs both models on the example, in float64 too, and compares all outputs.
 
     Raises:
-        FusionError: outputs differ beyond rounding; nothing wrong is returned.
+        FusionError: outputs differ beyond rounding; nothing wrong is returned. Where the model does
+            not run in float64, eight times as much is allowed as a change of its weights and
+            inputs by one unit in the last place does.
         TypeError: not a module, or a compiled or scripted one.
         ValueError: lazy parameters have no shape yet.
 
@@ -68,10 +64,34 @@ def fuse_conv_bn(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     _check(model)
     inputs = None if example_inputs is None else model_inputs(example_inputs)
-    fused, plan = _fold_all(model, inputs)
-    report = FusionReport(tuple(plan.rows.values()), bytes_saved=_nbytes(model) - _nbytes(fused))
+    with torch.inference_mode(False), torch.random.fork_rng():
+        try:
+            return _fused(model, inputs, verify, by_own=True)
+        except _OwnMethodError as problem:
+            fused, report = _fused(model, inputs, verify, by_own=False)
+            return fused, replace(report, notes=(*report.notes, str(problem)))
+
+
+class _OwnMethodError(FusionError):
+    """A model that its own methods have folded is another one."""
+
+
+def _fused(
+    model: nn.Module, inputs: Inputs | None, verify: bool, by_own: bool
+) -> tuple[nn.Module, FusionReport]:
+    fused, plan = _fold_all(model, inputs, by_own)
+    saved = _nbytes(model) - _nbytes(fused)
+    report = FusionReport(tuple(plan.rows.values()), bytes_saved=saved, notes=tuple(plan.notes))
     if verify and inputs is not None and plan.is_changed:
-        report = _verified(model, fused, inputs, report, plan)
+        try:
+            report = verified(
+                model, fused, inputs, report, plan, lambda m, x: _fold_all(m, x, by_own)[0]
+            )
+        except FusionError as problem:
+            if not plan.called:
+                raise
+            called = ", ".join(plan.called)
+            raise _OwnMethodError(f"{called}: not used, since with it {problem}") from problem
     return fused, report
 
 
@@ -91,93 +111,106 @@ def _nbytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-@dataclass
-class _Plan:
-    """What was done: rows by name of the BatchNorm, and where the result can be compared."""
-
-    rows: dict[str, FusionRow]
-    compared: dict[str, str]  # layer in the copy -> module in the model whose output it gives now
-    called: list[str] = field(default_factory=list)  # methods of the model's own
-
-    @property
-    def is_changed(self) -> bool:
-        return bool(self.called) or any(row.into for row in self.rows.values())
-
-
-def _fold_all(model: nn.Module, inputs: _Inputs | None) -> tuple[nn.Module, _Plan]:
+def _fold_all(model: nn.Module, inputs: Inputs | None, by_own: bool) -> tuple[nn.Module, Plan]:
     fused = copy.deepcopy(model).eval()
-    found = {name: m for name, m in fused.named_modules() if is_batch_norm(m)}
-    rows = {name: FusionRow(name, type(m).__name__) for name, m in found.items()}
-    plan = _Plan(rows, {})
-    _by_their_own(fused, found, plan)
+    read = _read_by_eval(model)
+    plain = _rows_of(fused)
+    plan = Plan(dict(plain))
+    rows = plan.rows
+    if by_own:
+        fused, folded, plan.notes = fold_by_own_methods(fused)
+        plan.called = sorted(set(folded.values()))
+        for name, called in folded.items():
+            rows[name] = replace(rows[name], into=called)
     dims = _dimensions(fused, inputs) if inputs is not None else {}
-    fused, functions = fold_functional(fused, dims)
+    rows |= fold_exported(fused)
+    fused, functions = fold_functional(fused, norms_of(fused), dims)
     rows |= functions
     by_function = {row.into for row in functions.values()}
+    norms = norms_of(fused)
+    found = {name: m for name, m in fused.named_modules() if id(m) in norms}
+    for name in [name for name in rows if rows[name] is plain.get(name) and name not in found]:
+        del rows[name]  # no more than the owner of a function's tensors
     names = {id(module): name for name, module in fused.named_modules()}
-    calls = calls_of(fused)  # looks through the Identity where a BatchNorm was
+    calls = calls_of(fused, norms)  # looks through the Identity where a BatchNorm was
     goes_on = True
     while goes_on:
         goes_on = False
         for name, bn in found.items():
+            rows.setdefault(name, FusionRow(name, type(bn).__name__))
             if rows[name].into:
                 continue
-            layer, before, why = partner(bn, calls, dims, names)
+            norm = norms[id(bn)]
+            layer, before, why = partner(bn, norm, calls, dims, names)
+            if name in read:
+                why = f"train() or eval() of the model reads its {read[name]}"
             rows[name] = replace(rows[name], why=why)
             if layer is None or why:
                 continue
-            new = fold_before(bn, layer) if before else fold_after(layer, bn)
-            if not _is_finite(new) and _is_finite(layer):
-                why = f"the folded weights do not fit into {layer.weight.dtype}"
+            fold = (fold_before, norm.values, layer) if before else (fold_after, layer, norm.values)
+            new = fold[0](*fold[1:])
+            if why := _why_not_finite(new, layer, norm.values):
                 rows[name] = replace(rows[name], why=why)
                 continue
             layer.weight, layer.bias = new.weight, new.bias
-            replace_module(fused, bn, nn.Identity())
+            replace_module(fused, bn, norm.rest)
             into = names[id(layer)]
             rows[name] = replace(rows[name], into=into, why="")
-            if not before:
+            if not norm.is_alone:
+                plan.compared.pop(into, None)
+                plan.compared[name] = plan.places[into] = name
+            elif not before:
                 plan.compared[into] = name
-            elif into not in by_function:
+            elif into not in by_function and into not in plan.places:
                 plan.compared.setdefault(into, into)
             goes_on = True
     return fused, plan
 
 
-def _is_finite(layer: nn.Module) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in layer.parameters())
+def _rows_of(model: nn.Module) -> dict[str, FusionRow]:
+    norms = norms_of(model)
+    return {
+        name: FusionRow(name, type(module).__name__)
+        for name, module in model.named_modules()
+        if id(module) in norms
+    }
 
 
-def _by_their_own(fused: nn.Module, found: dict[str, nn.Module], plan: _Plan) -> None:
-    """Let modules that can fold themselves do so."""
-    rows = plan.rows
-    for name, module in list(fused.named_modules()):
-        method = getattr(module, "reparameterize", None) or getattr(module, "fuse", None)
-        inside = {key for key in found if key.startswith(f"{name}." if name else "")}
-        if not inside or not callable(method) or module.__module__.startswith("torch."):
-            continue
-        if any(
-            p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-            for p in inspect.signature(method).parameters.values()
-        ):
-            continue
-        called = f"{name}.{method.__name__}()".lstrip(".")
-        try:
-            method()
-        except Exception as problem:
-            raise FusionError(
-                f"{called}, of {type(module).__name__} itself, raised {problem!r}; the model is "
-                "as it was: mend that method, or rename it"
-            ) from problem
-        plan.called.append(called)
-        left = {key for key, m in fused.named_modules() if is_batch_norm(m)}
-        for key in inside - left:
-            if not rows[key].into:
-                rows[key] = replace(rows[key], into=called)
-    for key in [key for key in found if rows[key].into]:
-        del found[key]
+def _read_by_eval(model: nn.Module) -> dict[str, str]:
+    """Return name of a BatchNorm -> its tensor that the model's own train() or eval() reads."""
+    own = (getattr(type(m), name) for m in model.modules() for name in ("train", "eval"))
+    if {nn.Module.train, nn.Module.eval}.issuperset(own):
+        return {}
+    read: dict[str, str] = {}
+    spied = copy.deepcopy(model)
+    for name, module in spied.named_modules():
+        if is_batch_norm(module):
+
+            def spy(self: Any, key: str, name: str = name) -> Any:
+                if key in self._parameters or key in self._buffers:
+                    read[name] = key
+                return nn.Module.__getattr__(self, key)
+
+            module.__class__ = type(type(module).__name__, (type(module),), {"__getattr__": spy})
+    spied.train().eval()
+    return read
 
 
-def _dimensions(model: nn.Module, inputs: _Inputs) -> dict[int, set[int]]:
+def _why_not_finite(new: nn.Module, layer: nn.Module, bn: Any) -> str:
+    if _is_finite(new.parameters()) or not _is_finite(layer.parameters()):
+        return ""
+    tensors = {key: getattr(bn, key) for key in ("weight", "bias", "running_mean", "running_var")}
+    for key, tensor in tensors.items():
+        if tensor is not None and not _is_finite([tensor]):
+            return f"its {key} holds NaN or infinity"
+    return f"the folded weights do not fit into {layer.weight.dtype}"
+
+
+def _is_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _dimensions(model: nn.Module, inputs: Inputs) -> dict[int, set[int]]:
     """Return module's id -> dimensions of its outputs on the example; the model is not run."""
     dims: dict[int, set[int]] = {}
     runs = copy.deepcopy(model)  # a run may change a model's buffers
@@ -189,197 +222,5 @@ def _dimensions(model: nn.Module, inputs: _Inputs) -> dict[int, set[int]]:
                     dims.setdefault(key, set()).add(output.dim())
 
             theirs.register_forward_hook(note)
-    _run(runs, inputs)
+    run(runs, inputs)
     return dims
-
-
-def _run(model: nn.Module, inputs: _Inputs) -> Any:
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        args, kwargs = _copied(inputs)
-        return model(*args, **kwargs)
-
-
-def _copied(inputs: Any, dtype: torch.dtype | None = None) -> Any:
-    """Copy every tensor of the inputs, those of floating point in another dtype if given."""
-
-    def copied(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.detach().to(dtype if x.is_floating_point() else None, copy=True)
-
-    return tree_map(copied, inputs)
-
-
-@dataclass(frozen=True)
-class _Errors:
-    """How far the fused model is from the model, in its own type and in float64."""
-
-    own: float | None
-    exact: float | None = None
-    layers: dict[str, float] = field(default_factory=dict)  # each against float64
-    worst_exact: float | None = None  # of the layers, both in float64
-    control: float = 0.0  # of the model against itself on inputs that rounding has changed
-    no_float64: str = ""  # why
-
-
-def _verified(
-    model: nn.Module,
-    fused: nn.Module,
-    inputs: _Inputs,
-    report: FusionReport,
-    plan: _Plan,
-) -> FusionReport:
-    errors, notes = _judged(_errors(model, fused, inputs, plan))
-    return replace(
-        report,
-        max_rel_error=errors.own,
-        algebra_error=errors.exact,
-        notes=(*report.notes, *notes),
-        rows=tuple(replace(row, error=errors.layers.get(row.into)) for row in report.rows),
-    )
-
-
-def _errors(model: nn.Module, fused: nn.Module, inputs: _Inputs, plan: _Plan) -> _Errors:
-    """Run both models, in float64 too; a run may change a model's buffers, so copies run."""
-    wanted = _run(copy.deepcopy(model).eval(), inputs)
-    runs = copy.deepcopy(fused)
-    with _outputs(runs, plan.compared) as ours:
-        own = _difference(wanted, _run(runs, inputs))
-    try:
-        exact, doubled = copy.deepcopy(model).eval().double(), _copied(inputs, torch.float64)
-        folded, _ = _fold_all(exact, doubled)
-        with _outputs(exact, plan.compared.values()) as truth:
-            wanted = _run(exact, doubled)
-    except (RuntimeError, TypeError, ValueError) as problem:
-        return _Errors(own, no_float64=str(problem).partition("\n")[0] or repr(problem))
-    with _outputs(folded, plan.compared) as by_algebra:
-        found = _run(folded, doubled)
-    exactly = _layer_errors(plan, truth, by_algebra)
-    errors = _Errors(
-        own=own,
-        exact=_difference(wanted, found),
-        layers=_layer_errors(plan, truth, ours),
-        worst_exact=max(exactly.values(), default=None),
-    )
-    if _is_mistake(errors.exact) and not _is_mistake(errors.worst_exact):
-        again = (_run(exact, _changed(doubled, seed)) for seed in range(4))
-        errors = replace(errors, control=max(_difference(wanted, one) or 0.0 for one in again))
-    return errors
-
-
-def _is_mistake(difference: float | None) -> bool:
-    return difference is not None and not difference <= _ALGEBRA
-
-
-def _changed(inputs: Any, seed: int) -> Any:
-    """Change the inputs by what rounding in float64 may add up to."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def changed(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        return x * (1 + 1e-13 * (noise - 0.5))
-
-    return tree_map(changed, inputs)
-
-
-def _judged(errors: _Errors) -> tuple[_Errors, list[str]]:
-    """Return what to report, and notes on it.
-
-    Raises:
-        FusionError: it is no rounding.
-    """
-    notes = []
-    if errors.no_float64:
-        notes.append(f"the model does not run in float64: {errors.no_float64}")
-    elif errors.exact is None and errors.worst_exact is not None:
-        errors = replace(errors, exact=errors.worst_exact, own=max(errors.layers.values()))
-        notes.append(
-            "the outputs hold no number on this example, such as a detection: what was compared "
-            "are the outputs of the folded layers"
-        )
-    elif _is_mistake(errors.exact) and errors.layers and _is_mistake(errors.control):
-        errors = replace(errors, exact=errors.worst_exact, own=max(errors.layers.values()))
-        notes.append(
-            "the outputs are sorted or selected: the model's own differ as much when its input "
-            "changes by 1e-13. What was compared are the outputs of the folded layers"
-        )
-    if _is_mistake(errors.exact):
-        raise FusionError(
-            f"in float64 the fused model's outputs differ {said(errors.exact)}, which is no "
-            "rounding: this model is not returned. A forward that chooses by type, hooks, modules "
-            "kept outside of torch's registry or weights read elsewhere can do that"
-        )
-    if errors.exact is None and errors.own is not None and not errors.own < _WITHOUT_FLOAT64:
-        raise FusionError(
-            f"the fused model's outputs differ {said(errors.own)}, and the model does not run in "
-            "float64 to tell whether that is rounding: it is not returned"
-        )
-    if errors.own is None:
-        notes.append(
-            "NOT VERIFIED: the outputs hold no number on this example; give one that yields some"
-        )
-    elif errors.exact is not None and errors.own > _SELECTS:
-        notes.append(
-            "in float64 the outputs agree; in the model's own type rounding changes them by that "
-            "much, as where something is sorted or selected by it"
-        )
-    return errors, notes
-
-
-def _difference(wanted: Any, found: Any) -> float | None:
-    """Return the largest difference of all tensors, each relative to its largest value.
-
-    It is infinite where sizes, whole numbers or the places of NaNs differ; None where there is no
-    number to compare.
-    """
-    ours, theirs = list(tensors_in(wanted)), list(tensors_in(found))
-    if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
-        return math.inf
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.numel()]
-    return max((_apart(a, b) for a, b in pairs), default=None)
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    if not (a.is_floating_point() or a.is_complex()):
-        return 0.0 if torch.equal(a, b) else math.inf
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    a, b = a.to_dense().to(wide), b.to_dense().to(wide)
-    differs = ~((a == b) | (a.isnan() & b.isnan()))
-    if not differs.any():
-        return 0.0
-    finite = a[a.isfinite()].abs()
-    scale = finite.max().item() if finite.numel() else 0.0
-    worst = (a - b).abs()[differs].max().item()  # NaN if one of them is
-    return worst / (scale or 1.0) if math.isfinite(worst) else math.inf
-
-
-@contextmanager
-def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    hooks = []
-    for name in found:
-
-        def keep(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
-            found[name].append(output)
-
-        hooks.append(model.get_submodule(name).register_forward_hook(keep))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _layer_errors(
-    plan: _Plan, truth: dict[str, list[Tensor]], ours: dict[str, list[Tensor]]
-) -> dict[str, float]:
-    """Return layer -> difference of its outputs, of those that the example reached."""
-    found = {
-        layer: _difference(truth[theirs], ours[layer])
-        for layer, theirs in plan.compared.items()
-        if len(truth[theirs]) == len(ours[layer])
-    }
-    return {layer: error for layer, error in found.items() if error is not None}

@@ -5,44 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
+from dlhelpers.fusion.calls import Calls
 from dlhelpers.fusion.folding import why_not_before
-from dlhelpers.fusion.tracing import Calls, has_hooks, is_layer
+from dlhelpers.fusion.norms import Norm
+from dlhelpers.fusion.tracing import has_hooks, is_batch_norm, is_layer
 
 __all__ = ["partner", "why_not_axis", "why_not_layer"]
 
 
 def partner(
-    bn: nn.Module, calls: Calls, dims: dict[int, set[int]], names: dict[int, str]
+    bn: nn.Module, norm: Norm, calls: Calls, dims: dict[int, set[int]], names: dict[int, str]
 ) -> tuple[nn.Module | None, bool, str]:
     """Return the layer to fold into, whether it comes after the BatchNorm, and why not."""
-    if why := _why_not_batch_norm(bn, calls):
+    if why := _why_not_batch_norm(bn, norm, calls):
         return None, False, why
     makers = calls.makers(bn)
     first = makers[0]
     if first is not None and is_layer(first):
-        return first, False, _why_not_behind(first, bn, calls, dims, names)
+        return first, False, _why_not_behind(first, bn, norm, calls, dims, names)
     users = calls.users(bn)
     layer = users[0][0] if users[0] else None
     stands = f"its input comes from {calls.between(bn)}"
+    if not norm.is_alone:
+        return None, False, f"{stands}, and {type(bn).__name__} does more before the next layer"
     if layer is None or not is_layer(layer):
         return None, False, f"{stands}, and its output goes to {calls.behind(bn)}"
-    return layer, True, _why_not_in_front(bn, layer, calls, dims, stands)
+    return layer, True, _why_not_in_front(bn, norm, layer, calls, dims, stands)
 
 
-def _why_not_batch_norm(bn: nn.Module, calls: Calls) -> str:
-    forwards = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
-    frozen = type(bn).forward.__module__ == "torchvision.ops.misc"
-    if bn.running_mean is None or bn.running_var is None:
+def _why_not_batch_norm(bn: nn.Module, norm: Norm, calls: Calls) -> str:
+    if any(getattr(bn, name, "") is None for name in ("running_mean", "running_var")):
         return "it keeps no running statistics, so it uses the batch's"
-    if bn.training and not frozen:
+    frozen = type(bn).forward.__module__ == "torchvision.ops.misc"
+    if bn.training and is_batch_norm(bn) and not frozen and norm.values is bn:
         return "it stays in train mode, where it uses the batch's statistics"
-    if not frozen and type(bn).forward not in forwards:
-        return f"{type(bn).__name__} has a forward of its own"
-    return _why_not_any(bn, calls)
+    if id(bn) in calls.looks:
+        return f"tensors of {type(bn).__name__} are read elsewhere"
+    return norm.why or _why_not_any(bn, calls)
 
 
 def _why_not_any(module: nn.Module, calls: Calls) -> str:
@@ -53,7 +55,7 @@ def _why_not_any(module: nn.Module, calls: Calls) -> str:
     if id(module) in calls.reads:
         return f"tensors of {type(module).__name__} are read elsewhere"
     if id(module) in calls.opaque:
-        return f"{calls.opaque[id(module)]} calls it, and cannot be traced"
+        return calls.opaque[id(module)]
     if not calls.sites[id(module)]:
         return "it is never called"
     return ""
@@ -72,7 +74,12 @@ def why_not_layer(layer: nn.Module, calls: Calls) -> str:
 
 
 def _why_not_behind(
-    layer: nn.Module, bn: nn.Module, calls: Calls, dims: dict[int, set[int]], names: dict[int, str]
+    layer: nn.Module,
+    bn: nn.Module,
+    norm: Norm,
+    calls: Calls,
+    dims: dict[int, set[int]],
+    names: dict[int, str],
 ) -> str:
     if why := why_not_layer(layer, calls):
         return why
@@ -86,10 +93,12 @@ def _why_not_behind(
             return f"{name} is called again without it"
     if hooked := calls.hooked_between(layer, bn):
         return f"hooks of {hooked} would see other values"
-    return why_not_axis(layer, bn, dims, f"behind {name}")
+    return why_not_axis(layer, norm, dims, f"behind {name}")
 
 
-def _why_not_in_front(bn: nn.Module, layer: nn.Module, calls: Calls, dims: Any, stands: str) -> str:
+def _why_not_in_front(
+    bn: nn.Module, norm: Norm, layer: nn.Module, calls: Calls, dims: Any, stands: str
+) -> str:
     if why := why_not_layer(layer, calls) or why_not_before(layer):
         return f"{stands}; behind it {why}"
     if any(users != [layer] for users in calls.users(bn)):
@@ -98,10 +107,10 @@ def _why_not_in_front(bn: nn.Module, layer: nn.Module, calls: Calls, dims: Any, 
         return f"{stands}; the layer behind it is called without it"
     if hooked := calls.hooked_between(bn, layer):
         return f"{stands}; hooks of {hooked} would see other values"
-    return why_not_axis(layer, bn, dims, "in front of a layer")
+    return why_not_axis(layer, norm, dims, "in front of a layer")
 
 
-def why_not_axis(layer: nn.Module, bn: Any, dims: dict[int, set[int]], where: str) -> str:
+def why_not_axis(layer: nn.Module, norm: Norm, dims: dict[int, set[int]], where: str) -> str:
     """Return why the BatchNorm's channels are not the layer's; empty where they are."""
     spatial = len(layer.kernel_size) if isinstance(layer, _ConvNd) else 0
     seen = dims.get(id(layer))
@@ -109,7 +118,9 @@ def why_not_axis(layer: nn.Module, bn: Any, dims: dict[int, set[int]], where: st
         return f"{where} one needs example_inputs, to know that outputs are [N, C]"
     if seen is not None and seen != {spatial + 2}:
         return f"its channels are dimension 1 of tensors of {sorted(seen)} dimensions"
-    channels = len(bn.running_mean)
+    if norm.spatial not in (None, spatial):
+        return f"it is for tensors of {norm.spatial + 2} dimensions, the layer's have {spatial + 2}"
+    channels = len(norm.values.running_mean)
     ours = {getattr(layer, "out_channels", getattr(layer, "out_features", 0))}
     ours.add(getattr(layer, "in_channels", getattr(layer, "in_features", 0)))
     return "" if channels in ours else f"it has {channels} channels, the layer others"

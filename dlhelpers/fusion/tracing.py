@@ -8,27 +8,30 @@ place where it is called, in every trace.
 from __future__ import annotations
 
 import copy
-import dis
 import inspect
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import combinations
-from types import CodeType
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from dlhelpers.patching import Tracer
+
 __all__ = [
-    "Calls",
+    "SHAPE_ATTRIBUTES",
+    "as_module",
     "caller_of",
-    "calls_of",
+    "has_hooks",
     "is_batch_norm",
     "is_layer",
+    "reads_values",
     "replace_module",
+    "tensor_at",
     "traces",
 ]
 
@@ -43,49 +46,91 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd | nn.Linear)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Stop at layers and BatchNorms, also where they are subclasses of somebody's own."""
+
+    def __init__(
+        self, leaves: Container[int] = (), buffers: bool = False, requires_grad: bool = False
+    ) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
+        self.leaves, self.requires_grad, self.is_asked = leaves, requires_grad, False
+        self.read: set[int] = set()  # ids of tensors
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Return the graph; its last node's ``meta["read"]`` has the ids of the tensors read."""
+        graph = super().trace(root, concrete_args)
+        graph.output_node().meta["read"] = self.read
+        return graph
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Note which tensors are read: buffers leave no node."""
+        if isinstance(attr_val, Tensor):
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether a call of it is one node."""
         return (
             is_layer(module)
             or is_batch_norm(module)
+            or id(module) in self.leaves
             or super().is_leaf_module(module, qualified_name)
         )
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Say whether a value requires gradients, which is followed both ways; no more."""
+        if obj.node.target is getattr and obj.node.args[1:] == ("requires_grad",):
+            self.is_asked = True
+            return self.requires_grad
+        return super().to_bool(obj)
 
-def traces(module: nn.Module) -> list[fx.Graph]:
+
+def traces(module: nn.Module, leaves: Container[int] = (), buffers: bool = False) -> list[fx.Graph]:
     """Return graphs of a module's calls, none where torch.fx cannot follow its Python.
 
     One for each choice of optional arguments that are given or not, since a proxy in a trace is
     never None: the first with all of them given. Of more than four all, one or none are tried.
+
+    Args:
+        module: any; left as it is.
+        leaves: ids of modules whose calls are one node, besides layers and BatchNorms.
+        buffers: whether what is computed of buffers alone is in the graph.
     """
+    if "forward" in vars(module):  # torch.fx would trace the class's
+        return []
     optional = {
         name: parameter.default
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.default is not parameter.empty
     }
     counts = range(len(optional) + 1) if len(optional) <= 4 else (0, 1, len(optional))
+    choices = [names for count in counts for names in combinations(optional, count)]
+    graphs = []
     with _as_it_was(module):
         try:
-            return [
-                _Tracer().trace(module, {name: optional[name] for name in names} or None)
-                for count in counts
-                for names in combinations(optional, count)
-            ]
+            for names in choices:
+                given = {name: optional[name] for name in names} or None
+                tracer = _Tracer(leaves, buffers)
+                graphs.append(tracer.trace(module, given))
+                if tracer.is_asked:
+                    graphs.append(_Tracer(leaves, buffers, requires_grad=True).trace(module, given))
         except Exception:  # whatever Python cannot do with a proxy
             return []
+    return graphs
 
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Take the hooks off, which want no proxies, and undo what a forward did to the model."""
-    states = [(m, {k: copy.copy(v) for k, v in vars(m).items()}) for m in model.modules()]
+    """Take off hooks and checks, which want no proxies; undo what a forward did to the model."""
+    states = [(m, {k: _kept(v) for k, v in vars(m).items()}) for m in model.modules()]
     buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
     for module, _ in states:
         for key in ("_forward_hooks", "_forward_pre_hooks"):
             vars(module)[key].clear()
+        if is_batch_norm(module):
+            for key in ("_check_input_dim", "_check_non_zero_input_channels"):
+                vars(module)[key] = lambda x: None
     try:
         yield
     finally:
@@ -99,6 +144,52 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             if buffer._version != version:
                 with torch.no_grad():
                     buffer.copy_(value)
+
+
+def _kept(value: Any) -> Any:
+    """Return a copy of what a forward may change; methods and what has no copy are themselves."""
+    if callable(value):
+        return value
+    try:
+        return copy.copy(value)
+    except Exception:  # whatever an object's own copying does
+        return value
+
+
+def as_module(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """Return a module that runs a graph, with what it needs of its owner's."""
+    graph.lint()
+    plain = fx.Graph()  # without the tracer, which its pickle would need
+    plain.output(plain.graph_copy(graph, {}))
+    return fx.GraphModule(owner, plain, type(owner).__name__).train(owner.training)
+
+
+def tensor_at(root: nn.Module, source: Any) -> Tensor | None:
+    """Return the tensor of a module that a node stands for; None where it is computed."""
+    is_read = isinstance(source, fx.Node) and source.op == "get_attr"
+    return attrgetter(str(source.target))(root) if is_read else None
+
+
+SHAPE_ATTRIBUTES = {"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"}
+_SHAPE_CALLS = {
+    *("size", "dim", "ndimension", "numel", "is_floating_point"),
+    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_empty", "new_full"),
+}
+
+
+def reads_values(node: fx.Node) -> bool:
+    """Whether a node uses more of its input than its shape, type and device."""
+    if node.target is getattr:
+        return node.args[1] not in SHAPE_ATTRIBUTES
+    if node.op == "call_method":
+        return node.target not in _SHAPE_CALLS
+    is_torchs = node.op == "call_function" and getattr(torch, _name(node), None) is node.target
+    return not (is_torchs and _name(node) in _SHAPE_CALLS)
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "")
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -118,185 +209,3 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
-
-
-@dataclass
-class Calls:
-    """Where each module is called.
-
-    Attributes:
-        sites: id of a module -> (node of the call, module whose graph holds it), one for each.
-        opaque: id of a module -> name of the module that may call it and cannot be traced.
-        reads: ids of modules whose tensors are read past their forward.
-        graphs: (module, its graph), of all that could be traced.
-    """
-
-    sites: dict[int, list[tuple[fx.Node, nn.Module]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )
-    opaque: dict[int, str] = field(default_factory=dict)
-    reads: set[int] = field(default_factory=set)
-    graphs: list[tuple[nn.Module, fx.Graph]] = field(default_factory=list)
-
-    def makers(self, module: nn.Module) -> list[nn.Module | None]:
-        """Return what made the input of each call, where a module did."""
-        found = self.sites[id(module)]
-        return [_module_of(_maker(_first(node), root), root) for node, root in found]
-
-    def users(self, module: nn.Module) -> list[list[nn.Module | None]]:
-        """Return what uses the output of each call; None for what is no module."""
-        found = self.sites[id(module)]
-        return [[_module_of(user, root) for user in _users(node, root)] for node, root in found]
-
-    def hooked_between(self, first: nn.Module, second: nn.Module) -> str:
-        """Return the name of a module with hooks that holds one of two calls alone, else empty."""
-        for call, root in self.sites[id(first)]:
-            for other, other_root in self.sites[id(second)]:
-                if other_root is root:
-                    for name in sorted(_holders(call) ^ _holders(other)):
-                        holder = root.get_submodule(name)
-                        if holder not in (first, second) and has_hooks(holder):
-                            return name
-        return ""
-
-    def between(self, bn: nn.Module) -> str:
-        """Say what stands between a BatchNorm and the layers before it."""
-        node, root = self.sites[id(bn)][0]
-        return _said(_first(node), root, "the input")
-
-    def behind(self, bn: nn.Module) -> str:
-        """Say what uses a BatchNorm's output first."""
-        node, root = self.sites[id(bn)][0]
-        return _said(next(iter(node.users), None), root, "nothing")
-
-
-def _said(node: fx.Node | None, root: nn.Module, otherwise: str) -> str:
-    module = _module_of(node, root)
-    if module is not None:
-        return type(module).__name__
-    if node is None or node.op == "placeholder":
-        return otherwise
-    return "the output" if node.op == "output" else getattr(node.target, "__name__", node.target)
-
-
-def _holders(node: fx.Node) -> set[str]:
-    return {name for name, _ in (node.meta.get("nn_module_stack") or {}).values()}
-
-
-def _first(node: fx.Node) -> fx.Node | None:
-    inputs = node.all_input_nodes
-    return inputs[0] if inputs else None
-
-
-def _maker(node: fx.Node | None, root: nn.Module) -> fx.Node | None:
-    """Look through identities, such as stand where a BatchNorm was."""
-    while _is_plain_identity(_module_of(node, root)):
-        node = _first(node)
-    return node
-
-
-def _is_plain_identity(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Identity) and not has_hooks(module)
-
-
-def _users(node: fx.Node, root: nn.Module) -> Iterator[fx.Node]:
-    for user in node.users:
-        if _is_plain_identity(_module_of(user, root)):
-            yield from _users(user, root)
-        else:
-            yield user
-
-
-def _module_of(node: fx.Node | None, root: nn.Module) -> nn.Module | None:
-    if node is None or node.op != "call_module":
-        return None
-    return root.get_submodule(str(node.target))
-
-
-def calls_of(model: nn.Module) -> Calls:
-    """Trace a model, part by part where the whole cannot be; the model is left as it is."""
-    calls, done = Calls(), set()
-    for root, graph in _graphs(model, "", calls, done):
-        calls.graphs.append((root, graph))
-        for node in graph.nodes:
-            if node.op == "call_module":
-                calls.sites[id(root.get_submodule(str(node.target)))].append((node, root))
-            elif node.op == "get_attr":
-                owner = str(node.target).rpartition(".")[0]
-                calls.reads.add(id(root.get_submodule(owner)))
-    return calls
-
-
-def _graphs(
-    module: nn.Module, name: str, calls: Calls, done: set[int]
-) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    if id(module) in done:
-        return
-    done.add(id(module))
-    if is_layer(module) or is_batch_norm(module):
-        return  # called by what could not be traced
-    if type(module).forward is not nn.Module.forward and next(module.children(), None) is not None:
-        graphs = traces(module)
-        if graphs:
-            yield from ((module, graph) for graph in graphs)
-            called = {
-                id(module.get_submodule(str(node.target)))
-                for graph in graphs
-                for node in graph.nodes
-                if node.op == "call_module"
-            }
-            yield from _uncalled(module, name, calls, done, called)
-            return
-    has_forward = type(module).forward is not nn.Module.forward
-    names = _names_in_code(type(module))
-    for child_name, child in module.named_children():
-        if has_forward:
-            who = name or type(module).__name__
-            calls.opaque.setdefault(id(child), who)
-            for inner_name, inner in child.named_modules():
-                # may be reached past its parent: by name, or as an element of a list
-                element = f"{child_name}[]" if inner_name.isdecimal() else None
-                if not {inner_name.rpartition(".")[2], element}.isdisjoint(names):
-                    calls.opaque.setdefault(id(inner), who)
-        yield from _graphs(child, f"{name}.{child_name}".lstrip("."), calls, done)
-
-
-def _uncalled(
-    module: nn.Module, name: str, calls: Calls, done: set[int], called: set[int]
-) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """Trace what this forward leaves out, such as the heads that only train mode uses."""
-    for child_name, child in module.named_children():
-        full = f"{name}.{child_name}".lstrip(".")
-        if id(child) in called:
-            continue
-        if any(id(inner) in called for inner in child.modules()):
-            yield from _uncalled(child, full, calls, done, called)
-        else:
-            yield from _graphs(child, full, calls, done)
-
-
-def _names_in_code(cls: type) -> set[str]:
-    """Return all names in a class's own code, and ``name[]`` of what is not just called there."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if base is nn.Module:
-            break
-        for key, value in vars(base).items():
-            code = getattr(getattr(value, "__func__", value), "__code__", None)
-            if code is not None:
-                names |= _names_in(code, with_elements=key != "__init__")
-    return names
-
-
-def _names_in(code: CodeType, with_elements: bool) -> set[str]:
-    names = set(code.co_names)
-    if with_elements:  # a call's attribute is loaded with a place for self
-        names |= {
-            f"{step.argval}[]"
-            for step in dis.get_instructions(code)
-            if step.opname == "LOAD_ATTR" and "NULL" not in step.argrepr
-        }
-    for inner in code.co_consts:  # lambdas and generator expressions
-        if isinstance(inner, CodeType):
-            names |= _names_in(inner, with_elements)
-    return names

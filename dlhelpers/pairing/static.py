@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dlhelpers.patching import Tracer
+
 from .trace import UNKNOWN, Head, activation_of
 
 __all__ = ["head_of_model", "softmax_without_dim"]
@@ -91,7 +93,7 @@ def head_of_model(model: nn.Module) -> Head:
 
 def _head_by_fx(model: nn.Module) -> Head:
     try:
-        graph = torch.fx.Tracer().trace(model)
+        graph = Tracer().trace(model)
     except Exception:  # control flow on values, kwargs only, compiled code: not traceable
         return UNKNOWN
     value = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
