@@ -179,3 +179,10 @@ DONE = {
 @pytest.mark.parametrize("call", DONE.values(), ids=DONE)
 def test_what_has_done_its_work_is_measured(call):
     assert compare(call, int, budget_s=0.01).pairs
+
+
+def test_a_step_that_returns_an_iterator_can_be_tried(monkeypatch):
+    from dlhelpers.profiling import diagnosing  # what a training step returns is its own affair
+
+    monkeypatch.setattr(diagnosing, "_TRIED_S", 0.05)
+    assert diagnosing._speedup(lambda: iter([1]), lambda: iter([1])) > 0
