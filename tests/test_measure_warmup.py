@@ -1,6 +1,5 @@
-"""Times that are not steady: warm-up, drift, rare long calls, and calls that do nothing yet."""
+"""Times that are not steady: warm-up, drift and rare long calls."""
 
-import functools
 import itertools
 import math
 import random
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from dlhelpers.measure import compare, compare_many, paired
 from dlhelpers.measure.changes import _scan, find_change, is_changing
 from dlhelpers.measure.intervals import (
+    is_typical,
     min_pairs,
     plan_looks,
     signed_rank_interval,
@@ -53,8 +53,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    fake = Clock()
+    fake, seeds, make = Clock(), itertools.count(), random.Random
     monkeypatch.setattr(paired, "_clock", fake)
+    monkeypatch.setattr(paired.random, "Random", lambda *a: make(*(a or (next(seeds),))))
     return fake
 
 
@@ -94,6 +95,74 @@ def test_both_may_warm_up(clock, noise):
     for first, second in ((40, 90), (90, 40), (60, 60)):
         pair = clock.warming(first, 8, noise), clock.warming(second, 5, noise)
         assert not false(compare(*pair))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [(40, 20), (100, 5)],
+        [(30, 20), (80, 5)],
+        [(10, 20), (60, 8), (60, 3)],
+        [(60, 8), (150, 2)],
+        [(5, 100), (100, 4)],
+        [(20, 30), (50, 3), (50, 1.5)],
+        [(100, 0.2), (60, 8)],
+    ],
+    ids=str,
+)
+def test_a_warm_up_in_stages_is_left_out(clock, stages, swapped):
+    ends = list(itertools.accumulate(calls for calls, _ in stages))
+
+    def milliseconds(k):
+        return next((ms for end, (_, ms) in zip(ends, stages, strict=True) if k < end), 1.0)
+
+    pair = clock.timed(milliseconds, 0.03), clock.steady(1.0, 0.03)
+    result = compare(*reversed(pair)) if swapped else compare(*pair)
+    assert result.outcome == "no difference"
+    assert result.speedup == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("decay", [50, 100, 150])
+@pytest.mark.parametrize("height", [0.3, 2, 20])
+def test_a_warm_up_that_fades_makes_no_false_outcome(clock, decay, height):
+    warming = clock.timed(lambda k: 1 + height * math.exp(-k / decay), 0.03)
+    assert not false(compare(warming, clock.steady(1.0, 0.03)))
+
+
+# half of the budget leaves room for 200 calls after a change at 20 calls, not at 120
+@pytest.mark.parametrize(("calls", "share"), [(120, 1), (20, 0.5)])
+def test_after_a_change_the_calls_are_counted_anew(clock, calls, share):
+    result = compare(clock.warming(calls, 4, steady=1.5), clock.steady())
+    assert (result.outcome, result.dropped > 0) == ("faster", True)
+    assert result.speedup == pytest.approx(1.5)
+    assert result.elapsed_s == pytest.approx(2 * share, abs=0.06)  # begun after calibration
+
+
+def test_a_change_with_less_after_it_than_before_is_undecided(clock):
+    growing = clock.timed(lambda k: 4 if k < 150 else 20)
+    result = compare(growing, clock.steady())
+    assert result.dropped > result.pairs > 20
+    assert (result.outcome, result.still_changing) == ("undecided", True)
+    for _ in range(20):
+        first = clock.timed(lambda k: 20 if k < 40 else 5 if k < 140 else 1, 0.03)
+        second = clock.timed(lambda k: 20 if k < 60 else 5 if k < 200 else 1, 0.03)
+        assert not false(compare(first, second))
+
+
+def test_levels_that_come_and_go_by_themselves_are_rarely_a_difference(clock):
+    def regime():
+        level = [1.0]
+
+        def milliseconds(_):
+            if clock.random.random() < 0.01:
+                level[0] = 2.5 - level[0]
+            return level[0]
+
+        return clock.timed(milliseconds, 0.03)
+
+    # what changes nothing from the first call to the stop is not seen to change
+    assert sum(false(compare(regime(), regime())) for _ in range(40)) <= 6
 
 
 @pytest.mark.parametrize("milliseconds", [0.02, 0.2, 1.0, 5.0])
@@ -267,6 +336,42 @@ def test_times_in_turn_are_no_difference_from_their_mean(clock, period):
     assert result.total_ratio == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("period", "other"),
+    [([1, 3], 2), ([1, 2], 1.5), ([2, 8], 5), ([1, 3, 3], 7 / 3), ([1, 1, 4, 4], 2.5)],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_levels_far_apart_have_no_typical_call(clock, period, other, swapped):
+    pair = clock.timed(lambda k: period[k % len(period)], 0.03), clock.steady(other, 0.03)
+    result = compare(*reversed(pair)) if swapped else compare(*pair)
+    assert result.outcome == "undecided"
+    assert result.low <= 1 <= result.high
+    assert "no call is typical" in result.throughput
+    assert "some calls" not in str(result)
+
+
+@pytest.mark.parametrize("other", [1.0, 4.0])
+def test_levels_far_apart_hide_no_clear_difference(clock, other):
+    result = compare(clock.timed(lambda k: 1 + 2 * (k % 2), 0.03), clock.steady(other, 0.03))
+    assert result.outcome == ("faster" if other < 1.7 else "slower")
+    assert result.low <= 2 / other <= result.high
+
+
+def test_one_level_is_typical_whatever_its_shape():
+    rng = np.random.default_rng(0)
+    for logs in (
+        rng.normal(0, 0.1, 50),
+        rng.uniform(-1, 1, 50),
+        rng.standard_t(1.5, 50),
+        rng.exponential(1, 50),
+        np.zeros(50),
+        np.repeat([0.0, 2.0], [80, 20]),
+    ):
+        assert is_typical(logs, signed_rank_interval(logs, 0.05).value)
+    two = rng.normal(0, 0.1, 50) + np.arange(50) % 2
+    assert not is_typical(two, signed_rank_interval(two, 0.05).value)
+
+
 def test_like_tails_on_both_sides_are_no_disagreement(clock):
     def hit(k):
         return 1.0 if clock.random.random() < 0.95 else clock.random.uniform(2, 30)
@@ -296,65 +401,14 @@ def test_the_interval_of_totals_is_where_the_signed_sum_is_small(seed, ratio):
             assert is_small == (found.low <= r <= found.high)
 
 
-def generator():
-    yield 1
-
-
-async def coroutine():
-    return 1
-
-
-async def stream():
-    yield 1
-
-
-class Lazy:
-    def __call__(self):
-        yield 1
-
-    async def method(self):
-        return 1
-
-
-LAZY = {
-    "generator": generator,
-    "coroutine": coroutine,
-    "async generator": stream,
-    "partial": functools.partial(generator),
-    "bound method": Lazy().method,
-    "callable object": Lazy(),
-    "partial of an object": functools.partial(Lazy()),
-    "partial of a method": functools.partial(Lazy().method),
-}
-
-
-@pytest.mark.parametrize("lazy", LAZY.values(), ids=LAZY)
-def test_what_only_begins_its_work_is_refused_by_name(lazy):
-    for call in (
-        lambda: compare(lazy, int),
-        lambda: compare(int, lazy),
-        lambda: compare_many({"old": int, "new": lazy}, baseline="old"),
-        lambda: compare(int, int, setup=lazy),
-    ):
-        with pytest.raises(TypeError, match=r"(baseline|candidate|new|setup) must be .* begins it"):
-            call()
-
-
-@pytest.mark.parametrize("lazy", [generator, coroutine, stream])
-@pytest.mark.filterwarnings("error")
-def test_what_a_call_hands_out_unused_is_refused(lazy):
-    with pytest.raises(TypeError, match=r"candidate returned an? \w+, so that its work is not"):
-        compare(int, lambda: lazy())
-
-
-def test_what_hands_out_a_list_or_an_iterator_over_one_is_measured():
-    for value in ([1], iter([1]), map(abs, [1]), None):
-        assert compare(lambda value=value: value, int, budget_s=0.01).pairs
-
-
 def test_the_selftest_has_trials_whose_times_are_not_steady():
     plan = tuple(trial for trial in PLAN if trial.times)
-    assert {trial.times for trial in plan} == {"warm-up", "drift", "bimodal"}
+    assert {trial.times for trial in plan} == {
+        "warm-up",
+        "two-stage warm-up",
+        "drift",
+        "bimodal",
+    }
     before = paired._clock
     results = list(run(runs=30, plan=plan, progress=False))
     assert all(result.kept for result in results), "\n".join(map(str, results))

@@ -16,11 +16,13 @@ false outcomes: Bonferroni's bound on the repeated confidence intervals of Jenni
 
 Times need not be steady at first. No look stops before each function was called 200 times or half
 of the budget is spent; then the log ratios are tested for one change point, and the pairs before
-it are left out. A ratio that still changes at the end gives *undecided: still warming up*. What
-no method sees is a change that would come after the measuring has ended.
+it are left out. A warm-up may have more than one stage, so the next stop waits for 200 further
+calls or the end of the budget. A ratio that still changes at the end gives *undecided: still
+warming up*. What no method sees is a change that would come after the measuring has ended.
 
 The speedup answers for the typical call. The ratio of the total times answers for throughput; it
-is shown beside the speedup where rare long calls make the two disagree.
+is shown beside the speedup where rare long calls make the two disagree. Where times have levels
+far apart no call is typical: there the interval holds both ratios.
 
 Sources: Hodges & Lehmann 1963, doi:10.1214/aoms/1177704172 (estimate and interval);
 Jennison & Turnbull 1989, J. R. Statist. Soc. B 51(3), 305-361 (repeated confidence intervals);

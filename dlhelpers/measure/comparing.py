@@ -12,12 +12,10 @@ import numpy as np
 
 from dlhelpers.arguments import need_callable, need_seconds
 from dlhelpers.measure.comparison import Comparison, Comparisons, Outcome, intra_op_threads
-from dlhelpers.measure.intervals import Interval, total_interval
+from dlhelpers.measure.intervals import HINT, Interval, total_interval
 from dlhelpers.measure.paired import Found, Race
 
 __all__ = ["compare", "compare_many"]
-
-_HINT = 0.4  # error probability at which totals that disagree keep a comparison going
 
 
 def compare(
@@ -39,10 +37,12 @@ def compare(
     in this process, CUDA events time the calls and each sample ends with a synchronisation.
 
     Nothing is settled before each was called 200 times or half of the budget is spent. Where the
-    ratio changed once, as when something warms up, what was measured before is left out; where it
-    still changes at the end, the outcome is ``undecided`` and ``still_changing`` is set. A change
-    that would come later than the measuring ends cannot be seen: what takes more calls than that
-    to warm up is warmed up beforehand, or given a larger budget.
+    ratio changed once, as when something warms up, what was measured before is left out, and
+    nothing is settled before 200 further calls or the end of the budget. Where it still changes at
+    the end, or changed so late that less was measured after than before, the outcome is
+    ``undecided`` and ``still_changing`` is set. A change that would come later than the measuring
+    ends cannot be seen: what takes more calls than that to warm up is warmed up beforehand, or
+    given a larger budget.
 
     Args:
         baseline, candidate: callables without arguments, which do their work when they are
@@ -63,12 +63,13 @@ def compare(
         A Comparison; its ``outcome`` is ``undecided`` where the budget did not suffice.
 
     Raises:
-        TypeError: a callable is none, or only begins its work, as a generator function does.
+        TypeError: a callable is none, or only begins its work, as a generator function does or
+            one that returns an iterator, an awaitable or a future.
         ValueError: an option is out of range. What the callables raise passes through.
 
     Source: see the module's docstring.
 
-    >>> result = compare(lambda: sum(range(20_000)), lambda: sum(range(10_000)), budget_s=0.2)
+    >>> result = compare(lambda: sum(range(20_000)), lambda: sum(range(2_000)), budget_s=1.0)
     >>> result.outcome
     'faster'
     """
@@ -177,7 +178,7 @@ def _is_settled(
     ):
         return False
     # a few long calls are too few to tell whether all calls together say otherwise: go on
-    hint = total_interval(found.baseline_s, found.candidate_s, alpha=_HINT)
+    hint = total_interval(found.baseline_s, found.candidate_s, alpha=HINT)
     total = total_interval(found.baseline_s, found.candidate_s, 1 - confidence)
     is_hinted = hint.low > interval.high or hint.high < interval.low
     is_open = total.low <= interval.high and interval.low <= total.high

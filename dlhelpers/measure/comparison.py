@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dlhelpers.measure.intervals import min_pairs
+import numpy as np
+
+from dlhelpers.measure.intervals import is_typical, min_pairs
 from dlhelpers.tables import duration, figures
 
 __all__ = ["Comparison", "Comparisons", "Outcome", "intra_op_threads", "single_pair"]
@@ -22,7 +24,8 @@ class Comparison:
     """What paired measurements of two callables support.
 
     ``speedup`` and ``outcome`` are those of the typical call. Where a few calls take far longer
-    than the others, all calls together may say otherwise: that is ``total_ratio``.
+    than the others, all calls together may say otherwise: that is ``total_ratio``. Where no call
+    is typical, as when every second one takes far longer, the interval holds both ratios.
 
     Attributes:
         speedup: baseline time / candidate time; 1.25 means that the candidate needs 1/1.25 of
@@ -43,7 +46,8 @@ class Comparison:
             pair are the first calls, in which something may be made ready.
         dropped: pairs that were left out because the ratio changed after them, as when something
             warms up.
-        still_changing: the ratio changed up to the end, so the outcome is ``undecided``.
+        still_changing: the ratio changed up to the end, or so late that fewer pairs came after
+            the change than before it, so the outcome is ``undecided``.
         total_ratio: all baseline time / all candidate time in these pairs, which answers for
             throughput; None where it was not computed.
         total_low, total_high: its confidence interval, which a few long calls make wide.
@@ -112,15 +116,22 @@ class Comparison:
     def throughput(self) -> str:
         """What all calls together say where that is not what the typical call says, else empty."""
         ratio = self.total_ratio
-        if ratio is None or not ratio > 0 or self.still_changing:
+        if ratio is None or not ratio > 0 or self.still_changing or math.isinf(self.total_high):
             return ""
-        apart = abs(math.log(ratio / self.speedup)) > math.log1p(self.negligible)
-        if not apart or (self.total_low <= self.high and self.low <= self.total_high):
+        if abs(math.log(ratio / self.speedup)) <= math.log1p(self.negligible):
+            return ""
+        if not is_typical(np.log(self.ratios), self.speedup):
+            return (
+                "no call is typical, as the times have levels far apart: the speedup is the middle "
+                "of the pairs' ratios; all calls together (throughput): "
+                f"{_told(ratio, self.total_low, self.total_high)} times as fast"
+            )
+        if self.total_low <= self.high and self.low <= self.total_high:
             return ""
         return (
             f"typical call: {_told(self.speedup, self.low, self.high)} times as fast; all calls "
-            f"together (throughput): {_told(ratio, self.total_low, self.total_high)} times, as a "
-            "few calls take far longer than the others"
+            f"together (throughput): {_told(ratio, self.total_low, self.total_high)} times, as "
+            "some calls take far longer than the others"
         )
 
     def _repr_html_(self) -> str:

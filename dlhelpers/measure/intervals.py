@@ -16,9 +16,20 @@ from statistics import NormalDist
 
 import numpy as np
 
-__all__ = ["Interval", "min_pairs", "plan_looks", "signed_rank_interval", "total_interval"]
+__all__ = [
+    "HINT",
+    "Interval",
+    "is_typical",
+    "min_pairs",
+    "pair_interval",
+    "plan_looks",
+    "signed_rank_interval",
+    "total_interval",
+]
 
+HINT = 0.4  # error probability of an interval of totals that merely hints
 WARM_SHARE = 0.5  # of the time, after which calls need no more warming up
+_NEAR = 0.1  # of a flat distribution, 1/4 lies within a quarter of the middle half's width
 _LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # shares of the measuring time at which to look
 
 
@@ -68,6 +79,32 @@ def signed_rank_interval(logs: np.ndarray, alpha: float) -> Interval:
     if rank < 0:
         return Interval(value, 0.0, math.inf)
     return Interval(value, math.exp(means[rank]), math.exp(means[-1 - rank]))
+
+
+def pair_interval(baseline: np.ndarray, candidate: np.ndarray, alpha: float) -> Interval:
+    """Return the interval of level 1 - alpha of the ratio of a typical pair of times.
+
+    Where no pair is typical, and the totals hint at another ratio, it holds that of the totals too.
+    """
+    logs = np.log(baseline) - np.log(candidate)
+    interval = signed_rank_interval(logs, alpha)
+    if is_typical(logs, interval.value):
+        return interval
+    hint = total_interval(baseline, candidate, HINT)
+    if hint.low <= interval.high and interval.low <= hint.high:
+        return interval
+    total = total_interval(baseline, candidate, alpha)
+    if math.isinf(total.high):  # too few pairs for it
+        return interval
+    low, high = min(interval.low, total.low), max(interval.high, total.high)
+    return Interval(interval.value, low, high)
+
+
+def is_typical(logs: np.ndarray, ratio: float) -> bool:
+    """Whether many log-ratios lie near that of ``ratio``, rather than on both sides of a gap."""
+    low, high = np.quantile(logs, (0.25, 0.75))
+    near = np.abs(logs - math.log(ratio)) <= (high - low) / 4 + 1e-9
+    return bool(np.mean(near) >= _NEAR)
 
 
 def total_interval(baseline: np.ndarray, candidate: np.ndarray, alpha: float) -> Interval:

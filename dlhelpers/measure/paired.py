@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,9 +19,10 @@ from dlhelpers.measure.intervals import (
     WARM_SHARE,
     Interval,
     min_pairs,
+    pair_interval,
     plan_looks,
-    signed_rank_interval,
 )
+from dlhelpers.measure.unfinished import unfinished
 
 __all__ = ["Found", "Race", "Timer"]
 
@@ -39,14 +40,22 @@ class Found(NamedTuple):
         interval: of the ratio, after the change point.
         baseline_s, candidate_s: [n] seconds of one call in each pair that the interval rests on.
         dropped: how many pairs came before the change point.
-        still_changing: whether the ratio changes among those n pairs.
+        calls: how often each function was called in those n pairs, the less of the two.
+        still_changing: whether the ratio changes among those n pairs, or they are fewer than
+            those that came before the change.
     """
 
     interval: Interval
     baseline_s: np.ndarray
     candidate_s: np.ndarray
     dropped: int
+    calls: int
     still_changing: bool
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether enough was seen since a change to stop early: a warm-up may have two stages."""
+        return not self.dropped or self.calls >= _WARM_CALLS
 
 
 class Race:
@@ -69,6 +78,7 @@ class Race:
         self.deadline = self._start + budget_s
         self.latest = self.deadline + overtime * budget_s
         self.samples: dict[str, list[float]] = {name: [] for name in functions}
+        self._repeats: dict[str, list[int]] = {name: [] for name in functions}  # calls of each
         self.found: dict[str, Found] = {}
         self.is_first = False  # whether the only pair are the first calls
         self.running = [name for name in functions if name != baseline]
@@ -89,7 +99,8 @@ class Race:
         """Measure until every candidate is settled or the budget is spent.
 
         Nothing is settled before each function was called often enough to be warm or half of the
-        time is over, nor where the ratio still changes. The probabilities of all looks are fixed
+        time is over, nor where the ratio still changes; after a change the calls are counted anew,
+        up to the end. The probabilities of all looks are fixed
         before the first, so what a look leaves out does not change the confidence.
 
         Past the budget, rounds are added only up to those that an interval needs at the last look.
@@ -121,7 +132,7 @@ class Race:
                 continue
             for name in tuple(self.running):
                 found = self.found[name] = self._look(name, alpha_look)
-                if is_settled(found) and not found.still_changing:
+                if found.is_warm and is_settled(found) and not found.still_changing:
                     self.running.remove(name)
             if not self.running:
                 return
@@ -138,6 +149,7 @@ class Race:
             number = self.numbers[name]
             seconds = self.timer.sample(self.functions[name], number)
             self.samples[name].append(max(seconds, 1e-9) / number)
+            self._repeats[name].append(number)
             self.calls[name] += number
 
     def _repeat_alike(self) -> None:
@@ -168,9 +180,11 @@ class Race:
             times = whole.reshape(2, -1, block).mean(axis=2)
         logs = np.log(times[0]) - np.log(times[1])
         start = find_change(logs, self.negligible, least=min_pairs(alpha))
-        interval = signed_rank_interval(logs[start:], alpha)
+        interval = pair_interval(*times[:, start:], alpha)
         changing = is_changing(logs[start:], interval, self.negligible, again=start > 0)
-        return Found(interval, *times[:, start:], start, changing)
+        since = slice(start * block, len(own))
+        calls = min(sum(self._repeats[n][since]) for n in (self.baseline, name))
+        return Found(interval, *times[:, start:], start, calls, changing or 2 * start > len(logs))
 
     @property
     def elapsed_s(self) -> float:
@@ -248,7 +262,16 @@ def _calibrate(
     begin = _clock()
     results: list[Any] = []
     first = fastest = timer.sample(lambda: results.append(function()), 1)
-    _need_done(results.pop(), name)
+    if kind := unfinished(results[0]):
+        with warnings.catch_warnings():  # Python's own, where nobody else holds a coroutine
+            warnings.simplefilter("ignore", RuntimeWarning)
+            results.clear()
+        raise TypeError(
+            f"{name} returned {'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}, so that its work "
+            "is not done by the call: use up, await or wait for what it returns, as in "
+            "lambda: list(...), or return nothing where making it is all there is to time"
+        )
+    results.clear()
     before = _clock()
     fastest_with_setup = before - begin
     calls = 1
@@ -263,14 +286,3 @@ def _calibrate(
     affordable = share_s / _MIN_PAIRS / max(fastest_with_setup, 1e-9)
     number = max(1, round(min(wanted, affordable)))
     return _Look(number, calls, first, fastest_with_setup)
-
-
-def _need_done(result: Any, name: str) -> None:
-    """Raise TypeError where a call has only begun its work."""
-    lazy = (inspect.isgenerator, inspect.iscoroutine, inspect.isasyncgen)
-    if any(is_lazy(result) for is_lazy in lazy):
-        getattr(result, "close", lambda: None)()  # or Python warns of a coroutine besides
-        raise TypeError(
-            f"{name} returned a {type(result).__name__}, so that its work is not done by the "
-            f"call: use up what it returns, as in lambda: list(...)"
-        )

@@ -74,6 +74,7 @@ PLAN = (
     Trial(0.10, 2.0, loaded=True, runs=50, promise=0.9, at_most=False),
     Trial(0.20, 2.0, loaded=True, runs=50, promise=0.9, at_most=False),
     Trial(0.00, 2.0, loaded=False, runs=200, promise=0.05, at_most=True, times="warm-up"),
+    Trial(0.00, 2.0, loaded=False, runs=200, promise=0.05, at_most=True, times="two-stage warm-up"),
     Trial(0.00, 2.0, loaded=False, runs=200, promise=0.05, at_most=True, times="drift"),
     Trial(0.00, 2.0, loaded=False, runs=200, promise=0.05, at_most=True, times="bimodal"),
 )
@@ -111,7 +112,7 @@ class TrialResult:
         return self.rate >= self.trial.promise
 
     HEADER = (
-        f"{'trial':<34} {'runs':>5} {'faster':>7} {'slower':>7} {'no diff.':>8} {'undecided':>9}"
+        f"{'trial':<37} {'runs':>5} {'faster':>7} {'slower':>7} {'no diff.':>8} {'undecided':>9}"
         f" {'rate':>6} {'promised':>9} {'covered':>8} {'s each':>7}"
     )
 
@@ -119,7 +120,7 @@ class TrialResult:
         sign = "<=" if self.trial.at_most else ">="
         counts = self.outcomes
         return (
-            f"{self.trial!s:<34} {self.runs:>5} {counts['faster']:>7} {counts['slower']:>7}"
+            f"{self.trial!s:<37} {self.runs:>5} {counts['faster']:>7} {counts['slower']:>7}"
             f" {counts['no difference']:>8} {counts['undecided']:>9} {self.rate:>6.1%}"
             f" {sign + format(self.trial.promise, '.0%'):>9} {self.covered / self.runs:>8.1%}"
             f" {self.seconds:>7.2f}{'' if self.kept else '  NOT KEPT'}"

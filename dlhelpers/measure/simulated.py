@@ -17,7 +17,7 @@ from dlhelpers.measure import paired
 
 __all__ = ["Times", "simulated_pairs"]
 
-Times = Literal["warm-up", "drift", "bimodal"]
+Times = Literal["warm-up", "two-stage warm-up", "drift", "bimodal"]
 _Call = Callable[[], Any]
 _Milliseconds = Callable[[int], float]  # of a call, by its number
 
@@ -29,6 +29,8 @@ def simulated_pairs(times: Times, seed: int = 0) -> Iterator[Callable[[], tuple[
     Args:
         times: ``warm-up``: the first 10 to 150 calls of the baseline take up to 20 times as
             long as the others, 0.8 s in all; the others take as long as the candidate's.
+            ``two-stage warm-up``: the first 10 to 40 calls take 8 to 20 times as long, the next
+            60 to 120 take 2 to 5 times as long, 1.4 s in all at most.
             ``drift``: the baseline's times grow from half of the candidate's to a multiple of
             them, so that no one ratio is true. ``bimodal``: each call of either takes a short or
             a long time, by chance.
@@ -63,6 +65,12 @@ def _warms_up(rng: random.Random) -> tuple[_Milliseconds, _Milliseconds]:
     return lambda k: slower if k < calls else 1.0, _steady
 
 
+def _warms_up_twice(rng: random.Random) -> tuple[_Milliseconds, _Milliseconds]:
+    first, second = rng.randint(10, 40), rng.randint(60, 120)
+    slowest, slower = rng.uniform(8, 20), rng.uniform(2, 5)
+    return lambda k: slowest if k < first else slower if k < first + second else 1.0, _steady
+
+
 def _drifts(rng: random.Random) -> tuple[_Milliseconds, _Milliseconds]:
     doubled = rng.randint(50, 400)
     return lambda k: 0.5 * (1 + k / doubled), _steady
@@ -77,4 +85,9 @@ def _is_bimodal(rng: random.Random) -> tuple[_Milliseconds, _Milliseconds]:
     return either, either
 
 
-_MAKERS = {"warm-up": _warms_up, "drift": _drifts, "bimodal": _is_bimodal}
+_MAKERS = {
+    "warm-up": _warms_up,
+    "two-stage warm-up": _warms_up_twice,
+    "drift": _drifts,
+    "bimodal": _is_bimodal,
+}
