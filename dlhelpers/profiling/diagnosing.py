@@ -17,7 +17,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 
 from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
@@ -162,27 +161,20 @@ def _follow(train_step: Callable[[], Any], steps: int) -> Dataflow:
     A decoder that is given the true words for half of the batches is such a program.
     """
     flow = follow(train_step)
-    for _ in range(steps - 1):
-        if all(call.needs_cell for call in flow.cells):
-            break
-        needing = {id(c.cell) for c in follow(train_step).cells if c.needs_cell}
-        cells = (
-            dataclasses.replace(call, needs_cell=call.needs_cell or id(call.cell) in needing)
-            for call in flow.cells
-        )
-        flow = dataclasses.replace(flow, cells=tuple(cells))
-    return flow
+    known, needing = {id(call.cell) for call in flow.cells}, _needing(flow)
+    while known - needing and steps > 1:
+        needing |= _needing(follow(train_step))
+        steps -= 1
+    cells = (
+        dataclasses.replace(call, needs_cell=call.needs_cell or id(call.cell) in needing)
+        for call in flow.cells
+    )
+    return dataclasses.replace(flow, cells=tuple(cells))
 
 
-def _may_loop(seen: Seen) -> bool:
-    """Whether anything comes so often that the order of its turns matters."""
-    if seen.trace is None:
-        return False
-    one_by_one = any(c.rows == 1 and c.count >= 4 * seen.steps for c in seen.calls)
-    has_cells = any(isinstance(m, nn.RNNCellBase) for c in seen.calls for m in c.module.modules())
-    often = any(c.count >= 8 * seen.steps for c in seen.calls)
-    repeats = max(seen.outside.commonest[1], seen.outside.items) >= 8
-    return one_by_one or has_cells or often or repeats
+def _needing(flow: Dataflow) -> set[int]:
+    """Return the ids of the cells whose inputs need their outputs."""
+    return {id(call.cell) for call in flow.cells if call.needs_cell}
 
 
 def _warm_up(train_step: Callable[[], Any]) -> tuple[float, int]:

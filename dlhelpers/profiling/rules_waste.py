@@ -128,14 +128,16 @@ def repeated_calls(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
             seen.tried.append(remedy)
             continue
         updated = " after an update of the weights" * repeat.after_update
-        more = "one more such call" if times == 1 else f"{times} more such calls"
+        more = "one more such call on a copy makes"
+        if times > 1:
+            more = f"{times} more such calls on a copy make"
         yield seen.finding(
             "repeated-forward",
             saves_ms=saves,
             at_most=True,
             what=f"{type(repeat.module).__name__} is called on an input that it was given before "
             f"in the same step{updated}, {times} time{'s' * (times != 1)} a step, and no gradient "
-            f"flows back; {more}, on a copy, make{'s' * (times == 1)} a step {factor:.2f} times as long",
+            f"flows back; {more} a step {factor:.2f} times as long",
             why="the outputs of the call that is trained on are there already"
             + ("; they are those before the update" if repeat.after_update else ""),
             remedy="outputs = model(x); the loss from outputs, what else is needed from "
