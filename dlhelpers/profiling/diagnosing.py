@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import nn
 
 from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
@@ -61,12 +62,11 @@ def diagnose(
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
     The step runs about ``3 * steps + 9`` times, a short one more often, one of many seconds only
     nine times, so it trains on. Where something points to waste, its remedy is tried for a few
-    seconds: on copies of the model and of what its optimizer updates, with the step itself beside
-    them where it is to be seen what they add to it, which then runs some dozens of times more and
-    computes what it always does. For remedies of a DataLoader
-    the batches of these steps come from loaders of the same samples that are made for the trial:
-    the program's own iterator stands still, and so do the random states. The DataLoader, the model
-    and the optimizer are found while they run.
+    seconds on copies of the model, and of what its optimizer updates. Where a remedy is compared
+    with the whole step, that runs some dozens of times more, and computes what it always does. For
+    remedies of a DataLoader the batches of these steps come from loaders of the same samples that
+    are made for the trial: the program's own iterator stands still, and so do the random states.
+    The DataLoader, the model and the optimizer are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
@@ -175,6 +175,17 @@ def _follow(train_step: Callable[[], Any], steps: int) -> Dataflow:
 def _needing(flow: Dataflow) -> set[int]:
     """Return the ids of the cells whose inputs need their outputs."""
     return {id(call.cell) for call in flow.cells if call.needs_cell}
+
+
+def _may_loop(seen: Seen) -> bool:
+    """Whether anything comes so often that the order of its turns matters."""
+    if seen.trace is None:
+        return False
+    one_by_one = any(c.rows == 1 and c.count >= 4 * seen.steps for c in seen.calls)
+    has_cells = any(isinstance(m, nn.RNNCellBase) for c in seen.calls for m in c.module.modules())
+    often = any(c.count >= 8 * seen.steps for c in seen.calls)
+    repeats = max(seen.outside.commonest[1], seen.outside.items) >= 8
+    return one_by_one or has_cells or often or repeats
 
 
 def _warm_up(train_step: Callable[[], Any]) -> tuple[float, int]:
