@@ -194,13 +194,11 @@ class _Graph(TorchDispatchMode):
         result = func(*args, **kwargs)
         with self._noting():
             if note is not None:
-                note(result)
+                self._note_result(result, *note)
         return result
 
-    def _note_inputs(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[[Any], None]:
-        """Note what an operator is given; return what notes its result."""
+    def _note_inputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple:
+        """Note what an operator is given; return what its result is noted with."""
         name = func._schema.name.rpartition("::")[2]
         inputs = list(tensors_in((args, kwargs)))
         written = [] if _is_plain(name) else _written(func, args, kwargs)
@@ -215,30 +213,38 @@ class _Graph(TorchDispatchMode):
                 needs |= self._makers(tensor)
         by_number = self._read is not None and self._is_given_number(func, args, kwargs)
         keys = {self._know(tensor) for tensor in inputs}
+        return name, inputs, written, needs, by_number, keys
 
-        def note_result(result: Any) -> None:
-            in_backward = torch._C._current_graph_task_id() != -1
-            made = [t for t in tensors_in(result) if self._key(t) not in keys]
-            number = len(self.nodes)
-            works = bool(made or written) and not _is_plain(name)
-            counts = works and not (self._open or self._aside or in_backward)
-            if by_number:
-                self._by_number.append((number, self._read or 0))
-            size = max(((t.numel(), t.device.type) for t in made), default=(0, "cpu"))
-            self.nodes.append(Node(name, needs, counts, tuple(self._open), in_backward, size))
-            self.lost |= number > _MOST_NODES
-            for tensor in written:
+    def _note_result(
+        self,
+        result: Any,
+        name: str,
+        inputs: list[Tensor],
+        written: list[Tensor],
+        needs: set[int],
+        by_number: bool,
+        keys: set[int | None],
+    ) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        made = [t for t in tensors_in(result) if self._key(t) not in keys]
+        number = len(self.nodes)
+        works = bool(made or written) and not _is_plain(name)
+        counts = works and not (self._open or self._aside or in_backward)
+        if by_number:
+            self._by_number.append((number, self._read or 0))
+        size = max(((t.numel(), t.device.type) for t in made), default=(0, "cpu"))
+        self.nodes.append(Node(name, needs, counts, tuple(self._open), in_backward, size))
+        self.lost |= number > _MOST_NODES
+        for tensor in written:
+            self._write(tensor, number)
+        for tensor in made:
+            self._write(tensor, number, anew=True)
+        if by_number and not made:  # a view that the number chose
+            for tensor in tensors_in(result):
                 self._write(tensor, number)
-            for tensor in made:
-                self._write(tensor, number, anew=True)
-            if by_number and not made:  # a view that the number chose
-                for tensor in tensors_in(result):
-                    self._write(tensor, number)
-            if isinstance(result, bool | int | float):  # inference mode has item() as it is
-                for tensor in inputs:
-                    self._note_read(tensor, (result,))
-
-        return note_result
+        if isinstance(result, bool | int | float):  # inference mode has item() as it is
+            for tensor in inputs:
+                self._note_read(tensor, (result,))
 
     def _note_read(self, tensor: Tensor, numbers: tuple[Any, ...]) -> None:
         needs = set() if self.lost else self._makers(tensor)

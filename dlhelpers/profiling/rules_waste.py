@@ -172,6 +172,5 @@ def _gain(seen: Seen, remedy: str, speedup: Speedup, before: Trial, after: Trial
     try:
         return max(1.0, speedup(before, after))
     except Exception as error:  # of the program's, or its loader ended
-        told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        seen.tried.append(f"{remedy} ({told})")
+        seen.note_failure(remedy, error)
         return None
