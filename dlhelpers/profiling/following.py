@@ -33,6 +33,7 @@ from dlhelpers.profiling.dataflow import (
     longest,
     operators_at_once,
 )
+from dlhelpers.profiling.operands import extent, written_by
 from dlhelpers.profiling.program_lines import is_own
 from dlhelpers.profiling.sampling import Line
 from dlhelpers.profiling.watching import living
@@ -201,7 +202,7 @@ class _Graph(TorchDispatchMode):
         """Note what an operator is given; return what its result is noted with."""
         name = func._schema.name.rpartition("::")[2]
         inputs = list(tensors_in((args, kwargs)))
-        written = [] if _is_plain(name) else _written(func, args, kwargs)
+        written = [] if _is_plain(name) else written_by(func, args, kwargs)
         overwrites = name in ("copy_", "fill_", "zero_") and bool(args)
         read = [t for t in inputs if t is not args[0]] if overwrites else inputs
         for tensor in inputs:
@@ -299,7 +300,7 @@ class _Graph(TorchDispatchMode):
 
     def _makers(self, tensor: Tensor) -> set[int]:
         """Return the nodes that wrote the bytes that a tensor shows."""
-        low, high = _extent(tensor)
+        low, high = extent(tensor)
         written = self._writes.get(self._key(tensor) or 0, ())
         return {n for first, last, who in written if first < high and low < last for n in who}
 
@@ -309,7 +310,7 @@ class _Graph(TorchDispatchMode):
         key = self._know(tensor)
         if key is None:
             return
-        low, high = _extent(tensor)
+        low, high = extent(tensor)
         left = list(self._writes.get(key, ()))
         if tensor.is_contiguous():  # nothing of what it covers is left
             left = [w for w in left if not (low <= w[0] and w[1] <= high)]
@@ -360,25 +361,6 @@ def _is_plain(name: str) -> bool:
     return name in ("detach", "detach_", "alias", "empty", "empty_like", "empty_strided") or (
         name.startswith("lift")
     )
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operator writes to, by its schema."""
-    found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
-            found += list(tensors_in(value))
-    return found
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Return the first byte of the storage that a tensor shows, and the one after the last."""
-    if not tensor.numel():
-        return 0, 0
-    last = sum((n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    size, first = tensor.element_size(), tensor.storage_offset()
-    return first * size, (first + last + 1) * size
 
 
 def _own_line() -> Line:
