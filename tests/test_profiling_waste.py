@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from dlhelpers.profiling.diagnosing import rank
 from dlhelpers.profiling.kept import what_is_kept
+from dlhelpers.profiling.loader_trials import LoaderTrials
 from dlhelpers.profiling.optimizer_trials import optimizers_raced
 from dlhelpers.profiling.seen import Seen
 from dlhelpers.profiling.step_trials import confirmed, without_anomaly
@@ -744,6 +746,17 @@ def test_a_program_that_raises_under_a_remedy_is_not_told_of_it():
         "set_detect_anomaly(False) (RuntimeError: the loss is nan)"
         in rank(facts, 0.05, stops).scope
     )
+
+
+def test_what_a_program_raises_under_another_loader_is_told():
+    def stops(before, after):
+        raise RuntimeError("the loss is nan")
+
+    batches = itertools.chain.from_iterable(itertools.repeat(DataLoader(range(8), 2)))
+    step = lambda: next(batches)  # noqa: E731
+    facts = seen_of(step=step, loader=watched(step).slowest, fetches=1.0)
+    assert LoaderTrials(facts, stops).workers(0) is None
+    assert facts.tried == ["another DataLoader under the step (RuntimeError: the loss is nan)"]
 
 
 def test_parameters_that_cannot_be_looked_at_do_not_stop_the_program():
