@@ -22,6 +22,7 @@ from torch import nn
 from dlhelpers import machine
 from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
+from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.decoders import decoders_shown
 from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.kept import what_is_kept
@@ -32,6 +33,7 @@ from dlhelpers.profiling.rules import LOOKED_FOR, NOT_LOOKED_FOR, RULES
 from dlhelpers.profiling.rules_cuda import CUDA_RULES
 from dlhelpers.profiling.sampling import take_stacks
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
+from dlhelpers.profiling.step_trials import confirmed
 from dlhelpers.profiling.torch_profile import record_steps
 from dlhelpers.profiling.watching import watch
 from dlhelpers.recording import need_no_recording
@@ -45,6 +47,7 @@ _REMOVED = ("slow-collate", "repeated-transforms")
 _STEPS_S = 8.0  # of steps to record, and as much without the profiler
 _LOOK_MS = 3000.0  # of long steps, whose stacks one of them tells as well
 _TRIED_S = 3.0  # for a remedy beside what is there
+_FOLLOWED = 8  # steps: what happens in half of them is in one of these, 255 times of 256
 
 
 def diagnose(
@@ -59,11 +62,11 @@ def diagnose(
     Of savings that differ little the simpler remedy comes first; what saves memory alone is last.
     The step runs about ``3 * steps + 9`` times, a short one more often, one of many seconds only
     nine times, so it trains on. Where something points to waste, its remedy is tried for a few
-    seconds: on copies of the model and of what its optimizer updates, or on the step itself, which
-    then runs some dozens of times more, with and without the remedy. For remedies of a DataLoader
-    the batches of these steps come from loaders of the same samples that are made for the trial:
-    the program's own iterator stands still, and so do the random states. The DataLoader, the model
-    and the optimizer are found while they run.
+    seconds on copies of the model, and of what its optimizer updates. Where a remedy is compared
+    with the whole step, that runs some dozens of times more, and computes what it always does. For
+    remedies of a DataLoader the batches of these steps come from loaders of the same samples that
+    are made for the trial: the program's own iterator stands still, and so do the random states.
+    The DataLoader, the model and the optimizer are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
@@ -109,7 +112,7 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         steps = min(steps, max(1, int(_STEPS_S / step_s)))
         left = 2 - calls  # of what warms up
         report = record_steps(step, steps, left, on_record=seen.begin_anew, progress=progress)
-    repeats = seen.repeats.found()
+    repeats = confirmed(train_step, seen.repeats.found())
     # a step that makes an iterator takes far longer, and comes as often as it comes
     average = statistics.fmean if seen.starts else statistics.median
     step_ms = average(report.plain_ms)
@@ -148,7 +151,30 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     )
     if not _may_loop(facts):
         return facts
-    return dataclasses.replace(facts, flow=follow(train_step))
+    followed = min(_FOLLOWED, max(2, int(_STEPS_S / step_s)))
+    return dataclasses.replace(facts, flow=_follow(train_step, followed))
+
+
+def _follow(train_step: Callable[[], Any], steps: int) -> Dataflow:
+    """Follow a step; more of them where a cell's inputs might need its outputs in some, by chance.
+
+    A decoder that is given the true words for half of the batches is such a program.
+    """
+    flow = follow(train_step)
+    known, needing = {id(call.cell) for call in flow.cells}, _needing(flow)
+    while known - needing and steps > 1:
+        needing |= _needing(follow(train_step))
+        steps -= 1
+    cells = (
+        dataclasses.replace(call, needs_cell=call.needs_cell or id(call.cell) in needing)
+        for call in flow.cells
+    )
+    return dataclasses.replace(flow, cells=tuple(cells))
+
+
+def _needing(flow: Dataflow) -> set[int]:
+    """Return the ids of the cells whose inputs need their outputs."""
+    return {id(call.cell) for call in flow.cells if call.needs_cell}
 
 
 def _may_loop(seen: Seen) -> bool:

@@ -33,6 +33,7 @@ from dlhelpers.profiling.dataflow import (
     longest,
     operators_at_once,
 )
+from dlhelpers.profiling.operands import extent, written_by
 from dlhelpers.profiling.program_lines import is_own
 from dlhelpers.profiling.sampling import Line
 from dlhelpers.profiling.watching import living
@@ -47,8 +48,9 @@ _MOST_NODES = 200_000
 def follow(step: Callable[[], Any]) -> Dataflow:
     """Run a step once and return its dataflow.
 
-    Of a step that cannot be followed, because it has more than 200,000 operators or a tensor
-    without a storage, nothing is taken to be possible at once.
+    Of a step that cannot be followed, because it has more than 200,000 operators or tensors of an
+    unusual kind, as sparse and nested ones, nothing is taken to be possible at once. Nothing is
+    raised but what the step raises.
     """
     graph = _Graph()
     with graph.watching():
@@ -80,7 +82,7 @@ class _Graph(TorchDispatchMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         for tensor in living(Tensor):
-            with suppress(NotImplementedError, RuntimeError, ReferenceError):
+            with suppress(Exception):  # some have no storage, or ask other objects
                 tensor.untyped_storage()
                 self._know(tensor)
         call, give, me = nn.Module.__call__, _BaseDataLoaderIter.__next__, self
@@ -92,8 +94,9 @@ class _Graph(TorchDispatchMode):
             me._aside, me._loading = me._aside + 1, me._loading + 1
             try:
                 batch = give(loader)
-                for tensor in tensors_in(batch):
-                    me._know(tensor)
+                with me._noting():
+                    for tensor in tensors_in(batch):
+                        me._know(tensor)
                 return batch
             finally:
                 me._aside, me._loading = me._aside - 1, me._loading - 1
@@ -105,11 +108,8 @@ class _Graph(TorchDispatchMode):
             me._aside -= 1
 
         with ExitStack() as stack:
-            for register, note in (
-                (register_optimizer_step_pre_hook, enter),
-                (register_optimizer_step_post_hook, leave),
-            ):
-                stack.callback(register(note).remove)
+            stack.callback(register_optimizer_step_pre_hook(enter).remove)
+            stack.callback(register_optimizer_step_post_hook(leave).remove)
             for owner, name, new in (
                 (nn.Module, "__call__", called),
                 (_BaseDataLoaderIter, "__next__", given),
@@ -122,16 +122,43 @@ class _Graph(TorchDispatchMode):
 
     def _reading(self, read: Callable[..., Any]) -> Callable[..., Any]:
         def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._note_read(tensor, ())
+            with self._noting():
+                self._note_read(tensor, ())
             return read(tensor, *args, **kwargs)
 
         return noted
 
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keep what cannot be noted, as of tensors of an unusual kind, away from the step."""
+        try:
+            yield
+        except Exception:
+            self.lost = True
+
     def _called(self, call: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        number = None
+        with self._noting():
+            number = self._begin_call(module, args, kwargs)
+        if number is None:
+            return call(module, *args, **kwargs)
+        self._open.append(number)
+        try:
+            output = call(module, *args, **kwargs)
+        finally:
+            self._open.pop()
+        if isinstance(module, nn.RNNCellBase):
+            with self._noting():
+                self._last_state[id(module)] = tuple(id(t) for t in tensors_in(output))
+                self._kept.append(output)  # no other object gets its id
+        return output
+
+    def _begin_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | None:
+        """Note a call and return its number; None for a part of another one."""
         is_cell = isinstance(module, nn.RNNCellBase)
         is_model = is_cell or next(module.parameters(), None) is not None
-        if not is_model or (self._open and not is_cell):
-            return call(module, *args, **kwargs)
+        if self.lost or not is_model or (self._open and not is_cell):
+            return None
         if isinstance(module, nn.modules.batchnorm._NormBase) or not self._open:
             for part in module.modules():
                 if isinstance(part, nn.modules.batchnorm._NormBase):
@@ -140,15 +167,7 @@ class _Graph(TorchDispatchMode):
         self.calls.append(((id(module), module.training), line))
         if is_cell:
             self._note_cell(number, module, args, kwargs, line)
-        self._open.append(number)
-        try:
-            output = call(module, *args, **kwargs)
-        finally:
-            self._open.pop()
-        if is_cell:
-            self._last_state[id(module)] = tuple(id(t) for t in tensors_in(output))
-            self._kept.append(output)  # no other object gets its id
-        return output
+        return number
 
     def _note_cell(
         self, number: int, cell: nn.RNNCellBase, args: tuple, kwargs: dict[str, Any], line: Line
@@ -169,10 +188,21 @@ class _Graph(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, note = kwargs or {}, None
+        with self._noting():
+            if not self.lost:
+                note = self._note_inputs(func, args, kwargs)
+        result = func(*args, **kwargs)
+        with self._noting():
+            if note is not None:
+                self._note_result(result, *note)
+        return result
+
+    def _note_inputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple:
+        """Note what an operator is given; return what its result is noted with."""
         name = func._schema.name.rpartition("::")[2]
         inputs = list(tensors_in((args, kwargs)))
-        written = [] if _is_plain(name) else _written(func, args, kwargs)
+        written = [] if _is_plain(name) else written_by(func, args, kwargs)
         overwrites = name in ("copy_", "fill_", "zero_") and bool(args)
         read = [t for t in inputs if t is not args[0]] if overwrites else inputs
         for tensor in inputs:
@@ -184,7 +214,18 @@ class _Graph(TorchDispatchMode):
                 needs |= self._makers(tensor)
         by_number = self._read is not None and self._is_given_number(func, args, kwargs)
         keys = {self._know(tensor) for tensor in inputs}
-        result = func(*args, **kwargs)
+        return name, inputs, written, needs, by_number, keys
+
+    def _note_result(
+        self,
+        result: Any,
+        name: str,
+        inputs: list[Tensor],
+        written: list[Tensor],
+        needs: set[int],
+        by_number: bool,
+        keys: set[int | None],
+    ) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         made = [t for t in tensors_in(result) if self._key(t) not in keys]
         number = len(self.nodes)
@@ -205,10 +246,9 @@ class _Graph(TorchDispatchMode):
         if isinstance(result, bool | int | float):  # inference mode has item() as it is
             for tensor in inputs:
                 self._note_read(tensor, (result,))
-        return result
 
     def _note_read(self, tensor: Tensor, numbers: tuple[Any, ...]) -> None:
-        needs = self._makers(tensor)
+        needs = set() if self.lost else self._makers(tensor)
         if not needs or self._loading or torch._C._current_graph_task_id() != -1:
             return  # a label of the data set: no operator made it
         self.nodes.append(Node("read", needs, False, tuple(self._open)))
@@ -260,7 +300,7 @@ class _Graph(TorchDispatchMode):
 
     def _makers(self, tensor: Tensor) -> set[int]:
         """Return the nodes that wrote the bytes that a tensor shows."""
-        low, high = _extent(tensor)
+        low, high = extent(tensor)
         written = self._writes.get(self._key(tensor) or 0, ())
         return {n for first, last, who in written if first < high and low < last for n in who}
 
@@ -270,7 +310,7 @@ class _Graph(TorchDispatchMode):
         key = self._know(tensor)
         if key is None:
             return
-        low, high = _extent(tensor)
+        low, high = extent(tensor)
         left = list(self._writes.get(key, ()))
         if tensor.is_contiguous():  # nothing of what it covers is left
             left = [w for w in left if not (low <= w[0] and w[1] <= high)]
@@ -321,25 +361,6 @@ def _is_plain(name: str) -> bool:
     return name in ("detach", "detach_", "alias", "empty", "empty_like", "empty_strided") or (
         name.startswith("lift")
     )
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operator writes to, by its schema."""
-    found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
-            found += list(tensors_in(value))
-    return found
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Return the first byte of the storage that a tensor shows, and the one after the last."""
-    if not tensor.numel():
-        return 0, 0
-    last = sum((n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    size, first = tensor.element_size(), tensor.storage_offset()
-    return first * size, (first + last + 1) * size
 
 
 def _own_line() -> Line:

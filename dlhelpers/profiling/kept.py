@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import CellType, FrameType, FunctionType, GeneratorType, ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,10 @@ from dlhelpers.profiling.watching import count_nodes, living_tensors
 __all__ = ["Kept", "what_is_kept"]
 
 _LOOKED_AT = 3  # new tensors, whose holders are looked for
-_LEVELS = 3  # of containers in containers
+_LEVELS = 4  # of containers and objects in containers: tensor, __dict__, object, tuple, deque
+_FOLLOWED = 8  # holders of one level
+# what refers to a tensor and keeps it no longer than a call, or for another reason
+_PASSED_BY = (FrameType, GeneratorType, ModuleType, FunctionType, CellType, type, weakref.ref)
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def what_is_kept(step: Callable[[], Any], steps: int) -> Kept:
             del alive
     told, is_bounded = "", False
     if steps > 1 and all(b > a for a, b in itertools.pairwise(nbytes)):
-        kept = [tensor for note in new if (tensor := note()) is not None]
-        for tensor in kept[:_LOOKED_AT]:
-            where, bounded = _holder(tensor, kept)
+        kept = (tensor for note in new if (tensor := note()) is not None)
+        for tensor in itertools.islice(kept, _LOOKED_AT):
+            where, bounded = _holder(tensor)
             told, is_bounded = told or where, is_bounded or bounded
     return Kept(tuple(nodes), tuple(nbytes), told, is_bounded)
 
@@ -82,25 +86,22 @@ def _own_bytes(tensor: Tensor) -> int:
         return 0
 
 
-def _holder(tensor: Tensor, known: list[Tensor]) -> tuple[str, bool]:
+def _holder(tensor: Tensor) -> tuple[str, bool]:
     """Return what is kept and in what, in words, and whether that has a limit."""
     shape, dtype = "x".join(map(str, tensor.shape)) or "scalar", str(tensor.dtype)[6:]
-    told, things, mine = "", [tensor], [tensor, known]
+    what, told, things = f"a tensor {shape} of {dtype}", "", [tensor]
+    mine = {id(things)}  # lists of this search hold what they found, too
     for _ in range(_LEVELS):
         found = gc.get_referrers(*things)
-        mine += [things, found]
-        holders = [
-            thing
-            for thing in found
-            if isinstance(thing, list | tuple | dict | set | deque)
-            and not any(thing is own for own in mine)
-        ]
-        if any(isinstance(thing, deque) and thing.maxlen is not None for thing in holders):
+        mine.add(id(found))
+        things = [t for t in found if id(t) not in mine and not isinstance(t, _PASSED_BY)]
+        mine.add(id(things))
+        if any(isinstance(thing, deque) and thing.maxlen is not None for thing in things):
             return told, True
-        for thing in holders:
+        for thing in things:
             if not told and isinstance(thing, list | deque | dict) and len(thing) > 1:
-                told = f"a tensor {shape} of {dtype} in a {type(thing).__name__} of {len(thing)}"
-        if not holders:
+                told = f"{what} in a {type(thing).__name__} of {len(thing)}"
+        del things[_FOLLOWED:]
+        if not things:
             break
-        things = holders[:8]
-    return told or f"a tensor {shape} of {dtype}", False
+    return told or what, False

@@ -132,7 +132,8 @@ class LoaderTrials:
             except TwinError:
                 self.failed = after.get("workers", 0)
                 return None
-            except Exception:  # of the program's own, or it came to its end
+            except Exception as error:  # of the program's own, or it came to its end
+                seen.note_failure("another DataLoader under the step", error)
                 return None
 
     def _restart_ms(self) -> float:

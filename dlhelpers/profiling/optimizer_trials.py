@@ -1,7 +1,8 @@
 """What would the step take if its optimizers updated all tensors at once?
 
-Optimizers of the same kind stand in for the program's, on copies of its parameters with gradients
-that stay: one that is as the program's, and one that is fused, or goes over lists of tensors.
+After the program's own step, which is left as it is, optimizers of the same kind make a step more,
+on copies of its parameters with gradients that stay: one that is as the program's, or one that is
+fused, or goes over lists of tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class ByTensor:
 
 
 def optimizers_raced(seen: Seen) -> Iterator[tuple[str, Trial, Trial, ByTensor]]:
-    """Give (option, the step as it is, the step with that option, what it is about).
+    """Give (option, the step and an update more, the same with that option, what it is about).
 
     Nothing where an optimizer has such updates already, is none of torch's, or where its
     parameters, gradients or options have no such updates.
@@ -54,13 +55,13 @@ def optimizers_raced(seen: Seen) -> Iterator[tuple[str, Trial, Trial, ByTensor]]
             continue
         try:
             copies = {id(p): _copy_of(p) for p in held}
-            plain = [(o, _twin(o, ids, copies)) for o, ids in found]
-            other = [(o, _twin(o, ids, copies, option)) for o, ids in found]
-            for _, twin in (*plain, *other):
+            plain = [_twin(o, ids, copies) for o, ids in found]
+            other = [_twin(o, ids, copies, option) for o, ids in found]
+            for twin in (*plain, *other):
                 twin.step()  # makes its state, and refuses what it cannot do
         except Exception:
             continue
-        yield option, _stepping(seen.step, plain), _stepping(seen.step, other), told
+        yield option, _with(seen.step, plain), _with(seen.step, other), told
 
 
 def _goes_by_tensor(optimizer: torch.optim.Optimizer, ids: frozenset[int]) -> bool:
@@ -104,20 +105,12 @@ def _twin(
     return type(optimizer)(groups, **dict.fromkeys(options, True))
 
 
-def _stepping(step: Any, twins: list[tuple[Any, Any]]) -> Trial:
-    """Return the step in which the twins' updates take the place of the program's."""
+def _with(step: Any, twins: list[torch.optim.Optimizer]) -> Trial:
+    """Return the step with the twins' updates after it."""
 
-    def run() -> Any:
-        before = [(own, vars(own).get("step")) for own, _ in twins]
-        for own, twin in twins:
-            own.step = twin.step
-        try:
-            return step()
-        finally:
-            for own, method in before:
-                if method is None:
-                    del own.step
-                else:
-                    own.step = method
+    def run() -> None:
+        step()
+        for twin in twins:
+            twin.step()
 
     return run

@@ -1,13 +1,16 @@
-"""Which calls of a model repeat another one of the same step, with no use for their gradient?
+"""Which calls of a model seem to repeat another one of the same step, with no use for a gradient?
 
-A second forward for the accuracy is the usual one. Two calls are alike if they get the same tensors
-and nothing but an optimizer has changed the parameters in between. Of the calls that are alike
-exactly one may have a gradient flow back through it; the others are those that repeat it.
+A second forward for the accuracy is the usual one. Two calls are alike if they get the same
+tensors. Of the calls that are alike exactly one may have a gradient flow back through it; the
+others are those that repeat it. Whether they compute the same as well is looked at in
+:mod:`~dlhelpers.profiling.step_trials`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +24,6 @@ __all__ = ["Repeat", "Repeats", "detached", "is_in_backward"]
 
 _LOOK_BACK = 4  # calls whose inputs are kept to be compared with
 _COMPARED = 2**22  # values of two tensors, at most
-_VALUES = 8  # of a parameter, to see whether it was changed
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,20 @@ class Repeat:
 
     Attributes:
         module: the model.
-        numbers: which of its calls in a step, from 0.
-        training, repeat_training: its mode in the call that has a gradient, and in the others.
+        pairs: number of a call that repeats, from 0 in each step -> of the one that is trained on.
+        training: the mode of the calls that repeat.
+        makes_graph: whether their outputs hang on a graph.
         after_update: whether an optimizer made a step in between.
         args, kwargs: of the calls, detached.
-        output: of the last repeat, detached.
     """
 
     module: nn.Module
-    numbers: frozenset[int]
+    pairs: dict[int, int]
     training: bool
-    repeat_training: bool
+    makes_graph: bool
     after_update: bool
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
 
 
 @dataclass(eq=False)
@@ -54,9 +55,8 @@ class _Call:
     training: bool
     inputs: tuple[tuple, dict[str, Any]] | None
     versions: tuple[int, ...]
-    output: Any
     updates: int
-    values: list[float] | None
+    hooks: list[Any] = field(default_factory=list)
     has_gradient: bool = False
     first: _Call | None = None  # the call that it is like
 
@@ -66,7 +66,6 @@ class Repeats:
 
     def __init__(self) -> None:
         self._found: list[dict[int, Repeat]] = []  # of each step, by id of the module
-        self._suspects: set[int] = set()  # whose parameters are looked at
         self._begin()
 
     def _begin(self) -> None:
@@ -91,28 +90,16 @@ class Repeats:
                 self._note(module, args, kwargs, output)
 
     def _note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        inputs = args, kwargs
-        call = _Call(
-            module,
-            self._counts[id(module)],
-            module.training,
-            inputs,
-            _versions(inputs),
-            None,
-            self._updates,
-            _values(module) if id(module) in self._suspects else None,
-        )
+        inputs, number = (args, kwargs), self._counts[id(module)]
+        call = _Call(module, number, module.training, inputs, _versions(inputs), self._updates)
         self._counts[id(module)] += 1
         for tensor in tensors_in(output):
             if tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(_Flag(call))
+                call.hooks.append(tensor.register_hook(_Flag(call)))
         for other in self._latest:
             if other.module is module and _alike(other, call):
                 call.first = other.first or other
-                self._suspects.add(id(module))
                 break
-        if id(module) in self._suspects:
-            call.output = detached(output)
         if len(self._latest) == _LOOK_BACK:
             self._latest[0].inputs = None
         self._latest.append(call)
@@ -121,10 +108,6 @@ class Repeats:
     def note_update(self) -> None:
         """Note that an optimizer has changed parameters."""
         self._updates += 1
-        for call in self._latest:
-            if call.values is not None:
-                with suppress(Exception):
-                    call.values = _values(call.module)
 
     def _end_step(self) -> None:
         found: dict[int, Repeat] = {}
@@ -137,20 +120,23 @@ class Repeats:
             if len(used) != 1 or not others:
                 continue
             last, key = others[-1], id(others[-1].module)
-            known = found[key].numbers if key in found else frozenset()
+            known = found[key].pairs if key in found else {}
             args, kwargs = detached(last.inputs or ((), {}))
             found[key] = Repeat(
                 last.module,
-                known | {call.number for call in others},
-                used[0].training,
+                known | {call.number: used[0].number for call in others},
                 last.training,
+                bool(last.hooks),
                 any(call.updates != used[0].updates for call in others),
                 args,
                 kwargs,
-                last.output,
             )
         if self._calls:
             self._found.append(found)
+        for call in self._calls:  # an output that the program keeps holds nothing of it
+            call.inputs = None
+            for hook in call.hooks:
+                hook.remove()
         self._begin()
 
     def found(self) -> tuple[Repeat, ...]:
@@ -162,7 +148,7 @@ class Repeats:
         return tuple(
             repeat
             for key, repeat in last.items()
-            if all(key in step and step[key].numbers == repeat.numbers for step in self._found)
+            if all(key in step and step[key].pairs == repeat.pairs for step in self._found)
         )
 
 
@@ -196,16 +182,17 @@ def detached(value: Any) -> Any:
 def _alike(one: _Call, other: _Call) -> bool:
     if one.inputs is None or _versions(one.inputs) != one.versions:  # written to since
         return False
-    if one.values is not None and other.values is not None and one.values != other.values:
-        return False
     return bool(other.versions) and _same(one.inputs, other.inputs)
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two inputs are the same tensors, share their memory, or hold the same values."""
-    if one is other:
-        return True
+    """Whether two inputs are the same tensors, share their memory, or hold the same values.
+
+    An object of another kind, as a cache, may have changed unseen, and counts as another one.
+    """
     if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one is other:
+            return True
         if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
             return False
         if type(one) is not Tensor or one.layout is not torch.strided or one.is_meta:
@@ -215,19 +202,16 @@ def _same(one: Any, other: Any) -> bool:
         return one.numel() <= _COMPARED and torch.equal(one, other)
     if type(one) is not type(other):
         return False
-    if isinstance(one, dict):
+    if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(_same, one, other))
+    if dataclasses.is_dataclass(one) and not isinstance(one, type):
+        names = [field.name for field in dataclasses.fields(one)]
+        return all(_same(getattr(one, name), getattr(other, name)) for name in names)
     return isinstance(one, bool | int | float | str | type(None)) and one == other
 
 
 def _versions(inputs: Any) -> tuple[int, ...]:
     """Return how often each tensor was written to; one made in inference mode cannot tell."""
     return tuple(-1 if t.is_inference() else t._version for t in tensors_in(list(inputs)))
-
-
-def _values(module: nn.Module) -> list[float]:
-    """Return a few values of the last parameter, which a swap of weights would change."""
-    *_, last = module.parameters()
-    return last.detach().flatten()[:_VALUES].tolist()

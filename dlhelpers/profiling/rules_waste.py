@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from dlhelpers.profiling.optimizer_trials import optimizers_raced
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup, Trial
-from dlhelpers.profiling.step_trials import answered, computes_the_same, without_anomaly
+from dlhelpers.profiling.step_trials import without_anomaly
 from dlhelpers.profiling.trials import is_double, trial
+from dlhelpers.profiling.watching import ModelCalls
 from dlhelpers.tables import duration
 
 __all__ = ["anomaly_detection", "double_precision", "kept_tensors", "optimizers", "repeated_calls"]
@@ -19,8 +21,11 @@ def anomaly_detection(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator
     """Find autograd's anomaly detection left on."""
     if not seen.anomaly:
         return
-    factor = _gain(speedup, seen.step, without_anomaly(seen.step))
-    saves, remedy = seen.step_ms * (1 - 1 / factor), "torch.autograd.set_detect_anomaly(False)"
+    remedy = "torch.autograd.set_detect_anomaly(False)"
+    factor = _gain(seen, remedy, speedup, seen.step, without_anomaly(seen.step))
+    if factor is None:
+        return
+    saves = seen.step_ms * (1 - 1 / factor)
     if saves < least_ms:
         seen.tried.append(remedy)
         return
@@ -49,10 +54,14 @@ def double_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[
     if not pairs:
         return
     factor = _gain(
+        seen,
+        "model.float()",
         speedup,
         lambda: [before() for before, _ in pairs],
         lambda: [after() for _, after in pairs],
     )
+    if factor is None:
+        return
     saves = seen.model_ms * (1 - 1 / factor)
     if saves < least_ms:
         seen.tried.append("model.float()")
@@ -76,17 +85,19 @@ def optimizers(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
     if seen.ms("optimizer") < least_ms:
         return
     for option, before, after, told in optimizers_raced(seen):
-        factor = _gain(speedup, before, after)
-        saves, remedy = seen.step_ms * (1 - 1 / factor), f"{told.name}(..., {option}=True)"
+        remedy = f"{told.name}(..., {option}=True)"
+        factor = _gain(seen, remedy, speedup, before, after)
+        if factor is None:
+            continue
+        saves = seen.step_ms * (factor - 1)  # at least: an update more is in both
         if saves < least_ms:
             seen.tried.append(remedy)
             continue
         yield seen.finding(
             "optimizer-by-tensor",
-            saves_ms=saves,
-            what=f"{told.name} updates {told.tensors} tensors one by one, and takes "
-            f"{seen.shares['optimizer']:.0%} of a step; with {option}=True a step takes "
-            f"{duration(seen.step_ms / factor / 1e3)}, tried here on copies",
+            saves_ms=min(saves, seen.ms("optimizer")),
+            what=f"{told.name} updates {told.tensors} tensors one by one; such an update after "
+            f"the step takes {duration(saves / 1e3)} less with {option}=True, tried here on copies",
             why="several short operators for each tensor: calling them takes longer than they do",
             remedy=remedy,
             notebook="04_memory",
@@ -95,27 +106,42 @@ def optimizers(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
 
 
 def repeated_calls(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
-    """Find a second forward on the same input, as for the accuracy."""
+    """Find a second forward on the same input, as for the accuracy; a copy shows what it takes."""
+    step, remedy = seen.step, "one forward for the loss and for what is reported"
     for repeat in seen.repeats:
-        if not computes_the_same(repeat):
+        calls = ModelCalls(repeat.module, repeat.training, args=repeat.args, kwargs=repeat.kwargs)
+        again, times = trial(calls, grad=repeat.makes_graph), len(repeat.pairs)
+        if step is None or again is None:
             continue
-        factor = _gain(speedup, seen.step, answered(seen.step, repeat))
-        saves = seen.step_ms * (1 - 1 / factor)
+
+        def with_more(again: Any = again, times: int = times) -> None:
+            step()
+            for _ in range(times):
+                again()
+
+        factor = _gain(seen, remedy, speedup, with_more, step)
+        if factor is None:
+            continue
+        # the call that is trained on takes as long, and stays
+        saves = seen.step_ms * min(factor - 1, times / (times + 1))
         if saves < least_ms:
-            seen.tried.append("one forward for the loss and for what is reported")
+            seen.tried.append(remedy)
             continue
-        times = len(repeat.numbers)
         updated = " after an update of the weights" * repeat.after_update
+        more = "one more such call on a copy makes"
+        if times > 1:
+            more = f"{times} more such calls on a copy make"
         yield seen.finding(
             "repeated-forward",
             saves_ms=saves,
+            at_most=True,
             what=f"{type(repeat.module).__name__} is called on an input that it was given before "
             f"in the same step{updated}, {times} time{'s' * (times != 1)} a step, and no gradient "
-            f"flows back; without it a step takes {duration(seen.step_ms / factor / 1e3)}, "
-            "tried here",
+            f"flows back; {more} a step {factor:.2f} times as long",
             why="the outputs of the call that is trained on are there already"
             + ("; they are those before the update" if repeat.after_update else ""),
-            remedy="outputs = model(x); the loss from outputs, the accuracy from outputs.detach()",
+            remedy="outputs = model(x); the loss from outputs, what else is needed from "
+            "outputs.detach()",
             notebook="08_profiling",
         )
 
@@ -125,22 +151,26 @@ def kept_tensors(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
     if seen.kept_nodes or seen.kept_tensor_bytes < _KEPT_BYTES:
         return
     what = f", as {seen.kept_where}" if seen.kept_where else ""
+    steps = len(seen.tensors) - 1
     yield seen.finding(
         "tensors-kept",
         saves_bytes=seen.kept_tensor_bytes,
         besides="memory that does not grow",
-        what=f"each step leaves {seen.kept_tensor_bytes:,} bytes of tensors in memory{what}",
-        why="detached tensors hold their memory as well, which grows with every step unless the "
-        "program drops them, as a buffer with a limit does",
-        remedy="keep a number in place of the tensor, as in values.append(output.mean().item()); "
-        "or collections.deque(maxlen=...), or remove the hook",
+        what=f"each of {steps} step{'s' * (steps != 1)} left {seen.kept_tensor_bytes:,} bytes or "
+        f"more of tensors in memory{what}",
+        why="detached tensors hold their memory as well; that is as it should be where the growth "
+        "ends with the epoch or at a limit, as that of an epoch's predictions, a cache or a replay "
+        "memory does",
+        remedy="where it does not end: keep a number in place of the tensor, as in "
+        "values.append(output.mean().item()); or collections.deque(maxlen=...), or remove the hook",
         notebook="04_memory",
     )
 
 
-def _gain(speedup: Speedup, before: Trial, after: Trial) -> float:
-    """Return how many times as fast a remedy is; 1 where the program does not run with it."""
+def _gain(seen: Seen, remedy: str, speedup: Speedup, before: Trial, after: Trial) -> float | None:
+    """Return how many times as fast ``after`` is; None, and a note, where it raises."""
     try:
         return max(1.0, speedup(before, after))
-    except Exception:  # of the program's, or its loader ended
-        return 1.0
+    except Exception as error:  # of the program's, or its loader ended
+        seen.note_failure(remedy, error)
+        return None

@@ -207,6 +207,11 @@ class Seen:
         )
         return max(0, nets[len(nets) // 2])
 
+    def note_failure(self, remedy: str, error: Exception) -> None:
+        """Note that the program raised while a remedy was tried."""
+        why = f"{type(error).__name__}: {error}".removesuffix(": ")
+        self.tried.append(f"{remedy} ({why})")
+
     def finding(
         self, name: str, *, saves_ms: float = 0.0, severity: str = "suspicion", **told: object
     ) -> Bottleneck:

@@ -16,7 +16,15 @@ from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["calls_gain", "folding_gain", "graph_bytes", "is_double", "rows_to_try", "trial"]
+__all__ = [
+    "calls_gain",
+    "folding_gain",
+    "graph_bytes",
+    "is_double",
+    "rows_to_try",
+    "trial",
+    "without_hooks",
+]
 
 _FAST_S = 0.005  # a call of which dozens are settled in a trial's time
 _PARTS = 32  # additions that are tried as one
@@ -45,7 +53,7 @@ def trial(
         return value.expand(rows, *value.shape[1:]).contiguous()
 
     try:
-        model = _without_hooks(copy.deepcopy(calls.module)).train(calls.training)
+        model = without_hooks(copy.deepcopy(calls.module)).train(calls.training)
         args = tuple(map(grown, calls.args))
         kwargs = {name: grown(value) for name, value in calls.kwargs.items()}
         if dtype is not None:
@@ -102,7 +110,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _without_hooks(model: nn.Module) -> nn.Module:
+def without_hooks(model: nn.Module) -> nn.Module:
     """Take the program's own hooks off a copy: what is tried is not theirs to see."""
     for module in model.modules():
         for kind in ("forward", "forward_pre", "backward", "backward_pre"):
@@ -126,7 +134,7 @@ def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
     if calls.kwargs or not any(isinstance(m, kinds) for m in calls.module.modules()):
         return None
     try:
-        model = _without_hooks(copy.deepcopy(calls.module))
+        model = without_hooks(copy.deepcopy(calls.module))
         fused, report = fuse_conv_bn(model, calls.args)
     except Exception:
         return None

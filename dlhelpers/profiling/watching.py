@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -237,7 +237,7 @@ def _models_noted(seen: Watch) -> Iterator[None]:
         nonlocal inside
         if inside or threading.get_ident() != me or torch.compiler.is_compiling():
             return call(module, *args, **kwargs)
-        if next(module.parameters(), None) is None:  # a loss, an activation: no model
+        if not _has_parameters(module):  # a loss, an activation: no model
             return call(module, *args, **kwargs)
         inside = True
         try:
@@ -245,7 +245,8 @@ def _models_noted(seen: Watch) -> Iterator[None]:
                 begin = perf_counter()
                 output = call(module, *args, **kwargs)
                 took = perf_counter() - begin
-                _note(seen, module, args, kwargs, output).seconds += took
+                with suppress(Exception):  # of tensors of an unusual kind, into the program
+                    _note(seen, module, args, kwargs, output).seconds += took
         finally:
             inside = False
         return output
@@ -262,20 +263,28 @@ def _optimizers_noted(seen: Watch) -> Iterator[None]:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     def noted(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        parameters = list(held)
-        seen.trained.update(map(id, parameters))
-        graded = [p for p in parameters if p.grad is not None]
-        dense = all(p.grad.layout is torch.strided for p in graded)
-        ids = frozenset(map(id, graded)) if dense else None
-        seen.optimizers[id(optimizer)] = optimizer, ids
         seen.repeats.note_update()
+        with suppress(Exception):  # of an optimizer of the program's own
+            held = (p for group in optimizer.param_groups for p in group["params"])
+            parameters = list(held)
+            seen.trained.update(map(id, parameters))
+            graded = [p for p in parameters if p.grad is not None]
+            dense = all(p.grad.layout is torch.strided for p in graded)
+            ids = frozenset(map(id, graded)) if dense else None
+            seen.optimizers[id(optimizer)] = optimizer, ids
 
     hook = register_optimizer_step_post_hook(noted)
     try:
         yield
     finally:
         hook.remove()
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    try:
+        return next(module.parameters(), None) is not None
+    except Exception:  # of a module that makes them otherwise
+        return False
 
 
 def _note(
