@@ -181,7 +181,24 @@ class TwoHeads(nn.Module):
         return F.log_softmax(self.gate(x).softmax(1) * self.fc(x), 1)
 
 
+PROTOTYPES = torch.randn(C, 6, generator=SEED)
+
+
+def distances() -> torch.Tensor:
+    """Squared distances [N, C], cut off at 0 where rounding makes them negative."""
+    e = scores(6)
+    products = e @ PROTOTYPES.T
+    return (e.pow(2).sum(1, keepdim=True) + PROTOTYPES.pow(2).sum(1) - 2 * products).clamp(min=0)
+
+
 HEALTHY = {
+    "prototypes": (-distances(), CE, LABELS),
+    "prototypes, a temperature": (-distances() / 0.5, CE, LABELS),
+    "prototypes, times -1": (distances() * -1, nn.CrossEntropyLoss(label_smoothing=0.1), LABELS),
+    "prototypes, relu": (-F.relu(scores()), CE, LABELS),
+    "prototypes, log_softmax": (F.log_softmax(-distances(), 1), NLL, LABELS),
+    "prototypes, KL": (F.log_softmax(-distances() / 4, 1), KL, SOFT),
+    "prototypes, own loss": (-distances(), lambda o, t: F.cross_entropy(o, t), LABELS),
     "logit clipping": (10 * torch.tanh(scores() / 10), CE, LABELS),
     "logit clipping, log_softmax": (F.log_softmax(10 * torch.tanh(scores()), 1), NLL, LABELS),
     "logit clipping, static": (
@@ -265,6 +282,20 @@ def test_scaling_up_is_a_suspicion_until_the_floor_is_negligible():
     assert severities == [["error"], ["suspicion"], []]
 
 
+def test_a_scaled_relu_is_a_suspicion_and_minus_a_relu_into_bce_an_error():
+    assert named(F.relu(scores()), CE, LABELS) == [("relu-into-cross-entropy", "error")]
+    assert named(F.relu(scores()) * 5, CE, LABELS) == [("relu-into-cross-entropy", "suspicion")]
+    outputs = F.log_softmax(F.relu(scores()) / 3, 1)
+    assert named(outputs, NLL, LABELS) == [(SOFTMAX, "suspicion")]
+    outputs = -F.relu(scores(K))  # no probability above 0.5
+    assert named(outputs, BCEL, BITS) == [("relu-into-bce-with-logits", "error")]
+
+
+def test_two_equal_floors_are_said_once():
+    what = pairing.check(scores(K).tanh().sigmoid(), BCE, BITS)[0].what
+    assert what.endswith("cannot fall below 0.313")
+
+
 def test_the_finding_names_both_activations_the_range_and_the_smallest_loss():
     found = pairing.check(scores().softmax(1).log_softmax(1), NLL, LABELS)[0]
     best = F.nll_loss(torch.eye(C).log_softmax(1), torch.arange(C)).item()
@@ -272,9 +303,10 @@ def test_the_finding_names_both_activations_the_range_and_the_smallest_loss():
     assert "[0, 1]" in found.what
     assert f"below {best:.3g}" in found.what
     assert "F.log_softmax(logits" in found.remedy
-    found = pairing.check(scores(K).tanh().sigmoid(), BCE, BITS)[0]
-    best = F.binary_cross_entropy(torch.tensor(-1.0).sigmoid(), torch.tensor(0.0)).item()
-    assert f"{best:.3g} for a target of 0" in found.what
+    found = pairing.check(scores(K).sigmoid().sigmoid(), BCE, BITS)[0]
+    for target in (0.0, 1.0):
+        best = F.binary_cross_entropy(torch.tensor(target).sigmoid(), torch.tensor(target)).item()
+        assert f"{best:.3g} for a target of {target:.0f}" in found.what
 
 
 def test_the_floors_are_what_a_search_finds():

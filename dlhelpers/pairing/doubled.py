@@ -90,9 +90,11 @@ def _class_scores(
     classes = call.prediction.shape[axis] if known else None
     low, high = span(inner, classes)
     width = high - low
-    if math.isinf(width):
-        side = "negative" if low == 0 else "positive"
-        return "error", f"no score can be {side}"
+    if math.isinf(width):  # differences alone count, so any probability is reached
+        if inner.scale < 0:  # minus a distance: the scores of a prototypical network
+            return None
+        plain = math.isclose(inner.scale, 1, rel_tol=1e-6)
+        return "error" if plain else "suspicion", "no score can be negative"
     if call.name == "kl_div" and _is_within(call, target, axis, width):
         return None
     scores = f"the scores lie in [{low:.3g}, {high:.3g}]"
@@ -122,9 +124,11 @@ def _logits(call: LossCall, inner: Head, target: Values) -> tuple[str, str] | No
     least, most = 1 - math.exp(-zero), math.exp(-one)
     if not target.is_empty and not target.distinct <= {0.0, 1.0} and target.within(least, most):
         return None
+    floors = f"{one:.3g} for a target of 1 and {zero:.3g} for a target of 0"
+    if f"{one:.3g}" == f"{zero:.3g}":
+        floors = f"{one:.3g}"
     limit = (
-        f"the probability lies in [{least:.3g}, {most:.3g}], so the loss cannot fall below "
-        f"{one:.3g} for a target of 1 and {zero:.3g} for a target of 0"
+        f"the probability lies in [{least:.3g}, {most:.3g}], so the loss cannot fall below {floors}"
     )
     severity = _severity(inner, max(zero, one) / math.log(2))
     if severity == "error" and inner.kind in ("softplus", "exp"):
