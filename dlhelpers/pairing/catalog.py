@@ -106,7 +106,7 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "The loss depends on the length of the embeddings: training can change lengths instead of "
         "angles, and a margin or temperature means something else at each length. If dot products "
         "or Euclidean distances are intended, this is right.",
-        "embeddings = F.normalize(embeddings, dim=1)  # before the loss",
+        "embeddings = F.normalize(embeddings, dim=1)  # before the loss, if angles are meant",
     ),
     "cosine-without-temperature": (
         "Cosines lie in [-1, 1]. Without a temperature the softmax over them stays nearly flat "
@@ -369,7 +369,7 @@ ENTRIES: dict[str, tuple[str, str]] = {
     ),
     "model-raised": (
         "The model could not be run on these inputs, so its output was not looked at.",
-        "outputs = model(inputs)  # mend this line, then pairing.check(outputs, loss, targets)",
+        "outputs = model(inputs)  # fix this line, then pairing.check(outputs, loss, targets)",
     ),
     "loss-raised": (
         "The loss itself raises on these outputs and targets.",

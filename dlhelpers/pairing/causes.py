@@ -73,8 +73,7 @@ def _missing(call: LossCall) -> Cause | None:
         return None
     packed = _NEEDED[call.name][1]
     return (
-        f"The loss also needs {' and '.join(names)}: a tuple holds all that follows the "
-        "prediction.",
+        f"The loss also needs {' and '.join(names)}: pass {packed} as targets.",
         f"pairing.check(outputs, loss, {packed})",
     )
 
@@ -91,7 +90,7 @@ def _label_smoothing(call: LossCall) -> Cause | None:
     amount = call.options.get("label_smoothing", 0.0)
     if isinstance(amount, (int, float)) and 0 <= amount <= 1:
         return None
-    why = f"label_smoothing is the share, from 0 to 1, that all classes divide, not {amount!r}."
+    why = f"label_smoothing is a number from 0 to 1, not {amount!r}: it is spread over all classes."
     return why, "loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)"
 
 
@@ -134,8 +133,8 @@ def _ignore_index(call: LossCall) -> Cause | None:
     if not (soft and isinstance(ignored, int) and ignored >= 0):
         return None
     return (
-        "ignore_index picks class indices; class probabilities (floating targets) have none, so "
-        "samples are dropped with a mask.",
+        "ignore_index is compared with class indices. Floating targets are class probabilities: "
+        "drop samples with a mask.",
         'loss = F.cross_entropy(logits, target, reduction="none")[keep].mean()',
     )
 

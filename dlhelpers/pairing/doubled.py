@@ -74,7 +74,9 @@ def scaled_hits(
 
 def named(head: Head) -> str:
     """Name an activation and the constant that its values are multiplied by."""
-    inner = "" if head.before is None else f" of {named(head.before)}"
+    inner = "" if head.before is None else named(head.before)
+    if inner:
+        inner = f" of {inner}" if head.before.scale == 1 else f" of ({inner})"
     if head.source.startswith(OF_VALUES):
         inner = f" (shown by {head.source})"
     return f"{head.kind}{inner}" + ("" if head.scale == 1 else f" times {head.scale:.3g}")

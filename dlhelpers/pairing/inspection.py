@@ -99,7 +99,7 @@ def _check(
     try:
         describe_call(loss, None, targets)
     except TypeError as error:  # more arguments than the loss takes
-        why = "A tuple holds all that follows the outputs; options belong to the loss itself."
+        why = "The tuple of targets is too long: options are given to the loss when it is made."
         remedy = "pairing.check(outputs, loss, targets)"
         yield Hit("loss-raised", "error", said(error), "rule", why=why, remedy=remedy)
         return

@@ -208,7 +208,8 @@ def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
         why = remedy = ""
         names = _names(loss)
         if isinstance(error, TypeError) and not where and names:
-            why = f"The loss takes ({', '.join(names)}): the outputs, then what a tuple holds."
+            rest = names[1] if len(names) == 2 else f"({', '.join(names[1:])})"
+            why = f"The loss takes ({', '.join(names)}): pass {rest} as targets."
             remedy = f"pairing.check(outputs, loss, ({', '.join(names[1:])}))"
         yield Hit("loss-raised", "error", said(error), "rule", where, why, remedy)
         return
