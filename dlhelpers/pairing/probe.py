@@ -2,15 +2,13 @@
 
 The forward pass runs with gradients enabled, in the model's own mode, on copies of the inputs,
 so that the graph shows the last activation; nothing is ever propagated backward and the graph is
-dropped. What Python code inside ``forward`` does (counters, lists, files) cannot be undone.
+dropped. Attributes and generators that ``forward`` changes are put back; files are not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import model_inputs
+
+from .untouched import same_numbers, untouched
 
 __all__ = ["as_tensor", "first_tensor", "restored", "run_model", "unwrap"]
 
@@ -83,20 +83,14 @@ def _arguments(inputs: object, *, track: bool) -> tuple[tuple, dict[str, Any]]:
 
 @contextlib.contextmanager
 def restored(*owners: object) -> Iterator[None]:
-    """Put back parameters, buffers, gradients and modes of modules, and all random states."""
+    """Put back parameters, buffers, gradients and modes of modules, and what else is reached."""
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
     saved = [_snapshot(module) for module in modules]
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)), untouched(*owners):
             yield
     finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
         for entry in saved:
             _restore(*entry)
 
@@ -126,18 +120,8 @@ def _restore(entries: list[tuple], copies: list[tuple[Tensor, Tensor]]) -> None:
         module.training = training
     with torch.no_grad():
         for tensor, kept in copies:
-            if not _same(tensor.data, kept):  # memory that is read-only must not be written to
+            if not same_numbers(tensor.data, kept):  # read-only memory is never written to
                 tensor.data.copy_(kept)
-
-
-def _same(tensor: Tensor, kept: Tensor) -> bool:
-    try:
-        if tensor.device.type == "meta" or torch.equal(tensor, kept):
-            return True
-        nan = tensor.isnan()
-        return torch.equal(nan, kept.isnan()) and torch.equal(tensor[~nan], kept[~nan])
-    except Exception:  # wrappers and layouts that compare nothing
-        return False
 
 
 def as_tensor(value: object) -> object:
