@@ -125,6 +125,23 @@ def test_tensors_and_generators_that_a_loss_reaches_are_put_back():
     assert state() == (0, 0)
 
 
+def test_a_network_inside_of_a_loss_keeps_buffers_modes_and_gradients():
+    critic = nn.Sequential(nn.BatchNorm1d(C), nn.Linear(C, 1))
+
+    def loss(outputs, targets):
+        critic.eval()
+        critic.train()[1].weight.grad = torch.ones(1, C)
+        return critic(outputs).mean()
+
+    critic.eval()
+    for own in (loss, [loss][0].__call__, lambda o, t: 2 * loss(o, t)):
+        pairing.check(Z, own, Y)
+        assert not any(module.training for module in critic.modules())
+        assert critic[0].num_batches_tracked == 0
+        assert critic[0].running_mean.abs().sum() == 0
+        assert critic[1].weight.grad is None
+
+
 def test_a_tensor_of_nan_or_of_no_numbers_in_a_closure_hurts_nothing():
     odd = [torch.full((2,), torch.nan), torch.zeros(2, device="meta"), torch.eye(2).to_sparse()]
 

@@ -163,7 +163,9 @@ def _check(
     else:
         inside = call_own(loss, ((outputs, targets), (tensor, numbers)))
         notes += inside.notes
-        yield from _look_inside(loss, inside, head, scope)
+        with restored(loss):  # its call is played again, which may write into its buffers
+            hits = list(_look_inside(loss, inside, head, scope))
+        yield from hits
 
 
 def _guessed_axes(model: object) -> Iterator[Hit]:

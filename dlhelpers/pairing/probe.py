@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import model_inputs
+from dlhelpers.memory.replaying import objects_in
 
 from .untouched import same_numbers, untouched
 
@@ -84,21 +85,24 @@ def _arguments(inputs: object, *, track: bool) -> tuple[tuple, dict[str, Any]]:
 @contextlib.contextmanager
 def restored(*owners: object) -> Iterator[None]:
     """Put back parameters, buffers, gradients and modes of modules, and what else is reached."""
-    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-    saved = [_snapshot(module) for module in modules]
+    found = [owner for owner in objects_in(owners) if isinstance(owner, nn.Module)]
+    modules = dict.fromkeys(module for root in found for module in root.modules())
+    entries, copies = _snapshot(modules)
+    apart = {id(tensor) for tensor, _ in copies}
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=list(devices)), untouched(*owners):
+        with torch.random.fork_rng(devices=list(devices)), untouched(*owners, apart=apart):
             yield
     finally:
-        for entry in saved:
-            _restore(*entry)
+        _restore(entries, copies)
 
 
-def _snapshot(root: nn.Module) -> tuple[list[tuple], list[tuple[Tensor, Tensor]]]:
+def _snapshot(
+    modules: Iterable[nn.Module],
+) -> tuple[list[tuple], list[tuple[Tensor, Tensor]]]:
     """Keep each module's own tables and mode, and a copy of every tensor in them."""
     entries, copies = [], {}
-    for module in root.modules():
+    for module in modules:
         parameters, buffers = dict(module._parameters), dict(module._buffers)
         tensors = [t for t in (*parameters.values(), *buffers.values()) if t is not None]
         for tensor in tensors:

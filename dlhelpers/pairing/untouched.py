@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
@@ -28,8 +28,12 @@ _MISSING = object()
 
 
 @contextlib.contextmanager
-def untouched(*roots: Any) -> Iterator[None]:
+def untouched(*roots: Any, apart: Collection[int] = ()) -> Iterator[None]:
     """Put back, after the block, what a call of these objects may have changed.
+
+    Args:
+        roots: models, losses, functions.
+        apart: the ``id`` of each tensor of which somebody else keeps a copy.
 
     >>> center = torch.zeros(2)
     >>> with untouched(lambda: center.add_(1)):
@@ -42,7 +46,8 @@ def untouched(*roots: Any) -> Iterator[None]:
     for value in objects_in(roots):
         with contextlib.suppress(Exception):  # objects of any kind
             undo.extend(_undo_of(value, tensors))
-    undo.extend(_undo_of_numbers(list(tensors.values())))
+    numbers = [tensor for key, tensor in tensors.items() if key not in apart]
+    undo.extend(_undo_of_numbers(numbers))
     with State(roots).restored():
         try:
             yield
