@@ -2,6 +2,7 @@
 """Pairing, one layer further: an activation in front of the last one, in check and in guard."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -181,6 +182,53 @@ class TwoHeads(nn.Module):
         return F.log_softmax(self.gate(x).softmax(1) * self.fc(x), 1)
 
 
+MEANS = {  # a step between the two activations
+    "eps": (F.log_softmax(scores().softmax(1) + 1e-8, 1), NLL, LABELS, SOFTMAX),
+    "minus": (F.log_softmax(scores().softmax(1) - 0.5, 1), NLL, LABELS, SOFTMAX),
+    "KL": (F.log_softmax(scores().softmax(1) + 1e-8, 1), KL, ONE_HOT, SOFTMAX),
+    "two": (
+        F.log_softmax((scores().softmax(1) + scores().softmax(1)) / 2, 1),
+        NLL,
+        LABELS,
+        SOFTMAX,
+    ),
+    "mean": (
+        torch.stack([scores().softmax(1) for _ in range(3)]).mean(0).log_softmax(1),
+        NLL,
+        LABELS,
+        SOFTMAX,
+    ),
+    "tanh to 0 and 1": (((scores(K).tanh() + 1) / 2).sigmoid(), BCE, BITS, SIGMOID),
+    "sigmoid to -1 and 1": ((2 * scores(K).sigmoid() - 1).sigmoid(), BCE, BITS, SIGMOID),
+    "own": (
+        scores(),
+        lambda o, t: F.nll_loss(F.log_softmax(o.softmax(1) + 1e-8, 1), t),
+        LABELS,
+        SOFTMAX,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEANS.values(), ids=MEANS)
+def test_a_mean_or_a_constant_between_two_activations_hides_nothing(case):
+    *arguments, name = case
+    assert [found for found, _ in named(*arguments)] == [name]
+    outputs, loss, target = arguments
+    with warnings.catch_warnings(), pairing.guard() as findings:
+        warnings.simplefilter("ignore", pairing.PairingWarning)
+        loss(outputs, target)
+    assert [f.name for f in findings] == [name]
+
+
+def test_the_floors_of_moved_logits_hold_for_every_answer():
+    found = pairing.check(((scores(K).tanh() + 1) / 2).sigmoid(), BCE, BITS)[0]
+    said = [float(x) for x in re.findall(r"below ([\d.]+) for.*and ([\d.]+) for", found.what)[0]]
+    for target, floor in zip((1.0, 0.0), said, strict=True):
+        best = F.binary_cross_entropy(torch.tensor(target).sigmoid(), torch.tensor(target))
+        assert 0.1 < floor <= best.item()
+
+
+PRIOR = torch.tensor([0.0, -3.0, 1.0, 2.0, -1.0])
 PROTOTYPES = torch.randn(C, 6, generator=SEED)
 
 
@@ -192,6 +240,20 @@ def distances() -> torch.Tensor:
 
 
 HEALTHY = {
+    "a prior added to probabilities": (
+        F.log_softmax(scores().softmax(1) + PRIOR, 1),
+        NLL,
+        LABELS,
+    ),
+    "scaled and moved": (torch.sigmoid(20 * (scores(K).sigmoid() - 0.5)), BCE, BITS),
+    "moved logits": (torch.sigmoid(scores(K) + 1), BCE, BITS),
+    "residual": (F.log_softmax(scores() + scores().sigmoid(), 1), NLL, LABELS),
+    "mean of scores": (
+        torch.stack([scores() for _ in range(3)]).mean(0).log_softmax(1),
+        NLL,
+        LABELS,
+    ),
+    "mean of probabilities, log": (((scores().softmax(1) + SOFT) / 2).log(), NLL, LABELS),
     "prototypes": (-distances(), CE, LABELS),
     "prototypes, a temperature": (-distances() / 0.5, CE, LABELS),
     "prototypes, times -1": (distances() * -1, nn.CrossEntropyLoss(label_smoothing=0.1), LABELS),
