@@ -241,6 +241,20 @@ def test_a_masked_class_among_log_probabilities_is_no_log_of_zero():
         assert "log(0)" not in why
 
 
+def test_embeddings_of_different_sizes_in_a_loss_without_a_rule_are_named():
+    sizes = randn(N, 5), randn(N, 5), randn(N, 6)
+    for loss in (nn.TripletMarginLoss(), F.triplet_margin_loss):
+        with pytest.raises(RuntimeError):
+            loss(*sizes)
+        (found,) = pairing.check(sizes[0], loss, sizes[1:])
+        assert (found.name, found.severity) == ("loss-raised", "error")
+        assert "(6, 5), (6, 5), (6, 6)" in found.what.replace(f"({N},", "(6,")
+        assert "of 5 and of 6 numbers" in found.why
+        scope = {"nn": nn, "embedding": sizes[2]}
+        exec(found.remedy, scope)
+        assert loss(*sizes[:2], scope["embedding"]).isfinite()
+
+
 def test_an_empty_batch_is_said_per_reduction():
     for reduction, value in (("mean", "nan"), ("sum", "is 0"), ("none", "an empty tensor")):
         (found,) = pairing.check(Z[:0], nn.CrossEntropyLoss(reduction=reduction), Y[:0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,14 @@ from .forms import class_axis
 from .trace import head_of_tensor
 from .values import Values, all_finite
 
-__all__ = ["described", "missing", "refused_anyway", "why_not_finite", "why_refused"]
+__all__ = [
+    "described",
+    "missing",
+    "refused_anyway",
+    "why_no_distance",
+    "why_not_finite",
+    "why_refused",
+]
 
 Cause = tuple[str, str]
 
@@ -308,6 +315,17 @@ _REFUSALS = (
     _ctc,
     _dtypes,
 )
+
+
+def why_no_distance(embeddings: Sequence[Tensor]) -> Cause:
+    """Return (why, remedy) of embeddings that cannot be compared; ("", "") where they can be."""
+    first, *others = embeddings
+    for other in others:
+        if first.ndim and other.ndim and other.shape[-1] != first.shape[-1]:
+            have, want = other.shape[-1], first.shape[-1]
+            why = f"Embeddings of {want} and of {have} numbers have no distance."
+            return why, f"embedding = nn.Linear({have}, {want})(embedding)  # to {want} numbers"
+    return "", ""
 
 
 def why_not_finite(call: LossCall) -> Cause:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .calls import LOSSES, Inside, LossCall, calls_inside
 from .catalog import Hit
-from .causes import described, missing, refused_anyway, why_not_finite, why_refused
+from .causes import described, missing, refused_anyway, why_no_distance, why_not_finite, why_refused
 from .places import place_of
 from .probe import restored
 from .values import Values, all_finite
@@ -230,7 +230,12 @@ def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
             rest = names[1] if len(names) == 2 else f"({', '.join(names[1:])})"
             why = f"The loss takes ({', '.join(names)}): pass {rest} as targets."
             remedy = f"pairing.check(outputs, loss, ({', '.join(names[1:])}))"
-        yield Hit("loss-raised", "error", said(error), "rule", where, why, remedy)
+        what = said(error)
+        tensors = [value for value in inside.arguments if isinstance(value, Tensor)]
+        if not why and not where and tensors:  # torch's own, of which the table knows nothing
+            what += f" (arguments {', '.join(str(tuple(x.shape)) for x in tensors)})"
+            why, remedy = why_no_distance(tensors)
+        yield Hit("loss-raised", "error", what, "rule", where, why, remedy)
         return
     value = _loss_in(inside.value)
     if all_finite(value):
