@@ -8,15 +8,16 @@ list of its closure that it fills, a global that it rebinds, files, printed text
 from __future__ import annotations
 
 import contextlib
+import dis
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlhelpers.memory.replaying import State, objects_in
 
@@ -24,6 +25,7 @@ __all__ = ["same_numbers", "untouched"]
 
 _MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
 _CONTAINERS = (*_MAPPINGS, list, set, deque)
+_LARGEST = 2**26  # elements: of a larger tensor, a data set, no copy is made
 _MISSING = object()
 
 
@@ -67,15 +69,29 @@ def _undo_of(value: Any, tensors: dict[int, Any]) -> Iterator[Callable[[], None]
     elif type(value) in _CONTAINERS or isinstance(value, tuple):
         _collect(value, tensors)
     elif isinstance(value, FunctionType):
-        names = [name for name in value.__code__.co_names if name in value.__globals__]
+        names = _globals_read_by(value.__code__) & set(value.__globals__)
         _collect((value.__globals__[name] for name in names), tensors)
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # still empty
                 _collect([cell.cell_contents], tensors)
-    elif not isinstance(value, (type, ModuleType)) and hasattr(value, "__dict__"):
+    elif _is_changed_by_calls(value):
         _collect(vars(value).values(), tensors)
         yield _undo_of_attributes(vars(value))
         yield from _undo_of_containers(list(vars(value).values()))
+
+
+def _globals_read_by(code: CodeType) -> set[str]:
+    """Return names of globals, and not of attributes, which ``co_names`` holds as well."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return names.union(*map(_globals_read_by, inner))
+
+
+def _is_changed_by_calls(value: Any) -> bool:
+    """Whether an object has attributes, and is not torch's (an iterator, an optimizer)."""
+    if isinstance(value, (type, ModuleType)) or not hasattr(value, "__dict__"):
+        return False
+    return isinstance(value, nn.Module) or not type(value).__module__.startswith("torch.")
 
 
 def _undo_of_containers(waiting: list[Any]) -> Iterator[Callable[[], None]]:
@@ -124,6 +140,8 @@ def _undo_of_attributes(space: dict[str, Any]) -> Callable[[], None]:
 
 def _undo_of_numbers(tensors: list[Any]) -> Iterator[Callable[[], None]]:
     for tensor in tensors:
+        if (tensor.numel() if isinstance(tensor, Tensor) else tensor.size) > _LARGEST:
+            continue
         with contextlib.suppress(Exception):  # wrappers that refuse a copy
             kept = tensor.detach().clone() if isinstance(tensor, Tensor) else tensor.copy()
             yield partial(_refill_numbers, tensor, kept)
