@@ -2,6 +2,7 @@
 """Pairing, one layer further: an activation in front of the last one, in check and in guard."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -181,7 +182,85 @@ class TwoHeads(nn.Module):
         return F.log_softmax(self.gate(x).softmax(1) * self.fc(x), 1)
 
 
+MEANS = {  # a step between the two activations
+    "eps": (F.log_softmax(scores().softmax(1) + 1e-8, 1), NLL, LABELS, SOFTMAX),
+    "minus": (F.log_softmax(scores().softmax(1) - 0.5, 1), NLL, LABELS, SOFTMAX),
+    "KL": (F.log_softmax(scores().softmax(1) + 1e-8, 1), KL, ONE_HOT, SOFTMAX),
+    "two": (
+        F.log_softmax((scores().softmax(1) + scores().softmax(1)) / 2, 1),
+        NLL,
+        LABELS,
+        SOFTMAX,
+    ),
+    "mean": (
+        torch.stack([scores().softmax(1) for _ in range(3)]).mean(0).log_softmax(1),
+        NLL,
+        LABELS,
+        SOFTMAX,
+    ),
+    "tanh to 0 and 1": (((scores(K).tanh() + 1) / 2).sigmoid(), BCE, BITS, SIGMOID),
+    "sigmoid to -1 and 1": ((2 * scores(K).sigmoid() - 1).sigmoid(), BCE, BITS, SIGMOID),
+    "own": (
+        scores(),
+        lambda o, t: F.nll_loss(F.log_softmax(o.softmax(1) + 1e-8, 1), t),
+        LABELS,
+        SOFTMAX,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEANS.values(), ids=MEANS)
+def test_a_mean_or_a_constant_between_two_activations_hides_nothing(case):
+    *arguments, name = case
+    assert [found for found, _ in named(*arguments)] == [name]
+    outputs, loss, target = arguments
+    with warnings.catch_warnings(), pairing.guard() as findings:
+        warnings.simplefilter("ignore", pairing.PairingWarning)
+        loss(outputs, target)
+    assert [f.name for f in findings] == [name]
+
+
+def test_the_floors_of_moved_logits_hold_for_every_answer():
+    found = pairing.check(((scores(K).tanh() + 1) / 2).sigmoid(), BCE, BITS)[0]
+    said = [float(x) for x in re.findall(r"below ([\d.]+) for.*and ([\d.]+) for", found.what)[0]]
+    for target, floor in zip((1.0, 0.0), said, strict=True):
+        best = F.binary_cross_entropy(torch.tensor(target).sigmoid(), torch.tensor(target))
+        assert 0.1 < floor <= best.item()
+
+
+PRIOR = torch.tensor([0.0, -3.0, 1.0, 2.0, -1.0])
+PROTOTYPES = torch.randn(C, 6, generator=SEED)
+
+
+def distances() -> torch.Tensor:
+    """Squared distances [N, C], cut off at 0 where rounding makes them negative."""
+    e = scores(6)
+    products = e @ PROTOTYPES.T
+    return (e.pow(2).sum(1, keepdim=True) + PROTOTYPES.pow(2).sum(1) - 2 * products).clamp(min=0)
+
+
 HEALTHY = {
+    "a prior added to probabilities": (
+        F.log_softmax(scores().softmax(1) + PRIOR, 1),
+        NLL,
+        LABELS,
+    ),
+    "scaled and moved": (torch.sigmoid(20 * (scores(K).sigmoid() - 0.5)), BCE, BITS),
+    "moved logits": (torch.sigmoid(scores(K) + 1), BCE, BITS),
+    "residual": (F.log_softmax(scores() + scores().sigmoid(), 1), NLL, LABELS),
+    "mean of scores": (
+        torch.stack([scores() for _ in range(3)]).mean(0).log_softmax(1),
+        NLL,
+        LABELS,
+    ),
+    "mean of probabilities, log": (((scores().softmax(1) + SOFT) / 2).log(), NLL, LABELS),
+    "prototypes": (-distances(), CE, LABELS),
+    "prototypes, a temperature": (-distances() / 0.5, CE, LABELS),
+    "prototypes, times -1": (distances() * -1, nn.CrossEntropyLoss(label_smoothing=0.1), LABELS),
+    "prototypes, relu": (-F.relu(scores()), CE, LABELS),
+    "prototypes, log_softmax": (F.log_softmax(-distances(), 1), NLL, LABELS),
+    "prototypes, KL": (F.log_softmax(-distances() / 4, 1), KL, SOFT),
+    "prototypes, own loss": (-distances(), lambda o, t: F.cross_entropy(o, t), LABELS),
     "logit clipping": (10 * torch.tanh(scores() / 10), CE, LABELS),
     "logit clipping, log_softmax": (F.log_softmax(10 * torch.tanh(scores()), 1), NLL, LABELS),
     "logit clipping, static": (
@@ -265,6 +344,20 @@ def test_scaling_up_is_a_suspicion_until_the_floor_is_negligible():
     assert severities == [["error"], ["suspicion"], []]
 
 
+def test_a_scaled_relu_is_a_suspicion_and_minus_a_relu_into_bce_an_error():
+    assert named(F.relu(scores()), CE, LABELS) == [("relu-into-cross-entropy", "error")]
+    assert named(F.relu(scores()) * 5, CE, LABELS) == [("relu-into-cross-entropy", "suspicion")]
+    outputs = F.log_softmax(F.relu(scores()) / 3, 1)
+    assert named(outputs, NLL, LABELS) == [(SOFTMAX, "suspicion")]
+    outputs = -F.relu(scores(K))  # no probability above 0.5
+    assert named(outputs, BCEL, BITS) == [("relu-into-bce-with-logits", "error")]
+
+
+def test_two_equal_floors_are_said_once():
+    what = pairing.check(scores(K).tanh().sigmoid(), BCE, BITS)[0].what
+    assert what.endswith("cannot fall below 0.313")
+
+
 def test_the_finding_names_both_activations_the_range_and_the_smallest_loss():
     found = pairing.check(scores().softmax(1).log_softmax(1), NLL, LABELS)[0]
     best = F.nll_loss(torch.eye(C).log_softmax(1), torch.arange(C)).item()
@@ -272,9 +365,10 @@ def test_the_finding_names_both_activations_the_range_and_the_smallest_loss():
     assert "[0, 1]" in found.what
     assert f"below {best:.3g}" in found.what
     assert "F.log_softmax(logits" in found.remedy
-    found = pairing.check(scores(K).tanh().sigmoid(), BCE, BITS)[0]
-    best = F.binary_cross_entropy(torch.tensor(-1.0).sigmoid(), torch.tensor(0.0)).item()
-    assert f"{best:.3g} for a target of 0" in found.what
+    found = pairing.check(scores(K).sigmoid().sigmoid(), BCE, BITS)[0]
+    for target in (0.0, 1.0):
+        best = F.binary_cross_entropy(torch.tensor(target).sigmoid(), torch.tensor(target)).item()
+        assert f"{best:.3g} for a target of {target:.0f}" in found.what
 
 
 def test_the_floors_are_what_a_search_finds():

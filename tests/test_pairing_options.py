@@ -201,6 +201,76 @@ def test_nan_and_inf_are_an_error_that_names_the_cause(case):
     assert cause in found["loss-not-finite"].why
 
 
+OTHER_CLASS = F.one_hot((Y + 1) % C, C).bool()
+MASKED = {  # scores of which some are -inf, the loss, the target, the cause
+    "smoothing": (OTHER_CLASS, {"label_smoothing": 0.1}, Y, "Label smoothing"),
+    "one-hot": (OTHER_CLASS, {}, F.one_hot(Y, C).float(), "0 times -inf"),
+    "soft targets": (OTHER_CLASS, {}, SOFT, "a masked class a probability above 0"),
+    "the target itself": (F.one_hot(Y, C).bool(), {}, Y, "is the target of some sample"),
+    "a whole row": ((torch.arange(N) == 2)[:, None].expand(N, C), {}, Y, "Every class"),
+}
+
+
+@pytest.mark.parametrize("case", MASKED.values(), ids=MASKED)
+def test_the_cause_of_masked_scores_is_true_and_the_remedy_fixes_it(case):
+    mask, options, target, cause = case
+    mask = mask.clone()
+    scores = Z.detach().masked_fill(mask, -torch.inf)
+    assert not F.cross_entropy(scores, target, **options).isfinite()
+    found = pairing.check(scores, nn.CrossEntropyLoss(**options), target)
+    (found,) = (f for f in found if f.name == "loss-not-finite")
+    assert cause in found.why
+    scope = {"torch": torch, "F": F, "scores": scores, "mask": mask, "target": target}
+    exec(found.remedy, scope)
+    if "before masked_fill" in found.remedy:
+        scope["scores"] = Z.detach().masked_fill(mask, -torch.inf)
+    loss = scope.get("loss")
+    loss = F.cross_entropy(scope["scores"], scope["target"], **options) if loss is None else loss
+    assert loss.isfinite()
+
+
+def test_a_masked_class_among_log_probabilities_is_no_log_of_zero():
+    for mask, loss, target, cause in (
+        (F.one_hot(Y, C).bool(), nn.NLLLoss(), Y, "is the target of some sample"),
+        (OTHER_CLASS, nn.KLDivLoss(reduction="sum"), F.one_hot(Y, C).float(), "0 times -inf"),
+    ):
+        outputs = Z.masked_fill(mask, -torch.inf).log_softmax(1)
+        found = pairing.check(outputs, loss, target)
+        (why,) = (f.why for f in found if f.name == "loss-not-finite")
+        assert cause in why
+        assert "log(0)" not in why
+
+
+def test_embeddings_of_different_sizes_in_a_loss_without_a_rule_are_named():
+    sizes = randn(N, 5), randn(N, 5), randn(N, 6)
+    for loss in (nn.TripletMarginLoss(), F.triplet_margin_loss):
+        with pytest.raises(RuntimeError):
+            loss(*sizes)
+        (found,) = pairing.check(sizes[0], loss, sizes[1:])
+        assert (found.name, found.severity) == ("loss-raised", "error")
+        assert "(6, 5), (6, 5), (6, 6)" in found.what.replace(f"({N},", "(6,")
+        assert "of 5 and of 6 numbers" in found.why
+        scope = {"nn": nn, "embedding": sizes[2]}
+        exec(found.remedy, scope)
+        assert loss(*sizes[:2], scope["embedding"]).isfinite()
+
+
+def test_an_empty_batch_is_said_per_reduction():
+    for reduction, value in (("mean", "nan"), ("sum", "is 0"), ("none", "an empty tensor")):
+        (found,) = pairing.check(Z[:0], nn.CrossEntropyLoss(reduction=reduction), Y[:0])
+        assert value in found.why
+
+
+def test_the_remedy_of_a_positive_head_names_what_it_is_of():
+    positive = F.softplus(F.relu(Z))
+    for outputs, loss, target, code in (
+        (positive, nn.PoissonNLLLoss(log_input=False), BITS, "rate = "),
+        (Z, nn.GaussianNLLLoss(), (OTHER, positive), "var = "),
+    ):
+        (found,) = pairing.check(outputs, loss, target)
+        assert found.remedy.startswith(code)
+
+
 REMEDIES = {  # function -> arguments by name, of which one is refused
     "class weights (1, C)": (F.cross_entropy, {"weight": ONES(1, C)}, Y),
     "class weights, float64": (F.cross_entropy, {"weight": ONES(C).double()}, Y),

@@ -144,7 +144,33 @@ def test_the_finding_says_what_the_loss_gives():
     assert f"{dice(3 * MASK, MASK).item():.3g} for 3 times the labels" in what
     assert f"{RAW.min().item():.4g} to {RAW.max().item():.4g}" in what
     what = pairing.check(RAW.sigmoid(), lambda o, t: dice(o.sigmoid(), t), MASK)[0].what
-    assert f"the best such outputs is {dice(MASK.sigmoid(), MASK).item():.3g}" in what
+    assert f"the best loss of outputs in [0, 1] is {dice(MASK.sigmoid(), MASK).item():.3g}" in what
+
+
+def test_a_large_output_is_played_with_fewer_samples(monkeypatch):
+    mask = (randn(20, 1, 256, 256) > 0.5).float()
+    played, play = [], Tape.play
+
+    def counted(self, places, *rest):
+        played.extend(new.numel() for _, new in places)
+        return play(self, places, *rest)
+
+    monkeypatch.setattr(Tape, "play", counted)
+    raw = 2 * mask - 0.5
+    for loss in (dice, dice_of_samples):
+        assert named(raw, loss, mask) == [(LOGITS, "error")]
+        assert named(raw.clamp(0, 1), loss, mask) == []
+    assert played
+    assert max(played) <= 2**20
+
+
+def test_a_narrowed_call_has_the_value_of_fewer_samples():
+    inside = calls_inside(lambda o, t: dice_of_classes(o.softmax(1), t), MANY, CLASSES)
+    less = Tape(inside).narrowed(B, 2)
+    torch.testing.assert_close(less.value, dice_of_classes(MANY.softmax(1)[:2], CLASSES[:2]))
+    assert Tape(less).is_faithful
+    inside = calls_inside(lambda o, t: ((o - t) ** 2).sum() / len(o), RAW, MASK)
+    assert Tape(inside).narrowed(B, 2) is None  # it read how many there are
 
 
 def unit(z):
@@ -190,6 +216,7 @@ EMBEDDED = {
     "InfoNCE, dot products": (A, info_nce, P, LENGTH),
     "InfoNCE, dot products, temperature": (A, lambda a, b: info_nce(a, b, 0.1), P, LENGTH),
     "InfoNCE, tuple": ((A, P), lambda o, _: info_nce(*o), LABELS, LENGTH),
+    "InfoNCE, tuple, temperature": ((A, P), lambda o, _: info_nce(*o, 0.5), LABELS, LENGTH),
     "NT-Xent by hand": (torch.cat([A, P]) / 4, lambda z, _: nt_xent(z, 0.5), LABELS, LENGTH),
     "supervised": (A, supervised, LABELS, LENGTH),
     "triplet": ((A, P, Q), lambda o, _: triplet(*o), LABELS, LENGTH),
@@ -245,10 +272,27 @@ def test_the_smallest_loss_of_cosines_is_what_is_said():
 
 SCALE = nn.Parameter(torch.tensor(2.6))
 PROXIES = nn.Parameter(randn(3, D))
-COMPARED = "nothing found: this loss compares embeddings, which are normalised"
+COMPARED = "nothing found: this loss compares embeddings and does not depend on their length"
+UNITS = "nothing found: this loss compares embeddings of length 1"
+PRODUCTS = (
+    "nothing found: this loss compares embeddings by their dot products, without a temperature"
+)
+
+
+def ranked(u, positive, negative):
+    """BPR: Rendle et al. 2009."""
+    return -F.logsigmoid((u * positive).sum(1) - (u * negative).sum(1)).mean()
+
+
+def sampled(u, positive, negative):
+    """Negative sampling of word2vec: Mikolov et al. 2013."""
+    pulled = F.logsigmoid((u * positive).sum(1))
+    return -(pulled + F.logsigmoid(-(u @ negative.T)).sum(1)).mean()
+
+
 HEALTHY = {
     "InfoNCE": (A, lambda a, b: info_nce(unit(a), unit(b), 0.1), P, COMPARED),
-    "InfoNCE of units": (unit(A), lambda a, b: info_nce(a, b, 0.1), unit(P), COMPARED),
+    "InfoNCE of units": (unit(A), lambda a, b: info_nce(a, b, 0.1), unit(P), UNITS),
     "NT-Xent": (torch.cat([A, P]), lambda z, _: nt_xent(unit(z), 0.5), LABELS, COMPARED),
     "CLIP": (
         (A, P),
@@ -256,8 +300,22 @@ HEALTHY = {
         LABELS,
         COMPARED,
     ),
+    "BPR": (A, ranked, (P, Q), PRODUCTS),
+    "BPR, softplus": (
+        A,
+        lambda u, p, n: F.softplus((u * (n - p)).sum(1)).mean(),
+        (P, Q),
+        PRODUCTS,
+    ),
+    "negative sampling": (A, sampled, (P, Q[:5]), PRODUCTS),
+    "negative sampling, BCE": (
+        A,
+        lambda u, v: F.binary_cross_entropy_with_logits(u @ v.T, torch.eye(N)),
+        P,
+        "nothing found",
+    ),
     "supervised": (A, lambda z, y: supervised(unit(z), y), LABELS, COMPARED),
-    "triplet of units": (unit(A), nn.TripletMarginLoss(margin=0.2), (unit(P), unit(Q)), COMPARED),
+    "triplet of units": (unit(A), nn.TripletMarginLoss(margin=0.2), (unit(P), unit(Q)), UNITS),
     "ArcFace": (
         A,
         lambda z, y: F.cross_entropy(64 * (unit(z) @ unit(PROXIES).T - F.one_hot(y, 3) / 2), y),

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "generators_in", "saves_unwritten"]
+__all__ = ["State", "generators_in", "objects_in", "saves_unwritten"]
 
 Access = tuple[Callable[[], Any], Callable[[Any], None]]  # get, set
 
@@ -255,3 +255,13 @@ def _put(values: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
             where.pop(name, None)
         else:
             where[name] = value
+
+
+def objects_in(roots: Iterable[Any]) -> Iterator[Any]:
+    """Yield what objects hold, or what their functions reach by closure or global; no tensors.
+
+    >>> bank = []
+    >>> any(found is bank for found in objects_in([lambda: bank]))
+    True
+    """
+    return _objects(roots)

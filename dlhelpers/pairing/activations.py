@@ -78,7 +78,10 @@ def _floor_of_positive(role: str, head: Head) -> Iterator[Hit]:
     low = span(head)[0] if head.kind in ("exp", "softplus") and head.before else 0.0
     if low > 0.1:
         what = f"{named(head)} shown by {head.source}: the {role} cannot fall below {low:.3g}"
-        yield _traced("positive-head-twice", what, head, "suspicion")
+        last = "raw.exp()" if head.kind == "exp" else "F.softplus(raw)"
+        name = "var" if role == "variance" else role
+        remedy = f"{name} = {last}  # raw: the last linear layer's output"
+        yield Hit("positive-head-twice", "suspicion", what, "trace", head.where, remedy=remedy)
 
 
 def _ndim(call: LossCall) -> int | None:

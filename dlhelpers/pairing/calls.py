@@ -109,7 +109,8 @@ class Inside:
         not_finite: the first of ``calls`` whose value holds nan or inf.
         arguments: what it was called with.
         steps: every call of a torch function: (function, args, kwargs, result), in order.
-        is_random: whether it drew from torch's generator.
+        is_random: whether it drew from torch's generator, or from one of its own.
+        notes: how it was called, where that is not as the reader would.
     """
 
     calls: list[LossCall] = field(default_factory=list)
@@ -120,6 +121,7 @@ class Inside:
     arguments: tuple = ()
     steps: list[tuple[Callable, tuple, Mapping[str, Any], Any]] = field(default_factory=list)
     is_random: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def bind(name: str, args: tuple, kwargs: Mapping[str, Any]) -> LossCall:
@@ -247,5 +249,6 @@ def calls_inside(loss: Callable, *args: object) -> Inside:
             inside.value = loss(*args)
         except Exception as error:
             inside.error = error
-    inside.is_random = not torch.equal(before, torch.get_rng_state())
+    own = any(kwargs.get("generator") is not None for _, _, kwargs, _ in inside.steps)
+    inside.is_random = own or not torch.equal(before, torch.get_rng_state())
     return inside

@@ -106,7 +106,7 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "The loss depends on the length of the embeddings: training can change lengths instead of "
         "angles, and a margin or temperature means something else at each length. If dot products "
         "or Euclidean distances are intended, this is right.",
-        "embeddings = F.normalize(embeddings, dim=1)  # before the loss",
+        "embeddings = F.normalize(embeddings, dim=1)  # before the loss, if angles are meant",
     ),
     "cosine-without-temperature": (
         "Cosines lie in [-1, 1]. Without a temperature the softmax over them stays nearly flat "
@@ -348,8 +348,8 @@ ENTRIES: dict[str, tuple[str, str]] = {
         "loss = F.kl_div(log_probs, F.softmax(teacher_logits, dim=1), reduction='batchmean')",
     ),
     "empty-batch": (
-        "The mean over nothing is nan.",
-        "loss = F.cross_entropy(logits, target) if len(target) else logits.sum() * 0",
+        "The mean over an empty batch is nan.",
+        "if len(target) == 0:\n    continue  # in the training loop: skip this batch",
     ),
     "not-finite": (
         "nan in, nan out: every weight is nan after one step.",
@@ -369,7 +369,7 @@ ENTRIES: dict[str, tuple[str, str]] = {
     ),
     "model-raised": (
         "The model could not be run on these inputs, so its output was not looked at.",
-        "outputs = model(inputs)  # mend this line, then pairing.check(outputs, loss, targets)",
+        "outputs = model(inputs)  # fix this line, then pairing.check(outputs, loss, targets)",
     ),
     "loss-raised": (
         "The loss itself raises on these outputs and targets.",

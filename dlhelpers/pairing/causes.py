@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .calls import LossCall
 from .forms import class_axis
+from .trace import head_of_tensor
 from .values import Values, all_finite
 
-__all__ = ["described", "missing", "refused_anyway", "why_not_finite", "why_refused"]
+__all__ = [
+    "described",
+    "missing",
+    "refused_anyway",
+    "why_no_distance",
+    "why_not_finite",
+    "why_refused",
+]
 
 Cause = tuple[str, str]
 
@@ -72,8 +80,7 @@ def _missing(call: LossCall) -> Cause | None:
         return None
     packed = _NEEDED[call.name][1]
     return (
-        f"The loss also needs {' and '.join(names)}: a tuple holds all that follows the "
-        "prediction.",
+        f"The loss also needs {' and '.join(names)}: pass {packed} as targets.",
         f"pairing.check(outputs, loss, {packed})",
     )
 
@@ -90,7 +97,7 @@ def _label_smoothing(call: LossCall) -> Cause | None:
     amount = call.options.get("label_smoothing", 0.0)
     if isinstance(amount, (int, float)) and 0 <= amount <= 1:
         return None
-    why = f"label_smoothing is the share, from 0 to 1, that all classes divide, not {amount!r}."
+    why = f"label_smoothing is a number from 0 to 1, not {amount!r}: it is spread over all classes."
     return why, "loss_function = nn.CrossEntropyLoss(label_smoothing=0.1)"
 
 
@@ -133,8 +140,8 @@ def _ignore_index(call: LossCall) -> Cause | None:
     if not (soft and isinstance(ignored, int) and ignored >= 0):
         return None
     return (
-        "ignore_index picks class indices; class probabilities (floating targets) have none, so "
-        "samples are dropped with a mask.",
+        "ignore_index is compared with class indices. Floating targets are class probabilities: "
+        "drop samples with a mask.",
         'loss = F.cross_entropy(logits, target, reduction="none")[keep].mean()',
     )
 
@@ -310,6 +317,17 @@ _REFUSALS = (
 )
 
 
+def why_no_distance(embeddings: Sequence[Tensor]) -> Cause:
+    """Return (why, remedy) of embeddings that cannot be compared; ("", "") where they can be."""
+    first, *others = embeddings
+    for other in others:
+        if first.ndim and other.ndim and other.shape[-1] != first.shape[-1]:
+            have, want = other.shape[-1], first.shape[-1]
+            why = f"Embeddings of {want} and of {have} numbers have no distance."
+            return why, f"embedding = nn.Linear({have}, {want})(embedding)  # to {want} numbers"
+    return "", ""
+
+
 def why_not_finite(call: LossCall) -> Cause:
     """Return (why, remedy) of a call whose value is nan or inf; ("", "") for an unknown cause."""
     for role, tensor in _tensors(call):
@@ -336,14 +354,46 @@ def why_not_finite(call: LossCall) -> Cause:
     return "", ""
 
 
+def _from_mask(call: LossCall, why: str) -> Cause:
+    """Say how -inf among scores or log-probabilities, mostly a masked class, reaches the loss."""
+    x, y = call.prediction.detach(), call.target
+    off = x == -math.inf
+    soft = isinstance(y, Tensor) and y.shape == x.shape and y.is_floating_point()
+    finite = "scores = scores.masked_fill(mask, -1e4)  # finite, and e**-1e4 is 0"
+    if call.name == "cross_entropy" and bool(off.all(class_axis(call.name, x.ndim)).any()):
+        why += " Every class of some sample is masked out: its log_softmax is nan."
+        keep = "keep = ~mask.all(dim=1)\n"
+        return why, f"{keep}loss = F.cross_entropy(scores[keep], target[keep])"
+    if soft and not call.options.get("log_target"):
+        if bool((off & (y > 0)).any()):
+            why += " Some target gives a masked class a probability above 0."
+            return why, f"target = target.masked_fill(mask, 0)\n{finite}"
+        return f"{why} A target of 0 is multiplied by it, and 0 times -inf is nan.", finite
+    masked = call.name != "ctc_loss" and head_of_tensor(call.prediction).kind == "log_softmax"
+    if call.name == "cross_entropy" or masked:
+        if isinstance(y, Tensor) and _is_of_target(call, off):
+            why += " A class that is masked out is the target of some sample."
+            return why, "mask[torch.arange(len(target)), target] = False  # before masked_fill"
+        if call.options.get("label_smoothing", 0.0) > 0:
+            why += " Label smoothing gives every class a share of the target, a masked one too."
+            return why, "loss = F.cross_entropy(scores, target)  # without label smoothing"
+        return why, finite
+    dim = -1 if call.name == "ctc_loss" else 1
+    return f"{why} log(0) is -inf.", f"log_probs = F.log_softmax(logits, dim={dim})"
+
+
+def _is_of_target(call: LossCall, off: Tensor) -> bool:
+    """Whether the target of some sample that counts is a class whose score is -inf."""
+    axis, y = class_axis(call.name, off.ndim), call.target.long()
+    counts = y != call.options.get("ignore_index", -100)
+    picked = off.gather(axis, y.where(counts, 0).unsqueeze(axis)).squeeze(axis)
+    return bool((picked & counts).any())
+
+
 def _from_input(call: LossCall, role: str, values: Values) -> Cause:
     infinite = "-inf" if values.low == -math.inf else "inf"
     why = f"The {role} holds {'nan' if values.has_nan else infinite}."
-    if role == "prediction" and infinite == "-inf" and not values.has_nan:
-        if call.name == "cross_entropy":
-            why += " A class that is masked out is the target of some sample."
-            return why, "mask[torch.arange(len(target)), target] = False  # before masked_fill"
-        if call.name in ("nll_loss", "kl_div", "ctc_loss"):
-            dim = -1 if call.name == "ctc_loss" else 1
-            return f"{why} log(0) is -inf.", f"log_probs = F.log_softmax(logits, dim={dim})"
+    masks = call.name in ("cross_entropy", "nll_loss", "kl_div", "ctc_loss")
+    if masks and role == "prediction" and infinite == "-inf" and not values.has_nan:
+        return _from_mask(call, why)
     return why, f"assert {role}.isfinite().all()"

@@ -57,7 +57,7 @@ def scaled_hits(
 ) -> Iterator[Hit]:
     """Yield the finding where a constant multiple of an activation goes into a loss of scores."""
     inner = head.before
-    if head.kind != "other" or inner is None:
+    if head.kind != "other" or inner is None or inner.is_moved:
         return
     if ending == "cross-entropy":
         judged = _class_scores(call, inner, axis, target)
@@ -74,10 +74,13 @@ def scaled_hits(
 
 def named(head: Head) -> str:
     """Name an activation and the constant that its values are multiplied by."""
-    inner = "" if head.before is None else f" of {named(head.before)}"
+    inner = "" if head.before is None else named(head.before)
+    if inner:
+        inner = f" of {inner}" if head.before.scale == 1 else f" of ({inner})"
     if head.source.startswith(OF_VALUES):
         inner = f" (shown by {head.source})"
-    return f"{head.kind}{inner}" + ("" if head.scale == 1 else f" times {head.scale:.3g}")
+    factor = "" if math.isclose(head.scale, 1) else f" times {head.scale:.3g}"
+    return f"{head.kind}{inner}{factor}" + (" plus a constant" if head.is_moved else "")
 
 
 def _class_scores(
@@ -90,18 +93,31 @@ def _class_scores(
     classes = call.prediction.shape[axis] if known else None
     low, high = span(inner, classes)
     width = high - low
-    if math.isinf(width):
-        side = "negative" if low == 0 else "positive"
-        return "error", f"no score can be {side}"
+    if math.isinf(width):  # differences alone count, so any probability is reached
+        if inner.scale < 0:  # minus a distance: the scores of a prototypical network
+            return None
+        plain = math.isclose(inner.scale, 1, rel_tol=1e-6)
+        return "error" if plain else "suspicion", "no score can be negative"
+    if inner.is_moved and not _is_within_width(call.prediction, axis, width):
+        return None  # what was added is no number but a tensor
     if call.name == "kl_div" and _is_within(call, target, axis, width):
         return None
     scores = f"the scores lie in [{low:.3g}, {high:.3g}]"
+    if inner.is_moved:
+        scores = f"the scores of a sample are at most {width:.3g} apart"
     if classes is not None and classes > 1:
         floor = class_floor(width, classes)
         scores += f", so cross entropy over {classes} classes cannot fall below {floor:.3g}"
     share = class_floor(width, classes or 2) / math.log(max(classes or 2, 2))
     severity = _severity(inner, share)
     return None if severity is None else (severity, scores)
+
+
+def _is_within_width(rows: object, axis: int | None, width: float) -> bool:
+    if not isinstance(rows, Tensor) or axis is None or Values(rows).is_empty:
+        return False
+    rows = rows.detach().double()
+    return bool((rows.amax(axis) - rows.amin(axis)).max() <= width + 1e-4)
 
 
 def _is_within(call: LossCall, target: Values, axis: int | None, width: float) -> bool:
@@ -118,13 +134,22 @@ def _logits(call: LossCall, inner: Head, target: Values) -> tuple[str, str] | No
     if inner.kind not in _NO_LOGITS:
         return None
     low, high = span(inner)
+    if inner.is_moved:  # from the logits that were seen: not further apart than the width
+        if Values(call.prediction).is_empty:
+            return None
+        seen = call.prediction.detach().double().logit()
+        low, high = seen.max().item() - (high - low), seen.min().item() + (high - low)
+        if not low <= seen.min().item() <= seen.max().item() <= high:
+            return None  # what was added is no number but a tensor
     zero, one = binary_floors(low, high)
     least, most = 1 - math.exp(-zero), math.exp(-one)
     if not target.is_empty and not target.distinct <= {0.0, 1.0} and target.within(least, most):
         return None
+    floors = f"{one:.3g} for a target of 1 and {zero:.3g} for a target of 0"
+    if f"{one:.3g}" == f"{zero:.3g}":
+        floors = f"{one:.3g}"
     limit = (
-        f"the probability lies in [{least:.3g}, {most:.3g}], so the loss cannot fall below "
-        f"{one:.3g} for a target of 1 and {zero:.3g} for a target of 0"
+        f"the probability lies in [{least:.3g}, {most:.3g}], so the loss cannot fall below {floors}"
     )
     severity = _severity(inner, max(zero, one) / math.log(2))
     if severity == "error" and inner.kind in ("softplus", "exp"):

@@ -24,11 +24,21 @@ from .tape import Tape
 
 __all__ = ["embedding_hits"]
 
+# functions whose argument is the score of one pair; a softmax over all pairs is InfoNCE's as well
+_OF_SCORES = {
+    "binary_cross_entropy_with_logits",
+    "log_sigmoid",
+    "logsigmoid",
+    "sigmoid",
+    "softplus",
+}
 _Loss = Callable[[Sequence[Tensor]], float]
 
 
-def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
-    """Return the hits of a loss of embeddings; None where its values do not show that it is one.
+def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> tuple[list[Hit], str] | None:
+    """Return the hits of a loss of embeddings, and how it compares them.
+
+    None where its values do not show that it compares embeddings.
 
     Args:
         tape: the recorded call.
@@ -56,19 +66,21 @@ def embedding_hits(tape: Tape, floating: Sequence[Tensor]) -> list[Hit] | None:
     if is_free or are_units:
         candidates = _candidates_at_one(loss, probes)
         if candidates is None:
-            return []
+            return [], "and does not depend on their length" if is_free else "of length 1"
         what = (
             f"on unit vectors it is InfoNCE of their cosines, not divided by a temperature: over "
             f"{candidates} candidates it cannot fall below {class_floor(2.0, candidates):.3g}"
         )
-        return [Hit("cosine-without-temperature", "suspicion", what, "values")]
+        return [Hit("cosine-without-temperature", "suspicion", what, "values")], ""
     if _is_power(plain, scaled) and not loss([probes[0][0]] * len(given)) < 0:
         return None  # a distance; a similarity falls without limit as embeddings grow
+    if _is_of_plain_products(tape, given):
+        return [], "by their dot products, without a temperature"
     what = (
         f"the embeddings are {lengths.min():.3g} to {lengths.max():.3g} long; the loss of unit "
         f"vectors is {plain:.3g}, of the same 3 times as long {scaled[1]:.3g}"
     )
-    return [Hit("embeddings-not-normalised", "suspicion", what, "values")]
+    return [Hit("embeddings-not-normalised", "suspicion", what, "values")], ""
 
 
 def _is_small(first: Tensor) -> bool:
@@ -109,6 +121,48 @@ def _is_of_pairs(loss: _Loss, probes: list[list[Tensor]], plain: float) -> bool:
 
 def _signs(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(0, 2, shape, generator=generator) * 2 - 1
+
+
+def _is_of_plain_products(tape: Tape, given: Sequence[Tensor]) -> bool:
+    """Whether dot products or their differences, unscaled, are the scores of a sigmoid.
+
+    Recommenders are trained so: where length stands for popularity, normalising loses it. Of rows
+    that are a unit vector or its opposite each dot product is -1 or 1, a difference of two up to
+    2; those of rows twice as long are 4 times that.
+    """
+    generator = torch.Generator().manual_seed(3)
+    draws = [[_signs(generator, *x.shape[:-1], 1) for x in given] for _ in range(3)]
+    axis = torch.eye(given[0].shape[-1])[0]
+    played = [_scores(tape, given, [s * axis for s in signs]) for signs in draws]
+    longer = _scores(tape, given, [2 * s * axis for s in draws[0]])
+    without = _scores(tape, given, [0 * s * axis for s in draws[0]])
+    seen = False
+    if any([x.shape for x in other] != [x.shape for x in longer] for other in (*played, without)):
+        return False
+    for *some, long, zero in zip(*played, longer, without, strict=True):
+        moved = torch.stack([x - zero for x in some])
+        counts = moved.isfinite().all(0) & (moved != 0).any(0)
+        if not counts.any() or not torch.allclose((long - zero)[counts], 4 * moved[0][counts]):
+            continue  # not of products: what an earlier one of these functions gave
+        sizes = moved[:, counts].abs()
+        most, least = sizes.max().item(), sizes.min().item()
+        if not 0.99 < most < 2.01 or (most > 1.01 and least > 1.5):
+            return False
+        seen = True
+    return seen
+
+
+def _scores(tape: Tape, given: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return what goes into each sigmoid of the loss, for these rows."""
+    steps: list[tuple] = []
+    with torch.no_grad():
+        tape.play([(x, y.to(x)) for x, y in zip(given, rows, strict=True)], steps)
+    scores = (
+        next(iter((*args, *kwargs.values())), None)
+        for func, args, kwargs, _ in steps
+        if getattr(func, "__name__", "") in _OF_SCORES
+    )
+    return [x.clone() for x in scores if isinstance(x, Tensor)]
 
 
 def _candidates_at_one(loss: _Loss, probes: list[list[Tensor]]) -> int | None:

@@ -149,7 +149,12 @@ def _finite(call: LossCall, prediction: Values, target: Values) -> Iterator[Hit]
     if call.prediction.numel() == 0 or call.target.numel() == 0:
         nan = call.reduction in _MEAN_IS_NAN
         what = f"prediction {_shape(call.prediction)}, target {_shape(call.target)}"
-        yield (_error if nan else _suspect)("empty-batch", what)
+        if nan:
+            yield _error("empty-batch", what)
+        else:
+            total = "an empty tensor" if call.reduction == "none" else "0"
+            why = f"The loss of an empty batch is {total}: this step learns nothing."
+            yield Hit("empty-batch", "suspicion", what, "rule", why=why)
     elif prediction.has_nan:
         yield _error("not-finite", "the prediction holds nan")
     elif target.has_nan and call.reduction != "none":

@@ -99,12 +99,13 @@ def _out_of_reach(wish: Wish, head: Head, values: Values, outputs: Tensor) -> It
         low, high = 0.0, 1.0
     else:
         return
+    limits = f"outputs in [{low:.3g}, {high:.3g}]"
     low, high = max(low, -_LARGE), min(high, _LARGE)
     reached = wish.loss(low + (high - low) * wish.labels)
     blind, best = wish.loss(0 * wish.labels), wish.loss(_LARGE * (2 * wish.labels - 1))
     if reached is None or reached - best < _SHARE * (blind - best):
         return
-    what = f"{seen}; the loss of the best such outputs is {reached:.3g}, of logits {best:.3g}"
+    what = f"{seen}; the best loss of {limits} is {reached:.3g}, of large logits {best:.3g}"
     yield Hit("activation-into-own-loss", severity, what, evidence, head.where)
 
 
@@ -156,7 +157,10 @@ def _of_probabilities(loss: Callable[[Tensor], float | None], labels: Tensor) ->
         if value is None:
             return None
         if not math.isfinite(value) or value < perfect - 0.05:
-            return Wish("probabilities", loss, labels, f"{said} and {value:.3g} for {name}")
+            shown = f"{said} and {value:.3g} for {name}"
+            if value < perfect:
+                shown += ", so it rewards outputs outside [0, 1]"
+            return Wish("probabilities", loss, labels, shown)
     for name, formula in _OVERLAPS.items():
         if any(_is_formula(loss, formula, labels, dims) for dims in _dims_of(labels)):
             shown = f"on values in [0, 1] it is the {name} loss, and {said}"

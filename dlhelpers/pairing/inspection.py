@@ -53,9 +53,12 @@ def check(
     Returns:
         Findings, errors first; where there are none they print "nothing found", or "not looked
         at" and why: no rule for this loss, no inputs to run the model on. Never raises on odd
-        arguments, never runs backward; mode, parameters, gradients, buffers and random states
-        are as before.
-        A loss of torch's is called once on detached tensors, another one on a deep copy.
+        arguments, never runs backward. A loss of torch's is called once on detached tensors,
+        another one on a deep copy. Afterwards modes, parameters, gradients, buffers, random
+        states, generators, attributes, and the tensors in closures and globals are as before;
+        what a function writes elsewhere (a list of its closure, a file) stays. A note below the
+        findings says where the loss has no deep copy, and with what it was called where it
+        raises for the outputs or targets as given.
 
     >>> import torch
     >>> from torch import nn
@@ -67,14 +70,16 @@ def check(
     """
     hits: list[Hit] = []
     scope: list[str] = []
+    notes: list[str] = []
     try:
-        hits.extend(_check(model_or_outputs, loss, targets, inputs, scope))
+        hits.extend(_check(model_or_outputs, loss, targets, inputs, scope, notes))
     except Exception as error:  # odd arguments have errors of every kind
         hits.append(_failed(error))
     found = _worded(hits)
     if scope:
         found.scope = scope[-1]
-        found.note = scope[-1] if found and scope[-1].startswith("not looked at") else ""
+        notes += [scope[-1]] if found and scope[-1].startswith("not looked at") else []
+    found.note = "; ".join(notes)
     return found
 
 
@@ -90,7 +95,12 @@ def _worded(hits: list[Hit]) -> Findings:
 
 
 def _check(
-    model: object, loss: object, targets: object, inputs: object, scope: list[str]
+    model: object,
+    loss: object,
+    targets: object,
+    inputs: object,
+    scope: list[str],
+    notes: list[str],
 ) -> Iterator[Hit]:
     head = UNKNOWN
     if not callable(loss) or isinstance(loss, type):
@@ -99,7 +109,7 @@ def _check(
     try:
         describe_call(loss, None, targets)
     except TypeError as error:  # more arguments than the loss takes
-        why = "A tuple holds all that follows the outputs; options belong to the loss itself."
+        why = "The tuple of targets is too long: options are given to the loss when it is made."
         remedy = "pairing.check(outputs, loss, targets)"
         yield Hit("loss-raised", "error", said(error), "rule", why=why, remedy=remedy)
         return
@@ -151,7 +161,11 @@ def _check(
         yield from hits
         yield from trial_hits(call, hits)
     else:
-        yield from _look_inside(loss, ((outputs, targets), (tensor, numbers)), head, scope)
+        inside = call_own(loss, ((outputs, targets), (tensor, numbers)))
+        notes += inside.notes
+        with restored(loss):  # its call is played again, which may write into its buffers
+            hits = list(_look_inside(loss, inside, head, scope))
+        yield from hits
 
 
 def _guessed_axes(model: object) -> Iterator[Hit]:
@@ -215,10 +229,9 @@ def _without_contradictions(
 
 
 def _look_inside(
-    loss: Callable[..., Any], pairs: tuple[tuple, ...], head: Head, scope: list[str]
+    loss: Callable[..., Any], inside: Inside, head: Head, scope: list[str]
 ) -> Iterator[Hit]:
-    """Call a loss of the reader's own and look at it, and at the torch losses that it calls."""
-    inside = call_own(loss, pairs)
+    """Look at the call of a loss of the reader's own, and at the torch losses that it called."""
     known: list[Hit] = []
     for call in _with_graph(inside):
         known.extend(look(call))

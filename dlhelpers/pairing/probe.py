@@ -2,23 +2,24 @@
 
 The forward pass runs with gradients enabled, in the model's own mode, on copies of the inputs,
 so that the graph shows the last activation; nothing is ever propagated backward and the graph is
-dropped. What Python code inside ``forward`` does (counters, lists, files) cannot be undone.
+dropped. Attributes and generators that ``forward`` changes are put back; files are not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import model_inputs
+from dlhelpers.memory.replaying import objects_in
+
+from .untouched import same_numbers, untouched
 
 __all__ = ["as_tensor", "first_tensor", "restored", "run_model", "unwrap"]
 
@@ -83,28 +84,25 @@ def _arguments(inputs: object, *, track: bool) -> tuple[tuple, dict[str, Any]]:
 
 @contextlib.contextmanager
 def restored(*owners: object) -> Iterator[None]:
-    """Put back parameters, buffers, gradients and modes of modules, and all random states."""
-    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-    saved = [_snapshot(module) for module in modules]
-    python_state = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
+    """Put back parameters, buffers, gradients and modes of modules, and what else is reached."""
+    found = [owner for owner in objects_in(owners) if isinstance(owner, nn.Module)]
+    modules = dict.fromkeys(module for root in found for module in root.modules())
+    entries, copies = _snapshot(modules)
+    apart = {id(tensor) for tensor, _ in copies}
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)), untouched(*owners, apart=apart):
             yield
     finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        for entry in saved:
-            _restore(*entry)
+        _restore(entries, copies)
 
 
-def _snapshot(root: nn.Module) -> tuple[list[tuple], list[tuple[Tensor, Tensor]]]:
+def _snapshot(
+    modules: Iterable[nn.Module],
+) -> tuple[list[tuple], list[tuple[Tensor, Tensor]]]:
     """Keep each module's own tables and mode, and a copy of every tensor in them."""
     entries, copies = [], {}
-    for module in root.modules():
+    for module in modules:
         parameters, buffers = dict(module._parameters), dict(module._buffers)
         tensors = [t for t in (*parameters.values(), *buffers.values()) if t is not None]
         for tensor in tensors:
@@ -126,18 +124,8 @@ def _restore(entries: list[tuple], copies: list[tuple[Tensor, Tensor]]) -> None:
         module.training = training
     with torch.no_grad():
         for tensor, kept in copies:
-            if not _same(tensor.data, kept):  # memory that is read-only must not be written to
+            if not same_numbers(tensor.data, kept):  # read-only memory is never written to
                 tensor.data.copy_(kept)
-
-
-def _same(tensor: Tensor, kept: Tensor) -> bool:
-    try:
-        if tensor.device.type == "meta" or torch.equal(tensor, kept):
-            return True
-        nan = tensor.isnan()
-        return torch.equal(nan, kept.isnan()) and torch.equal(tensor[~nan], kept[~nan])
-    except Exception:  # wrappers and layouts that compare nothing
-        return False
 
 
 def as_tensor(value: object) -> object:

@@ -39,12 +39,15 @@ _IMAGES = {  # increasing functions: the ends of a range go to the ends of its i
 def span(head: Head, classes: int | None = None) -> tuple[float, float]:
     """Return the least and the largest value that ``head`` can give, scaled as it says.
 
+    Of an activation that was moved by an unknown constant, as if it were not.
+
     Args:
         head: activation, with the one in front of it where there is one.
         classes: size of a softmax's axis; None where it is not known.
     """
     low, high = _LIMITS.get(head.kind, (-_INF, _INF))
-    if head.before is not None and head.kind in _IMAGES:
+    moved = head.before is not None and head.before.is_moved  # an image of it may be anything
+    if head.before is not None and head.kind in _IMAGES and not moved:
         low, high = map(_IMAGES[head.kind], span(head.before, classes))
     elif head.before is not None and head.kind == "softmax" and classes:
         first, last = span(head.before, classes)

@@ -12,6 +12,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,8 +74,31 @@ class Tape:
             return None
         return value.double().mean().item()
 
-    def play(self, places: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Any] | None:
-        """Return the new tensor by the ``id`` of each recorded one; None where it cannot be."""
+    def narrowed(self, whole: int, samples: int) -> Inside | None:
+        """Return the call as it would be of fewer samples; None where it reads their number.
+
+        Args:
+            whole: size of the first axis of the tensors that are cut.
+            samples: how many of it are kept.
+        """
+        arguments = [x for x in tensors_in(self._inside.arguments) if x.ndim and len(x) == whole]
+        steps: list[tuple] = []
+        with torch.no_grad():
+            made = self.play([(x, x.detach()[:samples]) for x in arguments], steps)
+        if made is None or id(self._value) not in made:
+            return None
+        value, kept = made[id(self._value)], _put(self._inside.arguments, made)
+        return replace(self._inside, value=value, arguments=kept, steps=steps)
+
+    def play(
+        self, places: Sequence[tuple[Tensor, Tensor]], steps: list[tuple] | None = None
+    ) -> dict[int, Any] | None:
+        """Return the new tensor by the ``id`` of each recorded one; None where it cannot be.
+
+        Args:
+            places: as in :meth:`value`.
+            steps: gets what is played, in the form of ``Inside.steps``.
+        """
         if self._inside.is_random or self._inside.error is not None:
             return None
         made: dict[int, Any] = {}
@@ -85,7 +109,10 @@ class Tape:
             warnings.simplefilter("ignore")
             for func, args, kwargs, result in self._inside.steps:
                 _keep_others(func, args, kwargs, made)
-                new = func(*_put(args, made), **_put(kwargs, made))
+                args_, kwargs_ = _put(args, made), _put(kwargs, made)
+                new = func(*args_, **kwargs_)
+                if steps is not None:
+                    steps.append((func, args_, kwargs_, new))
                 new = torch.zeros_like(new) if self._mute and func in NAME_OF else new
                 _pair(result, new, made)
             return made

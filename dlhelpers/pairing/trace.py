@@ -49,6 +49,7 @@ class Head:
             ``unknown`` whose numbers show it.
         scale: constant that this activation's values were multiplied by before the next step.
         is_sure: False where the range of the numbers alone was seen.
+        is_moved: whether an unknown constant was added to these values.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Head:
     before: Head | None = None
     scale: float = 1.0
     is_sure: bool = True
+    is_moved: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -112,17 +114,10 @@ _OF_LOG_AND_EXP = {
     ("Exp", "log_sigmoid"): "sigmoid",
 }
 _LOGARITHMS = ("LogSoftmax", "LogSigmoid", "Log", "Log1P", "Logsumexp", "Logcumsumexp")
+_FINITE = ("softmax", "sigmoid", "tanh")  # their means and sums are in a range as well
 _SCALES = ("Mul", "Div", "Neg", "NativeDropout")
-_BOUNDED = (  # activations after which a second one is looked at, and their values' range is known
-    "softmax",
-    "log_softmax",
-    "sigmoid",
-    "log_sigmoid",
-    "relu",
-    "tanh",
-    "exp",
-    "softplus",
-)
+# Activations after which a second one is looked at: their values' range is known.
+_BOUNDED = (*_FINITE, "log_softmax", "log_sigmoid", "relu", "exp", "softplus")
 _AxisMap = Callable[[int], int | None]  # axis before the step -> axis after it
 
 
@@ -207,6 +202,8 @@ def _walk(
                 inner = replace(inner, scale=inner.scale * factor)
                 return Head("other", None, source, before=inner)
             return Head("other", None, source)
+        if stem in ("Add", "Sub", "Mean"):
+            return Head("other", None, source, before=_mixed(node, stem, shape, depth))
         if stem in _JOINS:
             return _head_of_parts(node, stem, shape, path, depth)
         if "AccumulateGrad" in name:
@@ -263,6 +260,24 @@ def _factor(node: Any, stem: str) -> float | None:
     if len(values) == 1 and values[0]:
         return 1 / values[0] if stem == "Div" else values[0]
     return 1.0 if stem == "Mul" and len(values) == 2 and values[0] == 0 else None
+
+
+def _mixed(node: Any, stem: str, shape: Any, depth: int) -> Head | None:
+    """Return the activation whose values were averaged, added up or moved by a constant."""
+    parts = [operand for operand, _ in node.next_functions]
+    if parts[:1] in ([], [None]) or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    shape = None if stem == "Mean" else shape
+    heads = [activation_of(_walk(part, shape, [], depth + 30)) for part in parts if part]
+    if any(head is None or head.kind not in _FINITE for head in heads):
+        return None
+    first = heads[0]
+    if len(heads) == 1:
+        return first if stem == "Mean" else replace(first, is_sure=False, is_moved=True)
+    same = all(head.kind == first.kind and head.scale * first.scale > 0 for head in heads)
+    if stem != "Add" or not same or any(head.is_moved for head in heads):
+        return None
+    return replace(first, scale=sum(head.scale for head in heads), before=None)
 
 
 def _is_parameter(node: Any) -> bool:

@@ -11,7 +11,6 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from .calls import LOSSES, Inside, LossCall, calls_inside
 from .catalog import Hit
-from .causes import described, missing, refused_anyway, why_not_finite, why_refused
+from .causes import described, missing, refused_anyway, why_no_distance, why_not_finite, why_refused
 from .places import place_of
 from .probe import restored
 from .values import Values, all_finite
@@ -168,7 +167,7 @@ def call_own(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Inside:
     """Call a loss of the reader's own with the first arguments that it takes.
 
     Args:
-        loss: a deep copy of it is called; itself, with its modules put back, where it has none.
+        loss: a deep copy of it is called; itself where it has none. What it reaches is put back.
         pairs: (outputs, targets): as the model gives them first, then as plain tensors; a tuple
             of targets is given whole, then apart, and None also left out.
 
@@ -176,19 +175,39 @@ def call_own(loss: Callable[..., Any], pairs: tuple[tuple, ...]) -> Inside:
         What happened in the first call that raised nothing, else in the most telling one.
     """
     best: Inside | None = None
+    first: Exception | None = None
     tries = list(_tries(pairs))
     fitting = [arguments for arguments in tries if _takes(loss, arguments)]
     for arguments in fitting or tries[:1]:
-        copied = _deep_copy(loss)
-        with restored(*_modules_of(copied)):
+        copied, note = _deep_copy(loss)
+        with restored(copied):
             inside = calls_inside(copied, *map(_cloned, arguments))
+        inside.notes += [note] if note else []
         if inside.error is None:
+            inside.notes += _changed(arguments, pairs[0], first)
             return inside
+        first = first or inside.error
         legible = all(isinstance(call.prediction, Tensor) for call in inside.calls)
         inside.calls = inside.calls if legible else []
         if best is None or (inside.calls and not best.calls):
             best = inside
     return best
+
+
+def _changed(arguments: tuple, given: tuple, error: Exception | None) -> list[str]:
+    """Say with what a loss was called that raises for what it was given."""
+    outputs, targets = given
+    parts = (targets, *targets) if type(targets) is tuple else (targets,)
+    how = []
+    if arguments[0] is not outputs:
+        is_array = isinstance(outputs, list) or hasattr(outputs, "__array__")
+        how.append("the outputs as a tensor" if is_array else "the first tensor of the outputs")
+    if not all(any(x is part for part in parts) for x in arguments[1:]):
+        many = type(targets) is tuple
+        how.append("the targets as tensors" if many else "the targets as a tensor")
+    if error is None or not how:
+        return []
+    return [f"as given, the loss raises {said(error)}; it was called with {' and '.join(how)}"]
 
 
 def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
@@ -208,9 +227,15 @@ def own_hits(loss: object, inside: Inside, known: list[Hit]) -> Iterator[Hit]:
         why = remedy = ""
         names = _names(loss)
         if isinstance(error, TypeError) and not where and names:
-            why = f"The loss takes ({', '.join(names)}): the outputs, then what a tuple holds."
+            rest = names[1] if len(names) == 2 else f"({', '.join(names[1:])})"
+            why = f"The loss takes ({', '.join(names)}): pass {rest} as targets."
             remedy = f"pairing.check(outputs, loss, ({', '.join(names[1:])}))"
-        yield Hit("loss-raised", "error", said(error), "rule", where, why, remedy)
+        what = said(error)
+        tensors = [value for value in inside.arguments if isinstance(value, Tensor)]
+        if not why and not where and tensors:  # torch's own, of which the table knows nothing
+            what += f" (arguments {', '.join(str(tuple(x.shape)) for x in tensors)})"
+            why, remedy = why_no_distance(tensors)
+        yield Hit("loss-raised", "error", what, "rule", where, why, remedy)
         return
     value = _loss_in(inside.value)
     if all_finite(value):
@@ -272,26 +297,13 @@ def _names(loss: object) -> list[str]:
         return []
 
 
-def _deep_copy(loss: Any) -> Any:
-    """Return a copy, or the loss itself where it holds what cannot be copied (files, locks)."""
+def _deep_copy(loss: Any) -> tuple[Any, str]:
+    """Return a copy and ""; the loss itself and a note where it holds what cannot be copied."""
     try:
-        return copy.deepcopy(loss)
-    except Exception:  # each class has its own way to refuse
-        return loss
-
-
-def _modules_of(loss: object) -> list[nn.Module]:
-    """Return the modules that a call may change: the loss, and those a function refers to."""
-    while isinstance(loss, partial):
-        loss = loss.func
-    if isinstance(loss, nn.Module):
-        return [loss]
-    try:
-        reached = inspect.getclosurevars(getattr(loss, "__func__", loss))
-    except (TypeError, ValueError):  # builtins and callable objects; cells that are still empty
-        return []
-    values = (*reached.nonlocals.values(), *reached.globals.values())
-    return [value for value in values if isinstance(value, nn.Module)]
+        return copy.deepcopy(loss), ""
+    except Exception as error:  # each class has its own way to refuse
+        note = f"the loss itself was called, as it cannot be deep-copied ({said(error)[:80]}); "
+        return loss, note + "its attributes and tensors were put back"
 
 
 def _cloned(value: Any) -> Any:

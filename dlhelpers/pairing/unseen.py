@@ -21,7 +21,8 @@ from .values import Values
 
 __all__ = ["NO_RULE", "formula_hits"]
 
-_SIZE = 2**24  # elements of outputs for which a call is still played again
+_SIZE = 2**20  # elements of outputs up to which a call is played again with all its samples
+_LARGEST = 2**22  # where it cannot be played with fewer
 NO_RULE = "not looked at: no rule for this loss"
 
 
@@ -39,16 +40,23 @@ def formula_hits(inside: Inside, head: Head) -> tuple[list[Hit], str]:
         rest = "nothing found"
     unknown = rest if names else NO_RULE
     output = first_tensor(inside.arguments[0]) if inside.arguments else None
-    tape = Tape(inside)
-    if output is None or output.numel() > _SIZE or not output.is_floating_point():
+    tape, whole = Tape(inside), output
+    if output is None or not output.is_floating_point():
         return [], unknown
+    if output.numel() > _SIZE:
+        less = tape.narrowed(len(output), max(1, _SIZE * len(output) // output.numel()))
+        if less is None and output.numel() > _LARGEST:
+            return [], unknown
+        inside = less or inside
+        tape, output = Tape(inside), first_tensor(inside.arguments[0])
     if not tape.is_faithful:
         return [], unknown
     if set(names) <= {"cross_entropy"}:
         floating = [x for x in tensors_in(inside.arguments) if _is_floating(x)]
         found = embedding_hits(tape, floating) if floating else None
         if found is not None:
-            return found, "nothing found: this loss compares embeddings, which are normalised"
+            hits, how = found
+            return hits, f"nothing found: this loss compares embeddings {how}"
     muted = Tape(inside, mute=True) if names else tape
     if names and muted.is_constant(output):
         return [], "nothing found"
@@ -56,7 +64,7 @@ def formula_hits(inside: Inside, head: Head) -> tuple[list[Hit], str]:
     wish = None if target is None else wish_of(muted, output, target)
     if wish is None:
         return [], unknown
-    return list(wish_hits(wish, head, output)), f"nothing found: this loss wants {wish.kind}"
+    return list(wish_hits(wish, head, whole)), f"nothing found: this loss wants {wish.kind}"
 
 
 def _is_floating(tensor: Tensor) -> bool:
