@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dlhelpers.profiling.code_report import place_of
-from dlhelpers.profiling.loop_code import loop_remedy
+from dlhelpers.profiling.loop_code import list_remedy, loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.trials import calls_gain, rows_to_try, trial
 from dlhelpers.tables import duration
@@ -59,30 +59,40 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
     needed = seen.flow.longest_reads if seen.flow else 1  # as a rollout needs its actions
     many = outside.items >= _LEAST_TURNS * max(1, needed)
     if many and 3 * outside.items >= outside.operators:
-        yield seen.finding(
-            "item-every-step",
-            saves_ms=seen.loop_ms,
-            at_most=True,
-            where=seen.lines.outside,
-            what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
-            why="each .item() is a call of its own, and on a GPU each one waits for all kernels",
-            remedy="keep tensors: total += loss.detach(), and one .item() or .tolist() at the end",
-            notebook="08_profiling",
-        )
-        return
-    is_worth_it = min(seen.loop_ms, _seen_outside(seen)) >= least_ms
-    if is_worth_it and _is_loop(seen) and calls_gain(seen.flow, speedup) >= _LEAST_GAIN:
+        saves = seen.items_ms
+        whole = seen.item_loop_ms
+        is_loop = seen.flow is None or seen.flow.operators_at_once >= _LEAST_TURNS
+        if whole > saves and is_loop and calls_gain(seen.flow, speedup) >= _LEAST_GAIN:
+            saves = whole
+        if saves >= least_ms:
+            yield seen.finding(
+                "item-every-step",
+                saves_ms=saves,
+                at_most=True,
+                where=seen.lines.outside,
+                what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
+                why="each .item() is a call of its own, and on a GPU each one waits for all "
+                "kernels",
+                remedy="keep tensors: total += loss.detach(), and one .item() or .tolist() at the "
+                "end",
+                notebook="08_profiling",
+            )
+            return
+    saves, remedy = 0.0, ""
+    if min(seen.loop_ms, _seen_outside(seen)) >= least_ms and _is_loop(seen):
+        saves, remedy = _loop_gain(seen, speedup)
+    if saves >= least_ms:
         after = outside.loop_backward_ms / seen.step_ms
         more = f", and its backward {after:.0%}" if after >= 0.01 else ""
         yield seen.finding(
             "python-loop",
-            saves_ms=seen.loop_ms,
+            saves_ms=saves,
             at_most=True,
-            where=seen.lines.outside,
+            where=place_of(*seen.loop_line[:2]) or seen.lines.outside,
             what=f"{told}{more}; {name} is called {count:.0f} times a step",
             why="each call costs the same few microseconds, however little it computes, and so "
             "does its node in backward",
-            remedy=loop_remedy(seen.lines.outside_line, name),
+            remedy=remedy,
             notebook="08_profiling",
         )
     elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _own_python_ms(seen)):
@@ -100,21 +110,36 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         )
 
 
+def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, str]:
+    """Return milliseconds of a step that go away with the loop, and code for it."""
+    line, name = seen.loop_line, seen.outside.commonest[0]
+    found = seen.flow.loops.get(line) if seen.flow else None
+    if found and found.uneven:
+        gain = calls_gain(seen.flow, speedup, in_list=True)
+        return seen.loop_ms * (1 - 1 / gain), list_remedy(line)
+    gain = calls_gain(seen.flow, speedup)
+    return (seen.loop_ms if gain >= _LEAST_GAIN else 0.0), loop_remedy(line, name)
+
+
 def _is_loop(seen: Seen) -> bool:
     """Whether operators come as often as there are samples, and could be done at once.
 
     As often as there are samples, not as micro-batches.
     """
+    return seen.outside.commonest[1] >= max(_LEAST_TURNS, seen.samples) and not _is_chain(seen)
+
+
+def _is_chain(seen: Seen) -> bool:
+    """Whether the turns of the loop need earlier ones, all but a few of them."""
     at_once = seen.flow.operators_at_once if seen.flow else _LEAST_TURNS
-    count = seen.outside.commonest[1]
-    return count >= max(_LEAST_TURNS, seen.samples) and at_once >= _LEAST_TURNS
+    return min(at_once, seen.loop_at_once) < _LEAST_TURNS
 
 
 def _own_python_ms(seen: Seen) -> float:
     """Return what the step's own Python may take, for each turn that has to wait for the last."""
     if seen.flow is None:
         return _BETWEEN_CALLS_MS
-    turns = [seen.outside.turns] if seen.flow.operators_at_once < _LEAST_TURNS else []
+    turns = [seen.outside.turns] if _is_chain(seen) else []
     for calls in seen.calls:
         at_once = seen.flow.calls_at_once.get((id(calls.module), calls.training), 1.0)
         turns.append(calls.count / seen.steps / at_once)

@@ -143,14 +143,18 @@ def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
     return speedup(run(model), run(fused))
 
 
-def calls_gain(flow: Dataflow | None, speedup: Speedup) -> float:
+def calls_gain(flow: Dataflow | None, speedup: Speedup, *, in_list: bool = False) -> float:
     """Return how many times as fast one operator is as many on parts of the same tensor.
 
     It is tried by additions of tensors as large as those that a step makes one by one; infinite
-    where no flow was looked at.
+    where no flow was looked at. With ``in_list`` by one call on a list of tensors, as
+    ``torch._foreach_add`` is.
     """
+    foreach = getattr(torch, "_foreach_add", None)
     if flow is None:
         return float("inf")
+    if in_list and foreach is None:
+        return 1.0
     whole = torch.zeros(_PARTS, flow.elements, device=flow.device)
     parts = list(whole)
 
@@ -158,7 +162,11 @@ def calls_gain(flow: Dataflow | None, speedup: Speedup) -> float:
         if whole.is_cuda:
             torch.cuda.synchronize()
 
-    return speedup(lambda: ([part + 1 for part in parts], wait()), lambda: (whole + 1, wait()))
+    def at_once() -> None:
+        _ = foreach(parts, 1) if in_list else whole + 1
+        wait()
+
+    return speedup(lambda: ([part + 1 for part in parts], wait()), at_once)
 
 
 def graph_bytes(calls: ModelCalls) -> int:
