@@ -162,7 +162,7 @@ def test_what_no_operator_does_is_named_with_its_line():
     assert rank(in_python(60, share=0.1), 0.05, twice_as_fast) == []  # the record's own time
     little = rank(in_python(10), 0.05, twice_as_fast)
     assert little == []
-    assert "10 ms of it are Python outside models and operators, most of it at me/a.py:2" in str(
+    assert "10 ms of it is Python outside models and operators, most of it at me/a.py:2" in str(
         little
     )
 

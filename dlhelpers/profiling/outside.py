@@ -26,7 +26,7 @@ _OF_LOOPS = {"aten::unbind", "aten::stack", "aten::cat"}  # take its samples apa
 _DENSER = 1.005  # than the step on average: a part with more events is slowed down more
 _LEAST_TURNS = 8  # of a loop over operators
 _ITEMS = {"aten::item", "aten::is_nonzero", "aten::_local_scalar_dense"}
-_VIEWS = {"aten::select", "aten::slice", "aten::squeeze", "aten::view", "aten::reshape"}
+_VIEWS = {"aten::select", "aten::slice", "aten::squeeze", "aten::view", "aten::unbind"}
 _ALIKE = 0.1  # by which the events of two equal steps may differ
 _OFTEN = 0.1  # of the calls of the commonest operator: what a loop does in some of its turns
 

@@ -27,12 +27,12 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
     if found:  # what it hides is seen once it is gone
         yield from found
         return
-    costs = seen.costs
+    costs, loader = seen.costs, seen.loader
+    by_index = loader is None or loader.by_index
+    ahead = "prepare batches while the step computes: DataLoader(..., num_workers=2)"
+    if not by_index:
+        ahead += ", each worker giving its own part of the stream, by get_worker_info()"
     if costs is None:
-        loader = seen.loader
-        ahead = "prepare batches while the step computes: DataLoader(..., num_workers=2)"
-        if loader and not loader.by_index:
-            ahead += ", each worker giving its own part of the stream, by get_worker_info()"
         yield seen.finding(
             "slow-loading",
             saves_ms=waits,
@@ -51,6 +51,8 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
     # workers that were tried and do not help leave nothing to say
     if not found and not trials.settled and costs.workers_ms is None and explained >= least_ms:
         count = trials.failed or costs.tried
+        several = f"with {costs.workers} worker{'s' * (costs.workers != 1)}"
+        workers = several if costs.workers else "which has no workers"
         failed = f"; {count} workers were tried and failed" if count else ""
         found = [
             seen.finding(
@@ -58,11 +60,14 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
                 saves_ms=explained,
                 at_most=True,
                 where=costs.sample_at,
-                what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, with "
-                f"{costs.workers} workers; a batch takes {duration(costs.batch_ms / 1e3)} in one "
-                "process" + failed,
+                what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, {workers}; a "
+                f"batch takes {duration(costs.batch_ms / 1e3)} in one process" + failed,
                 why="no part of it stands out, so all of it would have to become faster",
-                remedy="profile_python(lambda: [dataset[i] for i in range(100)])",
+                remedy="profile_python(lambda: [dataset[i] for i in range(100)])"
+                if by_index
+                else "profile_python(lambda: list(itertools.islice(dataset, 100)))"
+                if costs.workers
+                else ahead,
                 notebook="03_dali_io",
             )
         ]
@@ -131,7 +136,7 @@ def _workers(
                 saves_ms=saves,
                 at_most=not tried,
                 what=f"{share}, which starts its {costs.workers} workers anew every "
-                f"{trials.steps_of_epoch} step{'s' * (trials.steps_of_epoch != 1)}",
+                + ("step" if trials.steps_of_epoch == 1 else f"{trials.steps_of_epoch} steps"),
                 why="at the end of an epoch the workers end; the next one waits for new ones, and "
                 "for their first batch",
                 remedy=f"DataLoader(..., num_workers={costs.workers}, persistent_workers=True)",

@@ -115,7 +115,9 @@ def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, str]:
     line, name = seen.loop_line, seen.outside.commonest[0]
     found = seen.flow.loops.get(line) if seen.flow else None
     if found and found.uneven:
-        gain = calls_gain(seen.flow, speedup, in_list=True)
+        # one call on the list does the work of all the operators of a turn
+        each = found.count / max(1, found.at_once)
+        gain = each * calls_gain(seen.flow, speedup, in_list=True)
         return seen.loop_ms * (1 - 1 / gain), list_remedy(line)
     gain = calls_gain(seen.flow, speedup)
     return (seen.loop_ms if gain >= _LEAST_GAIN else 0.0), loop_remedy(line, name)
