@@ -46,6 +46,7 @@ class Outside:
         loop_backward_ms: of these, in backward.
         turns: how often a step goes through the loop, by the median of its operators' counts.
         loop_gpu_ms: milliseconds of the GPU in the kernels that these operators launched.
+        others_ms: milliseconds of the shortest step outside, in all that is no loop.
         item_ms: milliseconds of a step in taking numbers out, with the views that feed this.
         item_loop_ms: the same with all that is repeated between two numbers.
     """
@@ -59,6 +60,7 @@ class Outside:
     loop_backward_ms: float = 0.0
     turns: float = 0.0
     loop_gpu_ms: float = 0.0
+    others_ms: float = 0.0
     item_ms: float = 0.0
     item_loop_ms: float = 0.0
 
@@ -111,11 +113,11 @@ def outside_of_models(trace: Trace, step_ms: float, least_ms: float = 0.0) -> Ou
     running = [(e.start_us, e.end_us) for e in nodes]
     starts = [event.start_us for event in events]
 
-    def without_profiler(part: set[int]) -> tuple[float, float]:
-        """Return milliseconds of a step in some operators, and the share of backward in them."""
+    def without_profiler(part: set[int]) -> tuple[float, float, float]:
+        """Return ms of a step in some operators, the share of backward, and ms of all others."""
         turns, others = _with_python_before(tops_that_work, edges, part)
         owned = _owned(nodes, events, [tops_that_work[number] for number in sorted(part)])
-        parts, of_backward = [], []
+        parts, of_backward, besides = [], [], []
         for begin, end in trace.steps:
 
             def us(stretches: Sequence[tuple[float, float]], step=(begin, end)) -> float:
@@ -130,9 +132,12 @@ def outside_of_models(trace: Trace, step_ms: float, least_ms: float = 0.0) -> Ou
             of_loop = _count(starts, [s for s in turns + owned if begin <= s[0] < end])
             parts.append((end - begin, part_us, _count(starts, [(begin, end)]), of_loop))
             of_backward.append(backward_us / (part_us or 1.0))
-        return _plain_ms(parts, step_ms, least_ms or step_ms), median(of_backward or [0.0])
+            besides.append((outside_us - forward_us) / (end - begin or 1.0))
+        least = least_ms or step_ms
+        plain_ms = _plain_ms(parts, step_ms, least)
+        return plain_ms, median(of_backward or [0.0]), least * min(besides or [0.0])
 
-    loop_ms, of_backward = without_profiler(chosen)
+    loop_ms, of_backward, others_ms = without_profiler(chosen)
     of_items, of_item_loop = _item_chains(tops_that_work, trace.steps)
     launched = {e.id for e in events if e.id and _covers(loop, e.start_us)}
     gpu_us = sum(e.us for e in trace.gpu if e.id in launched)
@@ -146,6 +151,7 @@ def outside_of_models(trace: Trace, step_ms: float, least_ms: float = 0.0) -> Ou
         turns=_turns(often, counts) / n,
         loop_backward_ms=loop_ms * of_backward,
         loop_gpu_ms=gpu_us / n / 1e3,
+        others_ms=others_ms,
         item_ms=without_profiler(of_items)[0] if of_items else 0.0,
         item_loop_ms=without_profiler(of_item_loop)[0] if of_items else 0.0,
     )

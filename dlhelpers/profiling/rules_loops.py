@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dlhelpers.profiling.code_report import place_of
 from dlhelpers.profiling.loop_code import list_remedy, loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
-from dlhelpers.profiling.trials import calls_gain, rows_to_try, trial
+from dlhelpers.profiling.trials import alone_ms, calls_gain, rows_to_try, trial
 from dlhelpers.tables import duration
 
 __all__ = ["decoding", "loops"]
@@ -19,6 +19,7 @@ __all__ = ["decoding", "loops"]
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 _LEAST_CALLS = 4  # of a model, on one sample each
 _LEAST_TURNS = 8  # of a loop over operators
+_IN_PLACE = 2  # turns more than one, that the few large calls in their place may take
 _LEAST_GAIN = 3.0  # of one large operator over many; less where each of them is large already
 
 
@@ -67,7 +68,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         if saves >= least_ms:
             yield seen.finding(
                 "item-every-step",
-                saves_ms=saves,
+                saves_ms=_beside_models_alone(seen, saves),
                 at_most=True,
                 where=seen.lines.outside,
                 what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
@@ -86,7 +87,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         more = f", and its backward {after:.0%}" if after >= 0.01 else ""
         yield seen.finding(
             "python-loop",
-            saves_ms=saves,
+            saves_ms=_beside_models_alone(seen, saves),
             at_most=True,
             where=place_of(*seen.loop_line[:2]) or seen.lines.outside,
             what=f"{told}{more}; {name} is called {count:.0f} times a step",
@@ -121,6 +122,31 @@ def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, str]:
         return seen.loop_ms * (1 - 1 / gain), list_remedy(line)
     gain = calls_gain(seen.flow, speedup)
     return (seen.loop_ms if gain >= _LEAST_GAIN else 0.0), loop_remedy(line, name)
+
+
+def _beside_models_alone(seen: Seen, saves_ms: float) -> float:
+    """Return what is saved of a step whose models take as long as without the loop.
+
+    What they take beyond that in the step is no part of either time.
+    """
+    if seen.trace.gpu or not seen.calls:
+        return saves_ms
+    alone = 0.0
+    for calls in seen.calls:
+        each = alone_ms(calls)
+        if each is None:
+            return saves_ms
+        alone += each * calls.count / seen.steps
+    least = seen.least_ms or seen.step_ms
+    in_thread = min(least, seen.thread_ms or least)  # other programs are no part of it
+    waits = seen.ms("data loading") / seen.step_ms
+    updates = seen.ms("optimizer") / seen.step_ms
+    others = seen.outside.others_ms * in_thread / least + updates * in_thread + waits * least
+    share = saves_ms / seen.step_ms
+    saved = min(share * least, in_thread)
+    alone += _IN_PLACE * saved / max(seen.outside.turns, seen.outside.items, 1.0)
+    left = min((1 - share) * least, alone + others)
+    return seen.step_ms * saved / (left + saved)
 
 
 def _is_loop(seen: Seen) -> bool:

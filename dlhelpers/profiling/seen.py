@@ -97,6 +97,8 @@ class Seen:
         tensors: bytes of the tensors that are alive after each of some steps.
         kept_where: what holds those that are new, in words.
         least_ms: the shortest step without the profiler; 0 where only ``step_ms`` is known.
+        thread_ms: of the processor, that the thread of a step takes for it, at least; 0 where that
+            is not known.
     """
 
     trace: Trace
@@ -120,6 +122,7 @@ class Seen:
     tensors: Sequence[int] = ()
     kept_where: str = ""
     least_ms: float = 0.0
+    thread_ms: float = 0.0
 
     @cached_property
     def shares(self) -> dict[str, float]:

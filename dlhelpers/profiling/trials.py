@@ -16,10 +16,19 @@ from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
 
-__all__ = ["calls_gain", "folding_gain", "graph_bytes", "is_double", "rows_to_try", "trial"]
+__all__ = [
+    "alone_ms",
+    "calls_gain",
+    "folding_gain",
+    "graph_bytes",
+    "is_double",
+    "rows_to_try",
+    "trial",
+]
 
 _FAST_S = 0.005  # a call of which dozens are settled in a trial's time
 _PARTS = 32  # additions that are tried as one
+_ALONE_S = 0.3  # for a model alone, three calls at least
 _TRIAL_S = 10.0  # what a call on several samples may take
 
 
@@ -74,6 +83,22 @@ def trial(
     except Exception:  # no copy, or a shape that it does not take
         return None
     return lambda: call(args, kwargs)
+
+
+def alone_ms(calls: ModelCalls) -> float | None:
+    """Return milliseconds of a call of the model alone, the shortest of some; None without a copy.
+
+    Between long stretches of Python its threads fall asleep, and in a step it takes longer.
+    """
+    once = trial(calls)
+    if once is None:
+        return None
+    took: list[float] = []
+    while len(took) < 3 or (sum(took) < _ALONE_S and len(took) < 50):
+        begin = perf_counter()
+        once()
+        took.append(perf_counter() - begin)
+    return 1000 * min(took)
 
 
 def rows_to_try(one: Trial) -> int:
