@@ -168,17 +168,20 @@ def loop_lines(nodes: Sequence[Node]) -> dict[Line, LoopLine]:
         sizes = [{nodes[number].made[0] for number in mine} for mine in often]
         found[line] = LoopLine(
             sum(map(len, by_name.values())),
-            min(_free_of_each_other(needed, mine) for mine in often),
+            min(_free_of_each_other(nodes, needed, mine) for mine in often),
             any(len(each) > 1 for each in sizes),
         )
     return found
 
 
-def _free_of_each_other(needed: Sequence[list[int]], mine: Sequence[int]) -> int:
-    """Return how many of some nodes need none of the others."""
-    which, after = set(mine), [False] * len(needed)
-    for number, before in enumerate(needed):
-        after[number] = any(after[n] or n in which for n in before)
+def _free_of_each_other(
+    nodes: Sequence[Node], needed: Sequence[list[int]], mine: Sequence[int]
+) -> int:
+    """Return how many of some nodes need none of the others; a link hands on what came before."""
+    which, after = set(mine), [False] * len(nodes)
+    for number, node in enumerate(nodes):
+        counted = any(n in which for n in needed[number])
+        after[number] = counted or any(after[n] for n in node.needs)
     return sum(not after[number] for number in mine)
 
 
