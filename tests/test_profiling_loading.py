@@ -253,6 +253,8 @@ def test_workers_that_are_started_for_each_epoch_are_told():
     found = outcome(seen_of(step, loader, fetches=10.0), 2.0)["workers-restarted"]
     assert (found.saves_ms, found.at_most) == (pytest.approx(50), False)
     assert "every 2 steps" in found.what
+    found = outcome(seen_of(step, loader, fetches=20.0), 2.0)["workers-restarted"]
+    assert found.what.endswith("anew every step")
     step, loader = of_items(1, persistent_workers=True)
     assert "workers-restarted" not in outcome(seen_of(step, loader, fetches=10.0), 2.0)
 
@@ -443,7 +445,7 @@ def test_a_stream_is_told_the_remedy_of_a_stream():
             yield from range(64)
 
     loader = of_a_loader(Stream(), batch_size=4)
-    facts = seen_of(lambda: None, loader, costs=costs(workers_ms=None))
+    facts = seen_of(lambda: None, loader, costs=costs(sample_ms=25.0))
     facts = dataclasses.replace(facts, step=None)
     told = {f.name: f for f in rank(facts, 0.05, lambda *_: 1.0)}
     assert "get_worker_info" in told["slow-loading"].remedy

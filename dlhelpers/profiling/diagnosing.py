@@ -154,8 +154,8 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         repeats=repeats,
         tensors=() if kept.is_bounded else kept.nbytes,
         kept_where=kept.where,
-        least_ms=0.0 if seen.starts else min(*report.plain_ms, *looked_ms),
-        thread_ms=0.0 if seen.starts else min(thread_ms),
+        least_ms=0.0 if seen.starts else min([*report.plain_ms, *looked_ms]),
+        thread_ms=0.0 if seen.starts else min(thread_ms, default=0.0),
     )
     if not _may_loop(facts):
         return facts
