@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from dlhelpers.profiling import rules_loops
 from dlhelpers.profiling.dataflow import CellCall, Dataflow, Node, operators_at_once
 from dlhelpers.profiling.decoders import decoders_shown, decodes
 from dlhelpers.profiling.diagnosing import rank
@@ -771,3 +772,36 @@ def test_the_line_is_that_of_the_loop_and_not_of_a_large_operator():
     looked = Seen(seen.trace, seen.step_ms, lines=lines, flow=flow)
     [found] = rank(looked, 0.05, lambda *_: 9.0)
     assert "test_profiling_bounds.py" in found.where
+
+
+@pytest.mark.parametrize(("alone_ms", "left_ms"), [(0.2, 0.3), (None, 1.11), (50.0, 1.11)])
+def test_what_is_left_of_a_step_are_its_models_as_they_are_alone(monkeypatch, alone_ms, left_ms):
+    """Their threads fell asleep while the loop ran, so in the step they take five times as long."""
+    monkeypatch.setattr(rules_loops, "alone_ms", lambda calls: alone_ms)
+    record = Steps()
+    record.model(500.0, 500.0)
+    for _ in range(100):
+        record.operator("aten::sub", 50.0, 50.0)
+    record.backward(10.0)
+    record.steps.append((0.0, record.now))
+    lines = ProgramLines("", "", 1.0)
+    facts = record.seen(calls=[ModelCalls(nn.Linear(2, 2), True, 1, 4)], lines=lines)
+    [found] = rank(facts, 0.05, lambda *_: 1.0)
+    wasted_ms = 9.9
+    assert found.speedup == pytest.approx((wasted_ms + left_ms) / left_ms, rel=0.02)
+    assert found.saves_ms < facts.step_ms
+
+
+def test_a_loop_takes_no_longer_than_the_thread_that_runs_it(monkeypatch):
+    monkeypatch.setattr(rules_loops, "alone_ms", lambda calls: 1.0)
+    record = Steps()
+    record.model(500.0, 500.0)
+    for _ in range(100):
+        record.operator("aten::sub", 50.0, 50.0)
+    record.backward(10.0)
+    record.steps.append((0.0, record.now))
+    made = [ModelCalls(nn.Linear(2, 2), True, 1, 4)]
+    lines = ProgramLines("", "", 1.0)
+    busy = record.seen(calls=made, lines=lines, thread_ms=5.0)  # half of the time another ran
+    [found] = rank(busy, 0.05, lambda *_: 1.0)
+    assert found.speedup == pytest.approx(1 + 5.0 / (1.0 + 0.05), rel=0.02)

@@ -51,9 +51,12 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
     # workers that were tried and do not help leave nothing to say
     if not found and not trials.settled and costs.workers_ms is None and explained >= least_ms:
         count = trials.failed or costs.tried
-        several = f"with {costs.workers} worker{'s' * (costs.workers != 1)}"
-        workers = several if costs.workers else "which has no workers"
-        failed = f"; {count} workers were tried and failed" if count else ""
+        workers = f"with {_several(costs.workers)}" if costs.workers else "which has no workers"
+        failed = (
+            f"; {_several(count)} {'was' if count == 1 else 'were'} tried and failed"
+            if count
+            else ""
+        )
         found = [
             seen.finding(
                 "slow-loading",
@@ -86,7 +89,7 @@ def _iterators(
     if saves < least_ms:
         trials.note_no_gain("one iterator for all steps")
         return
-    workers = f", and starts {loader.workers} workers for it" if loader.workers else ""
+    workers = f", and starts {_several(loader.workers)} for it" if loader.workers else ""
     again = loader.persistent and ", and sends its workers to the beginning"
     yield seen.finding(
         "iterator-every-step",
@@ -116,7 +119,7 @@ def _workers(
             yield seen.finding(
                 "needless-workers",
                 saves_ms=saves,
-                what=f"{share}, which has {costs.workers} workers; one batch of {costs.batch} "
+                what=f"{share}, which has {_several(costs.workers)}; one batch of {costs.batch} "
                 f"takes it {duration(costs.batch_ms / 1e3)} in one process",
                 why="to start the workers, and to send a batch from one process to another, takes "
                 "longer than to make it",
@@ -135,7 +138,7 @@ def _workers(
                 "workers-restarted",
                 saves_ms=saves,
                 at_most=not tried,
-                what=f"{share}, which starts its {costs.workers} workers anew every "
+                what=f"{share}, which starts its {_several(costs.workers)} anew every "
                 + ("step" if trials.steps_of_epoch == 1 else f"{trials.steps_of_epoch} steps"),
                 why="at the end of an epoch the workers end; the next one waits for new ones, and "
                 "for their first batch",
@@ -250,6 +253,10 @@ def _parts(
             "resize=256), or decode by DALI's threads",
             notebook="02_lmdb_io",
         )
+
+
+def _several(workers: int) -> str:
+    return f"{workers} worker{'s' * (workers != 1)}"
 
 
 def _told(seen: Seen, costs: LoaderCosts, waits: float) -> str:

@@ -19,7 +19,7 @@ __all__ = ["decoding", "loops"]
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 _LEAST_CALLS = 4  # of a model, on one sample each
 _LEAST_TURNS = 8  # of a loop over operators
-_IN_PLACE = 2  # turns more than one, that the few large calls in their place may take
+_IN_PLACE = 1  # turn more than one, that the few large calls in their place may take
 _LEAST_GAIN = 3.0  # of one large operator over many; less where each of them is large already
 
 
