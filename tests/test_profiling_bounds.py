@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from dlhelpers.profiling import rules_loops
 from dlhelpers.profiling.dataflow import CellCall, Dataflow, Node, operators_at_once
 from dlhelpers.profiling.decoders import decoders_shown, decodes
 from dlhelpers.profiling.diagnosing import rank
@@ -616,3 +617,191 @@ def test_the_remedy_is_that_of_the_loop_that_was_found(tmp_path, source, parts):
     number = next((n for n, line in enumerate(source.splitlines(), 2) if "#!" in line), 2)
     remedy = loop_remedy((str(file), number, "step"), "aten::sub")
     assert all(part in remedy for part in parts), remedy
+
+
+# ---- what the bound of a loop rests on ----
+
+
+def test_noise_in_some_steps_does_not_hide_what_a_loop_wastes():
+    """Another program takes the machine in two of three steps, while the model runs."""
+    record, turns = Steps(), 40
+    for noise in (0.0, 30_000.0, 20_000.0):
+        begin = record.now
+        record.model(500.0 + noise, 500.0)
+        for _ in range(turns):
+            record.operator("aten::sub", 100.0, 100.0)
+        record.backward(10.0)
+        record.steps.append((begin, record.now))
+    trace = Trace(in_order(record.events), tuple(record.steps), 1)
+    plain_ms, wasted_ms = (20_000 + 1010 + turns * 200) / 1e3, (turns - 1) * 0.2
+    facts = Seen(trace, plain_ms, lines=ProgramLines("", "", 1.0), least_ms=plain_ms - 20.0)
+    [found] = rank(facts, 0.05, lambda *_: 1.0)
+    truth = (plain_ms - 20.0) / (plain_ms - 20.0 - wasted_ms)
+    assert truth * (1 - 1e-6) <= found.speedup <= 1.5 * truth
+
+
+def test_large_operators_are_no_part_of_taking_numbers_out():
+    record = Steps()
+    for _ in range(4):
+        record.operator("aten::matmul", 5000.0, 5000.0)
+    for _ in range(12):
+        record.operator("aten::mean", 100.0, 10.0)
+    for _ in range(12):
+        record.operator("aten::_local_scalar_dense", 2.0)
+    record.backward(10.0)
+    record.steps.append((0.0, record.now))
+    seen = record.seen(lines=ProgramLines("", "", 1.0), flow=Dataflow(20.0, elements=9))
+    assert [f.name for f in rank(seen, 0.05, lambda *_: 1.2)] == []
+    assert seen.items_ms <= 12 * 2e-3
+    assert seen.item_loop_ms <= 12 * 2e-3
+
+
+def test_views_before_a_number_go_away_with_it():
+    record = Steps()
+    for _ in range(64):
+        record.operator("aten::select", 10.0)
+        record.operator("aten::_local_scalar_dense", 10.0)
+    record.model(1000.0, 0.0)
+    record.steps.append((0.0, record.now))
+    [found] = rank(record.seen(flow=Dataflow(64.0)), 0.05, lambda *_: 1.0)
+    assert found.name == "item-every-step"
+    assert found.saves_ms == pytest.approx(63 * 20e-3)
+
+
+def test_a_few_calls_of_a_large_operator_are_no_loop():
+    record = Steps()
+    for _ in range(6):
+        record.operator("aten::matmul", 1000.0, 1000.0)
+    record.backward(10.0)
+    record.steps.append((0.0, record.now))
+    assert record.seen().outside.loop_ms == 0
+
+
+# ---- turns that need earlier ones, and tensors that are not alike ----
+
+
+def three_neighbours(x):
+    cells = {(i, j): torch.zeros(8) for i in range(21) for j in range(21) if i * j == 0}
+    for i in range(1, 21):
+        for j in range(1, 21):
+            near = torch.stack([cells[i - 1, j], cells[i, j - 1], cells[i - 1, j - 1]])
+            cells[i, j] = x[i] - torch.logsumexp(-near, 0)
+    return cells[20, 20]
+
+
+def edit_distance(x):
+    row = list(x[:12].sum(1).unbind())
+    for i in range(12):
+        made = [row[0] + 1]
+        for j in range(1, 12):
+            made.append(torch.minimum(torch.minimum(row[j], made[-1]), row[j - 1]) + x[i, 0].abs())
+        row = made
+    return row[-1]
+
+
+def sequences(x):
+    """Each of 30 rows has a recurrence of its own."""
+    ends = []
+    for row in x:
+        state = row[:1].clone()
+        for t in range(8):
+            state = torch.tanh(state + row[t])
+        ends.append(state)
+    return torch.cat(ends)
+
+
+def penalty(x):
+    return sum(w.pow(2).sum() for w in (torch.ones(n + 1, 3) for n in range(30)))
+
+
+def loop_line_of(run):
+    flow = follow(lambda: run(torch.randn(V, 8)))
+    return max(flow.loops.values(), key=lambda line: line.count)
+
+
+@pytest.mark.parametrize("run", [three_neighbours, edit_distance, recurrence, discounted])
+def test_a_line_whose_turns_need_earlier_ones_is_no_loop(run):
+    assert loop_line_of(run).at_once < 8
+
+
+@pytest.mark.parametrize(
+    ("run", "at_once"), [(pairs, 66), (rows_into_another, 30), (sequences, 30), (penalty, 30)]
+)
+def test_turns_that_need_no_other_are_counted(run, at_once):
+    found = loop_line_of(run)
+    assert found.at_once == at_once
+    assert found.uneven == (run is penalty)
+
+
+def test_a_table_of_cells_that_need_their_neighbours_is_no_finding():
+    seen = _one_loop()
+    flow = follow(lambda: three_neighbours(torch.randn(V, 8)))
+    assert flow.operators_at_once >= 8  # on average
+    looked = Seen(seen.trace, seen.step_ms, lines=seen.lines, flow=flow)
+    assert rank(looked, 0.05, lambda *_: 9.0) == []
+
+
+def test_parameters_that_differ_in_size_are_told_with_calls_on_lists(tmp_path):
+    file = tmp_path / "program.py"
+    file.write_text(
+        "def step(m, e):\n"
+        "    for p, q in zip(m.parameters(), e.parameters()):\n"
+        "        q.mul_(0.9).add_(p)\n"
+    )
+    scope = {}
+    exec(compile(file.read_text(), str(file), "exec"), scope)
+    layers = [nn.Linear(n, 3, bias=False).requires_grad_(False) for n in range(1, 21)]
+    flow = follow(lambda: scope["step"](nn.Sequential(*layers), nn.Sequential(*layers)))
+    seen = _one_loop()
+    looked = Seen(seen.trace, seen.step_ms, lines=seen.lines, flow=flow)
+    [found] = rank(looked, 0.05, lambda *_: 2.0)
+    assert "program.py:3" in found.where
+    assert "torch._foreach_" in found.remedy
+    assert "AveragedModel" in found.remedy
+    assert found.saves_ms == pytest.approx(seen.outside.loop_ms * (1 - 1 / 20) * (1 - 1 / 4))
+
+
+def test_the_line_is_that_of_the_loop_and_not_of_a_large_operator():
+    def step():
+        large = torch.mm(torch.ones(9, 9), torch.ones(9, 9))
+        return [large[i % 9].exp() for i in range(30)]
+
+    flow = follow(step)
+    lines = ProgramLines("a.py:1", "a.py:2", 1.0, outside_line=("a.py", 2, "f"))
+    seen = _one_loop()
+    looked = Seen(seen.trace, seen.step_ms, lines=lines, flow=flow)
+    [found] = rank(looked, 0.05, lambda *_: 9.0)
+    assert "test_profiling_bounds.py" in found.where
+
+
+@pytest.mark.parametrize(("alone_ms", "left_ms"), [(0.2, 0.3), (None, 1.11), (50.0, 1.11)])
+def test_what_is_left_of_a_step_are_its_models_as_they_are_alone(monkeypatch, alone_ms, left_ms):
+    """Their threads fell asleep while the loop ran, so in the step they take five times as long."""
+    monkeypatch.setattr(rules_loops, "alone_ms", lambda calls: alone_ms)
+    record = Steps()
+    record.model(500.0, 500.0)
+    for _ in range(100):
+        record.operator("aten::sub", 50.0, 50.0)
+    record.backward(10.0)
+    record.steps.append((0.0, record.now))
+    lines = ProgramLines("", "", 1.0)
+    facts = record.seen(calls=[ModelCalls(nn.Linear(2, 2), True, 1, 4)], lines=lines)
+    [found] = rank(facts, 0.05, lambda *_: 1.0)
+    wasted_ms = 9.9
+    assert found.speedup == pytest.approx((wasted_ms + left_ms) / left_ms, rel=0.02)
+    assert found.saves_ms < facts.step_ms
+
+
+def test_a_loop_takes_no_longer_than_the_thread_that_runs_it(monkeypatch):
+    monkeypatch.setattr(rules_loops, "alone_ms", lambda calls: 1.0)
+    record = Steps()
+    record.model(500.0, 500.0)
+    for _ in range(100):
+        record.operator("aten::sub", 50.0, 50.0)
+    record.backward(10.0)
+    record.steps.append((0.0, record.now))
+    made = [ModelCalls(nn.Linear(2, 2), True, 1, 4)]
+    lines = ProgramLines("", "", 1.0)
+    busy = record.seen(calls=made, lines=lines, thread_ms=5.0)  # half of the time another ran
+    [found] = rank(busy, 0.05, lambda *_: 1.0)
+    assert found.speedup == pytest.approx(1 + 5.0 / (1.0 + 0.05), rel=0.02)

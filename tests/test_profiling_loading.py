@@ -1,20 +1,32 @@
 """A remedy for a DataLoader is tried on the step; its parts are bounds that hold."""
 
+import copy
+import dataclasses
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    Subset,
+    get_worker_info,
+)
 
 from dlhelpers.profiling import profile_torch
 from dlhelpers.profiling.diagnosing import rank
-from dlhelpers.profiling.loaders import LoaderCosts
+from dlhelpers.profiling.loaders import LoaderCosts, copied_sampler, loader_costs
 from dlhelpers.profiling.phases import phase_spans
 from dlhelpers.profiling.seen import Seen
 from dlhelpers.profiling.trace import MODEL, Event, Trace
-from dlhelpers.profiling.twins import TwinError, TwinStep, _Gate, _Gated, steps_in_a_call
+from dlhelpers.profiling.twins import TwinError, TwinStep, _Gate, _Gated, epoch_of, steps_in_a_call
 from dlhelpers.profiling.watching import watch
 
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7]]
@@ -241,6 +253,8 @@ def test_workers_that_are_started_for_each_epoch_are_told():
     found = outcome(seen_of(step, loader, fetches=10.0), 2.0)["workers-restarted"]
     assert (found.saves_ms, found.at_most) == (pytest.approx(50), False)
     assert "every 2 steps" in found.what
+    found = outcome(seen_of(step, loader, fetches=20.0), 2.0)["workers-restarted"]
+    assert found.what.endswith("anew every step")
     step, loader = of_items(1, persistent_workers=True)
     assert "workers-restarted" not in outcome(seen_of(step, loader, fetches=10.0), 2.0)
 
@@ -330,3 +344,110 @@ def test_a_bound_is_no_less_than_what_the_cause_costs_and_not_much_more(
         truth, slack = truths[finding.name], 1e-6 * before
         assert finding.at_most
         assert truth - slack <= finding.saves_ms <= 1.5 * truth + slack, finding
+
+
+# ---- what the trials leave alone ----
+
+
+class Numbers(Dataset):
+    """It opens its file where it is first asked, and draws by a generator of its own."""
+
+    def __init__(self):
+        self.file, self.draws = None, np.random.default_rng(0)
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.file = self.file or "open"
+        return index + self.draws.random()
+
+
+class Resumed(Sampler):
+    """It goes on where it was left."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.at += 1
+        return self.at - 1
+
+
+class Epochs(Sampler):
+    """It counts epochs, and shuffles its list in place by a generator of its own."""
+
+    def __init__(self):
+        self.epoch, self.order, self.draws = 0, list(range(64)), random.Random(0)
+
+    def __iter__(self):
+        self.epoch += 1
+        self.draws.shuffle(self.order)
+        return iter(self.order)
+
+
+def state_of(sampler):
+    draws = getattr(sampler, "draws", None)
+    held = {name: copy.copy(value) for name, value in vars(sampler).items() if name != "draws"}
+    return held, draws and draws.getstate()
+
+
+def of_a_loader(dataset, **options):
+    return found_in(iter(DataLoader(dataset, **options)))
+
+
+@pytest.mark.parametrize("kind", [Resumed, Epochs])
+def test_the_programs_sampler_stands_still(kind):
+    sampler = kind()
+    loader = of_a_loader(Numbers(), batch_size=4, sampler=sampler)
+    before = state_of(sampler)
+    expected = next(iter(copy.deepcopy(sampler)))
+    assert epoch_of(loader)[0][0] == expected
+    loader_costs(loader, cores=1)
+    assert state_of(sampler) == before
+
+
+def test_a_sampler_without_a_copy_is_not_gone_through():
+    numbers = iter(n for n in range(64))
+    loader = of_a_loader(Numbers(), batch_size=4, sampler=numbers)
+    with pytest.raises(ValueError, match="cannot be copied"):
+        epoch_of(loader)
+    assert next(numbers) == 4
+
+
+def test_a_sampler_shares_its_data_set_with_its_copy():
+    loader = of_a_loader(Numbers(), batch_size=4, shuffle=True)
+    made = copied_sampler(loader)
+    assert made is not loader.sampler
+    assert made.sampler.data_source is loader.dataset
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(32)),
+                                  lambda d: ConcatDataset([d, d])])  # fmt: skip
+def test_the_programs_data_set_is_not_asked(wrap):
+    dataset = Numbers()
+    loader = of_a_loader(wrap(Numbers()), batch_size=4)
+    loader = dataclasses.replace(loader, dataset=wrap(dataset))
+    before = dataset.draws.bit_generator.state
+    loader_costs(loader, cores=1)
+    twin = TwinStep(lambda: None, loader, [[0, 1]])
+    next(iter(twin.twin))
+    assert dataset.file is None
+    assert dataset.draws.bit_generator.state == before
+
+
+def test_a_stream_is_told_the_remedy_of_a_stream():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from range(64)
+
+    loader = of_a_loader(Stream(), batch_size=4)
+    facts = seen_of(lambda: None, loader, costs=costs(sample_ms=25.0))
+    facts = dataclasses.replace(facts, step=None)
+    told = {f.name: f for f in rank(facts, 0.05, lambda *_: 1.0)}
+    assert "get_worker_info" in told["slow-loading"].remedy
+    assert "dataset[i]" not in told["slow-loading"].remedy
+    assert "0 workers" not in told["slow-loading"].what

@@ -19,7 +19,18 @@ from torch import Tensor, nn
 
 from dlhelpers.profiling.sampling import Line
 
-__all__ = ["CellCall", "Dataflow", "Node", "levels", "longest", "operators_at_once"]
+__all__ = [
+    "CellCall",
+    "Dataflow",
+    "LoopLine",
+    "Node",
+    "levels",
+    "longest",
+    "loop_lines",
+    "operators_at_once",
+]
+
+_LEAST_TURNS = 8  # of a line that is a loop's
 
 _LINKS = {"add", "add_", "sum", "mul", "mul_", "maximum", "minimum", "logaddexp", "cat",
           "logical_or", "logical_and", "bitwise_or", "bitwise_and"}  # fmt: skip
@@ -47,6 +58,21 @@ class CellCall:
 
 
 @dataclass(frozen=True)
+class LoopLine:
+    """A line of the program that calls an operator again and again outside models.
+
+    Attributes:
+        count: operators that it calls.
+        at_once: turns that need none of the others.
+        uneven: whether the tensors of its turns differ in size, so that no one tensor holds them.
+    """
+
+    count: int
+    at_once: int
+    uneven: bool
+
+
+@dataclass(frozen=True)
 class Dataflow:
     """What of a step could be done at once.
 
@@ -55,6 +81,7 @@ class Dataflow:
         elements: of the tensor that such an operator makes; the median.
         device: on which most of them are.
         longest_reads: numbers taken out of tensors each of which needs the one before; the most.
+        loops: line -> what it calls again and again.
         calls_at_once: (id of a module, its mode) -> how many of its calls need none of each other.
         lines: of the program, that call them, by the same key.
         cells: calls of recurrent cells, in order.
@@ -67,6 +94,7 @@ class Dataflow:
     elements: int = 0
     device: str = "cpu"
     longest_reads: int = 0
+    loops: dict[Line, LoopLine] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,7 +107,8 @@ class Node:
         counts: whether it is outside models, backward, optimizers and loaders.
         calls: numbers of the calls of modules that it is part of.
         backward: whether it runs in backward.
-        made: elements of what it made, and the device.
+        made: elements of what it made or wrote to, and the device.
+        line: of the program, that calls it; of those that count.
     """
 
     name: str
@@ -88,6 +117,7 @@ class Node:
     calls: tuple[int, ...]
     backward: bool = False
     made: tuple[int, str] = (0, "cpu")
+    line: Line = ("", 0, "")
 
 
 def levels(nodes: Sequence[Node], mine: Iterable[int]) -> tuple[dict[int, int], list[int]]:
@@ -113,16 +143,46 @@ def levels(nodes: Sequence[Node], mine: Iterable[int]) -> tuple[dict[int, int], 
 
 def operators_at_once(nodes: Sequence[Node]) -> float:
     """Return how many nodes that count there are per node on the longest chain of them."""
-    readers: dict[int, list[int]] = {}
-    for number, node in enumerate(nodes):
-        for needed in () if node.backward else node.needs:
-            readers.setdefault(needed, []).append(number)
     depths: list[int] = []
-    for node in nodes:
-        before = [n for n in node.needs if not _is_link(nodes, n, node, readers)]
+    for node, before in zip(nodes, _needed(nodes), strict=True):
         depths.append(max((depths[n] for n in before), default=0) + node.counts)
     whole = sum(node.counts for node in nodes)
     return whole / max(1, max(depths, default=1))
+
+
+def loop_lines(nodes: Sequence[Node]) -> dict[Line, LoopLine]:
+    """Return the lines that call an operator again and again, and how many turns need no other.
+
+    A turn needs another one where its operator needs one of the same name at the same line.
+    """
+    by_line: dict[Line, dict[str, list[int]]] = {}
+    for number, node in enumerate(nodes):
+        if node.counts and node.line[0]:
+            by_line.setdefault(node.line, {}).setdefault(node.name, []).append(number)
+    needed, found = _needed(nodes), {}
+    for line, by_name in by_line.items():
+        most = max(map(len, by_name.values()))
+        if most < _LEAST_TURNS:
+            continue
+        often = [mine for mine in by_name.values() if 2 * len(mine) >= most]
+        sizes = [{nodes[number].made[0] for number in mine} for mine in often]
+        found[line] = LoopLine(
+            sum(map(len, by_name.values())),
+            min(_free_of_each_other(nodes, needed, mine) for mine in often),
+            any(len(each) > 1 for each in sizes),
+        )
+    return found
+
+
+def _free_of_each_other(
+    nodes: Sequence[Node], needed: Sequence[list[int]], mine: Sequence[int]
+) -> int:
+    """Return how many of some nodes need none of the others; a link hands on what came before."""
+    which, after = set(mine), [False] * len(nodes)
+    for number, node in enumerate(nodes):
+        counted = any(n in which for n in needed[number])
+        after[number] = counted or any(after[n] for n in node.needs)
+    return sum(not after[number] for number in mine)
 
 
 def longest(nodes: Sequence[Node], of: Callable[[Node], bool]) -> int:
@@ -131,6 +191,15 @@ def longest(nodes: Sequence[Node], of: Callable[[Node], bool]) -> int:
     for node in nodes:
         depths.append(max((depths[n] for n in node.needs), default=0) + of(node))
     return max(depths, default=0)
+
+
+def _needed(nodes: Sequence[Node]) -> list[list[int]]:
+    """Return what each node needs, but for links of sums and their kin."""
+    readers: dict[int, list[int]] = {}
+    for number, node in enumerate(nodes):
+        for needed in () if node.backward else node.needs:
+            readers.setdefault(needed, []).append(number)
+    return [[n for n in node.needs if not _is_link(nodes, n, node, readers)] for node in nodes]
 
 
 def _is_link(nodes: Sequence[Node], needed: int, node: Node, readers: dict[int, list[int]]) -> bool:

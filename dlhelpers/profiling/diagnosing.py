@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Callable
 from contextlib import suppress
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -118,7 +118,16 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     step_ms = average(report.plain_ms)
     least = min(steps, max(1, int(_LOOK_MS / max(step_ms, 0.1))))
     looked_at = min(200, max(least, math.ceil(100 / max(step_ms, 0.1))))  # a tenth of a second
-    looks, _, _ = take_stacks(lambda: [train_step() for _ in range(looked_at)], 0.001)
+    looked_ms: list[float] = []
+    thread_ms: list[float] = []
+
+    def timed() -> None:
+        begin, of_thread = perf_counter(), thread_time()
+        train_step()
+        thread_ms.append(1000 * (thread_time() - of_thread))
+        looked_ms.append(1000 * (perf_counter() - begin))
+
+    looks, _, _ = take_stacks(lambda: [timed() for _ in range(looked_at)], 0.001)
     kept = what_is_kept(train_step, 4 if step_s < _STEPS_S / 4 else 2)
     cores = machine.describe().cores
     loader = seen.slowest
@@ -148,6 +157,8 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
         repeats=repeats,
         tensors=() if kept.is_bounded else kept.nbytes,
         kept_where=kept.where,
+        least_ms=0.0 if seen.starts else min([*report.plain_ms, *looked_ms]),
+        thread_ms=0.0 if seen.starts else min(thread_ms, default=0.0),
     )
     if not _may_loop(facts):
         return facts

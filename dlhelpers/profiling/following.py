@@ -31,6 +31,7 @@ from dlhelpers.profiling.dataflow import (
     Node,
     levels,
     longest,
+    loop_lines,
     operators_at_once,
 )
 from dlhelpers.profiling.operands import extent, written_by
@@ -233,8 +234,9 @@ class _Graph(TorchDispatchMode):
         counts = works and not (self._open or self._aside or in_backward)
         if by_number:
             self._by_number.append((number, self._read or 0))
-        size = max(((t.numel(), t.device.type) for t in made), default=(0, "cpu"))
-        self.nodes.append(Node(name, needs, counts, tuple(self._open), in_backward, size))
+        size = max(((t.numel(), t.device.type) for t in [*made, *written]), default=(0, "cpu"))
+        line = _own_line() if counts else ("", 0, "")
+        self.nodes.append(Node(name, needs, counts, tuple(self._open), in_backward, size, line))
         self.lost |= number > _MOST_NODES
         for tensor in written:
             self._write(tensor, number)
@@ -354,6 +356,7 @@ class _Graph(TorchDispatchMode):
             elements=int(median(count for count, _ in made)) if made else 0,
             device=mode(device for _, device in made) if made else "cpu",
             longest_reads=longest(self.nodes, lambda node: node.name == "read"),
+            loops=loop_lines(self.nodes),
         )
 
 

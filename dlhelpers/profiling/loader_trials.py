@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from time import perf_counter
 from typing import Any
 
-from dlhelpers.profiling.loaders import random_states_kept
+from dlhelpers.profiling.loaders import copied_dataset, random_states_kept
 from dlhelpers.profiling.seen import Seen, Speedup, Trial
 from dlhelpers.profiling.twins import TwinError, TwinStep, epoch_of, steps_in_a_call
 
@@ -87,9 +87,10 @@ class LoaderTrials:
         made: dict[Any, Any] = {}
         try:
             with random_states_kept(self.seen.loader):
+                dataset = copied_dataset(self.seen.loader.dataset)
                 for index in (index for batch in few for index in batch):
                     if index not in made:
-                        made[index] = self.seen.loader.dataset[index]
+                        made[index] = dataset[index]
         except Exception:
             return None
         return self._race({}, {"dataset": _Stored(made)}, self._own, few)

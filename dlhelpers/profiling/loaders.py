@@ -1,7 +1,8 @@
 """What does a batch of a DataLoader cost, and which part of it? Decoding, transforms, collate.
 
-A few samples and one batch are made again in this process, with the random states put back
-afterwards, so that the program goes on with the numbers that it would have seen.
+A few samples and one batch are made again in this process, by copies of the data set and of the
+sampler, with the random states put back afterwards, so that the program goes on with the numbers
+that it would have seen.
 """
 
 from __future__ import annotations
@@ -16,16 +17,27 @@ from itertools import islice
 from time import perf_counter, sleep
 from typing import Any
 
+import numpy
 import torch
+from torch.utils.data import Dataset, Sampler
 
 from dlhelpers.profiling.program_lines import decodes
 from dlhelpers.profiling.python_profile import profile_python
 from dlhelpers.profiling.watching import Loader
 
-__all__ = ["LoaderCosts", "decoding_share", "loader_costs", "random_states_kept", "workers_ms"]
+__all__ = [
+    "LoaderCosts",
+    "copied_dataset",
+    "copied_sampler",
+    "decoding_share",
+    "loader_costs",
+    "random_states_kept",
+    "workers_ms",
+]
 
 _SAMPLES_S = 3.0  # for the samples of one batch, made once more
 _WORKERS_S = 10.0  # for trying workers
+_DRAWING = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def loader_costs(
         batches = _some_batches(loader)
         first = batches[0]
         size = len(first) if loader.batched else 1
-        make = loader.dataset.__getitem__ if loader.by_index else lambda sample: sample
+        make = copied_dataset(loader.dataset).__getitem__ if loader.by_index else lambda s: s
         few = first[: min(8, len(first))] if loader.batched else first
         if loader.by_index:
             make(few[0])  # files are opened, caches are warm
@@ -139,6 +151,58 @@ def _copied(dataset: Any) -> Any:
         return None
 
 
+def copied_dataset(dataset: Any) -> Any:
+    """Return a copy of a data set: what it opens or counts is none of the program's.
+
+    Samples are shared, since they may be large; data sets inside, and generators of random numbers,
+    are copied as well. A data set that has no copy is returned as it is.
+    """
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Dataset):
+            return copied_dataset(value)
+        if isinstance(value, _DRAWING):
+            return copy.deepcopy(value)
+        if type(value) in (list, tuple) and any(isinstance(part, Dataset) for part in value):
+            return type(value)(map(copied, value))
+        return value
+
+    try:
+        made = copy.copy(dataset)
+        for name, value in getattr(dataset, "__dict__", {}).items():
+            made.__dict__[name] = copied(value)
+    except Exception:
+        return dataset
+    return made
+
+
+def copied_sampler(loader: Loader) -> Any:
+    """Return a copy of a loader's sampler, in whose place it can be gone through.
+
+    The data set that it knows is shared.
+
+    Raises:
+        ValueError: it has no copy, as a generator has none.
+    """
+    shared: dict[int, Any] = {}
+    todo = [loader.sampler]
+    while todo:
+        sampler = todo.pop()
+        for value in getattr(sampler, "__dict__", {}).values():
+            if isinstance(value, Dataset) or value is loader.dataset:
+                shared[id(value)] = value
+            elif isinstance(value, Sampler) and id(value) not in shared:
+                todo.append(value)
+    try:
+        return copy.deepcopy(loader.sampler, shared)
+    except Exception as error:
+        kind = type(loader.sampler).__name__
+        raise ValueError(
+            f"the DataLoader's sampler, {kind}, cannot be copied ({error}), and to go through the "
+            "program's own would take its indices away"
+        ) from error
+
+
 def decoding_share(fn: Callable[[], Any]) -> float:
     """Return the share of ``fn`` in functions that decode or read images, by their names.
 
@@ -172,7 +236,7 @@ def workers_ms(
     indices = [index for batch in given for index in batch]
     try:
         trial = DataLoader(
-            Subset(loader.dataset, indices),
+            Subset(copied_dataset(loader.dataset), indices),
             batch_size=len(given[0]) if loader.batched else None,
             num_workers=workers,
             collate_fn=loader.collate,
@@ -194,7 +258,7 @@ def _some_batches(loader: Loader, count: int = 1) -> list[Any]:
     """Return lists of indices as the loader's sampler gives them, from its beginning."""
     if not loader.by_index:
         return [[0] * (getattr(loader.sampler, "batch_size", 1) or 1)]
-    batches = list(islice(iter(loader.sampler), count))
+    batches = list(islice(iter(copied_sampler(loader)), count))
     if not batches:
         raise ValueError("the DataLoader's sampler gives no index: its data set is empty")
     while len(batches) < count:
@@ -269,8 +333,6 @@ def _place(thing: Any) -> str:
 @contextmanager
 def random_states_kept(loader: Loader) -> Iterator[None]:
     """Put the random states back afterwards: Python's, NumPy's, torch's and the sampler's own."""
-    import numpy
-
     samplers = loader.sampler, getattr(loader.sampler, "sampler", None)
     own = [g for s in samplers if isinstance(g := getattr(s, "generator", None), torch.Generator)]
     states = [generator.get_state() for generator in own]

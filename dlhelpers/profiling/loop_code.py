@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dlhelpers.profiling.sampling import Line
 
-__all__ = ["loop_remedy"]
+__all__ = ["list_remedy", "loop_remedy"]
 
 _LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
            "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
@@ -40,6 +40,24 @@ def loop_remedy(line: Line, operator: str) -> str:
         "loop; or torch.vmap(turn)(all), with one turn of the loop as a function"
         if called
         else "torch.vmap(turn)(all), with one turn of the loop as a function"
+    )
+
+
+def list_remedy(line: Line) -> str:
+    """Return code for a loop over tensors that differ in size, which no one tensor holds."""
+    goes_through = " ".join(
+        ast.unparse(part.iter)
+        for loop in _loops_around(line)
+        for part in ([loop] if isinstance(loop, ast.For) else loop.generators)
+    )
+    if "parameters" in goes_through or "param_groups" in goes_through:
+        return (
+            "torch._foreach_mul_, torch._foreach_add_, torch._foreach_lerp_ or torch._foreach_norm "
+            "on the list of parameters; for their average swa_utils.AveragedModel"
+        )
+    return (
+        "torch._foreach_add, torch._foreach_mul and so on, on lists of the tensors; or pad them to "
+        "one tensor, with a mask"
     )
 
 

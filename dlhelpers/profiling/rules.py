@@ -43,13 +43,13 @@ RULES: tuple[Rule, ...] = (
 # in the words of what a reader is told where nothing was found
 LOOKED_FOR = (
     "slow loading",
-    "loops in Python",
+    "loops in Python outside models' forward",
     "decoding in the step",
     "batches of one",
     "graphs that nobody needs",
     "BatchNorm that could be folded",
     "anomaly detection",
-    "float64",
+    "float64 in models",
     "optimizers that go by tensor",
     "repeated forward passes",
     "tensors that are kept",

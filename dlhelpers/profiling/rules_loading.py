@@ -27,12 +27,12 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
     if found:  # what it hides is seen once it is gone
         yield from found
         return
-    costs = seen.costs
+    costs, loader = seen.costs, seen.loader
+    by_index = loader is None or loader.by_index
+    ahead = "prepare batches while the step computes: DataLoader(..., num_workers=2)"
+    if not by_index:
+        ahead += ", each worker giving its own part of the stream, by get_worker_info()"
     if costs is None:
-        loader = seen.loader
-        ahead = "prepare batches while the step computes: DataLoader(..., num_workers=2)"
-        if loader and not loader.by_index:
-            ahead += ", each worker giving its own part of the stream, by get_worker_info()"
         yield seen.finding(
             "slow-loading",
             saves_ms=waits,
@@ -51,18 +51,26 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
     # workers that were tried and do not help leave nothing to say
     if not found and not trials.settled and costs.workers_ms is None and explained >= least_ms:
         count = trials.failed or costs.tried
-        failed = f"; {count} workers were tried and failed" if count else ""
+        workers = f"with {_several(costs.workers)}" if costs.workers else "which has no workers"
+        failed = (
+            f"; {_several(count)} {'was' if count == 1 else 'were'} tried and failed"
+            if count
+            else ""
+        )
         found = [
             seen.finding(
                 "slow-loading",
                 saves_ms=explained,
                 at_most=True,
                 where=costs.sample_at,
-                what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, with "
-                f"{costs.workers} workers; a batch takes {duration(costs.batch_ms / 1e3)} in one "
-                "process" + failed,
+                what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, {workers}; a "
+                f"batch takes {duration(costs.batch_ms / 1e3)} in one process" + failed,
                 why="no part of it stands out, so all of it would have to become faster",
-                remedy="profile_python(lambda: [dataset[i] for i in range(100)])",
+                remedy="profile_python(lambda: [dataset[i] for i in range(100)])"
+                if by_index
+                else "profile_python(lambda: list(itertools.islice(dataset, 100)))"
+                if costs.workers
+                else ahead,
                 notebook="03_dali_io",
             )
         ]
@@ -81,7 +89,7 @@ def _iterators(
     if saves < least_ms:
         trials.note_no_gain("one iterator for all steps")
         return
-    workers = f", and starts {loader.workers} workers for it" if loader.workers else ""
+    workers = f", and starts {_several(loader.workers)} for it" if loader.workers else ""
     again = loader.persistent and ", and sends its workers to the beginning"
     yield seen.finding(
         "iterator-every-step",
@@ -111,7 +119,7 @@ def _workers(
             yield seen.finding(
                 "needless-workers",
                 saves_ms=saves,
-                what=f"{share}, which has {costs.workers} workers; one batch of {costs.batch} "
+                what=f"{share}, which has {_several(costs.workers)}; one batch of {costs.batch} "
                 f"takes it {duration(costs.batch_ms / 1e3)} in one process",
                 why="to start the workers, and to send a batch from one process to another, takes "
                 "longer than to make it",
@@ -130,8 +138,8 @@ def _workers(
                 "workers-restarted",
                 saves_ms=saves,
                 at_most=not tried,
-                what=f"{share}, which starts its {costs.workers} workers anew every "
-                f"{trials.steps_of_epoch} step{'s' * (trials.steps_of_epoch != 1)}",
+                what=f"{share}, which starts its {_several(costs.workers)} anew every "
+                + ("step" if trials.steps_of_epoch == 1 else f"{trials.steps_of_epoch} steps"),
                 why="at the end of an epoch the workers end; the next one waits for new ones, and "
                 "for their first batch",
                 remedy=f"DataLoader(..., num_workers={costs.workers}, persistent_workers=True)",
@@ -245,6 +253,10 @@ def _parts(
             "resize=256), or decode by DALI's threads",
             notebook="02_lmdb_io",
         )
+
+
+def _several(workers: int) -> str:
+    return f"{workers} worker{'s' * (workers != 1)}"
 
 
 def _told(seen: Seen, costs: LoaderCosts, waits: float) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dlhelpers.profiling.code_report import place_of
-from dlhelpers.profiling.loop_code import loop_remedy
+from dlhelpers.profiling.loop_code import list_remedy, loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
-from dlhelpers.profiling.trials import calls_gain, rows_to_try, trial
+from dlhelpers.profiling.trials import alone_ms, calls_gain, rows_to_try, trial
 from dlhelpers.tables import duration
 
 __all__ = ["decoding", "loops"]
@@ -19,6 +19,7 @@ __all__ = ["decoding", "loops"]
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 _LEAST_CALLS = 4  # of a model, on one sample each
 _LEAST_TURNS = 8  # of a loop over operators
+_IN_PLACE = 1  # turn more than one, that the few large calls in their place may take
 _LEAST_GAIN = 3.0  # of one large operator over many; less where each of them is large already
 
 
@@ -59,30 +60,40 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
     needed = seen.flow.longest_reads if seen.flow else 1  # as a rollout needs its actions
     many = outside.items >= _LEAST_TURNS * max(1, needed)
     if many and 3 * outside.items >= outside.operators:
-        yield seen.finding(
-            "item-every-step",
-            saves_ms=seen.loop_ms,
-            at_most=True,
-            where=seen.lines.outside,
-            what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
-            why="each .item() is a call of its own, and on a GPU each one waits for all kernels",
-            remedy="keep tensors: total += loss.detach(), and one .item() or .tolist() at the end",
-            notebook="08_profiling",
-        )
-        return
-    is_worth_it = min(seen.loop_ms, _seen_outside(seen)) >= least_ms
-    if is_worth_it and _is_loop(seen) and calls_gain(seen.flow, speedup) >= _LEAST_GAIN:
+        saves = seen.items_ms
+        whole = seen.item_loop_ms
+        is_loop = seen.flow is None or seen.flow.operators_at_once >= _LEAST_TURNS
+        if whole > saves and is_loop and calls_gain(seen.flow, speedup) >= _LEAST_GAIN:
+            saves = whole
+        if saves >= least_ms:
+            yield seen.finding(
+                "item-every-step",
+                saves_ms=_beside_models_alone(seen, saves),
+                at_most=True,
+                where=seen.lines.outside,
+                what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
+                why="each .item() is a call of its own, and on a GPU each one waits for all "
+                "kernels",
+                remedy="keep tensors: total += loss.detach(), and one .item() or .tolist() at the "
+                "end",
+                notebook="08_profiling",
+            )
+            return
+    saves, remedy = 0.0, ""
+    if min(seen.loop_ms, _seen_outside(seen)) >= least_ms and _is_loop(seen):
+        saves, remedy = _loop_gain(seen, speedup)
+    if saves >= least_ms:
         after = outside.loop_backward_ms / seen.step_ms
         more = f", and its backward {after:.0%}" if after >= 0.01 else ""
         yield seen.finding(
             "python-loop",
-            saves_ms=seen.loop_ms,
+            saves_ms=_beside_models_alone(seen, saves),
             at_most=True,
-            where=seen.lines.outside,
+            where=place_of(*seen.loop_line[:2]) or seen.lines.outside,
             what=f"{told}{more}; {name} is called {count:.0f} times a step",
             why="each call costs the same few microseconds, however little it computes, and so "
             "does its node in backward",
-            remedy=loop_remedy(seen.lines.outside_line, name),
+            remedy=remedy,
             notebook="08_profiling",
         )
     elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _own_python_ms(seen)):
@@ -100,21 +111,63 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         )
 
 
+def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, str]:
+    """Return milliseconds of a step that go away with the loop, and code for it."""
+    line, name = seen.loop_line, seen.outside.commonest[0]
+    found = seen.flow.loops.get(line) if seen.flow else None
+    if found and found.uneven:
+        # one call on the list does the work of all the operators of a turn
+        each = found.count / max(1, found.at_once)
+        gain = each * calls_gain(seen.flow, speedup, in_list=True)
+        return seen.loop_ms * (1 - 1 / gain), list_remedy(line)
+    gain = calls_gain(seen.flow, speedup)
+    return (seen.loop_ms if gain >= _LEAST_GAIN else 0.0), loop_remedy(line, name)
+
+
+def _beside_models_alone(seen: Seen, saves_ms: float) -> float:
+    """Return what is saved of a step whose models take as long as without the loop.
+
+    What they take beyond that in the step is no part of either time.
+    """
+    if seen.trace.gpu or not seen.calls:
+        return saves_ms
+    alone = 0.0
+    for calls in seen.calls:
+        each = alone_ms(calls)
+        if each is None:
+            return saves_ms
+        alone += each * calls.count / seen.steps
+    least = seen.least_ms or seen.step_ms
+    in_thread = min(least, seen.thread_ms or least)  # other programs are no part of it
+    waits = seen.ms("data loading") / seen.step_ms
+    updates = seen.ms("optimizer") / seen.step_ms
+    others = seen.outside.others_ms * in_thread / least + updates * in_thread + waits * least
+    share = saves_ms / seen.step_ms
+    saved = min(share * least, in_thread)
+    alone += _IN_PLACE * saved / max(seen.outside.turns, seen.outside.items, 1.0)
+    left = min((1 - share) * least, alone + others)
+    return seen.step_ms * saved / (left + saved)
+
+
 def _is_loop(seen: Seen) -> bool:
     """Whether operators come as often as there are samples, and could be done at once.
 
     As often as there are samples, not as micro-batches.
     """
+    return seen.outside.commonest[1] >= max(_LEAST_TURNS, seen.samples) and not _is_chain(seen)
+
+
+def _is_chain(seen: Seen) -> bool:
+    """Whether the turns of the loop need earlier ones, all but a few of them."""
     at_once = seen.flow.operators_at_once if seen.flow else _LEAST_TURNS
-    count = seen.outside.commonest[1]
-    return count >= max(_LEAST_TURNS, seen.samples) and at_once >= _LEAST_TURNS
+    return min(at_once, seen.loop_at_once) < _LEAST_TURNS
 
 
 def _own_python_ms(seen: Seen) -> float:
     """Return what the step's own Python may take, for each turn that has to wait for the last."""
     if seen.flow is None:
         return _BETWEEN_CALLS_MS
-    turns = [seen.outside.turns] if seen.flow.operators_at_once < _LEAST_TURNS else []
+    turns = [seen.outside.turns] if _is_chain(seen) else []
     for calls in seen.calls:
         at_once = seen.flow.calls_at_once.get((id(calls.module), calls.training), 1.0)
         turns.append(calls.count / seen.steps / at_once)

@@ -15,6 +15,7 @@ from dlhelpers.profiling.outside import Outside, outside_of_models
 from dlhelpers.profiling.phases import PHASES, find_phases
 from dlhelpers.profiling.program_lines import ProgramLines
 from dlhelpers.profiling.repeats import Repeat
+from dlhelpers.profiling.sampling import Line
 from dlhelpers.profiling.trace import Trace
 from dlhelpers.profiling.watching import Loader, ModelCalls
 from dlhelpers.tables import duration, figures
@@ -95,6 +96,9 @@ class Seen:
         repeats: calls of models that repeat another one.
         tensors: bytes of the tensors that are alive after each of some steps.
         kept_where: what holds those that are new, in words.
+        least_ms: the shortest step without the profiler; 0 where only ``step_ms`` is known.
+        thread_ms: of the processor, that the thread of a step takes for it, at least; 0 where that
+            is not known.
     """
 
     trace: Trace
@@ -117,6 +121,8 @@ class Seen:
     repeats: Sequence[Repeat] = ()
     tensors: Sequence[int] = ()
     kept_where: str = ""
+    least_ms: float = 0.0
+    thread_ms: float = 0.0
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -147,9 +153,35 @@ class Seen:
         Operators, the Python before them and their part of backward, but for one turn of many; on a
         GPU no more than the kernels of the loop and the time that the GPU waits.
         """
-        outside = self.outside
-        found = outside.loop_ms * (1 - 1 / max(1.0, outside.turns))
-        return min(found, outside.loop_gpu_ms + self.gpu_idle_ms) if self.trace.gpu else found
+        turns = min(self.outside.turns, self.loop_at_once)
+        return self._repeated_ms(self.outside.loop_ms, turns)
+
+    @property
+    def items_ms(self) -> float:
+        """Milliseconds of a step that go away where one number is taken out in place of many."""
+        return self._repeated_ms(self.outside.item_ms, self.outside.items)
+
+    @property
+    def item_loop_ms(self) -> float:
+        """The same with what comes again and again between two of these numbers."""
+        return self._repeated_ms(self.outside.item_loop_ms, self.outside.items)
+
+    def _repeated_ms(self, of_step_ms: float, turns: float) -> float:
+        found = of_step_ms * (1 - 1 / max(1.0, turns))
+        at_most = self.outside.loop_gpu_ms + self.gpu_idle_ms
+        return min(found, at_most) if self.trace.gpu else found
+
+    @property
+    def loop_line(self) -> Line:
+        """The program's line where most operators are called again and again outside models."""
+        line, known = self.lines.outside_line, self.flow.loops if self.flow else {}
+        return line if line in known or not known else max(known, key=lambda at: known[at].count)
+
+    @property
+    def loop_at_once(self) -> float:
+        """Turns of the loop at this line that need no other of them; infinite where not known."""
+        found = self.flow.loops.get(self.loop_line) if self.flow else None
+        return found.at_once if found else float("inf")
 
     @property
     def gpu_idle_ms(self) -> float:
@@ -174,7 +206,7 @@ class Seen:
     @cached_property
     def outside(self) -> Outside:
         """What the step does by itself: in the forward phase, and in no model."""
-        return outside_of_models(self.trace, self.step_ms)
+        return outside_of_models(self.trace, self.step_ms, self.least_ms)
 
     @property
     def python_ms(self) -> float:

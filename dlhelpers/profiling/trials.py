@@ -17,6 +17,7 @@ from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
 
 __all__ = [
+    "alone_ms",
     "calls_gain",
     "folding_gain",
     "graph_bytes",
@@ -28,6 +29,7 @@ __all__ = [
 
 _FAST_S = 0.005  # a call of which dozens are settled in a trial's time
 _PARTS = 32  # additions that are tried as one
+_ALONE_S = 0.3  # for a model alone, three calls at least
 _TRIAL_S = 10.0  # what a call on several samples may take
 
 
@@ -82,6 +84,22 @@ def trial(
     except Exception:  # no copy, or a shape that it does not take
         return None
     return lambda: call(args, kwargs)
+
+
+def alone_ms(calls: ModelCalls) -> float | None:
+    """Return milliseconds of a call of the model alone, the shortest of some; None without a copy.
+
+    Between long stretches of Python its threads fall asleep, and in a step it takes longer.
+    """
+    once = trial(calls)
+    if once is None:
+        return None
+    took: list[float] = []
+    while len(took) < 3 or (sum(took) < _ALONE_S and len(took) < 50):
+        begin = perf_counter()
+        once()
+        took.append(perf_counter() - begin)
+    return 1000 * min(took)
 
 
 def rows_to_try(one: Trial) -> int:
@@ -151,14 +169,18 @@ def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
     return speedup(run(model), run(fused))
 
 
-def calls_gain(flow: Dataflow | None, speedup: Speedup) -> float:
+def calls_gain(flow: Dataflow | None, speedup: Speedup, *, in_list: bool = False) -> float:
     """Return how many times as fast one operator is as many on parts of the same tensor.
 
     It is tried by additions of tensors as large as those that a step makes one by one; infinite
-    where no flow was looked at.
+    where no flow was looked at. With ``in_list`` by one call on a list of tensors, as
+    ``torch._foreach_add`` is.
     """
+    foreach = getattr(torch, "_foreach_add", None)
     if flow is None:
         return float("inf")
+    if in_list and foreach is None:
+        return 1.0
     whole = torch.zeros(_PARTS, flow.elements, device=flow.device)
     parts = list(whole)
 
@@ -166,7 +188,11 @@ def calls_gain(flow: Dataflow | None, speedup: Speedup) -> float:
         if whole.is_cuda:
             torch.cuda.synchronize()
 
-    return speedup(lambda: ([part + 1 for part in parts], wait()), lambda: (whole + 1, wait()))
+    def at_once() -> None:
+        _ = foreach(parts, 1) if in_list else whole + 1
+        wait()
+
+    return speedup(lambda: ([part + 1 for part in parts], wait()), at_once)
 
 
 def graph_bytes(calls: ModelCalls) -> int:

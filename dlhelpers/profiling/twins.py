@@ -20,6 +20,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from dlhelpers.profiling.loaders import copied_dataset, copied_sampler
 from dlhelpers.profiling.watching import Loader
 
 __all__ = ["TwinError", "TwinStep", "epoch_of", "steps_in_a_call"]
@@ -61,7 +62,7 @@ class TwinStep:
         self.step, self.loader, self.count, self.single = step, loader, count, single
         self.failure: Exception | None = None
         self._gate = _Gate() if workers else None
-        data = loader.dataset if dataset is None else dataset
+        data = copied_dataset(loader.dataset) if dataset is None else dataset
         options: dict[str, Any] = {
             "num_workers": workers,
             "collate_fn": loader.collate if collate is None else collate,
@@ -255,12 +256,12 @@ def _gated(dataset: Any, gate: _Gate) -> _Gated:
 
 
 def epoch_of(loader: Loader) -> list[Any]:
-    """Return the lists of indices of an epoch, or of its beginning; of any sampler anew.
+    """Return the lists of indices of an epoch, or of its beginning; of a copy of its sampler.
 
     Raises:
-        ValueError: the sampler gives none.
+        ValueError: the sampler gives none, or cannot be copied.
     """
-    batches = list(itertools.islice(iter(loader.sampler), _BATCHES))
+    batches = list(itertools.islice(iter(copied_sampler(loader)), _BATCHES))
     if not batches:
         raise ValueError("the DataLoader's sampler gives no index: its data set is empty")
     return batches if loader.batched else [[index] for index in batches]
