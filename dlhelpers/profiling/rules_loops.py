@@ -19,7 +19,7 @@ __all__ = ["decoding", "loops"]
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 _LEAST_CALLS = 4  # of a model, on one sample each
 _LEAST_TURNS = 8  # of a loop over operators
-_IN_PLACE = 1  # turn more than one, that the few large calls in their place may take
+_IN_PLACE = 2  # turns more than one, that the few large calls in their place may take
 _LEAST_GAIN = 3.0  # of one large operator over many; less where each of them is large already
 
 
@@ -127,7 +127,7 @@ def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, str]:
 def _beside_models_alone(seen: Seen, saves_ms: float) -> float:
     """Return what is saved of a step whose models take as long as without the loop.
 
-    What they take beyond that in the step is no part of either time.
+    What they take beyond that in the step is the loop's by its share, and else no part of either.
     """
     if seen.trace.gpu or not seen.calls:
         return saves_ms
@@ -145,7 +145,9 @@ def _beside_models_alone(seen: Seen, saves_ms: float) -> float:
     share = saves_ms / seen.step_ms
     saved = min(share * least, in_thread)
     alone += _IN_PLACE * saved / max(seen.outside.turns, seen.outside.items, 1.0)
-    left = min((1 - share) * least, alone + others)
+    rest = (1 - share) * least
+    left = min(rest, alone + others)
+    saved = min(saved + share * (rest - left), in_thread)
     return seen.step_ms * saved / (left + saved)
 
 
