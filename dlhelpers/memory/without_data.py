@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.memory.accounting import user_code
+from dlhelpers.memory.replaying import generators_in
 
 __all__ = ["Fakes", "Numbers", "explained"]
 
@@ -143,6 +144,7 @@ class Fakes:
         for module in model.modules():
             for tensor in tensors_in(list(vars(module).values())):
                 self.tensor(tensor)
+        self._generators(model)
         with self._mode:
             return copy.deepcopy(model, self._memo)
 
@@ -150,6 +152,7 @@ class Fakes:
         """Return a copy of inputs, tensors nested in anything."""
         for tensor in tensors_in(value):
             self.tensor(tensor)
+        self._generators(value)
         return copy.deepcopy(value, self._memo)
 
     def optimizer(self, optimizer: Any, model: nn.Module) -> Optimizer | None:
@@ -163,5 +166,13 @@ class Fakes:
             return made
         for tensor in tensors_in(list(vars(optimizer).values())):  # a learning rate can be one
             self.tensor(tensor)
+        self._generators(optimizer)
         with self._mode:
             return copy.deepcopy(optimizer, self._memo)
+
+    def _generators(self, holder: Any) -> None:
+        """Clone each torch.Generator outside of the mode: a state without data is none."""
+        for generator in generators_in([holder]):
+            if isinstance(generator, torch.Generator) and id(generator) not in self._memo:
+                self._memo[id(generator)] = generator.clone_state()
+                self._kept.append(generator)
