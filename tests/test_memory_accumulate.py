@@ -1111,3 +1111,68 @@ def test_a_measured_loop_is_the_plain_one(loss):
     kept = []
     measure_peak(lambda: kept.extend(run(model, sgd(model), (inputs, targets), loss=loss, steps=4)))
     assert_same(kept[0][0], wanted)
+
+
+# ---- lists of as many tensors as the batch has samples ----
+
+
+def micro_batches(batch, steps=3):
+    micros = accumulate(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0), batch, steps)
+    for micro in micros:
+        micro.backward(torch.zeros(1, requires_grad=True).sum())
+        yield micro.batch
+
+
+BOXES = [torch.rand(i + 1, 4) for i in range(3)]
+BESIDE = {
+    "records": [{"boxes": boxes} for boxes in BOXES],
+    "sizes": BOXES,
+    "records of one size": [{"boxes": torch.rand(3, 4)} for _ in range(3)],
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("nest", [lambda *b: b, lambda x, y: {"x": x, "y": y}], ids=["", "dict"])
+def test_as_many_images_as_channels_are_still_images(beside, nest):
+    images, targets = list(torch.rand(3, 3, 4, 4)), BESIDE[beside]
+    for i, batch in enumerate(micro_batches(nest(images, targets))):
+        x, y = batch.values() if isinstance(batch, dict) else batch
+        assert len(x) == len(y) == 1
+        assert x[0] is images[i]
+        assert y[0] is targets[i]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (list(torch.rand(3, 3, 4, 4)), torch.arange(3)),
+        (list(torch.rand(3, 3)),),
+        {"x": {"y": list(torch.rand(3, 3))}},
+    ],
+)
+def test_a_list_that_may_hold_samples_or_columns_is_refused(batch):
+    with pytest.raises(ValueError, match=r"list of 3 tensors \[3, \.\.\.\].*torch.stack.*tuple\("):
+        accumulate(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0), batch, 3)
+
+
+def test_columns_of_another_number_than_the_samples_are_cut():
+    columns = [torch.arange(4.0), torch.arange(4), torch.rand(4, 2)]
+    for i, (x, y) in enumerate(micro_batches((columns, torch.arange(4)), 4)):
+        assert [column.tolist() for column in x] == [
+            column[i : i + 1].tolist() for column in columns
+        ]
+        assert y.tolist() == [i]
+    for i, (x,) in enumerate(micro_batches(((torch.arange(3), torch.eye(3), torch.ones(3)),))):
+        assert [len(column) for column in x] == [1, 1, 1]
+        assert x[0].tolist() == [i]
+
+
+def test_lists_of_samples_weigh_by_their_number():
+    images, boxes = list(torch.rand(5, 4, 2)), [torch.rand(1 + i % 2, 4) for i in range(5)]
+    weight = nn.Parameter(torch.zeros(1))
+    weights = []
+    for micro in accumulate(torch.optim.SGD([weight], lr=0.0), (images, boxes), 3):
+        weights.append(micro.weight)
+        assert len(micro.batch[0]) == len(micro.batch[1])
+        micro.backward(weight.sum())
+    assert weights == [2 / 5, 2 / 5, 1 / 5]

@@ -206,8 +206,8 @@ def _saved(node: Any, name: str) -> float | None:
         kept = [*tensors_in(getattr(raw, "data", None))]  # what its hook has packed
         if len(kept) != 1 or kept[0].numel() != 1:
             return None
-        is_smaller = kept[0].is_floating_point() and kept[0].dtype != node._input_metadata[0].dtype
-        return None if is_smaller else _number(kept[0])
+        whole = (node._input_metadata[0].dtype, torch.int64, torch.int32)  # not compressed
+        return _number(kept[0]) if kept[0].dtype in whole else None
     try:
         value = getattr(node, f"_saved_{name}", None)
     except RuntimeError:  # freed
