@@ -830,7 +830,7 @@ class Selects(nn.Module):
 def test_a_value_that_was_asked_for_is_noted_with_its_line():
     (note,) = estimate(Branch(), torch.zeros(4, 8), torch.optim.SGD).notes
     assert "test_memory_estimate.py:" in note
-    assert "got True: return self.large(x) if x.mean() > 100 else self.small(x)" in note
+    assert "took True: return self.large(x) if x.mean() > 100 else self.small(x)" in note
     assert estimate(nn.Linear(8, 8), torch.zeros(4, 8), torch.optim.AdamW).notes == ()
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -46,8 +47,8 @@ def explained() -> Iterator[None]:
         yield
     except DynamicOutputShapeException as error:
         raise ValueError(
-            f"the size of what {error.func} returns depends on data, which an estimate has not: "
-            "run the step under measure_peak"
+            f"the size of what {error.func} returns depends on data, which an estimate does not "
+            "have: run the step under measure_peak"
         ) from error
     except UnsupportedFakeTensorException as error:
         raise ValueError(f"{error}: run the step under measure_peak") from error
@@ -74,8 +75,9 @@ class Numbers(TorchDispatchMode):
     def notes(self) -> list[str]:
         """One line for each line of code that asked."""
         return [
-            f"{Path(file).name}:{line} asked for a tensor's value, which an estimate has not, and "
-            f"got {answers[0]}: {linecache.getline(file, line).strip()}"
+            f"{Path(file).name}:{line} or an operator that it calls reads a tensor's value; an "
+            f"estimate has no values and took {answers[0]}: "
+            f"{shorten(linecache.getline(file, line), 60, placeholder=' ...')}"
             for (file, line), answers in self._asked.items()
         ]
 
@@ -91,7 +93,7 @@ class Numbers(TorchDispatchMode):
                 answers.append(answer)
                 if len(answers) > _MOST_ANSWERS:
                     raise ValueError(
-                        f"{Path(place[0]).name}:{place[1]} asked for tensors' values "
+                        f"{Path(place[0]).name}:{place[1]} read tensors' values "
                         f"{_MOST_ANSWERS} times, as a loop whose end depends on data would: run "
                         "the step under measure_peak"
                     )
