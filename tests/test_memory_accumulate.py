@@ -248,6 +248,11 @@ INEXACT = {
     "mean and sum": lambda z, y, t: F.mse_loss(z, t) + z.square().sum(),
     "reduction is 'mean'": lambda z, y, t: z.square().sum(),
     "cannot be known": lambda z, y, t: Own.apply(z),
+    "hardest samples": lambda z, y, t: (z - t).square().mean(1).topk(2).values.mean(),
+    "hardest elements": lambda z, y, t: (z - t).square().flatten().topk(3).values.mean(),
+    "largest of each class": lambda z, y, t: z.amax(0).square().mean(),
+    "spread": lambda z, y, t: F.mse_loss(z, t) + (1 - (z.var(0) + 1e-4).sqrt()).relu().mean(),
+    "pooled": lambda z, y, t: z.logsumexp(0).mean(),
 }
 
 
@@ -1021,6 +1026,8 @@ ALONE = {
     "quotient": lambda z, y: sum(each(z, y)) / len(z),
     "weighed": lambda z, y: 0.3 * torch.stack(each(z, y)).mean(),
     "two": lambda z, y: (sum(each(z, y)) + sum(both(z, y))) / len(z),
+    "topk of each": lambda z, y: torch.stack([a.topk(2).values.mean() for a in z]).mean(),
+    "topk of a row": lambda z, y: z.topk(2, 1).values.mean() + z.var(-1).mean() + z.amax(1).mean(),
     "clamp": lambda z, y: F.cross_entropy(z, y).clamp(max=100),
     "bounds": lambda z, y: torch.clamp(F.cross_entropy(z, y), torch.tensor(0.0), torch.tensor(9.0)),
     "clamp_min": lambda z, y: 2 * F.cross_entropy(z, y).clamp_min(0),

@@ -23,6 +23,9 @@ __all__ = ["Term", "terms_of"]
 _SAME = ("Neg", "ToCopy", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone")
 _SAME += ("Alias", "Select")
 _ADDED = ("Add", "Sub", "Rsub")
+_ELEMENTWISE = (*_SAME, *_ADDED, "Mul", "Div", "Pow", "Sqrt", "Log", "Exp", "Relu", "Clamp", "Abs")
+_ELEMENTWISE += ("ClampMin", "ClampMax")
+_MIXING = ("Topk", "Kthvalue", "Median", "Max", "Min", "Amax", "Amin", "Var", "Std", "Logsumexp")
 _OF_PARAMETERS = (*_SAME, *_ADDED, "Mul", "Pow", "Abs", "Norm", "LinalgVectorNorm", "Sum", "Mean")
 _OF_PARAMETERS += ("Sqrt", "Stack", "Cat", "Exp", "Log", "T", "Transpose", "Permute", "Div", "Mm")
 _OF_PARAMETERS += ("Softplus", "Sigmoid", "Tanh", "Log1P", "Expm1", "Reciprocal", "Rsqrt", "Relu")
@@ -40,6 +43,7 @@ class Term:
         scale: what the term is multiplied by.
         is_certain: a criterion of torch or a mean says so, not a sum or quotient of the user's own.
         over: the numbers that a term of the parameters is divided by.
+        mixes: it is a mean of what compares samples with each other: the largest ones, a variance.
     """
 
     kind: str
@@ -48,6 +52,7 @@ class Term:
     scale: float = 1.0
     is_certain: bool = True
     over: tuple[float, ...] = ()
+    mixes: bool = False
 
 
 def terms_of(loss: Tensor) -> list[Term]:
@@ -61,7 +66,10 @@ def terms_of(loss: Tensor) -> list[Term]:
     >>> [term.divisor for term in terms_of(torch.nn.functional.cross_entropy(z, y))]
     [3.0]
     """
-    return _terms(loss.grad_fn)
+    terms = _terms(loss.grad_fn)
+    if sum(term.mixes for term in terms) == 1:  # of many, each is of a sample
+        terms = [replace(term, kind="unknown") if term.mixes else term for term in terms]
+    return terms
 
 
 def _terms(node: Any) -> list[Term]:
@@ -126,7 +134,9 @@ def _reduced(node: Any, kind: str, source: Any) -> list[Term]:
         found = [term for number, _ in inner for term in _terms(number)]
         return [replace(term, scale=term.scale * share) for term in found]
     if kind == "Mean":  # of everything, as one number comes out
-        return [Term("mean", node.name(), float(_elements(node)))]
+        mixing = _mixing(source)
+        name = node.name() if mixing is None else mixing.name()
+        return [Term("mean", name, float(_elements(node)), mixes=mixing is not None)]
     while source is not None and _kind(source) in ("Neg", "Mul", "Div", "ToCopy"):
         has_number = _kind(source) == "Div" and [*source.next_functions, (None, 0)][1][0] is None
         divisor = _saved(source, "other") if has_number else None
@@ -135,14 +145,31 @@ def _reduced(node: Any, kind: str, source: Any) -> list[Term]:
         source = source.next_functions[0][0]
     if source is not None and _kind(source) == "Mean" and hasattr(source, "_saved_dim"):
         sizes = source._saved_self_sym_sizes
-        dims = [dim % 2**64 for dim in source._saved_dim]  # kept as unsigned
-        dims = [dim - 2**64 if dim >= 2**63 else dim for dim in dims]
-        if 0 in [dim % len(sizes) for dim in dims]:
+        dims = _dims(source._saved_dim, len(sizes))
+        if 0 in dims:
             count = 1
             for dim in dims:
                 count *= int(sizes[dim])
             return [Term("mean", source.name(), float(count), is_certain=False)]
     return [Term("sum", node.name(), is_certain=False)]
+
+
+def _mixing(node: Any) -> Any:
+    """Return the node that reduces dimension 0, from which a mean's elements are computed."""
+    while node is not None and _kind(node) in _ELEMENTWISE:
+        sources = [source for source, _ in node.next_functions if source is not None]
+        node = sources[0] if len(sources) == 1 else None
+    if node is None or _kind(node) not in _MIXING or not hasattr(node, "_saved_dim"):
+        return None
+    rank = len(_shape(*node.next_functions[0]))
+    dims = node._saved_dim
+    return node if (not dims and dims != 0) or 0 in _dims(dims, rank) else None
+
+
+def _dims(dims: Any, rank: int) -> list[int]:
+    """Return dimensions from 0; nodes keep them as unsigned."""
+    listed = dims if isinstance(dims, (tuple, list)) else [dims]
+    return [(dim - 2**64 if dim >= 2**63 else dim) % max(rank, 1) for dim in listed]
 
 
 def _scaled(node: Any, kind: str, sources: Sequence[Any]) -> list[Term]:

@@ -133,6 +133,7 @@ def estimate(
     loop = _loop(model, training, hold_outputs, steps)
     original, model = model, fakes.model(model)
     args, kwargs = fakes.value(args), fakes.value(kwargs)
+    loss = fakes.model(loss) if isinstance(loss, nn.Module) else loss
     # under ``with torch.device("meta")`` what the model makes itself would be of that device
     is_meta = torch.get_default_device().type == "meta"
     device = torch.device("cpu") if is_meta else nullcontext()

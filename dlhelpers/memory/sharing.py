@@ -100,6 +100,11 @@ class Shares:
         inexact = "the accumulated gradient may not be that of the whole batch: "
         if kinds == {"sum"}:
             return f"{inexact}the loss is a sum ({names}), and reduction is 'mean': give 'sum'"
+        if any(term.mixes and term.kind == "unknown" for term in terms):
+            return (
+                f"{inexact}the loss compares samples of a micro-batch with each other ({names}): "
+                "give it the whole batch, or take it over each sample; count= does not help"
+            )
         if kinds != {"mean"}:
             return f"{inexact}what the loss divides by cannot be known ({names}): {_HOW}"
         samples = self._counts[index]
