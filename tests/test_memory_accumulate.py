@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlhelpers.memory.accumulating import accumulate
+from dlhelpers.memory.measuring import measure_peak
 
 
 def mlp():
@@ -246,6 +248,11 @@ INEXACT = {
     "mean and sum": lambda z, y, t: F.mse_loss(z, t) + z.square().sum(),
     "reduction is 'mean'": lambda z, y, t: z.square().sum(),
     "cannot be known": lambda z, y, t: Own.apply(z),
+    "hardest samples": lambda z, y, t: (z - t).square().mean(1).topk(2).values.mean(),
+    "hardest elements": lambda z, y, t: (z - t).square().flatten().topk(3).values.mean(),
+    "largest of each class": lambda z, y, t: z.amax(0).square().mean(),
+    "spread": lambda z, y, t: F.mse_loss(z, t) + (1 - (z.var(0) + 1e-4).sqrt()).relu().mean(),
+    "pooled": lambda z, y, t: z.logsumexp(0).mean(),
 }
 
 
@@ -903,3 +910,276 @@ def test_a_break_that_loses_a_whole_group_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         leaves_after(0)
+
+
+# ---- terms of the parameters alone in a sum ----
+
+
+class Uncertain(nn.Module):
+    """A sum weighed by a learned number, as for several tasks."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.s = mlp(), nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def squares(model):
+    return 0.5 * sum(p.square().sum() for p in model.parameters())
+
+
+def bayes(model):
+    """The divergence of a posterior from its prior, of means and softplus of spreads."""
+    mean, spread = model[0].weight, F.softplus(model[2].weight)
+    return (mean.pow(2) - 1).sum() + 2 * (spread.pow(2) - 1 - 2 * (spread / 0.1).log()).sum()
+
+
+def summed(z, y):
+    return F.cross_entropy(z, y, reduction="sum")
+
+
+PENALTIES = {
+    "squares": (mlp, lambda model, z, y, of: summed(z, y) + squares(model) / of),
+    "bayes": (mlp, lambda model, z, y, of: summed(z, y) + 0.1 * (bayes(model) / of)),
+    "uncertainty": (
+        Uncertain,
+        lambda model, z, y, of: summed(z, y) * (-model.s).exp() + model.s / of,
+    ),
+    "of a constant": (mlp, lambda model, z, y, of: summed(z, y) / 12 + squares(model) / of),
+    "all of it": (mlp, lambda model, z, y, of: (summed(z, y) + squares(model) / of) / 12),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_penalty_beside_a_sum_is_exact_or_told(name, steps):
+    make, loss = PENALTIES[name]
+    model, (x, y) = make(), samples(12)
+    whole = copy.deepcopy(model)
+    loss(whole, whole(x), y, 1).backward()
+
+    def got(of):
+        for micro in accumulate(
+            torch.optim.SGD(model.parameters(), lr=0.0), (x, y), steps, reduction="sum"
+        ):
+            micro.backward(loss(model, model(micro.batch[0]), micro.batch[1], of or micro.of))
+            if micro.is_last:
+                found = gradients(model)
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(got(of=None), gradients(whole), rtol=1e-9)
+    model = copy.deepcopy(whole)
+    with pytest.warns(UserWarning, match=rf"once per micro-batch, {steps} times.*micro\.of"):
+        wrong = got(of=1)
+    assert any(not torch.allclose(a, b) for a, b in zip(wrong, gradients(whole), strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "sum", "count": lambda batch: len(batch[1])}],
+    ids=["own", "count"],
+)
+def test_a_penalty_is_told_also_where_the_sum_was_not(options):
+    model = mlp()
+    with pytest.warns(UserWarning, match="once per micro-batch, 3 times"):
+        run(model, sgd(model), samples(7), steps=3, **options,
+            loss=lambda z, y: summed(z, y) + squares(model))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor", [0.0, torch.tensor(0.0)])
+def test_a_term_times_0_changes_nothing(factor):
+    model, batch = mlp(), samples(9)
+    batch[1][:4] = -100
+    for reduction in ("mean", "sum"):
+        plain = functools.partial(F.cross_entropy, reduction=reduction)
+
+        def loss(z, y, plain=plain):
+            unused = factor * sum(p.sum() for p in model.parameters())
+            return plain(z, y) + factor * z.sum() + unused
+
+        wanted, value = whole_gradients(model, *batch, plain)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        [(got, total)] = run(model, optimizer, batch, loss=loss, steps=4, reduction=reduction)
+        assert_same(got, wanted)
+        torch.testing.assert_close(total, value)
+
+
+# ---- losses of single samples, clamped ones, and hooks ----
+
+
+def each(z, y):
+    return [F.cross_entropy(a[None], b[None]) for a, b in zip(z, y, strict=True)]
+
+
+def both(z, y):
+    return [F.l1_loss(a, F.one_hot(b, 3) + 0.1) for a, b in zip(z, y, strict=True)]
+
+
+ALONE = {
+    "stack": lambda z, y: torch.stack(each(z, y)).mean(),
+    "cat": lambda z, y: torch.cat([v[None] for v in each(z, y)]).mean(),
+    "quotient": lambda z, y: sum(each(z, y)) / len(z),
+    "weighed": lambda z, y: 0.3 * torch.stack(each(z, y)).mean(),
+    "two": lambda z, y: (sum(each(z, y)) + sum(both(z, y))) / len(z),
+    "topk of each": lambda z, y: torch.stack([a.topk(2).values.mean() for a in z]).mean(),
+    "topk of a row": lambda z, y: z.topk(2, 1).values.mean() + z.var(-1).mean() + z.amax(1).mean(),
+    "clamp": lambda z, y: F.cross_entropy(z, y).clamp(max=100),
+    "bounds": lambda z, y: torch.clamp(F.cross_entropy(z, y), torch.tensor(0.0), torch.tensor(9.0)),
+    "clamp_min": lambda z, y: 2 * F.cross_entropy(z, y).clamp_min(0),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ALONE)
+def test_losses_of_single_samples_and_clamps_are_not_warned_of(name):
+    model, batch = mlp(), samples(14)
+    wanted, value = whole_gradients(model, *batch, ALONE[name])
+    [(got, total)] = run(model, sgd(model), batch, loss=ALONE[name], steps=4)
+    assert_same(got, wanted, rtol=1e-9)
+    torch.testing.assert_close(total, value)
+
+
+def test_a_sum_over_single_samples_is_a_sum():
+    model, batch = mlp(), samples(12)
+    loss = lambda z, y: sum(each(z, y))  # noqa: E731
+    with pytest.warns(UserWarning, match="give 'sum'"):
+        run(model, torch.optim.SGD(model.parameters(), lr=0.0), batch, loss=loss, steps=3)
+    wanted, _ = whole_gradients(model, *batch, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [(got, _)] = run(model, sgd(model), batch, loss=loss, steps=3, reduction="sum")
+    assert_same(got, wanted)
+
+
+def test_a_clamp_that_cuts_is_told():
+    model = mlp()
+    with pytest.warns(UserWarning, match="cannot be known"):
+        run(model, sgd(model), samples(8), steps=2,
+            loss=lambda z, y: F.cross_entropy(z, y).clamp(max=1e-3))  # fmt: skip
+
+
+HOOKS = {
+    "save_on_cpu": torch.autograd.graph.save_on_cpu,
+    "identity": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+    "tuple": lambda: torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (t, t.dtype), lambda kept: kept[0]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("hooks", HOOKS)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        lambda z, y: F.cross_entropy(z, y, reduction="sum") / (y != -100).sum(),
+        lambda z, y: 2 * F.cross_entropy(z, y).clamp(max=100),
+    ],
+    ids=["mean", "quotient", "clamp"],
+)
+def test_a_divisor_is_read_where_a_hook_keeps_it_as_it_is(hooks, loss):
+    model, (inputs, targets) = mlp(), samples(9)
+    targets[:3] = targets[5] = -100
+
+    def hooked(z, y):
+        with HOOKS[hooks]():
+            return loss(z, y)
+
+    wanted, value = whole_gradients(model, inputs, targets, loss)
+    [(got, total)] = run(model, sgd(model), (inputs, targets), loss=hooked, steps=4)
+    assert_same(got, wanted)
+    torch.testing.assert_close(total, value)
+
+
+def test_a_hook_that_hides_the_divisor_is_named():
+    def hooked(z, y):
+        kept = []
+        hooks = (lambda t: kept.append(t) or len(kept) - 1), kept.__getitem__
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            return F.cross_entropy(z, y)
+
+    model = mlp()
+    with pytest.warns(UserWarning, match="hidden by a saved-tensor hook"):
+        run(model, sgd(model), samples(8), steps=2, loss=hooked)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda z, y: (z - y[:, None]).mul_(2).mean()])
+def test_a_measured_loop_is_the_plain_one(loss):
+    model, (inputs, targets) = mlp(), samples(9)
+    targets[:3] = -100
+    wanted, _ = whole_gradients(model, inputs, targets, loss)
+    kept = []
+    measure_peak(lambda: kept.extend(run(model, sgd(model), (inputs, targets), loss=loss, steps=4)))
+    assert_same(kept[0][0], wanted)
+
+
+# ---- lists of as many tensors as the batch has samples ----
+
+
+def micro_batches(batch, steps=3):
+    micros = accumulate(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0), batch, steps)
+    for micro in micros:
+        micro.backward(torch.zeros(1, requires_grad=True).sum())
+        yield micro.batch
+
+
+BOXES = [torch.rand(i + 1, 4) for i in range(3)]
+BESIDE = {
+    "records": [{"boxes": boxes} for boxes in BOXES],
+    "sizes": BOXES,
+    "records of one size": [{"boxes": torch.rand(3, 4)} for _ in range(3)],
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("nest", [lambda *b: b, lambda x, y: {"x": x, "y": y}], ids=["", "dict"])
+def test_as_many_images_as_channels_are_still_images(beside, nest):
+    images, targets = list(torch.rand(3, 3, 4, 4)), BESIDE[beside]
+    for i, batch in enumerate(micro_batches(nest(images, targets))):
+        x, y = batch.values() if isinstance(batch, dict) else batch
+        assert len(x) == len(y) == 1
+        assert x[0] is images[i]
+        assert y[0] is targets[i]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (list(torch.rand(3, 3, 4, 4)), torch.arange(3)),
+        (list(torch.rand(3, 3)),),
+        {"x": {"y": list(torch.rand(3, 3))}},
+    ],
+)
+def test_a_list_that_may_hold_samples_or_columns_is_refused(batch):
+    with pytest.raises(ValueError, match=r"list of 3 tensors \[3, \.\.\.\].*torch.stack.*tuple\("):
+        accumulate(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.0), batch, 3)
+
+
+def test_columns_of_another_number_than_the_samples_are_cut():
+    columns = [torch.arange(4.0), torch.arange(4), torch.rand(4, 2)]
+    for i, (x, y) in enumerate(micro_batches((columns, torch.arange(4)), 4)):
+        assert [column.tolist() for column in x] == [
+            column[i : i + 1].tolist() for column in columns
+        ]
+        assert y.tolist() == [i]
+    for i, (x,) in enumerate(micro_batches(((torch.arange(3), torch.eye(3), torch.ones(3)),))):
+        assert [len(column) for column in x] == [1, 1, 1]
+        assert x[0].tolist() == [i]
+
+
+def test_lists_of_samples_weigh_by_their_number():
+    images, boxes = list(torch.rand(5, 4, 2)), [torch.rand(1 + i % 2, 4) for i in range(5)]
+    weight = nn.Parameter(torch.zeros(1))
+    weights = []
+    for micro in accumulate(torch.optim.SGD([weight], lr=0.0), (images, boxes), 3):
+        weights.append(micro.weight)
+        assert len(micro.batch[0]) == len(micro.batch[1])
+        micro.backward(weight.sum())
+    assert weights == [2 / 5, 2 / 5, 1 / 5]

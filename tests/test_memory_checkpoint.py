@@ -30,6 +30,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from dlhelpers.memory import checkpointing
 from dlhelpers.memory.checkpointing import checkpoint_blocks, checkpoint_plan
+from dlhelpers.memory.estimating import estimate
 
 
 def trained(model, x, steps=2, lr=0.01):
@@ -1056,3 +1057,78 @@ def test_a_list_says_that_its_elements_are_segments():
 
     with pytest.raises(ValueError, match=r'"auto" or 0, got 4; each element of an nn\.ModuleList'):
         checkpoint_blocks(Listed(), 4)
+
+
+class Activation(nn.Module):
+    """Calls a function that it holds."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(8, 8), function
+
+    def forward(self, x):
+        return self.function(self.layer(x), training=True)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        nn.RReLU,
+        lambda: nn.RReLU(inplace=True),
+        lambda: nn.Sequential(nn.LayerNorm(8), nn.RReLU()),
+        lambda: Draws(lambda block, x: F.rrelu(x, training=True)),
+        lambda: Draws(lambda block, x: torch.rrelu(x, training=True)),
+        lambda: Activation(torch.rrelu),
+        lambda: nn.TransformerEncoderLayer(8, 2, 8, activation=nn.RReLU(), norm_first=True),
+    ],
+)
+@pytest.mark.parametrize("segments", [1, 2])
+def test_a_kernel_that_fills_what_was_saved_may_end_a_segment(last, segments):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), last(), nn.Linear(8, 8), last()), torch.randn(4, 8)
+    plain, own = copy.deepcopy(model), checkpoint_blocks(model, segments)
+    for each in (plain, own):
+        torch.manual_seed(1)
+        each(x).square().mean().backward()
+    assert all(
+        torch.equal(p.grad, q.grad)
+        for p, q in zip(plain.parameters(), own.parameters(), strict=True)
+    )
+
+
+class Noisy(nn.Module):
+    """Adds noise from a generator of its own."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.layer, self.generator = nn.Linear(8, 8), generator
+
+    def forward(self, x):
+        return self.layer(x) + torch.randn(x.shape, generator=self.generator)
+
+
+def test_the_copy_draws_from_the_models_own_generator():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(Noisy(generator), Noisy(generator))
+    copied = checkpoint_blocks(model, 1)
+    assert copied[0].generator is copied[1].generator is generator  # no number comes twice
+
+
+def test_auto_leaves_every_stream_as_it_was():
+    class Streams(Noisy):
+        def forward(self, x):
+            noise = torch.rand(1, generator=GLOBAL_TORCH) + random.random() + np.random.rand()
+            return super().forward(x) * noise * self.numpy.random()
+
+        numpy = np.random.default_rng(0)
+
+    own = torch.Generator().manual_seed(0)
+    accesses = [random.getstate, np.random.get_state, torch.get_rng_state, own.get_state]
+    accesses += [GLOBAL_TORCH.get_state, lambda: Streams.numpy.bit_generator.state]
+    before = [str(access()) for access in accesses]
+    states = [own.get_state(), GLOBAL_TORCH.get_state()]
+    model = nn.Sequential(*(Streams(own) for _ in range(4)))
+    estimate(model, torch.zeros(4, 8), torch.optim.AdamW, checkpoint=2, loss=torch.mean)
+    checkpoint_blocks(model, "auto", inputs=torch.zeros(4, 8))
+    assert [str(access()) for access in accesses] == before
+    assert all(map(torch.equal, states, [own.get_state(), GLOBAL_TORCH.get_state()]))

@@ -830,7 +830,7 @@ class Selects(nn.Module):
 def test_a_value_that_was_asked_for_is_noted_with_its_line():
     (note,) = estimate(Branch(), torch.zeros(4, 8), torch.optim.SGD).notes
     assert "test_memory_estimate.py:" in note
-    assert "got True: return self.large(x) if x.mean() > 100 else self.small(x)" in note
+    assert "took True: return self.large(x) if x.mean() > 100 else self.small(x)" in note
     assert estimate(nn.Linear(8, 8), torch.zeros(4, 8), torch.optim.AdamW).notes == ()
 
 
@@ -929,3 +929,23 @@ def test_a_slow_convolution_follows_from_small_batches(trials):
     assert known.bytes_of(call_of(conv, args, {})) == 7
     assert [call.shapes[0].size[0] for call in trials] == [2, 4]
     assert not known.untried
+
+
+def test_a_loss_module_is_left_as_it_was():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.center = nn.Buffer(torch.zeros(8))
+            self.calls, self.last = 0, None
+
+        def forward(self, outputs):
+            self.center.add_(outputs.detach().mean(0))
+            self.calls, self.last = self.calls + 1, outputs
+            return (outputs - self.center).square().mean()
+
+    loss = Remembers()
+    x = torch.zeros(4, 8)
+    report = estimate(nn.Linear(8, 8), x, torch.optim.SGD, loss=loss)
+    assert (loss.calls, loss.last, loss.center.sum().item()) == (0, None, 0.0)
+    as_function = estimate(nn.Linear(8, 8), x, torch.optim.SGD, loss=Remembers().forward)
+    assert report.peak_bytes == as_function.peak_bytes

@@ -160,7 +160,17 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(params=PROGRAMS)
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def programs(*fast):
+    """All programs, those not named as slow ones."""
+    names = [*fast, *slow(*(name for name in PROGRAMS if name not in fast))]
+    return pytest.mark.parametrize("program", names, indirect=True)
+
+
+@pytest.fixture
 def program(request):
     make, inputs, targets, loss = PROGRAMS[request.param]
     torch.manual_seed(0)
@@ -176,6 +186,7 @@ def loop_over(batches, model, optimizer, loss):
         optimizer.step()
 
 
+@programs("language", "loss inside")
 @pytest.mark.parametrize(
     "make", [torch.optim.AdamW, pytest.param(sgd, marks=pytest.mark.slow)], ids=["adamw", "sgd"]
 )
@@ -231,6 +242,7 @@ def test_the_profilers_own_record_agrees():
 # ---- micro-batches ----
 
 
+@programs("in place", "loss inside")
 @pytest.mark.parametrize("held", ["loop", pytest.param("loss", marks=pytest.mark.slow)])
 def test_accumulation_is_predicted_as_accumulate_does_it(program, held):
     model, inputs, targets, loss = program
@@ -299,6 +311,7 @@ def test_a_distributed_model_is_refused_by_name():
 # ---- inference ----
 
 
+@programs("peak in forward")
 @pytest.mark.parametrize(
     ("mode", "without"), [("train", torch.no_grad), ("eval", torch.inference_mode)]
 )
@@ -325,7 +338,7 @@ def test_a_forward_pass_without_gradients_is_predicted(program, mode, without):
     [
         (lambda: nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), (8, 40, 64)),
         (lambda: nn.LSTM(32, 64), (20, 8, 32)),
-        (lambda: nn.GRU(32, 64), (20, 8, 32)),
+        pytest.param(lambda: nn.GRU(32, 64), (20, 8, 32), marks=pytest.mark.slow),
         (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)), (8, 3, 30, 30)),
     ],
     ids=["transformer", "lstm", "gru", "convolution"],
@@ -389,7 +402,7 @@ def sparse_step(model, x, optimizer):
 @pytest.mark.parametrize(  # more rows than are used, and fewer
     "rows", [900, pytest.param(200, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("name", SPARSE_OPTIMIZERS)
+@pytest.mark.parametrize("name", ["sgd", "adagrad", *slow("sparse adam", "none")])
 @pytest.mark.parametrize("kind", SPARSE)
 def test_sparse_gradients_are_counted(kind, name, rows):
     model, x = SPARSE[kind](rows), (torch.arange(600) % rows).view(60, 10)

@@ -36,7 +36,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dlhelpers.memory.sharing import Shares, nothing_in, synchronized_in, unsynchronized
-from dlhelpers.memory.splitting import is_one_batch, samples_in, split
+from dlhelpers.memory.splitting import is_one_batch, part_sizes, samples_in, split
 
 __all__ = ["Micro", "accumulate"]
 
@@ -149,12 +149,18 @@ def accumulate(
     it does for BatchNorm in train mode, which mixes the samples, but for a compiled model. A loss
     that compares the samples of a batch with each other (contrastive ones) is not exact either.
 
+    A term of the parameters alone (a penalty, a divergence from a prior) is exact beside a mean.
+    Beside a sum it is added once per micro-batch: write ``loss + penalty / micro.of``; a
+    UserWarning says so. Where divisors differ from what was expected, only the gradients of this
+    optimizer's parameters are corrected: give one optimizer over all that the loss trains.
+
     Args:
         optimizer: over the model's parameters.
         batch: a tensor [N, ...], or tuples, mappings and dataclasses of such, nested (lists in
             them as well), is split into ``steps`` parts, with lists and arrays of N entries;
             anything else in it goes to every micro-batch as it is. A loader or a list is a
-            sequence of batches, ``steps`` to a group, the last group with what is left.
+            sequence of batches, ``steps`` to a group, the last group with what is left. Give a list
+            of N tensors [N, ...] as a tensor where they are samples, as a tuple where columns.
         steps: micro-batches to a step.
         count: micro-batch -> what its loss is a mean over, as targets not -100; the graph is then
             not read. With ``reduction="sum"`` sums are divided by the group's count.
@@ -193,8 +199,12 @@ def accumulate(
         raise ValueError(f'reduction must be "mean" or "sum", as the loss\'s, got {reduction!r}')
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    many = split(batch, int(steps)) if is_one_batch(batch) else _batches(batch)
-    groups = _groups(many, int(steps), count)
+    if is_one_batch(batch):
+        many = split(batch, int(steps))
+        sizes = part_sizes(samples_in(batch) or 0, int(steps))
+        groups = _groups(many, int(steps), count or (lambda _: next(sizes)))
+    else:
+        groups = _groups(_batches(batch), int(steps), count)
     first = next(groups, None)  # fetched here, so that a bad batch fails at the call
     if first is None:
         raise ValueError(f"no batch in this {type(batch).__name__}: empty, or read to its end")

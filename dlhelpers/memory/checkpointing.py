@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dlhelpers.memory.recomputing import Pass
+from dlhelpers.memory.replaying import generators_in
 
 __all__ = ["checkpoint_blocks", "checkpoint_plan"]
 
@@ -247,9 +248,10 @@ def _estimated_peak(model: nn.Module, inputs: Any, optimizer: Any, loss: Any, k:
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules, not the tensors, and take away an earlier plan."""
+    """Copy the modules, not the tensors and generators, and take away an earlier plan."""
     held = tree_leaves([list(vars(module).values()) for module in model.modules()])
-    copied = copy.deepcopy(model, {id(leaf): leaf for leaf in held if isinstance(leaf, Tensor)})
+    shared = [*(leaf for leaf in held if isinstance(leaf, Tensor)), *generators_in([model])]
+    copied = copy.deepcopy(model, {id(value): value for value in shared})
     for module in copied.modules():
         vars(module).pop("_checkpointed", None)
         vars(module).pop("_steady", None)

@@ -26,6 +26,7 @@ from dlhelpers.fakes import tensors_in
 from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
 from dlhelpers.memory.calls import call_of
+from dlhelpers.memory.replaying import State
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
 from dlhelpers.memory.scratch import Scratch, whole_of
 from dlhelpers.memory.sparse import SparseOps, is_coo
@@ -66,8 +67,8 @@ def estimate(
             optimizer.step()
 
     What else a program holds, such as an averaged copy of the weights, is not counted. Neither
-    model, inputs nor optimizer are touched, and none needs memory: they may be of device
-    ``meta``.
+    model, inputs, optimizer nor random states are touched, and none needs memory: they may be of
+    device ``meta``.
 
     Args:
         model: in the mode, on the device and with the weights' types that it will train with.
@@ -130,10 +131,14 @@ def estimate(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes, numbers, sparse = Fakes(mode), Numbers(), SparseOps()
     loop = _loop(model, training, hold_outputs, steps)
-    model, args, kwargs = fakes.model(model), fakes.value(args), fakes.value(kwargs)
+    original, model = model, fakes.model(model)
+    args, kwargs = fakes.value(args), fakes.value(kwargs)
+    loss = fakes.model(loss) if isinstance(loss, nn.Module) else loss
     # under ``with torch.device("meta")`` what the model makes itself would be of that device
     is_meta = torch.get_default_device().type == "meta"
-    with mode, numbers, sparse, explained(), torch.device("cpu") if is_meta else nullcontext():
+    device = torch.device("cpu") if is_meta else nullcontext()
+    streams = State([original, loss]).restored()  # of Python, NumPy, globals and closures
+    with streams, mode, numbers, sparse, explained(), device:
         if checkpoint is not None:
             from dlhelpers.memory.checkpointing import checkpoint_blocks
 

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from dlhelpers.memory.replaying import State
+from dlhelpers.memory.replaying import State, saves_unwritten
 from dlhelpers.memory.verifying import Witness
 
 __all__ = ["Pass"]
@@ -77,7 +77,10 @@ class Pass:
                 since forward, or a block does not compute again what it computed in forward.
         """
         leaves, self._spec = tree_flatten((args, kwargs))
-        return checkpoint(self._call, *leaves, use_reentrant=False, preserve_rng_state=True)
+        # an early stop comes in the last saved tensor's hook: before its kernel has written it
+        stops = not saves_unwritten(self._called)
+        with nullcontext() if stops else set_checkpoint_early_stop(False):
+            return checkpoint(self._call, *leaves, use_reentrant=False, preserve_rng_state=True)
 
     def _call(self, *leaves: Any) -> Any:
         args, kwargs = tree_unflatten(leaves, self._spec)

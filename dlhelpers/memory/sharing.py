@@ -25,8 +25,9 @@ from dlhelpers.memory.divisors import Term, terms_of
 __all__ = ["Shares", "nothing_in", "synchronized_in", "unsynchronized"]
 
 _HOW = (
-    "give each term as a sum divided by what the whole batch has of it, with reduction='sum'; or, "
-    "where all is a mean over one thing, count=, which counts that in a micro-batch"
+    "where its terms are means over one thing, count that in a micro-batch, as in accumulate(..., "
+    "count=lambda batch: (batch[1] != -100).sum()); else divide sums by what the whole batch has, "
+    "as in F.cross_entropy(z, y, reduction='sum') / total, with accumulate(..., reduction='sum')"
 )
 
 
@@ -63,9 +64,9 @@ class Shares:
 
     def look(self, loss: Tensor, index: int) -> str | None:
         """Read what the loss of a micro-batch divides by; say, once, why it cannot be known."""
-        if self._kind.startswith("counted") or len(self._counts) == 1:
+        if self._kind == "counted mean" or len(self._counts) == 1:
             return None
-        terms = terms_of(loss)
+        terms = _together(terms_of(loss), self._counts[index])
         is_one = [(t.kind, t.divisor, t.is_certain) for t in terms] == [("mean", 1.0, False)]
         if is_one and float(loss.detach()) == 0:  # a count of 0, clamped to 1
             terms = [replace(terms[0], divisor=0.0)]
@@ -76,6 +77,10 @@ class Shares:
         return problem
 
     def _learn(self, terms: Sequence[Term], index: int) -> str | None:
+        of_parameters = [term for term in terms if term.kind == "parameters"]
+        terms = [term for term in terms if term.kind != "parameters"]
+        if self._kind == "counted sum":
+            return self._repeats(of_parameters)
         names = " and ".join(dict.fromkeys(term.name for term in terms))
         kinds = {term.kind for term in terms}
         if self._kind == "sum":
@@ -84,15 +89,22 @@ class Shares:
             divides = [(term.divisor, term.scale) for term in terms]
             if is_mean or divides != [(term.divisor, term.scale) for term in self._first[1]]:
                 return f"reduction='sum', but the loss is a mean ({names}): leave reduction out"
-            return None
-        if not terms:  # of the parameters alone: the same for every micro-batch
+            return self._repeats(of_parameters)
+        if not terms:
+            if not of_parameters:  # times 0: of no sample
+                self._divisors[index] = 0.0
             return None
         if kinds == {"sum"} and all(term.is_certain and term.scale == 1 for term in terms):
             self._is_sum = True
-            return None
+            return self._repeats(of_parameters)
         inexact = "the accumulated gradient may not be that of the whole batch: "
         if kinds == {"sum"}:
             return f"{inexact}the loss is a sum ({names}), and reduction is 'mean': give 'sum'"
+        if any(term.mixes and term.kind == "unknown" for term in terms):
+            return (
+                f"{inexact}the loss compares samples of a micro-batch with each other ({names}): "
+                "give it the whole batch, or take it over each sample; count= does not help"
+            )
         if kinds != {"mean"}:
             return f"{inexact}what the loss divides by cannot be known ({names}): {_HOW}"
         samples = self._counts[index]
@@ -102,9 +114,25 @@ class Shares:
             self._divisors[index + 1 :] = [n * factor for n in self._counts[index + 1 :]]
         is_mixed = len({bool(term.divisor) for term in terms}) > 1
         if is_mixed or (self._first is not None and not _is_alike(terms, self._first[1])):
-            return f"{inexact}its terms are means over different things ({names}): {_HOW}"
+            what = f"its {len(terms)} terms are means over different things ({names})"
+            if len(terms) == 1:
+                what = f"micro-batches multiply its mean by different numbers ({names})"
+            return f"{inexact}{what}: {_HOW}"
         self._divisors[index] = terms[0].divisor
         return None
+
+    def _repeats(self, of_parameters: Sequence[Term]) -> str | None:
+        """Say what a sum of losses adds more than once."""
+        of = len(self._counts)
+        repeated = [term for term in of_parameters if of not in term.over]
+        if not repeated:
+            return None
+        names = " and ".join(dict.fromkeys(term.name for term in repeated))
+        return (
+            f"the accumulated gradient is not that of the whole batch: the loss is a sum, and a "
+            f"term of the parameters alone ({names}) is added once per micro-batch, {of} times: "
+            "divide it by micro.of, as in loss + penalty / micro.of"
+        )
 
     def _expected(self) -> float:
         if self._first is None or not self._first[0]:
@@ -154,6 +182,23 @@ class Shares:
 def nothing_in(count: int) -> str:
     """Return the message for a group that has nothing to take a mean over."""
     return f"{count} micro-batches count 0 in all: leave that group out"
+
+
+def _together(terms: Sequence[Term], samples: float) -> list[Term]:
+    """Take as one term the losses of single samples that a Python loop has made and averaged."""
+    kept: dict[Any, list[Term]] = {}
+    for term in terms:
+        kept.setdefault((term.kind, term.name, term.scale), []).append(term)
+    result: list[Term] = []
+    for (kind, name, scale), alike in kept.items():
+        count = len(alike)
+        if kind == "mean" and count == samples > 1 and scale != 1:
+            result.append(Term("mean", name, float(count), scale * count, is_certain=False))
+        elif kind == "mean" and count == samples > 1 and {t.divisor for t in alike} == {1.0}:
+            result.append(Term("sum", name, is_certain=False))
+        else:
+            result += alike
+    return result
 
 
 def _is_alike(terms: Sequence[Term], first: Sequence[Term]) -> bool:

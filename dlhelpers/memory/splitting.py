@@ -3,6 +3,9 @@
 A batch may be nested: tensors in tuples, lists, mappings and dataclasses. What has an entry for
 each sample is cut as well (a list of N texts, an array of N rows); what has none goes to every
 micro-batch as it is (a number, a name, a tensor without dimensions).
+
+A list of N tensors [N, ...] can hold one for each sample or columns. Where another list of N is
+sure to hold samples (mappings, tensors of differing sizes), it does so too; else it is refused.
 """
 
 from __future__ import annotations
@@ -10,14 +13,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
 
 from dlhelpers.fakes import tensors_in
 
-__all__ = ["is_one_batch", "samples_in", "split"]
+__all__ = ["is_one_batch", "part_sizes", "samples_in", "split"]
 
 
 def is_one_batch(value: Any) -> bool:
@@ -30,13 +33,14 @@ def split(batch: Any, parts: int) -> Iterator[Any]:
     """Yield ``parts`` batches of nearly equal size, the larger ones first.
 
     Raises:
-        ValueError: the tensors differ in N, there is none, or N is less than ``parts``.
+        ValueError: the tensors differ in N, there is none, N is less than ``parts``, or a list of N
+            tensors [N, ...] may hold samples or columns.
 
     >>> import torch
     >>> list(split({"id": ["a", "b", "c"], "x": torch.arange(3)}, 2))
     [{'id': ['a', 'b'], 'x': tensor([0, 1])}, {'id': ['c'], 'x': tensor([2])}]
     """
-    sizes = _sizes(batch)
+    sizes, of_samples = _sizes(batch), _lengths(batch)[1]
     if len(set(sizes)) != 1:
         raise ValueError(
             f"one batch has one first dimension N, got {sizes}; a list is many batches"
@@ -44,9 +48,16 @@ def split(batch: Any, parts: int) -> Iterator[Any]:
     count = sizes[0]
     if count < parts:
         raise ValueError(f"{count} samples cannot make {parts} micro-batches: lower steps")
-    ends = [i * (count // parts) + min(i, count % parts) for i in range(parts + 1)]
+    ends = [0, *accumulate(part_sizes(count, parts))]
     cuts = [slice(start, end) for start, end in pairwise(ends)]
-    return (_part(batch, cut, count, is_top=True) for cut in cuts)
+    if parts > 1 and count not in of_samples:
+        _refuse_ambiguous(batch, count)
+    return (_part(batch, cut, count, count in of_samples, is_top=True) for cut in cuts)
+
+
+def part_sizes(count: int, parts: int) -> Iterator[int]:
+    """Yield how many of ``count`` samples each part has, the larger ones first."""
+    return (count // parts + (i < count % parts) for i in range(parts))
 
 
 def samples_in(batch: Any) -> int | None:
@@ -59,6 +70,11 @@ def samples_in(batch: Any) -> int | None:
 
 def _sizes(batch: Any) -> list[int]:
     """What may be N, by the surest sign that there is: tensors outside of lists come first."""
+    return next(filter(None, _lengths(batch)), [])
+
+
+def _lengths(batch: Any) -> tuple[list[int], list[int], list[int]]:
+    """First dimensions of tensors outside of lists, lengths of lists of samples, those in lists."""
     found: tuple[list[int], ...] = ([], [], [])
 
     def walk(value: Any, is_in_list: bool) -> None:
@@ -71,13 +87,25 @@ def _sizes(batch: Any) -> list[int]:
                 walk(inner, is_in_list or isinstance(value, list))
 
     walk(batch, False)
-    return next(filter(None, found), [])
+    return found
 
 
 def _is_list_of_samples(value: list[Any]) -> bool:
     """Whether tensors in it differ in their first dimension, or it holds records with tensors."""
     firsts = {len(t) for t in tensors_in(value) if t.dim() > 0}
     return len(firsts) > 1 or any(isinstance(v, Mapping) and [*tensors_in(v)] for v in value)
+
+
+def _refuse_ambiguous(value: Any, count: int) -> None:
+    """Raise where a list of N has tensors [N, ...] alone, and nothing tells what it holds."""
+    firsts = {len(t) for t in tensors_in(value) if t.dim() > 0}
+    if isinstance(value, list) and len(value) == count and firsts == {count}:
+        raise ValueError(
+            f"a list of {count} tensors [{count}, ...] may hold samples or columns of the batch: "
+            "give torch.stack(tensors) for samples, tuple(tensors) for columns"
+        )
+    for inner in () if isinstance(value, Tensor) else _entries(value):
+        _refuse_ambiguous(inner, count)
 
 
 def _entries(value: Any) -> list[Any]:
@@ -90,18 +118,18 @@ def _entries(value: Any) -> list[Any]:
     return []
 
 
-def _part(value: Any, cut: slice, count: int, is_top: bool = False) -> Any:
+def _part(value: Any, cut: slice, count: int, by_sample: bool, is_top: bool = False) -> Any:
     if isinstance(value, Tensor):
         if value.dim() > 0 and len(value) != count:
             raise ValueError(f"one batch has one first dimension N, got {[count, len(value)]}")
         return value[cut] if value.dim() > 0 else value
     if isinstance(value, Mapping):
-        return _with_items(value, {k: _part(v, cut, count) for k, v in value.items()})
+        return _with_items(value, {k: _part(v, cut, count, by_sample) for k, v in value.items()})
     if isinstance(value, (tuple, list)):
         is_named = hasattr(value, "_make")
-        if not is_top and not is_named and _has_entry_for_each(value, count):
+        if not is_top and not is_named and _has_entry_for_each(value, count, by_sample):
             return value[cut]
-        parts = [_part(v, cut, count) for v in value]
+        parts = [_part(v, cut, count, by_sample) for v in value]
         if all(part is entry for part, entry in zip(parts, value, strict=True)):
             return value
         return value._make(parts) if is_named else tuple(parts) if is_top else type(value)(parts)
@@ -109,20 +137,20 @@ def _part(value: Any, cut: slice, count: int, is_top: bool = False) -> Any:
         made = copy.copy(value)
         for field in dataclasses.fields(value):
             if hasattr(value, field.name):
-                inner = _part(getattr(value, field.name), cut, count)
+                inner = _part(getattr(value, field.name), cut, count, by_sample)
                 object.__setattr__(made, field.name, inner)  # a frozen one as well
         return made
     shape = getattr(value, "shape", None)  # an array
     return value[cut] if isinstance(shape, tuple) and shape[:1] == (count,) else value
 
 
-def _has_entry_for_each(value: tuple[Any, ...] | list[Any], count: int) -> bool:
-    """A tuple of N numbers may be a size, and a list of tensors [N, ...] holds columns."""
+def _has_entry_for_each(value: tuple[Any, ...] | list[Any], count: int, by_sample: bool) -> bool:
+    """A tuple of N numbers may be a size, and a list of tensors [N, ...] may hold columns."""
     if len(value) != count:
         return False
     if isinstance(value, list):
         firsts = {len(t) for t in tensors_in(value) if t.dim() > 0}
-        return _is_list_of_samples(value) or firsts != {count}
+        return by_sample or _is_list_of_samples(value) or firsts != {count}
     return all(isinstance(entry, (str, bytes)) for entry in value)
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.fakes import fake_of, tensors_in
 from dlhelpers.memory.accounting import user_code
+from dlhelpers.memory.replaying import generators_in
 
 __all__ = ["Fakes", "Numbers", "explained"]
 
@@ -45,8 +47,8 @@ def explained() -> Iterator[None]:
         yield
     except DynamicOutputShapeException as error:
         raise ValueError(
-            f"the size of what {error.func} returns depends on data, which an estimate has not: "
-            "run the step under measure_peak"
+            f"the size of what {error.func} returns depends on data, which an estimate does not "
+            "have: run the step under measure_peak"
         ) from error
     except UnsupportedFakeTensorException as error:
         raise ValueError(f"{error}: run the step under measure_peak") from error
@@ -73,8 +75,9 @@ class Numbers(TorchDispatchMode):
     def notes(self) -> list[str]:
         """One line for each line of code that asked."""
         return [
-            f"{Path(file).name}:{line} asked for a tensor's value, which an estimate has not, and "
-            f"got {answers[0]}: {linecache.getline(file, line).strip()}"
+            f"{Path(file).name}:{line} or an operator that it calls reads a tensor's value; an "
+            f"estimate has no values and took {answers[0]}: "
+            f"{shorten(linecache.getline(file, line), 60, placeholder=' ...')}"
             for (file, line), answers in self._asked.items()
         ]
 
@@ -90,7 +93,7 @@ class Numbers(TorchDispatchMode):
                 answers.append(answer)
                 if len(answers) > _MOST_ANSWERS:
                     raise ValueError(
-                        f"{Path(place[0]).name}:{place[1]} asked for tensors' values "
+                        f"{Path(place[0]).name}:{place[1]} read tensors' values "
                         f"{_MOST_ANSWERS} times, as a loop whose end depends on data would: run "
                         "the step under measure_peak"
                     )
@@ -143,6 +146,7 @@ class Fakes:
         for module in model.modules():
             for tensor in tensors_in(list(vars(module).values())):
                 self.tensor(tensor)
+        self._generators(model)
         with self._mode:
             return copy.deepcopy(model, self._memo)
 
@@ -150,6 +154,7 @@ class Fakes:
         """Return a copy of inputs, tensors nested in anything."""
         for tensor in tensors_in(value):
             self.tensor(tensor)
+        self._generators(value)
         return copy.deepcopy(value, self._memo)
 
     def optimizer(self, optimizer: Any, model: nn.Module) -> Optimizer | None:
@@ -163,5 +168,13 @@ class Fakes:
             return made
         for tensor in tensors_in(list(vars(optimizer).values())):  # a learning rate can be one
             self.tensor(tensor)
+        self._generators(optimizer)
         with self._mode:
             return copy.deepcopy(optimizer, self._memo)
+
+    def _generators(self, holder: Any) -> None:
+        """Clone each torch.Generator outside of the mode: a state without data is none."""
+        for generator in generators_in([holder]):
+            if isinstance(generator, torch.Generator) and id(generator) not in self._memo:
+                self._memo[id(generator)] = generator.clone_state()
+                self._kept.append(generator)
