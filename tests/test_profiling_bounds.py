@@ -411,9 +411,27 @@ def test_following_a_step_leaves_everything_as_it_was():
     assert "numpy" not in vars(torch.Tensor)
 
 
-def test_of_a_step_that_cannot_be_followed_nothing_is_a_loop():
-    flow = follow(lambda: [torch.eye(3).to_sparse() * 2 for _ in range(20)])
-    assert flow == Dataflow(1.0)
+def test_of_a_step_that_cannot_be_followed_nothing_is_a_loop_and_that_is_said():
+    flow = follow(lambda: [torch.zeros(3).to_mkldnn() for _ in range(20)])
+    assert flow == Dataflow(1.0, is_lost=True)
+    lost = Seen(Trace((), ((0.0, 1000.0),)), 1.0, flow=flow)
+    assert "no loop was looked for" in rank(lost, 0.05, lambda before, after: 1.0).scope
+
+
+def test_turns_beside_a_sparse_gradient_are_followed():
+    words, labels = nn.Embedding(50, 4, sparse=True), torch.rand(20, 4)
+    optimizer = torch.optim.SGD(words.parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        z = words(torch.arange(20))
+        sum((z[i] - labels[i]).pow(2).sum() for i in range(20)).backward()
+        optimizer.step()
+
+    step()
+    flow = follow(step)
+    assert not flow.is_lost
+    assert flow.operators_at_once > 8
 
 
 # ---- cells ----

@@ -85,6 +85,7 @@ class Dataflow:
         calls_at_once: (id of a module, its mode) -> how many of its calls need none of each other.
         lines: of the program, that call them, by the same key.
         cells: calls of recurrent cells, in order.
+        is_lost: whether the step could not be followed.
     """
 
     operators_at_once: float
@@ -95,6 +96,7 @@ class Dataflow:
     device: str = "cpu"
     longest_reads: int = 0
     loops: dict[Line, LoopLine] = field(default_factory=dict)
+    is_lost: bool = False
 
 
 @dataclass

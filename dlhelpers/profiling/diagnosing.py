@@ -1,4 +1,4 @@
-"""What is the bottleneck of this training loop, and what would it be worth to mend it?
+"""What is the bottleneck of this training loop, and what would it be worth to fix it?
 
 Look first, then try: a few steps are recorded, rules point to what could be wasted, and its remedy
 is run beside what is there, on copies. What it would save of a step is measured, or where no remedy
@@ -243,6 +243,8 @@ def _scope(seen: Seen, at_least: float) -> str:
     )
     if seen.tried:
         told += f"; tried, no gain shown: {', '.join(dict.fromkeys(seen.tried))}"
+    if seen.flow is not None and seen.flow.is_lost:
+        told += "; which operators need each other could not be followed, so no loop was looked for"
     if seen.python_ms >= at_least * seen.step_ms:
         place = f", most of it at {seen.lines.outside}" * bool(seen.lines.outside)
         spent = duration(seen.python_ms / 1e3)

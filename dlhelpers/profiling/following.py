@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.fakes import dense_parts, tensors_in
 from dlhelpers.profiling.dataflow import (
     CellCall,
     Dataflow,
@@ -202,8 +202,8 @@ class _Graph(TorchDispatchMode):
     def _note_inputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple:
         """Note what an operator is given; return what its result is noted with."""
         name = func._schema.name.rpartition("::")[2]
-        inputs = list(tensors_in((args, kwargs)))
-        written = [] if _is_plain(name) else written_by(func, args, kwargs)
+        inputs = _parts_in((args, kwargs))
+        written = [] if _is_plain(name) else _parts_in(written_by(func, args, kwargs))
         overwrites = name in ("copy_", "fill_", "zero_") and bool(args)
         read = [t for t in inputs if t is not args[0]] if overwrites else inputs
         for tensor in inputs:
@@ -228,7 +228,7 @@ class _Graph(TorchDispatchMode):
         keys: set[int | None],
     ) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
-        made = [t for t in tensors_in(result) if self._key(t) not in keys]
+        made = [t for t in _parts_in(result) if self._key(t) not in keys]
         number = len(self.nodes)
         works = bool(made or written) and not _is_plain(name)
         counts = works and not (self._open or self._aside or in_backward)
@@ -243,7 +243,7 @@ class _Graph(TorchDispatchMode):
         for tensor in made:
             self._write(tensor, number, anew=True)
         if by_number and not made:  # a view that the number chose
-            for tensor in tensors_in(result):
+            for tensor in _parts_in(result):
                 self._write(tensor, number)
         if isinstance(result, bool | int | float):  # inference mode has item() as it is
             for tensor in inputs:
@@ -285,7 +285,7 @@ class _Graph(TorchDispatchMode):
         try:
             return tensor.untyped_storage()._cdata
         except (NotImplementedError, RuntimeError):
-            self.lost = True  # sparse and the like
+            self.lost = True  # no memory of its own
             return None
 
     def _know(self, tensor: Tensor) -> int | None:
@@ -326,7 +326,7 @@ class _Graph(TorchDispatchMode):
 
     def result(self) -> Dataflow:
         if self.lost:
-            return Dataflow(1.0)
+            return Dataflow(1.0, is_lost=True)
         reads = sum(node.name == "read" for node in self.nodes)
         if 2 * len(self._by_number) >= reads:  # else it is chance: two numbers that are alike
             for number, read in self._by_number:
@@ -387,3 +387,8 @@ def _put(owner: Any, name: str, new: Any) -> Callable[[], None]:
             delattr(owner, name)
 
     return back
+
+
+def _parts_in(value: Any) -> list[Tensor]:
+    """Return the tensors with memory in nested containers: of a sparse one its parts."""
+    return [part for tensor in tensors_in(value) for part in dense_parts(tensor)]
