@@ -6,7 +6,7 @@ import functools
 import gc
 import warnings
 import weakref
-from collections import OrderedDict, UserDict, namedtuple
+from collections import Counter, OrderedDict, UserDict, namedtuple
 from types import MappingProxyType
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from dlhelpers.memory.accumulating import accumulate
+from dlhelpers.memory.divisors import terms_of
 from dlhelpers.memory.measuring import measure_peak
 
 
@@ -1183,3 +1184,22 @@ def test_lists_of_samples_weigh_by_their_number():
         assert len(micro.batch[0]) == len(micro.batch[1])
         micro.backward(weight.sum())
     assert weights == [2 / 5, 2 / 5, 1 / 5]
+
+
+def test_a_loss_of_very_many_terms_is_read():
+    x, parameters = torch.randn(8, 4), [nn.Parameter(torch.randn(2)) for _ in range(1500)]
+    layer = nn.Linear(4, 3)
+    loss = F.cross_entropy(layer(x), torch.randint(0, 3, (8,)))
+    for parameter in parameters:
+        loss = loss + 1e-4 * parameter.pow(2).sum()
+    for _ in range(1500):
+        loss = loss + F.mse_loss(layer(x), torch.zeros(8, 3))
+    kinds = Counter(term.kind for term in terms_of(loss))
+    assert kinds == {"mean": 1501, "parameters": 1500}
+
+
+def test_a_loss_added_to_itself_has_no_end_of_terms():
+    loss = F.cross_entropy(nn.Linear(4, 3)(torch.randn(8, 4)), torch.randint(0, 3, (8,)))
+    for _ in range(200):
+        loss = (loss + loss) / 2
+    assert len(terms_of(loss)) <= 10_000

@@ -1132,3 +1132,21 @@ def test_auto_leaves_every_stream_as_it_was():
     checkpoint_blocks(model, "auto", inputs=torch.zeros(4, 8))
     assert [str(access()) for access in accesses] == before
     assert all(map(torch.equal, states, [own.get_state(), GLOBAL_TORCH.get_state()]))
+
+
+def test_attributes_of_the_users_modules_are_left_to_them():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+            self._passes, self._steady, self._checkpointed, self._plain = 2, "a", "b", "c"
+
+        def forward(self, x):
+            for _ in range(self._passes):
+                x = self.body(x)
+            return x
+
+    model, x = Net(), torch.randn(3, 4)
+    copied = checkpoint_blocks(model, 2)
+    assert torch.equal(copied(x), model(x))
+    assert (copied._passes, copied._steady, copied._checkpointed, copied._plain) == (2, *"abc")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dlhelpers.memory.recomputing import Pass
-from dlhelpers.memory.replaying import generators_in
+from dlhelpers.memory.replaying import KEPT_IN_MODULES, generators_in
 
 __all__ = ["checkpoint_blocks", "checkpoint_plan"]
 
@@ -115,7 +115,7 @@ def checkpoint_plan(model: nn.Module) -> tuple[tuple[str, Segments], ...]:
     """
     plan: dict[str, Segments] = {}
     for module in model.modules():
-        name, segments = vars(module).get("_checkpointed", (None, None))
+        name, segments = vars(module).get("_dlhelpers_checkpointed", (None, None))
         if segments is not None:
             plan[name] = segments
         elif name is not None:
@@ -253,22 +253,25 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     shared = [*(leaf for leaf in held if isinstance(leaf, Tensor)), *generators_in([model])]
     copied = copy.deepcopy(model, {id(value): value for value in shared})
     for module in copied.modules():
-        vars(module).pop("_checkpointed", None)
-        vars(module).pop("_steady", None)
-        vars(module).pop("_passes", None)
-        if "_plain" in vars(type(module)):
-            module.__class__ = type(module)._plain
+        for name in KEPT_IN_MODULES:
+            vars(module).pop(name, None)
+        if "_dlhelpers_plain" in vars(type(module)):
+            module.__class__ = type(module)._dlhelpers_plain
     return copied
 
 
 def _inject(module: nn.Module, name: str, segments: Segments | None) -> None:
-    module._checkpointed, module._steady, module._passes = (name, segments), set(), 0
+    vars(module).update(zip(KEPT_IN_MODULES, ((name, segments), set(), 0), strict=True))
     if not isinstance(module, _Checkpointed):
         module.__class__ = _checkpointed_class(type(module))
 
 
 def _checkpointed_class(plain: type[nn.Module]) -> type[nn.Module]:
-    names = {"_plain": plain, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    names = {
+        "_dlhelpers_plain": plain,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+    }
     return type(plain.__name__, (_Checkpointed, plain), names)
 
 
@@ -281,16 +284,18 @@ class _Checkpointed(nn.Module):
     """Goes in front of a module's class, so that isinstance, names and hooks stay."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unpickled, (self._plain,), self.__getstate__()
+        return _unpickled, (self._dlhelpers_plain,), self.__getstate__()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        name, segments = vars(self).get("_checkpointed", (None, None))
+        name, segments = vars(self).get("_dlhelpers_checkpointed", (None, None))
         if name is None or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        self._passes += 1
+        self._dlhelpers_passes += 1
         if segments is None:
             whole = (name, self, super().forward)
-            return Pass([whole], self._steady, self._passes).run(*args, **kwargs)
+            return Pass([whole], self._dlhelpers_steady, self._dlhelpers_passes).run(
+                *args, **kwargs
+            )
         chain = dict(_chain(self))
         cut = [block for segment in segments for block in segment]
         before = list(chain)[: len(chain) - len(cut)]
@@ -304,5 +309,5 @@ class _Checkpointed(nn.Module):
             value = chain[block](value)
         for segment in segments:
             blocks = [(f"{name}.{b}".lstrip("."), chain[b], chain[b]) for b in segment]
-            value = Pass(blocks, self._steady, self._passes).run(value)
+            value = Pass(blocks, self._dlhelpers_steady, self._dlhelpers_passes).run(value)
         return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ _OF_PARAMETERS = (*_SAME, *_ADDED, "Mul", "Pow", "Abs", "Norm", "LinalgVectorNor
 _OF_PARAMETERS += ("Sqrt", "Stack", "Cat", "Exp", "Log", "T", "Transpose", "Permute", "Div", "Mm")
 _OF_PARAMETERS += ("Softplus", "Sigmoid", "Tanh", "Log1P", "Expm1", "Reciprocal", "Rsqrt", "Relu")
 _OF_PARAMETERS += ("Clamp", "ClampMin", "ClampMax", "Trace", "Diagonal", "Logsumexp", "Lgamma")
+_READ_THROUGH = {*_OF_PARAMETERS, "Mul", "Div"}
+_MOST_TERMS = 10_000  # a number added to itself again and again has 2, 4, 8 ... of them
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,54 @@ def terms_of(loss: Tensor) -> list[Term]:
     >>> [term.divisor for term in terms_of(torch.nn.functional.cross_entropy(z, y))]
     [3.0]
     """
-    terms = _terms(loss.grad_fn)
+    read = _Read({}, {})
+    for node in _sources_first(loss.grad_fn):
+        read.of_parameters[node] = _is_of_parameters(node, read)
+        read.terms[node] = _terms(node, read)
+    terms = read.terms.get(loss.grad_fn, [])
     if sum(term.mixes for term in terms) == 1:  # of many, each is of a sample
         terms = [replace(term, kind="unknown") if term.mixes else term for term in terms]
     return terms
 
 
-def _terms(node: Any) -> list[Term]:
-    if node is None:
-        return []
+@dataclass(frozen=True)
+class _Read:
+    """What is known of nodes: the terms of each, and whether it depends on parameters alone."""
+
+    terms: dict[Any, list[Term]]
+    of_parameters: dict[Any, bool]
+
+    def of(self, node: Any) -> list[Term]:
+        return self.terms.get(node) or (
+            [] if node is None or node in self.terms else _unknown(node)
+        )
+
+
+def _sources_first(loss: Any) -> Iterator[Any]:
+    """Give each node that a loss is added up from, after those that it is made of."""
+    seen, stack = {loss}, [(loss, iter(loss.next_functions))] if loss is not None else []
+    while stack:
+        node, sources = stack[-1]
+        for source, _ in sources if _kind(node) in _READ_THROUGH else ():
+            if source is not None and source not in seen:
+                seen.add(source)
+                stack.append((source, iter(source.next_functions)))
+                break
+        else:
+            stack.pop()
+            yield node
+
+
+def _terms(node: Any, read: _Read) -> list[Term]:
     name, kind = node.name(), _kind(node)
     sources = [source for source, _ in node.next_functions]
-    if _is_of_parameters(node):
-        return _of_parameters(node, kind, sources)
+    if read.of_parameters[node]:
+        return _of_parameters(node, kind, sources, read)
     if kind in _SAME:
-        return _terms(sources[0])
+        return read.of(sources[0])
     if kind in _ADDED:
-        return [term for source in sources for term in _terms(source)]
+        found = [term for source in sources for term in read.of(source)]
+        return found if len(found) <= _MOST_TERMS else _unknown(node)
     reduction = getattr(node, "_saved_reduction", None)
     if reduction == 2:
         return [Term("sum", name)]
@@ -91,11 +124,13 @@ def _terms(node: Any) -> list[Term]:
         divisor = _saved(node, "total_weight") if is_nll else _elements(node)
         return _unknown(node) if divisor is None else [Term("mean", name, divisor)]
     if kind in ("Mean", "Sum"):
-        return _reduced(node, kind, sources[0])
+        return _reduced(node, kind, sources[0], read)
     if kind in ("Mul", "Div"):
-        return _scaled(node, kind, [*sources, None][:2])  # one where the other is C++'s number
+        return _scaled(
+            node, kind, [*sources, None][:2], read
+        )  # one where the other is C++'s number
     if kind in ("Clamp", "ClampMin", "ClampMax") and _is_within(node):
-        return _terms(sources[0])
+        return read.of(sources[0])
     return _unknown(node)
 
 
@@ -114,24 +149,25 @@ def _is_within(clamp: Any) -> bool:
     )
 
 
-def _of_parameters(node: Any, kind: str, sources: Sequence[Any]) -> list[Term]:
+def _of_parameters(node: Any, kind: str, sources: Sequence[Any], read: _Read) -> list[Term]:
     if kind in (*_SAME, *_ADDED, "Sum"):
-        return [term for source in sources for term in _terms(source)]
+        found = [term for source in sources for term in read.of(source)]
+        return found if len(found) <= _MOST_TERMS else [Term("parameters", node.name())]
     if kind in ("Mul", "Div") and [*sources, None].index(None) < 2:  # one is a number
         at = 0 if sources[0] is not None else 1
         factor = _saved(node, "other" if at == 0 else "self")
         if kind == "Mul":
-            return _terms(sources[at]) if factor != 0 else []
+            return read.of(sources[at]) if factor != 0 else []
         if at == 0 and factor is not None:
-            return [replace(t, over=(*t.over, factor)) for t in _terms(sources[0])]
+            return [replace(t, over=(*t.over, factor)) for t in read.of(sources[0])]
     return [Term("parameters", node.name())]
 
 
-def _reduced(node: Any, kind: str, source: Any) -> list[Term]:
+def _reduced(node: Any, kind: str, source: Any, read: _Read) -> list[Term]:
     inner = source.next_functions if source and _kind(source) in ("Stack", "Cat") else ()
     if inner and all(_size(*number) == 1 for number in inner):
         share = 1 / len(inner) if kind == "Mean" else 1.0
-        found = [term for number, _ in inner for term in _terms(number)]
+        found = [term for number, _ in inner for term in read.of(number)]
         return [replace(term, scale=term.scale * share) for term in found]
     if kind == "Mean":  # of everything, as one number comes out
         mixing = _mixing(source)
@@ -172,9 +208,9 @@ def _dims(dims: Any, rank: int) -> list[int]:
     return [(dim - 2**64 if dim >= 2**63 else dim) % max(rank, 1) for dim in listed]
 
 
-def _scaled(node: Any, kind: str, sources: Sequence[Any]) -> list[Term]:
+def _scaled(node: Any, kind: str, sources: Sequence[Any], read: _Read) -> list[Term]:
     """One of the two is a number without a gradient, or made of parameters alone."""
-    found = [_terms(source) for source in sources]
+    found = [read.of(source) for source in sources]
     of_batch = [any(term.kind != "parameters" for term in terms) for terms in found]
     if all(of_batch) or (kind == "Div" and not of_batch[0]):
         return _unknown(node)
@@ -199,22 +235,17 @@ def _kind(node: Any) -> str:
     return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
-def _is_of_parameters(node: Any) -> bool:
-    seen, waiting = set(), [node]
-    while waiting:
-        node = waiting.pop()
-        if node in seen or hasattr(node, "variable"):
-            continue
-        seen.add(node)
-        is_number = _numel(node._input_metadata[0].shape) == 1
-        if _kind(node) not in _OF_PARAMETERS:
-            return False
-        for source, _ in node.next_functions:
-            if source is not None:
-                waiting.append(source)
-            elif not is_number and not _is_plus_constant(node):
-                return False  # times or plus a tensor that may be the batch
-    return bool(seen) or hasattr(node, "variable")
+def _is_of_parameters(node: Any, read: _Read) -> bool:
+    if hasattr(node, "variable"):
+        return True
+    if _kind(node) not in _OF_PARAMETERS:
+        return False
+    sources = [source for source, _ in node.next_functions]
+    if not all(source is None or read.of_parameters[source] for source in sources):
+        return False
+    is_number = _numel(node._input_metadata[0].shape) == 1
+    # else times or plus a tensor that may be the batch
+    return None not in sources or is_number or _is_plus_constant(node)
 
 
 def _is_plus_constant(node: Any) -> bool:

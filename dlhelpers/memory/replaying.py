@@ -25,7 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "generators_in", "objects_in", "saves_unwritten"]
+__all__ = ["KEPT_IN_MODULES", "State", "generators_in", "objects_in", "saves_unwritten"]
+
+# attributes that checkpoint_blocks gives to a module: its plan, steady buffers, forward passes
+KEPT_IN_MODULES = ("_dlhelpers_checkpointed", "_dlhelpers_steady", "_dlhelpers_passes")
 
 Access = tuple[Callable[[], Any], Callable[[Any], None]]  # get, set
 
@@ -230,7 +233,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 # what an nn.Module keeps itself, and checkpoint_blocks in it
-_OWN_NAMES = {*vars(nn.Module()), "_checkpointed", "_steady", "_passes"}
+_OWN_NAMES = {*vars(nn.Module()), *KEPT_IN_MODULES}
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
