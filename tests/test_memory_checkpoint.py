@@ -753,7 +753,7 @@ def test_steady_buffers_are_not_copied_from_step_to_step():
     model = stateful("running mean in place")
     result = checkpoint_blocks(model, 1)
     result(torch.randn(3, 3, 8, 8)).sum().backward()
-    assert {name for name, _ in result._steady} == {"1.big", "5.big"}
+    assert {name for name, _ in result._dlhelpers_steady} == {"1.big", "5.big"}
 
 
 class Late(nn.Module):
