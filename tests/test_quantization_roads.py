@@ -31,9 +31,10 @@ from dlhelpers.quantization import (
     static,
     taking,
 )
-from dlhelpers.quantization.batches import Outputs, read_batches, sqnr_db
+from dlhelpers.quantization.batches import Outputs, read_batches
 from dlhelpers.quantization.fake import fake_quantize, layers_of, rounded, weight_affine
 from dlhelpers.quantization.kernels import linear_accumulate
+from dlhelpers.quantization.noise import sqnr_db
 
 FAST = {"budget_s": 0.05, "progress": False}
 ONNX = ("onnx", "onnxruntime", "onnxscript")
@@ -132,9 +133,9 @@ def test_the_reported_ratio_is_that_of_the_int8_output(engine, monkeypatch):
     taken = {}
     original = taking.raced
 
-    def spy(built, batch, budget_s):
+    def spy(built, *options):
         taken.update(built)
-        return original(built, batch, budget_s)
+        return original(built, *options)
 
     monkeypatch.setattr(taking, "raced", spy)
     model, batches = network().eval(), [images()]
@@ -248,7 +249,7 @@ def test_an_engine_that_raises_is_a_row_and_not_the_end(monkeypatch):
     monkeypatch.setattr(
         static,
         "_plan",
-        lambda engines: {
+        lambda engines, own: {
             "eager float32": ("float32", static.torch_roads.eager),
             "X": ("int8", broken),
         },
@@ -264,7 +265,7 @@ def test_a_road_without_int8_kernels_is_dropped(monkeypatch):
         return roads.Road("Y", "int8", road.run, 1, 0)
 
     plan = {"eager float32": ("float32", static.torch_roads.eager), "Y": ("int8", pretends)}
-    monkeypatch.setattr(static, "_plan", lambda engines: plan)
+    monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
     report = quantize_static(network(), [images()], **FAST).report()
     assert report["Y"].dropped == "its graph holds no int8 kernel"
 
