@@ -79,17 +79,24 @@ class Judge:
         """
         if not self.is_bounded:
             return None
+        if self.unlike(found):
+            return -math.inf, -math.inf
         ys, zs, few, fewer = [], [], [], []
         for i, (wanted, given) in enumerate(zip(self.wanted, found, strict=False)):
-            if len(wanted) != len(given) or any(
-                y.shape != z.shape and not place.is_open
-                for y, z, place in zip(wanted, given, self.layout.outputs, strict=True)
-            ):
-                return -math.inf, -math.inf
             for tensors, whole, part in ((wanted, ys, few), (given, zs, fewer)):
                 whole.append(self.layout.samples_first(tensors))
                 part.append(self._looked_at(whole[-1], i))
         return sample_sqnr_db(few, fewer), sqnr_db(ys, zs)
+
+    def unlike(self, found: list[list[Tensor]]) -> str:
+        """Return which output has another shape than the model's; empty where none has."""
+        for wanted, given in zip(self.wanted, found, strict=False):
+            if len(wanted) != len(given):
+                return f"it gives {len(given)} tensors, the model {len(wanted)}"
+            for y, z, place in zip(wanted, given, self.layout.outputs, strict=True):
+                if y.shape != z.shape and not place.is_open:
+                    return f"an output has the shape {list(z.shape)}, the model's {list(y.shape)}"
+        return ""
 
     def _looked_at(self, tensors: list[Tensor], batch: int) -> list[Tensor]:
         samples = self.samples[batch] if self.samples else None

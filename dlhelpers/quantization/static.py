@@ -127,7 +127,10 @@ def quantize_static(
     threads = torch.get_num_threads()
     task = Task(folded, calibrated, outputs, calibrator, threads, judge=judge)
     if task.precision != "float32":
-        notes.append(f"the model is {task.precision}: speed is against roads of that type")
+        notes.append(
+            f"the model is {task.precision}, and speed is against roads of that type; int8 engines "
+            "take float32: give model.float() and float32 batches for them"
+        )
 
     start = perf_counter()
     kept: dict[str, Road] | None = {} if keep_roads else None
@@ -238,9 +241,14 @@ def _mixed(
     progress: bool | None,
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Quantize less, until the bound is met: products alone, then without the worst layers."""
-    if not {"onnxruntime", "openvino"} & set(engines) or not any(
-        row.precision == "int8" and row.sqnr_db is not None and "ONNX" in row.note + row.name
-        for row in rows
+    can_pass = task.judge.is_bounded or task.judge.accuracy is not None
+    if (
+        not can_pass
+        or not {"onnxruntime", "openvino"} & set(engines)
+        or not any(
+            row.precision == "int8" and row.nbytes is not None and "ONNX" in row.note + row.name
+            for row in rows
+        )
     ):
         return [], {}
     reduced = _saturates()
