@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dlhelpers.quantization import (
     QuantizationReport,
     onnx_roads,
+    quantize_dynamic,
     quantize_static,
     roads,
     sample_sqnr_db,
@@ -218,7 +219,11 @@ def rows_of(batches):
         ([5] * 8, 10, "2 of 8 batches were held out"),
         ([1] * 4, 1, "1 of 4 batches was held out"),
         ([4, 4, 4, 4, 3], 4, "1 of 5 batches"),
-        ([3], 3, "same data: ranges were chosen and judged on the same samples (fewer than four)"),
+        (
+            [3],
+            3,
+            "same data: ranges were chosen and judged on the same samples (fewer than four of one size)",
+        ),
         ([1, 1], 2, "same data"),
     ],
 )
@@ -540,6 +545,28 @@ def test_rows_bear_the_models_own_type(dtype):
     assert f"the model is {name}" in str(report)
     with torch.no_grad():
         assert fast(x).dtype == model(x).dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_dynamic_rows_bear_it_too(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 3).eval().to(dtype)
+    report = quantize_dynamic(model, randn(8, 8).to(dtype), **FAST).report()
+    name = str(dtype).removeprefix("torch.")
+    assert report.rows[0].name == f"eager {name}"
+    assert report[report.chosen].precision == name
+
+
+def test_finding_the_samples_leaves_no_trace_in_the_model():
+    class Keeps(nn.Module):
+        def forward(self, x):
+            self.last = x
+            return 2 * x
+
+    model, batches = Keeps(), [(randn(8, 4),)]
+    outputs = run_float(model, batches)
+    judge_of(model, batches, outputs)
+    assert torch.equal(model.last, batches[0][0])
 
 
 @needs_onnx

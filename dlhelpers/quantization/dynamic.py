@@ -66,9 +66,10 @@ def quantize_dynamic(
     batches = read_batches([example_inputs])
     outputs = run_float(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
+    own = task.precision
     plan: dict[str, tuple[str, Builder]] = {
-        "eager float32": ("float32", torch_roads.eager),
-        "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
+        f"eager {own}": (own, torch_roads.eager),
+        f"ONNX Runtime {own}": (own, onnx_roads.onnxruntime_float),
         "ONNX Runtime dynamic int8": ("int8", _onnxruntime),
     }
     for engine in torch_roads.ENGINES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,7 +113,8 @@ def judge_of(model: Callable[..., Any], batches: list[Batch], outputs: list[Outp
     """Return the judge on all samples of the batches that are alike."""
     chosen = _alike(batches)
     alike, wanted = [batches[i] for i in chosen], [outputs[i].tensors for i in chosen]
-    return Judge(alike, wanted, layout_of(model, alike, wanted))
+    tried = copy.deepcopy(model)  # it may keep something of its last input
+    return Judge(alike, wanted, layout_of(tried, alike, wanted))
 
 
 def _alike(batches: list[Batch]) -> list[int]:
@@ -149,7 +151,11 @@ def held_out(
     else:
         units = [(i, sample) for i in chosen for sample in range(size or 0)]
         if len(units) < _SHARE:
-            why = "no axis of the inputs counts samples" if size is None else "fewer than four"
+            why = (
+                "no axis of the inputs counts samples"
+                if size is None
+                else "fewer than four of one size"
+            )
             notes.append(f"same data: ranges were chosen and judged on the same samples ({why})")
             return batches, judge, notes
     kept = _kept_out(units, strange)
