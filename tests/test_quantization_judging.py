@@ -222,7 +222,7 @@ def rows_of(batches):
         (
             [3],
             3,
-            "same data: ranges were chosen and judged on the same samples (fewer than four of one size)",
+            "same data: ranges were chosen and judged on the same samples (fewer than four",
         ),
         ([1, 1], 2, "same data"),
     ],
