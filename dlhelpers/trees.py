@@ -140,6 +140,10 @@ def _opened(value: Any) -> _Opened | None:
     return None
 
 
+def _unflattened(unflatten: Callable[..., Any], context: Any, inner: list[Any]) -> Any:
+    return unflatten(inner, context)
+
+
 def _sequence(value: Any) -> _Rebuild:
     kind = type(value)
     if kind in (tuple, list):
