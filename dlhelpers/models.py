@@ -25,7 +25,6 @@ __all__ = [
     "copied",
     "in_eval_",
     "need_model",
-    "opaque_parts",
     "plain_copy",
     "uncompiled_",
     "unwrapped",

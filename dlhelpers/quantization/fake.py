@@ -73,8 +73,12 @@ def left_out(model: nn.Module, names: Container[str]) -> tuple[str, ...]:
     return tuple(
         f"{name or 'the model'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if name not in names and any(p is not None and p.dim() > 1 for p in _own(module))
+        if name not in names and any(map(_is_matrix, _own(module)))
     )
+
+
+def _is_matrix(parameter: Tensor | None) -> bool:
+    return parameter is not None and sum(size > 1 for size in parameter.shape) > 1
 
 
 def _own(module: nn.Module) -> Iterable[Tensor | None]:
