@@ -22,7 +22,6 @@ from dlhelpers.quantization.batches import (
     first_samples,
     read_batches,
     run_float,
-    sqnr_db,
 )
 from dlhelpers.quantization.fake import (
     input_ranges,
@@ -32,6 +31,8 @@ from dlhelpers.quantization.fake import (
     rounded,
     weight_affine,
 )
+from dlhelpers.quantization.judging import judge_of
+from dlhelpers.quantization.noise import sqnr_db
 from dlhelpers.tables import html_table, text_table
 
 __all__ = ["LayerRow", "SensitivityReport", "ranked_layers", "sensitivity"]
@@ -181,13 +182,14 @@ def ranked_layers(
     """
     model = open_attention_(plain_copy(model))
     few = _affordable(model, batches[:2])
-    wanted = [outputs.tensors for outputs in run_float(model, few)]
+    judge = judge_of(model, few, run_float(model, few))
     grids = _input_grids(model, few, 8, "min-max")
     called = {name: layer for name, layer in layers_of(model).items() if name in grids}
-    ratios = {
-        name: sqnr_db(wanted, _outputs(model, few, layer, weight_affine(layer, 8), grids[name]))
-        for name, layer in bar(called.items(), progress=progress, desc="layers", leave=False)
-    }
+    ratios = {}
+    for name, layer in bar(called.items(), progress=progress, desc="layers", leave=False):
+        weight, inputs = weight_affine(layer, 8), grids[name]
+        found = judge.ratios(_outputs(model, judge.batches, layer, weight, inputs))
+        ratios[name] = found or (0.0, 0.0)  # no output that could be compared
     order = sorted(ratios, key=ratios.__getitem__)
     return list(dict.fromkeys(part_of_attention(model, name) for name in order))
 
