@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers import machine
 from dlhelpers.extras import need
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.judging import Judge, judge_of
 
-__all__ = ["Road", "RoadError", "Task", "needed", "quiet", "with_free_batch"]
+__all__ = ["Road", "RoadError", "Task", "needed", "quiet", "saturates", "with_free_batch"]
 
 
 class RoadError(RuntimeError):
@@ -135,3 +136,9 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def saturates() -> bool:
+    """Whether u8 by s8 products are added in pairs into 16 bits, which overflow: AVX2 alone."""
+    simd = set(machine.describe().simd)
+    return "avx2" in simd and not simd & {"avx512_vnni", "avx_vnni"}
