@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +18,7 @@ from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.batches import read_batches, run_float
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, Task, quiet
+from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 
 __all__ = ["quantize_dynamic"]
@@ -34,6 +36,7 @@ def quantize_dynamic(
     *,
     min_sqnr_db: float = 20.0,
     budget_s: float = 1.0,
+    dynamic: Mapping[int, int | Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> QuantizedModel:
     """Return the model with 8-bit weights in linear and recurrent layers, no calibration needed.
@@ -43,7 +46,7 @@ def quantize_dynamic(
         example_inputs: a tensor or a tuple of positional inputs: torch.ao's engines and ONNX
             Runtime are raced on them, and the fastest right road is taken, which may be float.
             Without them torch.ao's default engine is taken, unmeasured.
-        min_sqnr_db, budget_s, progress: as for ``quantize_static``.
+        min_sqnr_db, budget_s, dynamic, progress: as for ``quantize_static``.
 
     Raises:
         ValueError: the model has no linear or recurrent layer, or raises on the inputs; or
@@ -66,6 +69,7 @@ def quantize_dynamic(
     batches = read_batches([example_inputs])
     outputs = run_float(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
+    task.free = free_groups(original, batches, outputs, dynamic)
     plan: dict[str, tuple[str, Builder]] = {
         "eager float32": ("float32", torch_roads.eager),
         "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
@@ -127,7 +131,7 @@ def _onnxruntime(task: Task) -> Road:
     kernels = sum(counts[name] for name in _INT8_OPERATORS)
     run = onnx_roads.runner(session)
     name = "ONNX Runtime dynamic int8"
-    return Road(name, "int8", run, len(data), kernels, "", data)
+    return Road(name, "int8", run, len(data), kernels, "", data, sizes=graph.sizes)
 
 
 def _unmeasured(model: nn.Module) -> QuantizedModel:

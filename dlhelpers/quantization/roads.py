@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dlhelpers.extras import need
 from dlhelpers.quantization.batches import Batch, Outputs
+from dlhelpers.quantization.quiet import quiet
+from dlhelpers.quantization.sizes import Group, Sizes
+from dlhelpers.trees import tensors_in
 
-__all__ = ["Road", "RoadError", "Task", "needed", "quiet", "with_free_batch"]
+__all__ = ["Road", "RoadError", "Task", "needed", "quiet"]
 
 
 class RoadError(RuntimeError):
@@ -35,6 +34,7 @@ class Road:
         note: what a reader should know; empty for nothing.
         onnx: the model as an ONNX file, where it is one.
         takes_any_batch: whether a batch of another size costs no compilation.
+        sizes: of the inputs that it takes; None where it takes what the model takes.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Road:
     note: str = ""
     onnx: bytes | None = field(default=None, repr=False)
     takes_any_batch: bool = False
+    sizes: Sizes | None = None
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Task:
         calibrator: a method of ``calibrate.CALIBRATORS`` or ``auto``.
         threads: of torch, for every engine.
         float_layers: names of layers that shall stay float.
+        free: dimensions of the inputs that shall take any size.
         shared: what roads build once for all of them.
     """
 
@@ -67,6 +69,7 @@ class Task:
     calibrator: str
     threads: int
     float_layers: frozenset[str] = frozenset()
+    free: list[Group] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -85,39 +88,14 @@ class Task:
 
 
 def _sizes(batch: Batch) -> list[Any]:
-    return [value.shape for value in batch if isinstance(value, Tensor)]
-
-
-def with_free_batch(batch: Batch) -> tuple[Batch, tuple[Any, ...]]:
-    """Return example inputs and ``dynamic_shapes`` that leave the first dimension open.
-
-    A size of 1 would be taken for a constant; such a batch is doubled.
-    """
-    if all(len(t) == 1 for t in batch if isinstance(t, Tensor) and t.dim()):
-        batch = tuple(torch.cat((t, t)) if isinstance(t, Tensor) and t.dim() else t for t in batch)
-    free = tuple(
-        {0: torch.export.Dim.DYNAMIC} if isinstance(t, Tensor) and t.dim() else None for t in batch
-    )
-    return batch, free
+    return [tensor.shape for tensor in tensors_in(batch)]
 
 
 def needed(*modules: str) -> None:
     """Raise a RoadError that says what to install where a package is missing."""
     for module in modules:
         try:
-            need(module, "it")
+            with quiet():  # some warn of others as they are imported
+                need(module, "it")
         except ImportError as error:
             raise RoadError(str(error)) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what exporters, compilers and deprecated modules say while they work."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

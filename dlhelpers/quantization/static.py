@@ -8,7 +8,7 @@ float32 road. The fastest right one is returned.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -26,6 +26,7 @@ from dlhelpers.quantization.calibrate import CALIBRATORS
 from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.roads import Road, Task
 from dlhelpers.quantization.sensitivity import ranked_layers
+from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import (
     Builder,
     QuantizedModel,
@@ -57,6 +58,7 @@ def quantize_static(
     test: tuple[Tensor, Tensor] | None = None,
     budget_s: float = 1.0,
     keep_roads: bool = False,
+    dynamic: Mapping[int, int | Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> QuantizedModel:
     """Return the model on the fastest road of this machine whose error stays within the bound.
@@ -81,12 +83,18 @@ def quantize_static(
             needs more, up to 20. A road whose first call takes more than two seconds and eight
             times as long as the fastest so far is not called again; the report says so.
         keep_roads: keep every road that was built, for ``on(name)``, and the memory that it takes.
-        progress: a bar over the roads; None draws it in a terminal only.
+        dynamic: input's place -> dimensions that take any size in a call, such as ``{0: (2, 3)}``
+            for images; of every tensor in a nested input. Free without it are dimensions that the
+            calibration batches vary, and the first one where the model runs with another size. An
+            exporter may fix a dimension all the same: then the report names it.
+        progress: a bar over the roads, with the name of the one that is being built; None draws it
+            in a terminal only. Compiling takes longest, minutes for a large model: leave it out by
+            ``engine``, or stop with Ctrl-C.
 
     Raises:
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
-            model raises on it; an unknown calibrator or engine; a model that is not on the CPU; a
-            budget_s that is not positive.
+            model raises on it, or with other sizes of a dimension in ``dynamic``; an unknown
+            calibrator or engine; a model that is not on the CPU; a budget_s that is not positive.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
@@ -109,6 +117,7 @@ def quantize_static(
         accuracy_in_batches(original, test, batches[0])  # what is wrong with it is said at once
     folded, notes = _folded(original, batches[0])
     task = Task(folded, batches, outputs, calibrator, torch.get_num_threads())
+    task.free = free_groups(original, batches, outputs, dynamic)
 
     start = perf_counter()
     kept: dict[str, Road] | None = {} if keep_roads else None

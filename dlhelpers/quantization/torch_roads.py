@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers import machine
-from dlhelpers.quantization.batches import Batch, Outputs
-from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, with_free_batch
+from dlhelpers.quantization.batches import Batch, Outputs, Tensors
+from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet
+from dlhelpers.quantization.sizes import Flat, Place, exported_with
+from dlhelpers.trees import map_leaves, tensors_in
 
 __all__ = [
     "ENGINES",
@@ -39,12 +41,13 @@ _HALF = {
 }
 
 
-def runner(model: Callable[..., Any]) -> Callable[[Batch], list[Tensor]]:
+def runner(model: Callable[..., Any]) -> Callable[[Batch], Tensors]:
     """Return the model as a road's function."""
 
-    def run(batch: Batch) -> list[Tensor]:
+    def run(batch: Batch) -> Tensors:
         with torch.no_grad():
-            return Outputs(model(*batch)).tensors
+            outputs = Outputs(model(*batch))
+        return Tensors(outputs.tensors, outputs.structure)
 
     return run
 
@@ -61,20 +64,17 @@ def eager(task: Task, *, channels_last: bool = False) -> Road:
     """Return the model in eager mode, float32, BatchNorm folded."""
     if not channels_last:
         return Road("eager float32", "float32", runner(task.model), bytes_of(task.model))
-    if not any(isinstance(t, Tensor) and t.dim() == 4 for t in task.batches[0]):
+    if not any(t.dim() == 4 for t in tensors_in(task.batches[0])):
         raise RoadError("no input has four dimensions")
     model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)
     plainly = runner(model)
 
+    def turned(leaf: Any) -> Any:
+        is_image = isinstance(leaf, Tensor) and leaf.dim() == 4
+        return leaf.contiguous(memory_format=torch.channels_last) if is_image else leaf
+
     def run(batch: Batch) -> list[Tensor]:
-        return plainly(
-            tuple(
-                t.contiguous(memory_format=torch.channels_last)
-                if isinstance(t, Tensor) and t.dim() == 4
-                else t
-                for t in batch
-            )
-        )
+        return plainly(map_leaves(turned, batch))
 
     return Road("eager float32, channels_last", "float32", run, bytes_of(model))
 
@@ -85,11 +85,13 @@ def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
     model = copy.deepcopy(task.model).to(dtype)
     plainly = runner(model)
 
+    def halved(leaf: Any) -> Any:
+        is_float = isinstance(leaf, Tensor) and leaf.dtype.is_floating_point
+        return leaf.to(dtype) if is_float else leaf
+
     def run(batch: Batch) -> list[Tensor]:
-        given = (
-            t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t for t in batch
-        )
-        return [t.float() if t.dtype == dtype else t for t in plainly(tuple(given))]
+        found = plainly(map_leaves(halved, batch))
+        return Tensors([t.float() if t.dtype == dtype else t for t in found], found.structure)
 
     has = sorted(_HALF.get(dtype, set()) & set(machine.describe().simd))
     note = (
@@ -107,7 +109,7 @@ def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
     seen: set[tuple[Any, ...]] = set()
 
     def run(batch: Batch) -> list[Tensor]:
-        shapes = tuple(tuple(t.shape) for t in batch if isinstance(t, Tensor))
+        shapes = tuple(tuple(t.shape) for t in tensors_in(batch))
         if shapes in seen:
             return plainly(batch)
         with quiet(), config.patch(freezing=True):
@@ -206,27 +208,37 @@ def pt2e(task: Task) -> Road:
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
         batch = task.batches[0]
-        given, free = with_free_batch(batch)
-        try:
-            exported = torch.export.export(task.model, given, dynamic_shapes=free).module()
-            fixed = ""
-        except Exception:  # a model whose sizes depend on the batch's
-            exported = torch.export.export(task.model, batch).module()
-            fixed = ", for this batch size alone"
+
+        def export(batch: Batch, shapes: tuple[Any, ...]) -> tuple[Any, Any]:
+            tensors = tuple(tensors_in(batch))
+            flat = Flat(task.model, batch)
+            program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,))
+            module = program.module()
+            return program, lambda inputs: list(module(*tensors_in(inputs)))
+
+        program, sizes = exported_with(batch, task.free, export, _is_free)
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-        observed = prepare_pt2e(exported, quantizer)
-        for given in task.alike if fixed else task.batches:
-            observed(*given)
+        observed = prepare_pt2e(program.module(), quantizer)
+        for given in task.batches:
+            if not sizes.why_not(given):
+                observed(*tensors_in(given))
         model = convert_pt2e(observed)
         before = sum(v for k, v in counters["inductor"].items() if _is_lowered(k))
-        run = _frozen(model)
-        run(batch)
+        plainly = _frozen(model)
+        plainly(tuple(tensors_in(batch)))
         kernels = sum(v for k, v in counters["inductor"].items() if _is_lowered(k)) - before
     return Road(
-        "PT2E int8", "int8", run, bytes_of(model), kernels,
-        "calibrated by torchao's observers" + fixed,
+        "PT2E int8", "int8", lambda batch: list(plainly(tuple(tensors_in(batch)))), bytes_of(model),
+        kernels, "calibrated by torchao's observers", sizes=sizes,
     )  # fmt: skip
+
+
+def _is_free(program: Any, place: Place) -> bool:
+    """Whether torch.export left a dimension of an input open."""
+    names = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes}
+    return not isinstance(nodes[names[place[0]]].meta["val"].shape[place[1]], int)
 
 
 def _is_lowered(counter: str) -> bool:
