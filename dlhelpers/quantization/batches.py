@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,13 @@ __all__ = [
 ]
 
 Batch = tuple[Any, ...]
-_PLACE = object()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor stood, of this type."""
+
+    dtype: torch.dtype
 
 
 class Outputs:
@@ -37,7 +44,7 @@ class Outputs:
         leaves, rebuild = flatten(output)
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.structure = Structure(
-            rebuild, [_PLACE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            rebuild, [_Place(leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         )
 
 
@@ -52,10 +59,22 @@ class Structure:
         """Whole and other numbers among the leaves, which an engine does not compute anew."""
         return [x for x in self._leaves if isinstance(x, int | float) and not isinstance(x, bool)]
 
-    def restore(self, tensors: Iterable[Tensor]) -> Any:
-        """Return tensors in this structure."""
+    def restore(self, tensors: Iterable[Tensor], *, as_were: bool = False) -> Any:
+        """Return tensors in this structure.
+
+        Args:
+            as_were: give floating-point tensors the type that stood in their place.
+        """
         given = iter(tensors)
-        return self._rebuild([next(given) if leaf is _PLACE else leaf for leaf in self._leaves])
+        leaves = [next(given) if isinstance(leaf, _Place) else leaf for leaf in self._leaves]
+        if as_were:
+            leaves = [_typed(*pair) for pair in zip(leaves, self._leaves, strict=True)]
+        return self._rebuild(leaves)
+
+
+def _typed(leaf: Any, place: Any) -> Any:
+    is_float = isinstance(place, _Place) and leaf.dtype.is_floating_point
+    return leaf.to(place.dtype) if is_float else leaf
 
 
 class Tensors(list[Tensor]):

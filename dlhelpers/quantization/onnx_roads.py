@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dlhelpers.quantization.batches import Batch, first_line, sqnr_db
 from dlhelpers.quantization.calibrate import Calibrator
-from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet
+from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed, quiet
 from dlhelpers.quantization.sizes import Flat, Place, Sizes, exported_with
 from dlhelpers.trees import tensors_in
 
@@ -62,10 +62,10 @@ class _Graph:
         def export(
             batch: Batch, shapes: tuple[Any, ...]
         ) -> tuple[Any, Callable[[Batch], list[Tensor]]]:
-            tensors = tuple(tensors_in(batch))
+            tensors = tuple(tensors_in(in_single(batch)))
             with quiet(), torch.no_grad():
                 program = torch.onnx.export(
-                    Flat(task.model, batch),
+                    Flat(task.single, batch),
                     tensors,
                     dynamo=True,
                     verbose=False,
@@ -248,7 +248,7 @@ def _names(session: Any) -> list[str]:
 
 
 def _fed(names: list[str], batch: Batch) -> dict[str, np.ndarray]:
-    tensors = list(tensors_in(batch))
+    tensors = list(tensors_in(in_single(batch)))
     numbers = (int(name.rpartition("_")[2]) for name in names)
     return {
         name: tensors[i].detach().contiguous().numpy()
@@ -385,7 +385,7 @@ class _OpenVino:
         return self._requests[shapes]
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        tensors = [t.detach().contiguous() for t in tensors_in(batch)]
+        tensors = [t.detach().contiguous() for t in tensors_in(in_single(batch))]
         with self._lock:  # a request holds one call's outputs
             request = self.request(tensors)
             arrays = {i: tensors[_number(x)].numpy() for i, x in enumerate(request.model_inputs)}

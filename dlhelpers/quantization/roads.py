@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dlhelpers.extras import need
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import Group, Sizes
-from dlhelpers.trees import tensors_in
+from dlhelpers.trees import map_leaves, tensors_in
 
-__all__ = ["Road", "RoadError", "Task", "needed", "quiet"]
+__all__ = ["Road", "RoadError", "Task", "in_single", "needed", "quiet"]
 
 
 class RoadError(RuntimeError):
@@ -72,6 +75,15 @@ class Task:
     free: list[Group] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def single(self) -> nn.Module:
+        """The model in float32, which the integer engines start from."""
+        is_other = any(
+            tensor.is_floating_point() and tensor.dtype != torch.float32
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+        )
+        return copy.deepcopy(self.model).float() if is_other else self.model
+
     @property
     def alike(self) -> list[Batch]:
         """The batches of the first one's sizes, which every road can run."""
@@ -89,6 +101,16 @@ class Task:
 
 def _sizes(batch: Batch) -> list[Any]:
     return [tensor.shape for tensor in tensors_in(batch)]
+
+
+def in_single(batch: Batch) -> Batch:
+    """Return inputs whose floating-point tensors are float32."""
+    return map_leaves(_in_single, batch)
+
+
+def _in_single(leaf: Any) -> Any:
+    is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.float() if is_float else leaf
 
 
 def needed(*modules: str) -> None:

@@ -22,6 +22,7 @@ from dlhelpers.quantization.batches import (
     named_leaves,
     sqnr_db,
 )
+from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.racing import Pace, fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, RoadError, Task
@@ -79,15 +80,18 @@ class QuantizedModel(nn.Module):
         try:
             found = self._road.run(inputs)
         except Exception as error:
-            if self._road.sizes is None:  # torch's own, which says what the model would say
-                raise
-            shapes = ", ".join(described(tensor) for tensor in tensors_in(inputs))
+            if self._road.precision != "int8" and self._road.sizes is None:
+                raise  # it computes with the model itself, which says what is wrong
+            given = ", ".join(map(described, tensors_in(inputs)))
             raise ValueError(
-                f"{self._road.name} raises on inputs {shapes}: {first_line(error)}. Calibrate with "
-                "batches of such sizes as well, or give dynamic="
+                f"{self._road.name} raises on inputs {given}: {first_line(error)}. Give what the "
+                "model takes; for other sizes quantize again, with dynamic= or with calibration "
+                "batches of these sizes as well"
             ) from error
+        if self._structure is None:
+            return found
         structure = getattr(found, "structure", self._structure)
-        return found if self._structure is None else structure.restore(found)
+        return structure.restore(found, as_were=structure is self._structure)
 
     def _check(self, inputs: Batch) -> None:
         given = dict(named_leaves(inputs))
@@ -193,8 +197,9 @@ def tried(
     """
     row = RoadRow(name, precision)
     try:
-        road = build(task)
-        found, too_slow = (pace or Pace()).outputs(road, task.alike)
+        with quiet():
+            road = build(task)
+            found, too_slow = (pace or Pace()).outputs(road, task.alike)
         ratio = sqnr_db(task.wanted[: len(found)], found) if found else None
     except RoadError as error:
         return replace(row, dropped=str(error)), None
@@ -279,9 +284,9 @@ def _fixed_sizes(roads: dict[str, Road]) -> list[str]:
         if road.sizes is not None and not road.sizes.are_all_free:
             names.setdefault(str(road.sizes), []).append(name)
     return [
-        f"inputs of sizes {sizes} alone: {', '.join(roads_)}; calibration batches of several sizes,"
-        " or dynamic=, free more dimensions"
-        for sizes, roads_ in names.items()
+        f"{', '.join(those)}: for inputs of sizes {sizes}; calibration batches of several sizes, "
+        "or dynamic=, free more dimensions"
+        for sizes, those in names.items()
     ]
 
 

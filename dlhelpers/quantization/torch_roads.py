@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dlhelpers import machine
 from dlhelpers.quantization.batches import Batch, Outputs, Tensors
-from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet
+from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed, quiet
 from dlhelpers.quantization.sizes import Flat, Place, exported_with
 from dlhelpers.trees import map_leaves, tensors_in
 
@@ -185,11 +185,13 @@ def torch_ao(task: Task, engine: str) -> Road:
     fx = torch_ao_module("quantization.quantize_fx", engine)
     with engine_set(engine), quiet(), torch.no_grad():
         mapping = ao.get_default_qconfig_mapping(engine)
-        observed = fx.prepare_fx(copy.deepcopy(task.model), mapping, task.batches[0])
-        for batch in task.batches:
+        given = [in_single(batch) for batch in task.batches]
+        observed = fx.prepare_fx(copy.deepcopy(task.single), mapping, given[0])
+        for batch in given:
             observed(*batch)
         model = fx.convert_fx(observed)
-    run = with_engine(runner(model), engine)
+    plainly = runner(model.forward)  # __call__ prints the graph where it raises
+    run = with_engine(lambda batch: plainly(in_single(batch)), engine)
     kernels = quantized_layers(model)
     return Road(
         f"torch.ao {engine} int8", "int8", run, bytes_of(model), kernels,
@@ -210,11 +212,11 @@ def pt2e(task: Task) -> Road:
         batch = task.batches[0]
 
         def export(batch: Batch, shapes: tuple[Any, ...]) -> tuple[Any, Any]:
-            tensors = tuple(tensors_in(batch))
-            flat = Flat(task.model, batch)
+            tensors = tuple(tensors_in(in_single(batch)))
+            flat = Flat(task.single, batch)
             program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,))
             module = program.module()
-            return program, lambda inputs: list(module(*tensors_in(inputs)))
+            return program, lambda inputs: list(module(*tensors_in(in_single(inputs))))
 
         program, sizes = exported_with(batch, task.free, export, _is_free)
         quantizer = x86.X86InductorQuantizer()
@@ -222,15 +224,15 @@ def pt2e(task: Task) -> Road:
         observed = prepare_pt2e(program.module(), quantizer)
         for given in task.batches:
             if not sizes.why_not(given):
-                observed(*tensors_in(given))
+                observed(*tensors_in(in_single(given)))
         model = convert_pt2e(observed)
         before = sum(v for k, v in counters["inductor"].items() if _is_lowered(k))
         plainly = _frozen(model)
-        plainly(tuple(tensors_in(batch)))
+        plainly(tuple(tensors_in(in_single(batch))))
         kernels = sum(v for k, v in counters["inductor"].items() if _is_lowered(k)) - before
     return Road(
-        "PT2E int8", "int8", lambda batch: list(plainly(tuple(tensors_in(batch)))), bytes_of(model),
-        kernels, "calibrated by torchao's observers", sizes=sizes,
+        "PT2E int8", "int8", lambda batch: list(plainly(tuple(tensors_in(in_single(batch))))),
+        bytes_of(model), kernels, "calibrated by torchao's observers", sizes=sizes,
     )  # fmt: skip
 
 
