@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import io
+import math
 import sys
 import tempfile
 import threading
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlhelpers.quantization.batches import Batch, first_line, sqnr_db
+from dlhelpers.quantization.batches import Batch, first_line
 from dlhelpers.quantization.calibrate import Calibrator
 from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed, quiet
 from dlhelpers.quantization.sizes import Flat, Place, Sizes, exported_with
@@ -293,7 +294,9 @@ def onnxruntime_float(task: Task) -> Road:
 def onnxruntime_int8(
     task: Task, *, reduce_range: bool = False, products_alone: bool = False
 ) -> Road:
-    """Return the model in ONNX Runtime, int8, by the calibrator that gives the best SQNR.
+    """Return the model in ONNX Runtime, int8, by the calibrator of the best SQNR.
+
+    It is the one that decides, on samples that were not calibrated on.
 
     Args:
         task: with ``float_layers`` those stay float.
@@ -302,7 +305,7 @@ def onnxruntime_int8(
     """
     graph = graph_of(task)
     operators = _PRODUCTS if products_alone else ()
-    best: tuple[float, str, bytes, Any, int] | None = None
+    best: tuple[tuple[float, ...], str, bytes, Any, int] | None = None
     for method in graph.calibrators:
         data = graph.quantized(
             method,
@@ -312,7 +315,8 @@ def onnxruntime_int8(
         )
         session, counts = graph.session(data)
         run = runner(session)
-        ratio = sqnr_db(task.wanted, [run(batch) for batch in task.alike])
+        found = task.judge.ratios([run(batch) for batch in task.judge.batches])
+        ratio = found or (-math.inf,)  # where nothing can be compared the first method stays
         if best is None or ratio > best[0]:
             kernels = sum(counts[name] for name in _INT8_OPERATORS)
             best = ratio, method, data, session, kernels
@@ -419,8 +423,20 @@ def openvino_float(task: Task, *, precision: str = "float32") -> Road:
     data = graph.proto.SerializeToString()
     run = _OpenVino(data, {"float32": "f32", "bfloat16": "bf16"}[precision], task.threads)
     run.request(list(tensors_in(task.batches[0])))  # compiles: no call's time
+    if precision == "float32":
+        task.shared["OpenVINO float32"] = run
+    elif _is_equal(run, task.shared.get("OpenVINO float32"), task.batches[0]):
+        raise RoadError(
+            f"its output is bit for bit that of OpenVINO float32: OpenVINO has no {precision} on "
+            "this processor"
+        )
     name = f"OpenVINO {precision}"
     return Road(name, precision, run, len(data), 0, "", data, sizes=graph.sizes)
+
+
+def _is_equal(run: Any, other: Any, batch: Batch) -> bool:
+    """Whether two roads give the same bits."""
+    return other is not None and all(map(torch.equal, run(batch), other(batch)))
 
 
 def openvino_int8(task: Task, road: Road) -> Road:

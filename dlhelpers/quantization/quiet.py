@@ -53,8 +53,14 @@ def _begin(undo: ExitStack) -> None:
     for logger in _loggers():
         undo.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.CRITICAL + 1)
+    logging.root.addFilter(_is_loud)  # ONNX Runtime's quantizer logs there
+    undo.callback(logging.root.removeFilter, _is_loud)
     undo.callback(_give_back, sys.stderr, silent := _Silent(sys.stderr))
     sys.stderr = silent
+
+
+def _is_loud(record: logging.LogRecord) -> bool:
+    return threading.get_ident() not in _THREADS
 
 
 def _give_back(stream: Any, silent: _Silent) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.quantization.batches import Batch, Outputs, first_line, named_leaves, sqnr_db
+from dlhelpers.quantization.batches import Batch, Outputs, first_line, named_leaves
+from dlhelpers.quantization.noise import sqnr_db
 from dlhelpers.trees import tensors_in
 
 __all__ = ["Flat", "Group", "Sizes", "exported_with", "free_groups"]
