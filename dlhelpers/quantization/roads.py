@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers import machine
 from dlhelpers.extras import need
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.judging import Judge, judge_of
@@ -19,7 +20,7 @@ from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import Group, Sizes
 from dlhelpers.trees import map_leaves, tensors_in
 
-__all__ = ["Road", "RoadError", "Task", "in_single", "needed", "quiet"]
+__all__ = ["Road", "RoadError", "Task", "in_single", "needed", "quiet", "saturates"]
 
 
 class RoadError(RuntimeError):
@@ -135,3 +136,9 @@ def needed(*modules: str) -> None:
                 need(module, "it")
         except ImportError as error:
             raise RoadError(str(error)) from error
+
+
+def saturates() -> bool:
+    """Whether u8 by s8 products are added in pairs into 16 bits, which overflow: AVX2 alone."""
+    simd = set(machine.describe().simd)
+    return "avx2" in simd and not simd & {"avx512_vnni", "avx_vnni"}

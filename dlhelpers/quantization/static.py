@@ -7,7 +7,6 @@ float32 road. The fastest right one is returned.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,13 +19,14 @@ from torch import nn
 
 from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
+from dlhelpers.models import need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
 from dlhelpers.quantization.calibrate import CALIBRATORS
 from dlhelpers.quantization.judging import held_out
 from dlhelpers.quantization.report import RoadRow
-from dlhelpers.quantization.roads import Road, Task
+from dlhelpers.quantization.roads import Road, Task, saturates
 from dlhelpers.quantization.sensitivity import ranked_layers
 from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import (
@@ -101,6 +101,7 @@ def quantize_static(
             ``engine``, or stop with Ctrl-C.
 
     Raises:
+        TypeError: not a module, or one that cannot be copied, as it holds a lock.
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
             model raises on it, or with other sizes of a dimension in ``dynamic``; an unknown
             calibrator or engine; a model that is not on the CPU; a budget_s that is not positive,
@@ -122,11 +123,30 @@ def quantize_static(
         raise ValueError(
             f'calibrator={calibrator!r} is neither "auto" nor one of {", ".join(CALIBRATORS)}'
         )
+    need_model(model, "quantize", but=("meta",))
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model is on {tensor.device}, these roads are the CPU's: .cpu()")
+    options = test, max_drop, min_sqnr_db, budget_s, keep_roads, dynamic, progress
+    with torch.inference_mode(False):
+        return _quantized(model, calibration, engines, calibrator, *options)
+
+
+def _quantized(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    engines: tuple[str, ...],
+    calibrator: str,
+    test: Test | None,
+    max_drop: float,
+    min_sqnr_db: float,
+    budget_s: float,
+    keep_roads: bool,
+    dynamic: Mapping[int, int | Sequence[int]] | None,
+    progress: bool | None,
+) -> QuantizedModel:
     batches = read_batches(calibration)
-    original = (model.finish() if isinstance(model, AwareModel) else copy.deepcopy(model)).eval()
+    original = model.finish() if isinstance(model, AwareModel) else plain_copy(model)
     outputs = run_float(original, batches)
     calibrated, judge, told = held_out(original, batches, outputs)
     if test is not None:  # what is wrong with it is said at once
@@ -182,7 +202,7 @@ def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str
 
     ``own`` is the type of the model's weights.
     """
-    vnni = not _saturates()
+    vnni = not saturates()
     plan: dict[str, tuple[str, Builder]] = {
         f"eager {own}": (own, torch_roads.eager),
         f"eager {own}, channels_last": (own, partial(torch_roads.eager, channels_last=True)),
@@ -218,14 +238,6 @@ def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str
     return plan
 
 
-def _saturates() -> bool:
-    """Whether u8 by s8 products are added in pairs into 16 bits, which overflow: AVX2 alone."""
-    from dlhelpers import machine
-
-    simd = set(machine.describe().simd)
-    return "avx2" in simd and not simd & {"avx512_vnni", "avx_vnni"}
-
-
 def _in_onnxruntime(task: Task, **options: bool) -> Road:
     """Return the int8 road, built once: OpenVINO takes its file."""
     key = tuple(sorted(options.items())), task.float_layers
@@ -253,7 +265,7 @@ def _mixed(
         for row in rows
     ):
         return [], {}
-    reduced = _saturates()
+    reduced = saturates()
     options = {"reduce_range": reduced, "products_alone": True}
     try:
         order = ranked_layers(task.model, task.batches, progress)

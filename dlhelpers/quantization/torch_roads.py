@@ -151,7 +151,7 @@ def quantized_layers(model: nn.Module) -> int:
     """Return how many of torch.ao's integer layers with weights a model has."""
     return sum(
         "quantized" in type(module).__module__
-        and (callable(getattr(module, "weight", None)) or hasattr(module, "_all_weight_values"))
+        and (callable(getattr(module, "weight", None)) or hasattr(module, "get_weight"))
         for module in model.modules()
     )
 
