@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -19,6 +20,7 @@ from dlhelpers.quantization.batches import first_line, read_batches, run_float
 from dlhelpers.quantization.dynamic_layers import converted, has_layers, kinds
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, Task, quiet, saturates
+from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 
 __all__ = ["quantize_dynamic"]
@@ -36,6 +38,7 @@ def quantize_dynamic(
     *,
     min_sqnr_db: float = 20.0,
     budget_s: float = 1.0,
+    dynamic: Mapping[int, int | Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> QuantizedModel:
     """Return the model with 8-bit weights in linear and recurrent layers, no calibration needed.
@@ -46,7 +49,7 @@ def quantize_dynamic(
             Runtime are raced on them, and the fastest right road is taken, which may be float.
             Without them torch.ao's default engine is taken, unmeasured; layers that are known to
             raise in it stay float, and the report's notes name them.
-        min_sqnr_db, budget_s, progress: as for ``quantize_static``.
+        min_sqnr_db, budget_s, dynamic, progress: as for ``quantize_static``.
 
     Raises:
         TypeError: not a module, TorchScript or a graph of torch.export, or it cannot be copied.
@@ -70,7 +73,7 @@ def quantize_dynamic(
         original = plain_copy(finished)
         if example_inputs is None:
             return _unmeasured(original)
-        return _measured(original, example_inputs, min_sqnr_db, budget_s, progress)
+        return _measured(original, example_inputs, min_sqnr_db, budget_s, dynamic, progress)
 
 
 def _measured(
@@ -78,11 +81,13 @@ def _measured(
     example_inputs: Any,
     min_sqnr_db: float,
     budget_s: float,
+    dynamic: Mapping[int, int | Sequence[int]] | None,
     progress: bool | None,
 ) -> QuantizedModel:
     batches = read_batches([example_inputs])
     outputs = run_float(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
+    task.free = free_groups(original, batches, outputs, dynamic)
     plan: dict[str, tuple[str, Builder]] = {
         "eager float32": ("float32", torch_roads.eager),
         "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
@@ -141,7 +146,10 @@ def _onnxruntime(task: Task, *, reduce_range: bool = False) -> Road:
     kernels = sum(counts[name] for name in _INT8_OPERATORS)
     run = onnx_roads.runner(session)
     name = "ONNX Runtime dynamic int8" + ", reduced range" * reduce_range
-    return Road(name, "int8", run, len(data), kernels, "7-bit weights" * reduce_range, data)
+    return Road(
+        name, "int8", run, len(data), kernels, "7-bit weights" * reduce_range, data,
+        sizes=graph.sizes,
+    )  # fmt: skip
 
 
 def _unmeasured(model: nn.Module) -> QuantizedModel:

@@ -7,7 +7,7 @@ float32 road. The fastest right one is returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -28,6 +28,7 @@ from dlhelpers.quantization.judging import held_out
 from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.roads import Road, Task, saturates
 from dlhelpers.quantization.sensitivity import ranked_layers
+from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import (
     Builder,
     QuantizedModel,
@@ -61,6 +62,7 @@ def quantize_static(
     max_drop: float = 0.01,
     budget_s: float = 1.0,
     keep_roads: bool = False,
+    dynamic: Mapping[int, int | Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> QuantizedModel:
     """Return the model on the fastest road of this machine whose error stays within the bound.
@@ -90,13 +92,20 @@ def quantize_static(
             needs more, up to 20. A road whose first call takes more than two seconds and eight
             times as long as the fastest so far is not called again; the report says so.
         keep_roads: keep every road that was built, for ``on(name)``, and the memory that it takes.
-        progress: a bar over the roads; None draws it in a terminal only.
+        dynamic: input's place -> dimensions that take any size in a call, such as ``{0: (2, 3)}``
+            for images; of every tensor in a nested input. Free without it are dimensions that the
+            calibration batches vary, and the first one where the model runs with another size. An
+            exporter may fix a dimension all the same: then the report names it.
+        progress: a bar over the roads, with the name of the one that is being built; None draws it
+            in a terminal only. Compiling takes longest, minutes for a large model: leave it out by
+            ``engine``, or stop with Ctrl-C.
 
     Raises:
         TypeError: not a module, or one that cannot be copied, as it holds a lock.
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
-            model raises on it; an unknown calibrator or engine; a model that is not on the CPU; a
-            budget_s that is not positive, or a max_drop that is no number from 0 to 1.
+            model raises on it, or with other sizes of a dimension in ``dynamic``; an unknown
+            calibrator or engine; a model that is not on the CPU; a budget_s that is not positive,
+            or a max_drop that is no number from 0 to 1.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
@@ -118,7 +127,7 @@ def quantize_static(
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model is on {tensor.device}, these roads are the CPU's: .cpu()")
-    options = test, max_drop, min_sqnr_db, budget_s, keep_roads, progress
+    options = test, max_drop, min_sqnr_db, budget_s, keep_roads, dynamic, progress
     with torch.inference_mode(False):
         return _quantized(model, calibration, engines, calibrator, *options)
 
@@ -133,6 +142,7 @@ def _quantized(
     min_sqnr_db: float,
     budget_s: float,
     keep_roads: bool,
+    dynamic: Mapping[int, int | Sequence[int]] | None,
     progress: bool | None,
 ) -> QuantizedModel:
     batches = read_batches(calibration)
@@ -144,7 +154,8 @@ def _quantized(
     folded, notes = _folded(original, batches[0])
     notes = [*notes, *told]
     threads = torch.get_num_threads()
-    task = Task(folded, calibrated, outputs, calibrator, threads, judge=judge)
+    free = free_groups(original, batches, outputs, dynamic)
+    task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
         notes.append(f"the model is {task.precision}: speed is against roads of that type")
 
@@ -203,7 +214,7 @@ def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str
     if "compile" in engines:
         plan[f"torch.compile {own}"] = (own, torch_roads.compiled)
     if "onnxruntime" in engines:
-        plan[f"ONNX Runtime {own}"] = (own, onnx_roads.onnxruntime_float)
+        plan["ONNX Runtime float32"] = ("float32", onnx_roads.onnxruntime_float)
     if "openvino" in engines:
         plan["OpenVINO float32"] = ("float32", onnx_roads.openvino_float)
         plan["OpenVINO bfloat16"] = (
