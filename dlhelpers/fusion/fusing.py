@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import model_inputs
+from dlhelpers.classes import own_classes
 from dlhelpers.fusion.calls import calls_of
 from dlhelpers.fusion.exported import fold_exported
 from dlhelpers.fusion.folding import fold_after, fold_before
@@ -112,7 +113,7 @@ def _nbytes(model: nn.Module) -> int:
 
 
 def _fold_all(model: nn.Module, inputs: Inputs | None, by_own: bool) -> tuple[nn.Module, Plan]:
-    fused = copy.deepcopy(model).eval()
+    fused = own_classes(copy.deepcopy(model)).eval()
     read = _read_by_eval(model)
     plain = _rows_of(fused)
     plan = Plan(dict(plain))

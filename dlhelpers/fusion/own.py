@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dlhelpers.classes import own_classes
 from dlhelpers.fusion.norms import norms_of
 from dlhelpers.fusion.tracing import has_hooks, replace_module
 
@@ -93,7 +94,7 @@ def _tried(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, 
     if any(has_hooks(one) for one in module.modules()):
         return module, "there are hooks inside"
     before, dtype = len(_norms(module)), _dtype(module)
-    trial = copy.deepcopy(module)
+    trial = own_classes(copy.deepcopy(module))
     try:
         with torch.no_grad():
             given = function(trial)

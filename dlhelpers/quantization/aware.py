@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dlhelpers.classes import own_classes
 from dlhelpers.quantization.affine import choose_affine
 from dlhelpers.quantization.batches import read_batches
 from dlhelpers.quantization.fake import (
@@ -112,19 +114,28 @@ class AwareModel(nn.Module):
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+                module.train = MethodType(_stays, module)  # type: ignore[method-assign]
         return self
 
     def finish(self) -> nn.Module:
-        """Return a float model in eval mode with the trained weights, to be quantized."""
-        model = copy.deepcopy(self.model)
+        """Return a float model in eval mode with the trained weights, to be quantized.
+
+        It is a copy: this one trains on as if it had not been called, as after each epoch.
+        """
+        model = own_classes(copy.deepcopy(self.model))
         for name, layer in layers_of(model).items():
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
             for hooks in (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs):
                 hooks.pop(self._hooks[name], None)
         for module in model.modules():
-            module.__dict__.pop("train", None)
+            if getattr(vars(module).get("train"), "__func__", None) is _stays:
+                del module.train
         return model.eval()
+
+
+def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Be a frozen module's ``train``; a bound method, so that a copy's returns the copy."""
+    return module
 
 
 def _key(name: str) -> str:
