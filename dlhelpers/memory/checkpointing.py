@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dlhelpers.classes import own_classes
 from dlhelpers.memory.recomputing import Pass
 from dlhelpers.memory.replaying import KEPT_IN_MODULES, generators_in
 
@@ -252,7 +251,7 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     """Copy the modules, not the tensors and generators, and take away an earlier plan."""
     held = tree_leaves([list(vars(module).values()) for module in model.modules()])
     shared = [*(leaf for leaf in held if isinstance(leaf, Tensor)), *generators_in([model])]
-    copied = own_classes(copy.deepcopy(model, {id(value): value for value in shared}))
+    copied = copy.deepcopy(model, {id(value): value for value in shared})
     for module in copied.modules():
         for name in KEPT_IN_MODULES:
             vars(module).pop(name, None)
