@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlhelpers.trees import tensors_in
+
 __all__ = ["dense_parts", "fake_of", "tensors_in"]
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Give every tensor in nested tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from tensors_in(inner)
-    elif isinstance(value, tuple | list):
-        for inner in value:
-            yield from tensors_in(inner)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name, None))
 
 
 def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
