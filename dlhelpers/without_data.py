@@ -10,7 +10,6 @@ Source: PyTorch documentation, torch.compiler: Fake tensor.
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlhelpers.fakes import fake_of, tensors_in
+from dlhelpers.models import copied
 from dlhelpers.reached import generators_in, objects_in
 from dlhelpers.untouched import untouched
 
@@ -66,11 +66,12 @@ class Fakes:
                 f"a tensor of layout {real.layout} has no stand-in without data: use "
                 "to_sparse_coo(), or run the step under measure_peak"
             )
-        made = fake_of(self._mode, real)
-        if isinstance(real, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=real.requires_grad)
-        else:
-            made = made.requires_grad_(real.requires_grad)
+        with torch.inference_mode(False):
+            made = fake_of(self._mode, real)
+            if isinstance(real, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=real.requires_grad)
+            else:
+                made = made.requires_grad_(real.requires_grad)
         self._memo[id(real)] = made
         self._kept.append(real)
         return made
@@ -128,7 +129,7 @@ class Fakes:
                 self._memo[id(generator)] = generator.clone_state()
                 self._kept.append(generator)
         with self._mode:
-            return copy.deepcopy(holder, self._memo)
+            return copied(holder, self._memo)
 
 
 def _tensors_of(value: Any) -> list[Tensor]:
@@ -144,8 +145,11 @@ def _tensors_of(value: Any) -> list[Tensor]:
 
 
 def _is_never_copied(value: Any) -> bool:
-    """Whether Python refuses to copy it: a module, a lock, a file, a generator that runs."""
-    if isinstance(value, ModuleType):
+    """Whether Python refuses to copy it: a module, a lock, a file, a generator that runs.
+
+    Packed weights of a quantized layer as well, which have data and nothing that changes them.
+    """
+    if isinstance(value, (ModuleType, torch.ScriptObject)):
         return True
     if type(value).__module__.partition(".")[0] not in sys.stdlib_module_names:
         return False

@@ -328,3 +328,30 @@ def test_the_operators_are_those_of_the_model_that_runs():
     counted = [layer.operator for layer in layer_costs(model, x, policy="all").layers]
     assert "mm" in counted
     assert set(counted) <= set(seen)
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+
+def packed():
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *args, **options: None)
+        return torch.ao.quantization.quantize_dynamic(layers)
+
+
+def with_a_file():
+    layer = nn.Linear(8, 8)
+    layer.log, layer.numbers = open(__file__), (i for i in range(3))  # noqa: SIM115
+    return layer
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("make", [made_in_inference_mode, packed, with_a_file])
+def test_what_cannot_be_copied_or_has_no_graph_is_run_as_well(make, run):
+    model = make().eval()
+    wanted = model(X)
+    RUNS[run](model, X) if run != "estimate" else RUNS["estimate of inference"](model, X)
+    assert torch.equal(model(X), wanted)

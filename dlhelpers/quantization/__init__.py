@@ -9,9 +9,9 @@ tensor([ 64, 128, 255], dtype=torch.uint8)
 
 from dlhelpers.quantization.affine import Affine, choose_affine, dequantize, quantize
 from dlhelpers.quantization.aware import AwareModel, quantize_aware, simulate
-from dlhelpers.quantization.batches import sqnr_db
 from dlhelpers.quantization.calibrate import CALIBRATORS, Calibrator, split_error
 from dlhelpers.quantization.dynamic import quantize_dynamic
+from dlhelpers.quantization.noise import sample_sqnr_db, sqnr_db
 from dlhelpers.quantization.report import QuantizationReport
 from dlhelpers.quantization.sensitivity import SensitivityReport, sensitivity
 from dlhelpers.quantization.static import ENGINES, quantize_static
@@ -36,6 +36,7 @@ __all__ = [
     "quantize_aware",
     "quantize_dynamic",
     "quantize_static",
+    "sample_sqnr_db",
     "sensitivity",
     "simulate",
     "split_error",

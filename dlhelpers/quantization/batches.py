@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,7 +17,6 @@ __all__ = [
     "first_samples",
     "read_batches",
     "run_float",
-    "sqnr_db",
 ]
 
 Batch = tuple[Any, ...]
@@ -180,42 +178,3 @@ def run_float(model: Callable[..., Any], batches: list[Batch]) -> list[Outputs]:
             )
         found.append(outputs)
     return found
-
-
-def sqnr_db(wanted: list[list[Tensor]], found: list[list[Tensor]]) -> float:
-    """Return the signal-to-quantization-noise ratio in dB, of the worst of the outputs.
-
-        10 log10(sum y^2 / sum (y - y')^2)
-
-    Args:
-        wanted, found: for each batch the output's tensors; whole numbers are not looked at.
-
-    Returns:
-        Infinite where nothing differs; minus infinite where a value is not finite or shapes differ.
-
-    >>> round(sqnr_db([[torch.tensor([3.0, 4.0])]], [[torch.tensor([3.0, 4.5])]]), 1)
-    20.0
-    """
-    signal: dict[int, float] = {}
-    noise: dict[int, float] = {}
-    for ys, zs in zip(wanted, found, strict=True):
-        if len(ys) != len(zs):
-            return -math.inf
-        for place, (y, z) in enumerate(zip(ys, zs, strict=True)):
-            if not y.dtype.is_floating_point:
-                continue
-            if y.shape != z.shape or not torch.isfinite(z).all():
-                return -math.inf
-            y, z = y.detach().double(), z.detach().double()
-            signal[place] = signal.get(place, 0.0) + float(y.square().sum())
-            noise[place] = noise.get(place, 0.0) + float((y - z).square().sum())
-    return min(
-        (_db(signal[place], noise[place]) for place in signal),
-        default=math.inf,
-    )
-
-
-def _db(signal: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -80,7 +80,6 @@ def quantize_dynamic(
         rows,
         roads,
         min_sqnr_db=min_sqnr_db,
-        test=None,
         budget_s=budget_s,
         notes=[],
         start=start,

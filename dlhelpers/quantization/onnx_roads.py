@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import io
+import math
 import sys
 import tempfile
 import threading
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlhelpers.quantization.batches import Batch, first_line, sqnr_db
+from dlhelpers.quantization.batches import Batch, first_line
 from dlhelpers.quantization.calibrate import Calibrator
 from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, with_free_batch
 
@@ -251,14 +252,15 @@ def runner(session: Any) -> Callable[[Batch], list[Tensor]]:
 
 
 def onnxruntime_float(task: Task) -> Road:
-    """Return the model in ONNX Runtime, float32."""
-    graph = graph_of(task)
+    """Return the model in ONNX Runtime, in its own type."""
+    graph, own = graph_of(task), task.precision
     data = graph.proto.SerializeToString()
-    session, _ = graph.session(data)
-    return Road(
-        "ONNX Runtime float32", "float32", runner(session), len(data), 0,
-        _fixed(graph), data,
-    )  # fmt: skip
+    session, counts = graph.session(data)
+    casts = counts["Cast"] - Counter(node.op_type for node in graph.proto.graph.node)["Cast"]
+    # where it has no kernel of a half type ONNX Runtime casts to float32 and back
+    note = "operators without a kernel of this type run in float32" if casts > 0 else ""
+    note = ", ".join(filter(None, (note, _fixed(graph))))
+    return Road(f"ONNX Runtime {own}", own, runner(session), len(data), 0, note, data)
 
 
 def _fixed(graph: _Graph) -> str:
@@ -268,7 +270,9 @@ def _fixed(graph: _Graph) -> str:
 def onnxruntime_int8(
     task: Task, *, reduce_range: bool = False, products_alone: bool = False
 ) -> Road:
-    """Return the model in ONNX Runtime, int8, by the calibrator that gives the best SQNR.
+    """Return the model in ONNX Runtime, int8, by the calibrator of the best SQNR.
+
+    It is the one that decides, on samples that were not calibrated on.
 
     Args:
         task: with ``float_layers`` those stay float.
@@ -277,7 +281,7 @@ def onnxruntime_int8(
     """
     graph = graph_of(task)
     operators = _PRODUCTS if products_alone else ()
-    best: tuple[float, str, bytes, Any, int] | None = None
+    best: tuple[tuple[float, ...], str, bytes, Any, int] | None = None
     for method in graph.calibrators:
         data = graph.quantized(
             method,
@@ -287,7 +291,8 @@ def onnxruntime_int8(
         )
         session, counts = graph.session(data)
         run = runner(session)
-        ratio = sqnr_db(task.wanted, [run(batch) for batch in task.alike])
+        found = task.judge.ratios([run(batch) for batch in task.judge.batches])
+        ratio = found or (-math.inf,)  # where nothing can be compared the first method stays
         if best is None or ratio > best[0]:
             kernels = sum(counts[name] for name in _INT8_OPERATORS)
             best = ratio, method, data, session, kernels
@@ -388,7 +393,19 @@ def openvino_float(task: Task, *, precision: str = "float32") -> Road:
     data = graph.proto.SerializeToString()
     run = _OpenVino(data, {"float32": "f32", "bfloat16": "bf16"}[precision], task.threads)
     run.request([t for t in task.batches[0] if isinstance(t, Tensor)])  # compiles: no call's time
+    if precision == "float32":
+        task.shared["OpenVINO float32"] = run
+    elif _is_equal(run, task.shared.get("OpenVINO float32"), task.batches[0]):
+        raise RoadError(
+            f"its output is bit for bit that of OpenVINO float32: OpenVINO has no {precision} on "
+            "this processor"
+        )
     return Road(f"OpenVINO {precision}", precision, run, len(data), 0, "", data)
+
+
+def _is_equal(run: Any, other: Any, batch: Batch) -> bool:
+    """Whether two roads give the same bits."""
+    return other is not None and all(map(torch.equal, run(batch), other(batch)))
 
 
 def openvino_int8(task: Task, road: Road) -> Road:

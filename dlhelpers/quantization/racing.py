@@ -1,4 +1,4 @@
-"""Which of these roads is the fastest here? Paired measurement against the best float32 road."""
+"""Which of these roads is the fastest here? Paired measurement against the best float road."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Pace:
     def __init__(self) -> None:
         self._best: Road | None = None
         self._best_s = math.inf
+        self.is_hopeless = False  # of the last road: it will hardly win
 
     def outputs(self, road: Road, batches: list[Batch]) -> tuple[list[list[Tensor]], str]:
         """Run a road on the batches.
@@ -51,6 +52,7 @@ class Pace:
             if best_s > max(_LOOK_S, _HOPELESS * self._best_s):
                 told = self._told(best_s / self._best_s)
                 return found, f"one call took {duration(best_s)}, {told}"
+        self.is_hopeless = best_s > _HOPELESS * self._best_s
         if best_s < self._best_s:
             self._best, self._best_s = road, best_s
         return found, ""
@@ -77,17 +79,17 @@ class Pace:
 
 
 def raced(
-    roads: dict[str, Road], batch: Batch, budget_s: float
+    roads: dict[str, Road], batch: Batch, budget_s: float, own: str = "float32"
 ) -> tuple[dict[str, Comparison], str, dict[str, float]]:
-    """Race the roads against the fastest float32 one.
+    """Race the roads against the fastest one of the model's own type.
 
     Returns:
-        Each road's speed; the fastest float32 road's name; and how many times slower than that
-        those are which were too slow to be raced, from a few looks.
+        Each road's speed; the name of the fastest road of that type; and how many times slower than
+        that those are which were too slow to be raced, from a few looks.
     """
     calls = {name: partial(road.run, batch) for name, road in roads.items()}
     looks = {name: _looked_at(call) for name, call in calls.items()}
-    floats = [name for name, road in roads.items() if road.precision == "float32"]
+    floats = [name for name, road in roads.items() if road.precision == own]
     baseline = min(floats, key=looks.__getitem__)
     close = [name for name in floats if looks[name] < 1.3 * looks[baseline]]
     if len(close) > 1:

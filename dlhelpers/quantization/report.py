@@ -18,11 +18,14 @@ class RoadRow:
 
     Attributes:
         name: such as ``ONNX Runtime int8``.
-        precision: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
-        speed: time of the fastest float32 road / of this one, with its interval; None for that
-            road itself and for one that dropped out.
-        sqnr_db: signal over the error of the worst output, against the model as given; infinite
-            where they are equal, None where it never ran.
+        precision: ``float32``, ``bfloat16``, ``float16``, ``float64`` or ``int8``.
+        speed: time of the fastest road of the model's own type / of this one, with its interval;
+            None for that road itself and for one that dropped out.
+        sqnr_db: signal over the error of the worst output, against the model as given, taken for
+            each sample (``sample_sqnr_db``); what is compared with the bound. Infinite where they
+            are equal, None where it never ran or no output can be compared.
+        total_sqnr_db: the same over all samples together (``sqnr_db``), in which one sample of
+            large values hides the others.
         nbytes: on disk; None where it was not built.
         int8_kernels: operators that compute with 8-bit integers.
         accuracy: on the test data given; None without them.
@@ -34,6 +37,7 @@ class RoadRow:
     precision: str
     speed: Comparison | None = None
     sqnr_db: float | None = None
+    total_sqnr_db: float | None = None
     nbytes: int | None = None
     int8_kernels: int = 0
     accuracy: float | None = None
@@ -46,15 +50,18 @@ class RoadRow:
             f"{'-> ' if taken else ''}{self.name}",
             f"dropped: {self.dropped}" if self.dropped else self.note,
             speed,
-            ""
-            if self.sqnr_db is None
-            else "equal"
-            if self.sqnr_db > 200
-            else f"{self.sqnr_db:.1f}",
+            _ratio(self.sqnr_db),
+            _ratio(self.total_sqnr_db),
             "" if self.nbytes is None else f"{self.nbytes / 2**20:.2f}",
             str(self.int8_kernels or ""),
             "" if self.accuracy is None else f"{self.accuracy:.1%}",
         ]
+
+
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "equal" if value > 200 else f"{value:.1f}"
 
 
 def _interval(speed: Comparison) -> str:
@@ -70,7 +77,8 @@ class QuantizationReport:
     Attributes:
         rows: in the order in which they were tried.
         chosen: name of the road that was taken.
-        baseline: name of the fastest float32 road, which the others are compared with.
+        baseline: name of the fastest road of the model's own type: the others are compared with
+            it.
         min_sqnr_db: what a road had to reach.
         why: why this road, in a sentence.
         notes: what else a reader should know.
@@ -91,7 +99,8 @@ class QuantizationReport:
 
     _HEAD = (
         *("road", "how, or why not"),
-        *("speed", "SQNR (dB)", "MiB", "int8 kernels", "accuracy"),
+        *("speed", "SQNR (dB)", "SQNR, all samples together (dB)"),
+        *("MiB", "int8 kernels", "accuracy"),
     )
 
     def _table(self) -> list[list[str]]:

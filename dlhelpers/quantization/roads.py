@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dlhelpers.extras import need
 from dlhelpers.quantization.batches import Batch, Outputs
+from dlhelpers.quantization.judging import Judge, judge_of
 
 __all__ = ["Road", "RoadError", "Task", "needed", "quiet", "with_free_batch"]
 
@@ -28,8 +30,8 @@ class Road:
 
     Attributes:
         name: such as ``ONNX Runtime int8``.
-        precision: ``float32``, ``bfloat16``, ``float16`` or ``int8``.
-        run: a batch -> the output's tensors, in float32.
+        precision: ``float32``, ``bfloat16``, ``float16``, ``float64`` or ``int8``.
+        run: a batch -> the output's tensors, in the model's own type.
         nbytes: on disk.
         int8_kernels: operators that compute with 8-bit integers.
         note: what a reader should know; empty for nothing.
@@ -52,13 +54,15 @@ class Task:
     """What every road starts from.
 
     Attributes:
-        model: float32, in eval mode, BatchNorm folded.
+        model: in eval mode, BatchNorm folded.
         batches: to calibrate on.
-        outputs: of the model as it was given, for each batch.
+        outputs: of the model as it was given.
         calibrator: a method of ``calibrate.CALIBRATORS`` or ``auto``.
         threads: of torch, for every engine.
         float_layers: names of layers that shall stay float.
         shared: what roads build once for all of them.
+        judge: what a road's outputs are compared with; by default those of all batches alike.
+        precision: the model's own type, such as ``float32``; None takes it from the model.
     """
 
     model: nn.Module
@@ -68,20 +72,30 @@ class Task:
     threads: int
     float_layers: frozenset[str] = frozenset()
     shared: dict[str, Any] = field(default_factory=dict)
+    judge: Judge | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.judge is None:
+            self.judge = judge_of(self.model, self.batches, self.outputs)
+        if self.precision is None:
+            self.precision = _own_type(self.model, self.outputs[0])
 
     @property
     def alike(self) -> list[Batch]:
         """The batches of the first one's sizes, which every road can run."""
         return [batch for batch in self.batches if _sizes(batch) == _sizes(self.batches[0])]
 
-    @property
-    def wanted(self) -> list[list[Tensor]]:
-        """The float outputs' tensors, for each batch of the first one's sizes."""
-        return [
-            outputs.tensors
-            for batch, outputs in zip(self.batches, self.outputs, strict=True)
-            if _sizes(batch) == _sizes(self.batches[0])
-        ]
+
+def _own_type(model: nn.Module, outputs: Outputs) -> str:
+    """Return the type of most of a model's weights; of its output where there are none."""
+    count: Counter[torch.dtype] = Counter()
+    for weight in (*model.parameters(), *model.buffers()):
+        if weight.is_floating_point():
+            count[weight.dtype] += weight.numel()
+    if not count:
+        count.update(t.dtype for t in outputs.tensors if t.is_floating_point())
+    return str(count.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _sizes(batch: Batch) -> list[Any]:

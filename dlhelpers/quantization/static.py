@@ -11,11 +11,12 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
@@ -23,13 +24,15 @@ from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
 from dlhelpers.quantization.calibrate import CALIBRATORS
+from dlhelpers.quantization.judging import held_out
 from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.roads import Road, Task
 from dlhelpers.quantization.sensitivity import ranked_layers
 from dlhelpers.quantization.taking import (
     Builder,
     QuantizedModel,
-    accuracy_in_batches,
+    Test,
+    accuracy_of,
     built,
     take,
     tried,
@@ -54,7 +57,8 @@ def quantize_static(
     calibrator: str = "auto",
     engine: str | Sequence[str] = "auto",
     min_sqnr_db: float = 20.0,
-    test: tuple[Tensor, Tensor] | None = None,
+    test: Test | None = None,
+    max_drop: float = 0.01,
     budget_s: float = 1.0,
     keep_roads: bool = False,
     progress: bool | None = None,
@@ -75,8 +79,13 @@ def quantize_static(
             ``auto``: the best in SQNR of min-max, percentile and MSE. torch's roads have observers
             of their own.
         engine: ``auto`` for all of ``ENGINES``, or one or some of them; eager is always raced.
-        min_sqnr_db: the least signal-to-quantization-noise ratio of the worst output.
-        test: (inputs [N, ...], class numbers [N]), whose accuracy each road's row shows.
+        min_sqnr_db: the least signal-to-quantization-noise ratio of the worst output, reached by
+            nine of ten samples, or by all of fewer than 20 (``sample_sqnr_db``). A quarter of the
+            calibration set is held out for it, where it holds four samples or more.
+        test: (inputs [N, ...], class numbers [N]), or a function that takes a model and returns
+            its accuracy, such as a detector's mean average precision: each road's row shows it.
+            Outputs whose shapes depend on the data have no SQNR: there the test alone decides.
+        max_drop: what a road may lose of the model's accuracy in the test.
         budget_s: seconds of measuring for each road; where its calls are so slow that an interval
             needs more, up to 20. A road whose first call takes more than two seconds and eight
             times as long as the fastest so far is not called again; the report says so.
@@ -86,7 +95,7 @@ def quantize_static(
     Raises:
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
             model raises on it; an unknown calibrator or engine; a model that is not on the CPU; a
-            budget_s that is not positive.
+            budget_s that is not positive, or a max_drop that is no number from 0 to 1.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
@@ -95,6 +104,11 @@ def quantize_static(
     """
     engines = _engines(engine)
     need_seconds("budget_s", budget_s)
+    if not isinstance(max_drop, Real) or not 0 <= max_drop <= 1:
+        raise ValueError(
+            f"max_drop must be a number from 0 to 1, the accuracy that may be lost,"
+            f" got {max_drop!r}"
+        )
     if calibrator != "auto" and calibrator not in CALIBRATORS:
         raise ValueError(
             f'calibrator={calibrator!r} is neither "auto" nor one of {", ".join(CALIBRATORS)}'
@@ -105,14 +119,19 @@ def quantize_static(
     batches = read_batches(calibration)
     original = (model.finish() if isinstance(model, AwareModel) else copy.deepcopy(model)).eval()
     outputs = run_float(original, batches)
-    if test is not None:
-        accuracy_in_batches(original, test, batches[0])  # what is wrong with it is said at once
+    calibrated, judge, told = held_out(original, batches, outputs)
+    if test is not None:  # what is wrong with it is said at once
+        judge.accuracy = accuracy_of(original, test, batches[0], max_drop)
     folded, notes = _folded(original, batches[0])
-    task = Task(folded, batches, outputs, calibrator, torch.get_num_threads())
+    notes = [*notes, *told]
+    threads = torch.get_num_threads()
+    task = Task(folded, calibrated, outputs, calibrator, threads, judge=judge)
+    if task.precision != "float32":
+        notes.append(f"the model is {task.precision}: speed is against roads of that type")
 
     start = perf_counter()
     kept: dict[str, Road] | None = {} if keep_roads else None
-    rows, roads = built(task, _plan(engines), min_sqnr_db, progress, kept)
+    rows, roads = built(task, _plan(engines, task.precision), min_sqnr_db, progress, kept)
     if not any(road.precision == "int8" for road in roads.values()):
         more_rows, more_roads = _mixed(task, engines, rows, min_sqnr_db, kept, progress)
         rows, roads = [*rows, *more_rows], roads | more_roads
@@ -121,7 +140,6 @@ def quantize_static(
         rows,
         roads,
         min_sqnr_db=min_sqnr_db,
-        test=test,
         budget_s=budget_s,
         notes=notes,
         start=start,
@@ -149,19 +167,24 @@ def _folded(model: nn.Module, batch: tuple[Any, ...]) -> tuple[nn.Module, list[s
     return folded, notes
 
 
-def _plan(engines: tuple[str, ...]) -> dict[str, tuple[str, Builder]]:
-    """Return name -> (precision, builder) of the roads of the engines asked for."""
+def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str, Builder]]:
+    """Return name -> (precision, builder) of the roads of the engines asked for.
+
+    ``own`` is the type of the model's weights.
+    """
     vnni = not _saturates()
     plan: dict[str, tuple[str, Builder]] = {
-        "eager float32": ("float32", torch_roads.eager),
-        "eager float32, channels_last": ("float32", partial(torch_roads.eager, channels_last=True)),
-        "eager bfloat16": ("bfloat16", torch_roads.half),
-        "eager float16": ("float16", partial(torch_roads.half, dtype=torch.float16)),
+        f"eager {own}": (own, torch_roads.eager),
+        f"eager {own}, channels_last": (own, partial(torch_roads.eager, channels_last=True)),
     }
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        if name != own:
+            plan[f"eager {name}"] = (name, partial(torch_roads.cast, dtype=dtype))
     if "compile" in engines:
-        plan["torch.compile float32"] = ("float32", torch_roads.compiled)
+        plan[f"torch.compile {own}"] = (own, torch_roads.compiled)
     if "onnxruntime" in engines:
-        plan["ONNX Runtime float32"] = ("float32", onnx_roads.onnxruntime_float)
+        plan[f"ONNX Runtime {own}"] = (own, onnx_roads.onnxruntime_float)
     if "openvino" in engines:
         plan["OpenVINO float32"] = ("float32", onnx_roads.openvino_float)
         plan["OpenVINO bfloat16"] = (

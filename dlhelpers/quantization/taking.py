@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,16 +16,19 @@ from torch import Tensor, nn
 
 from dlhelpers.files import write_whole
 from dlhelpers.progress import bar
-from dlhelpers.quantization.batches import Batch, Structure, first_line, sqnr_db
+from dlhelpers.quantization.batches import Batch, Structure, first_line
+from dlhelpers.quantization.judging import Accuracy, Judge
 from dlhelpers.quantization.racing import Pace, fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, RoadError, Task
+from dlhelpers.trees import tensors_in
 
-__all__ = ["Builder", "QuantizedModel", "accuracy_in_batches", "built", "take", "tried"]
+__all__ = ["Builder", "QuantizedModel", "Test", "accuracy_of", "built", "take", "tried"]
 
 Builder = Callable[[Task], Road]
-_ROUNDING_DB = 60.0
-Test = tuple[Tensor, Tensor]
+# what rounding leaves where a road of the model's own type computes in another order
+_ROUNDING_DB = {"float64": 60.0, "float32": 60.0, "float16": 40.0, "bfloat16": 20.0}
+Test = tuple[Tensor, Tensor] | Callable[[nn.Module], float]
 
 
 class QuantizedModel(nn.Module):
@@ -139,19 +145,22 @@ def tried(
         that a race would only take time.
     """
     row = RoadRow(name, precision)
+    judge, pace = task.judge, pace or Pace()
     try:
         road = build(task)
-        found, too_slow = (pace or Pace()).outputs(road, task.alike)
-        ratio = sqnr_db(task.wanted[: len(found)], found) if found else None
+        found, too_slow = pace.outputs(road, judge.batches)
+        ratios = judge.ratios(found) if found else None
     except RoadError as error:
         return replace(row, dropped=str(error)), None
     except Exception as error:  # an engine's own failure is a fact to report
         return replace(row, dropped=f"{type(error).__name__}: {first_line(error)}"), None
     if kept is not None:
         kept[name] = road
+    ratio, total = ratios or (None, None)
     row = replace(
         row,
         sqnr_db=ratio,
+        total_sqnr_db=total,
         nbytes=road.nbytes,
         int8_kernels=road.int8_kernels,
         note=road.note,
@@ -160,11 +169,49 @@ def tried(
         return replace(row, dropped="its graph holds no int8 kernel"), None
     if too_slow:
         return replace(row, dropped=too_slow), None
-    # float32 differs by rounding alone, and one such road there has to be
-    if ratio < (min(min_sqnr_db, _ROUNDING_DB) if precision == "float32" else min_sqnr_db):
-        bound = f"SQNR {ratio:.1f} dB lies below {min_sqnr_db:g} dB"
-        return replace(row, dropped=bound), None
-    return row, road
+    is_own = precision == task.precision
+    if ratio is None:
+        if judge.accuracy is None and not is_own:
+            return replace(row, dropped="nothing bounds its error: give test="), None
+    # the own type differs by rounding alone, and one such road there has to be
+    elif ratio < (min(min_sqnr_db, _ROUNDING_DB.get(precision, 0.0)) if is_own else min_sqnr_db):
+        return replace(row, dropped=_below(judge, road, found, ratio, min_sqnr_db)), None
+    if not pace.is_hopeless:  # else the race decides whether the test is worth its time
+        row = _tested(row, road, task)
+    return row, None if row.dropped else road
+
+
+def _below(
+    judge: Judge, road: Road, found: list[list[Tensor]], ratio: float, min_sqnr_db: float
+) -> str:
+    """Return why a road's output is wrong."""
+    wanted = [[t.shape for t in tensors] for tensors in judge.wanted[: len(found)]]
+    given = [[t.shape for t in tensors] for tensors in found]
+    if wanted != given and list(map(len, wanted)) == list(map(len, given)):
+        y, z = next(
+            (y, z)
+            for ys, zs in zip(wanted, given, strict=True)
+            for y, z in zip(ys, zs, strict=True)
+            if y != z
+        )
+        return f"an output has the shape {list(z)}, the model's {list(y)}"
+    return f"SQNR {ratio:.1f} dB lies below {min_sqnr_db:g} dB"
+
+
+def _tested(row: RoadRow, road: Road, task: Task) -> RoadRow:
+    """Return the row with the road's accuracy, dropped where it lost too much."""
+    test = task.judge.accuracy
+    if test is None or row.accuracy is not None:
+        return row
+    is_reference = row.name == f"eager {task.precision}"  # the model itself
+    try:
+        found = test.of(QuantizedModel(road, task.outputs[0].structure, None))
+    except Exception as error:
+        if is_reference:
+            return row
+        why = f"it raises on the test data: {type(error).__name__}: {first_line(error)}"
+        return replace(row, dropped=why)
+    return replace(row, accuracy=found, dropped="" if is_reference else test.lost(found))
 
 
 def take(
@@ -173,7 +220,6 @@ def take(
     roads: dict[str, Road],
     *,
     min_sqnr_db: float,
-    test: Test | None,
     budget_s: float,
     notes: list[str],
     start: float,
@@ -182,68 +228,72 @@ def take(
 ) -> QuantizedModel:
     """Race the roads and return the model on the fastest, with the report."""
     batch = task.batches[0]
-    if not any(road.precision == "float32" for road in roads.values()):
+    if not any(road.precision == task.precision for road in roads.values()):
         raise ValueError(
             "the model gives other outputs when it is run again with the same inputs (a random "
             "layer, or a state that it changes): there is nothing to compare int8 with"
         )
     said = f"racing {len(roads)} backends, about {budget_s * len(roads):.0f} s"
     with bar(total=1, desc=said, bar_format="{desc}", progress=progress, leave=False) as shown:
-        speeds, baseline, slower = raced(roads, batch, budget_s)
+        speeds, baseline, slower = raced(roads, batch, budget_s, task.precision)
+        for i, row in enumerate(rows):
+            if row.name in slower:
+                why = f"about {slower[row.name]:.0f} times slower than {baseline}"
+                rows[i] = replace(row, dropped=why)
+            elif not row.dropped:
+                rows[i] = _tested(replace(row, speed=speeds.get(row.name)), roads[row.name], task)
+        right = {row.name for row in rows if not row.dropped}
+        speeds = {name: speed for name, speed in speeds.items() if name in right}
         chosen = fastest(roads, speeds, baseline, batch, budget_s)
         shown.update()
     structure = task.outputs[0].structure
-    for i, row in enumerate(rows):
-        if row.name in slower:
-            why = f"about {slower[row.name]:.0f} times slower than {baseline}"
-            rows[i] = replace(row, dropped=why)
-    rows = [
-        row
-        if row.dropped
-        else replace(
-            row,
-            speed=speeds.get(row.name),
-            accuracy=_accuracy(QuantizedModel(roads[row.name], structure, None), test, batch),
-        )
-        for row in rows
-    ]
     shapes = [list(t.shape) for t in batch if isinstance(t, Tensor)]
     threads = f"{task.threads} thread{'s' * (task.threads > 1)}"
     notes = [*notes, f"{threads}, batches of {shapes}, {perf_counter() - start:.0f} s in all"]
-    why = _why(roads, chosen, rows, min_sqnr_db)
+    why = _why(roads[chosen], rows, right | slower.keys(), task.judge, min_sqnr_db)
     report = QuantizationReport(tuple(rows), chosen, baseline, min_sqnr_db, why, tuple(notes))
     return QuantizedModel(roads[chosen], structure, report, kept, batch)
 
 
-def _accuracy(model: nn.Module, test: Test | None, batch: Batch) -> float | None:
-    """Return the accuracy, measured in batches of the first one's size; None where it cannot be."""
-    try:
-        return None if test is None else accuracy_in_batches(model, test, batch)
-    except Exception:  # a road for one batch size meets the last, smaller one
-        return None
+def accuracy_of(model: nn.Module, test: Test, batch: Batch, max_drop: float) -> Accuracy:
+    """Return the test for the roads, with the accuracy of the model as it was given.
 
-
-def accuracy_in_batches(model: nn.Module, test: Test, batch: Batch) -> float:
-    """Return the accuracy on (inputs, class numbers), in batches of the given one's size.
+    Args:
+        model: in eval mode.
+        test: (inputs [N, ...], class numbers [N]), or a function from a model to a number.
+        batch: whose size the inputs are given in.
+        max_drop: what a road may lose of it.
 
     Raises:
-        ValueError: inputs and targets are not equally many, targets are not [N], or the output is
-            no tensor [N, C].
+        ValueError: inputs and targets are not equally many, targets are not [N], the output is no
+            tensor [N, C], or the function returns no finite number.
     """
+    if callable(test):
+        found = test(model)
+        if not isinstance(found, Real) or not math.isfinite(found):
+            raise ValueError(f"test must return a finite number for a model, got {found!r}")
+        return Accuracy(lambda road: float(test(road)), float(found), max_drop)
+    measured = partial(_accuracy, test=test, batch=batch)
+    return Accuracy(measured, measured(model), max_drop)
+
+
+def _accuracy(model: nn.Module, test: tuple[Tensor, Tensor], batch: Batch) -> float:
+    """Return the accuracy on (inputs, class numbers), in batches of the given one's size."""
     inputs, targets = test
     if len(inputs) != len(targets) or not len(inputs):
         raise ValueError(
             f"test must hold as many targets as inputs, got {len(inputs)} and {len(targets)}"
         )
-    size = next(len(t) for t in batch if isinstance(t, Tensor))
+    size = next(len(t) for t in tensors_in(batch))
     right = 0
     with torch.no_grad():
         for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            output = model(x)
+            output = _filled_up(model, x, size)
             if not isinstance(output, Tensor) or output.dim() != 2:
                 found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise ValueError(
-                    f"test needs a model whose output is one tensor [N, C], got {found}"
+                    f"test needs a model whose output is one tensor [N, C], got {found}: give a "
+                    "function that takes the model and returns its accuracy"
                 )
             if y.shape != output.shape[:1]:  # [N, 1] would be compared with every sample
                 raise ValueError(
@@ -254,15 +304,30 @@ def accuracy_in_batches(model: nn.Module, test: Test, batch: Batch) -> float:
     return right / len(inputs)
 
 
-def _why(roads: dict[str, Road], chosen: str, rows: list[RoadRow], min_sqnr_db: float) -> str:
-    precision = roads[chosen].precision
-    if precision == "int8":
-        return f"{chosen}: the fastest road of {min_sqnr_db:g} dB at least."
+def _filled_up(model: nn.Module, x: Tensor, size: int) -> Any:
+    """Return the output for fewer samples than a batch, of which a road may take no other."""
+    try:
+        return model(x)
+    except Exception:
+        if len(x) == size:
+            raise
+        return model(torch.cat((x, x[:1].expand(size - len(x), *x.shape[1:]))))[: len(x)]
+
+
+def _why(
+    chosen: Road, rows: list[RoadRow], right: set[str], judge: Judge, min_sqnr_db: float
+) -> str:
+    bounds = [f"{min_sqnr_db:g} dB"] if judge.is_bounded else []
+    if judge.accuracy is not None:
+        bounds.append(f"an accuracy within {judge.accuracy.max_drop:g} of the model's")
+    bound = " and ".join(bounds)
+    if chosen.precision == "int8":
+        return f"{chosen.name}: the fastest road that reaches {bound}."
     tried = [row for row in rows if row.precision == "int8"]
     if not tried:
-        return f"{chosen}: the fastest road; no int8 engine was asked for."
-    if any(row.name in roads for row in tried):
-        return f"{chosen}: no int8 road is faster."
-    return (
-        f"{chosen}: no int8 road was built or reached {min_sqnr_db:g} dB, so the model stays float."
-    )
+        return f"{chosen.name}: the fastest road; no int8 engine was asked for."
+    if any(row.name in right for row in tried):
+        return f"{chosen.name}: no int8 road is faster."
+    if not bound:
+        return f"{chosen.name}: nothing bounds the error of int8 roads, so the model stays float."
+    return f"{chosen.name}: no int8 road was built or reached {bound}, so the model stays float."

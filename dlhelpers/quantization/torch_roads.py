@@ -20,10 +20,10 @@ from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, w
 __all__ = [
     "ENGINES",
     "bytes_of",
+    "cast",
     "compiled",
     "eager",
     "engine_set",
-    "half",
     "pt2e",
     "quantized_layers",
     "runner",
@@ -58,9 +58,10 @@ def bytes_of(model: nn.Module) -> int:
 
 
 def eager(task: Task, *, channels_last: bool = False) -> Road:
-    """Return the model in eager mode, float32, BatchNorm folded."""
+    """Return the model in eager mode, in its own type, BatchNorm folded."""
+    own = task.precision
     if not channels_last:
-        return Road("eager float32", "float32", runner(task.model), bytes_of(task.model))
+        return Road(f"eager {own}", own, runner(task.model), bytes_of(task.model))
     if not any(isinstance(t, Tensor) and t.dim() == 4 for t in task.batches[0]):
         raise RoadError("no input has four dimensions")
     model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)
@@ -76,12 +77,13 @@ def eager(task: Task, *, channels_last: bool = False) -> Road:
             )
         )
 
-    return Road("eager float32, channels_last", "float32", run, bytes_of(model))
+    return Road(f"eager {own}, channels_last", own, run, bytes_of(model))
 
 
-def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
-    """Return the model in eager mode with weights and inputs in half precision."""
+def cast(task: Task, dtype: torch.dtype) -> Road:
+    """Return the model in eager mode with weights and inputs in another floating-point type."""
     name = str(dtype).removeprefix("torch.")
+    types = [t.dtype for t in task.outputs[0].tensors]
     model = copy.deepcopy(task.model).to(dtype)
     plainly = runner(model)
 
@@ -89,12 +91,12 @@ def half(task: Task, dtype: torch.dtype = torch.bfloat16) -> Road:
         given = (
             t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t for t in batch
         )
-        return [t.float() if t.dtype == dtype else t for t in plainly(tuple(given))]
+        return [t.to(own) for t, own in zip(plainly(tuple(given)), types, strict=True)]
 
-    has = sorted(_HALF.get(dtype, set()) & set(machine.describe().simd))
-    note = (
-        f"the processor has {', '.join(has)}" if has else "the processor has no instruction for it"
-    )
+    note = ""
+    if dtype in _HALF:
+        has = sorted(_HALF[dtype] & set(machine.describe().simd))
+        note = f"the processor has {', '.join(has) or 'no instruction for it'}"
     return Road(f"eager {name}", name, run, bytes_of(model), 0, note, takes_any_batch=True)
 
 
@@ -119,12 +121,27 @@ def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
 
 
 def compiled(task: Task) -> Road:
-    """Return the compiled model with frozen weights, float32."""
+    """Return the compiled model with frozen weights, in its own type."""
     if machine.describe().compiler is None:
         raise RoadError("no C++ compiler was found: torch.compile needs one")
+    own, before = task.precision, _compiled_graphs()
     run = _frozen(copy.deepcopy(task.model))
     run(task.batches[0])
-    return Road("torch.compile float32", "float32", run, bytes_of(task.model))
+    graphs = None if before is None else _compiled_graphs() - before
+    if graphs == 0:
+        raise RoadError("torch.compile left all of it in eager mode: nothing was compiled")
+    note = f"in {graphs} graphs, eager mode between them" if graphs and graphs > 1 else ""
+    return Road(f"torch.compile {own}", own, run, bytes_of(task.model), 0, note)
+
+
+def _compiled_graphs() -> int | None:
+    """Return how many graphs torch.compile has made; None where torch does not count them."""
+    try:
+        from torch._dynamo.utils import counters
+
+        return counters["stats"].get("unique_graphs", 0)
+    except (ImportError, KeyError, AttributeError):
+        return None
 
 
 def quantized_layers(model: nn.Module) -> int:

@@ -1,0 +1,257 @@
+"""Which axes of a model's inputs and outputs count its samples? Run with another number, and look.
+
+Sizes that merely coincide tell nothing: ten classes beside ten images, a square mask, time first.
+An axis of the inputs counts samples if the model takes another size there, and what it gives for
+the last of them does not depend on how many stood before them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlhelpers.quantization.batches import Batch, Outputs
+from dlhelpers.trees import flatten, map_leaves
+
+__all__ = ["Layout", "Outlier", "layout_of", "outliers"]
+
+_TRIALS = 8
+_SAME = 1e-3  # noise over signal, 30 dB: another batch size rounds otherwise, half types most
+_APART, _DEVIATIONS = 4.0, 6.0  # times the median; robust standard deviations of the logarithm
+_ENOUGH = 4  # samples, for a median that an outlier does not move
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an output's samples stand.
+
+    Attributes:
+        axis: None where there are none: the batch is one sample.
+        rows: along it for each sample, as where [N, T, C] is given as [N * T, C].
+        is_open: whether another shape follows from other data, as after non-maximum suppression.
+    """
+
+    axis: int | None = None
+    rows: int = 1
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The samples of batches that are alike.
+
+    Attributes:
+        size: samples in a batch; None where no axis counts them.
+        inputs: for each tensor of the inputs its axis of samples, None for one without.
+        outputs: for each tensor of the output.
+    """
+
+    size: int | None
+    inputs: tuple[int | None, ...]
+    outputs: tuple[Place, ...]
+
+    def picked(self, batch: Batch, samples: Sequence[int]) -> Batch:
+        """Return the batch of these samples of a batch."""
+        index = torch.tensor(samples)
+        return _mapped(batch, self.inputs, lambda t, axis: t.index_select(axis, index))
+
+    def samples_first(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return an output's tensors with the samples along the first axis.
+
+        One whose shape depends on the data is left out: an empty whole number stands for it.
+        """
+        return [
+            torch.empty(0, dtype=torch.int64) if place.is_open else _first(tensor, place)
+            for tensor, place in zip(tensors, self.outputs, strict=False)
+        ]
+
+
+def _first(tensor: Tensor, place: Place) -> Tensor:
+    if place.axis is None or tensor.dim() <= place.axis or tensor.shape[place.axis] % place.rows:
+        return tensor[None]
+    return tensor.unflatten(place.axis, (-1, place.rows)).movedim(place.axis, 0)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
+
+
+def _mapped(
+    batch: Batch, axes: Sequence[int | None], function: Callable[[Tensor, int], Tensor]
+) -> Batch:
+    """Return the batch with ``function(tensor, axis)`` for each tensor that has an axis."""
+    leaves, rebuild = flatten(batch)
+    left = iter(axes)
+    changed = []
+    for leaf in leaves:
+        axis = next(left) if isinstance(leaf, Tensor) else None
+        changed.append(leaf if axis is None else function(leaf, axis))
+    return rebuild(changed)
+
+
+def layout_of(
+    model: Callable[..., Any], batches: list[Batch], wanted: list[list[Tensor]]
+) -> Layout:
+    """Return where the samples of batches and of the model's outputs stand.
+
+    Args:
+        model: in eval mode; it is run a few times with half of a batch, or with it twice.
+        batches: inputs, all of the same sizes.
+        wanted: its output's tensors, for each batch.
+    """
+    batch, ys = batches[0], wanted[0]
+    inputs = _tensors(batch)
+    layout = Layout(None, (None,) * len(inputs), (Place(),) * len(ys))
+    is_suspect = any(_shapes(zs) != _shapes(ys) for zs in wanted)
+    is_found = False
+    for size, axes in itertools.islice(_candidates(inputs), _TRIALS):
+        count = size // 2 if size >= 4 else 2 * size
+        last = (torch.arange(count) - count) % size  # the last half, or all of them twice
+        zs = _run(model, _mapped(batch, axes, lambda t, axis, i=last: t.index_select(axis, i)))
+        if zs is None or len(zs) != len(ys):  # the model does not take another size there
+            continue
+        places = [_place(y, z, size, count) for y, z in zip(ys, zs, strict=True)]
+        is_suspect |= None in places
+        if not any(place and place.axis is not None for place in places):
+            continue
+        found = Layout(size, axes, tuple(place or Place() for place in places))
+        if all(
+            place is not None and _is_same(y, z, place, min(size, count))
+            for y, z, place in zip(ys, zs, places, strict=True)
+        ):
+            layout = found
+            break
+        if not is_found and len(set(axes)) == 1:
+            layout, is_found = found, True
+    if is_suspect:
+        open_ = _open_places(model, batch, wanted)
+        marked = (Place(is_open=True) if i in open_ else p for i, p in enumerate(layout.outputs))
+        layout = replace(layout, outputs=tuple(marked))
+    return layout
+
+
+def _run(model: Callable[..., Any], batch: Batch) -> list[Tensor] | None:
+    try:
+        with torch.no_grad():
+            return Outputs(model(*batch)).tensors
+    except Exception:
+        return None
+
+
+def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
+
+
+def _open_places(
+    model: Callable[..., Any], batch: Batch, wanted: list[list[Tensor]]
+) -> frozenset[int]:
+    """Return the outputs whose shapes change with the values of inputs of the same sizes."""
+    runs = list(wanted)
+    for factor in (-1, 0):
+        changed = map_leaves(
+            lambda leaf, f=factor: (
+                leaf * f if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            ),
+            batch,
+        )
+        runs += [found] if (found := _run(model, changed)) is not None else []
+    return frozenset(
+        i
+        for i, y in enumerate(wanted[0])
+        if any(i >= len(found) or found[i].shape != y.shape for found in runs)
+    )
+
+
+def _candidates(tensors: list[Tensor]) -> Iterator[tuple[int, tuple[int | None, ...]]]:
+    """Give (size, axis of each input), the likely ones first: one axis for all, the first."""
+    first, *others = [t for t in tensors if t.dim()] or [torch.empty(())]
+    for axis, size in enumerate(first.shape[:2]):
+        choices = [
+            [a for a in range(min(t.dim(), 2)) if t.shape[a] == size] + [None] for t in others
+        ]
+        for rest in sorted(
+            itertools.product(*choices),
+            key=lambda rest: ([a is None for a in rest].count(True), [a != axis for a in rest]),
+        ):
+            chosen = iter((axis, *rest))
+            yield size, tuple(next(chosen) if t.dim() else None for t in tensors)
+
+
+def _place(y: Tensor, z: Tensor, size: int, count: int) -> Place | None:
+    """Return where samples stand in an output; None where its size follows them in no proportion.
+
+    Args:
+        y, z: of ``size`` and of ``count`` samples.
+        size, count: samples.
+    """
+    if y.dim() != z.dim():
+        return None
+    follows = [axis for axis in range(y.dim()) if y.shape[axis] != z.shape[axis]]
+    if any(y.shape[a] * count != z.shape[a] * size or y.shape[a] % size for a in follows):
+        return None
+    return Place(follows[0], y.shape[follows[0]] // size) if follows else Place()
+
+
+def _is_same(y: Tensor, z: Tensor, place: Place, last: int) -> bool:
+    """Whether the last samples of both come out the same; not asked where each sees all others."""
+    if place.axis is None or not y.is_floating_point():
+        return True
+    ours, theirs = (_first(t, place)[-last:].double() for t in (y, z))
+    if ours.shape != theirs.shape:
+        return True
+    ours, theirs = ours.flatten(1), theirs.flatten(1)
+    return not ((ours - theirs).square().mean(1) > _SAME * ours.square().mean()).any()
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A sample of the calibration set whose values are far beyond the others'.
+
+    Attributes:
+        batch, sample, place: which one, and of which input; sample None for a whole batch.
+        times: its largest absolute value over the median sample's.
+    """
+
+    batch: int
+    sample: int | None
+    place: int
+    times: float
+
+
+def outliers(batches: list[Batch], layout: Layout) -> list[Outlier]:
+    """Return the samples whose largest absolute value is far from the others', largest first.
+
+    One is an outlier if it is 4 times the median at least, and 6 robust standard deviations of the
+    logarithms (1.4826 times the median absolute deviation) beyond their median.
+    """
+    found = []
+    for place, axis in enumerate(layout.inputs):
+        largest: list[tuple[int, int | None, float]] = []
+        for index, batch in enumerate(batches):
+            tensor = _tensors(batch)[place]
+            if not tensor.dtype.is_floating_point or not tensor.numel():
+                continue
+            if axis is None:
+                values = [float(tensor.abs().max())]
+            else:
+                values = tensor.abs().movedim(axis, 0).reshape(tensor.shape[axis], -1)
+                values = values.amax(1).tolist()
+            largest += [(index, None if axis is None else i, v) for i, v in enumerate(values)]
+        logs = torch.tensor([math.log(v) for *_, v in largest if v > 0], dtype=torch.float64)
+        if len(logs) < _ENOUGH:
+            continue
+        middle = logs.median()
+        deviation = 1.4826 * float((logs - middle).abs().median())
+        limit = float(middle) + max(math.log(_APART), _DEVIATIONS * deviation)
+        found += [
+            Outlier(index, sample, place, value / math.exp(float(middle)))
+            for index, sample, value in largest
+            if value > 0 and math.log(value) > limit
+        ]
+    return sorted(found, key=lambda one: -one.times)
