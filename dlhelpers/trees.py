@@ -11,6 +11,7 @@ import copy
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch.utils import _pytree
 __all__ = ["entries", "flatten", "is_record", "map_leaves", "rebuilt", "tensors_in"]
 
 _LEAVES = (Tensor, nn.Module, str, bytes, int, float, complex, type(None), type)
-_Opened = tuple[list[Any], list[Any], Callable[[list[Any]], Any]]  # keys, values, rebuilds
+_Rebuild = Callable[[list[Any]], Any]
+_Opened = tuple[list[Any], list[Any], Callable[[], _Rebuild]]  # keys, values, rebuilding
 
 
 def flatten(value: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
@@ -42,7 +44,8 @@ def _flatten_into(leaves: list[Any], value: Any) -> Callable[[Iterator[Any]], An
     if opened is None:
         leaves.append(value)
         return next
-    _, values, rebuild = opened
+    _, values, rebuilding = opened
+    rebuild = rebuilding()
     places = [_flatten_into(leaves, inner) for inner in values]
     return lambda others: rebuild([place(others) for place in places])
 
@@ -56,7 +59,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     opened = _opened(value)
     if opened is None:
         return function(value)
-    return opened[2]([map_leaves(function, inner) for inner in opened[1]])
+    return opened[2]()([map_leaves(function, inner) for inner in opened[1]])
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -92,7 +95,7 @@ def rebuilt(value: Any, inner: Iterable[Any]) -> Any:
     opened = _opened(value)
     if opened is None:
         raise TypeError(f"a {type(value).__name__} holds no entries: give a container")
-    return opened[2](list(inner))
+    return opened[2]()(list(inner))
 
 
 def is_record(value: Any) -> bool:
@@ -116,23 +119,32 @@ def _names_of(value: Any) -> list[str] | None:
 
 
 def _opened(value: Any) -> _Opened | None:
-    """Return keys, values, and what makes the container again of others: it holds none of them."""
+    """Return keys, values, and what gives the function that makes the container of others."""
     if isinstance(value, _LEAVES):
         return None
     if isinstance(value, tuple | list | deque):
-        return [*range(len(value))], list(value), _sequence(value)
+        return [*range(len(value))], list(value), partial(_sequence, value)
     registered = getattr(_pytree, "SUPPORTED_NODES", {}).get(type(value))
     if registered is not None and type(value) is not dict:
         inner, context = registered.flatten_fn(value)
-        return [*range(len(inner))], list(inner), lambda new: registered.unflatten_fn(new, context)
+        inner = list(inner)
+        return (
+            [*range(len(inner))],
+            inner,
+            lambda: lambda new: registered.unflatten_fn(new, context),
+        )
     if isinstance(value, Mapping):
-        return list(value.keys()), list(value.values()), _mapping(value)
+        return list(value.keys()), list(value.values()), partial(_mapping, value)
     if (names := _names_of(value)) is not None:
-        return list(names), [getattr(value, name) for name in names], _record(value, names)
+        return list(names), [getattr(value, name) for name in names], partial(_record, value, names)
     return None
 
 
-def _sequence(value: Any) -> Callable[[list[Any]], Any]:
+def _unflattened(unflatten: Callable[..., Any], context: Any, inner: list[Any]) -> Any:
+    return unflatten(inner, context)
+
+
+def _sequence(value: Any) -> _Rebuild:
     kind = type(value)
     if kind in (tuple, list):
         return kind
@@ -157,7 +169,7 @@ def _sequence(value: Any) -> Callable[[list[Any]], Any]:
     return extended
 
 
-def _mapping(value: Mapping[Any, Any]) -> Callable[[list[Any]], Any]:
+def _mapping(value: Mapping[Any, Any]) -> _Rebuild:
     keys = list(value)
     if type(value) is dict:
         return lambda inner: dict(zip(keys, inner, strict=True))
@@ -179,9 +191,11 @@ def _mapping(value: Mapping[Any, Any]) -> Callable[[list[Any]], Any]:
     return mapping_of
 
 
-def _record(value: Any, names: list[str]) -> Callable[[list[Any]], Any]:
+def _record(value: Any, names: list[str]) -> _Rebuild:
     def filled(record: Any, inner: Iterable[Any]) -> Any:
         made = copy.copy(record)
+        if made is record:  # a class of one instance
+            made = object.__new__(type(record))
         for name, one in zip(names, inner, strict=True):
             object.__setattr__(made, name, one)  # a frozen one as well
         return made

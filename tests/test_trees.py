@@ -140,3 +140,16 @@ def test_the_structure_holds_no_tensor(make):
     gc.collect()
     assert gone() is None
     assert rebuild is not None
+
+
+def test_a_record_of_which_there_is_one_stays_as_it_is():
+    @dataclasses.dataclass(frozen=True)
+    class Only:
+        tensor: Tensor
+
+        def __copy__(self):
+            return self
+
+    only = Only(ONE)
+    assert torch.equal(trees.map_leaves(torch.neg, only).tensor, -ONE)
+    assert only.tensor is ONE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from dlhelpers.fusion.proving import FusionError, Inputs, Plan, run, verified
 from dlhelpers.fusion.refusing import partner
 from dlhelpers.fusion.report import FusionReport, FusionRow
 from dlhelpers.fusion.tracing import is_batch_norm, is_layer, replace_module
+from dlhelpers.models import copied, in_eval_, need_model
 
 __all__ = ["FusionError", "fuse_conv_bn"]
 
@@ -60,9 +60,7 @@ def fuse_conv_bn(
     >>> report.folded, [type(layer).__name__ for layer in fused]
     (1, ['Conv2d', 'Identity', 'ReLU'])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    _check(model)
+    need_model(model, "fuse", but=("wrapped", "scripted", "meta"))
     inputs = None if example_inputs is None else model_inputs(example_inputs)
     with torch.inference_mode(False), torch.random.fork_rng():
         try:
@@ -95,24 +93,12 @@ def _fused(
     return fused, report
 
 
-def _check(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        which = f"{name or 'the model'} ({type(module).__name__})"
-        if hasattr(module, "_orig_mod") and module is model:
-            raise TypeError("a compiled model cannot be looked into: fuse it first, then compile")
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{which} is TorchScript: fuse the module that it was made from")
-        own = (*module._parameters.values(), *module._buffers.values())
-        if any(isinstance(tensor, nn.parameter.UninitializedTensorMixin) for tensor in own):
-            raise ValueError(f"{which} is lazy and has no shapes yet: run a batch, then fuse")
-
-
 def _nbytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _fold_all(model: nn.Module, inputs: Inputs | None, by_own: bool) -> tuple[nn.Module, Plan]:
-    fused = copy.deepcopy(model).eval()
+    fused = in_eval_(copied(model))
     read = _read_by_eval(model)
     plain = _rows_of(fused)
     plan = Plan(dict(plain))
@@ -182,7 +168,7 @@ def _read_by_eval(model: nn.Module) -> dict[str, str]:
     if {nn.Module.train, nn.Module.eval}.issuperset(own):
         return {}
     read: dict[str, str] = {}
-    spied = copy.deepcopy(model)
+    spied = copied(model)
     for name, module in spied.named_modules():
         if is_batch_norm(module):
 
@@ -213,7 +199,7 @@ def _is_finite(tensors: Iterable[Tensor]) -> bool:
 def _dimensions(model: nn.Module, inputs: Inputs) -> dict[int, set[int]]:
     """Return module's id -> dimensions of its outputs on the example; the model is not run."""
     dims: dict[int, set[int]] = {}
-    runs = copy.deepcopy(model)  # a run may change a model's buffers
+    runs = copied(model)  # a run may change a model's buffers
     for ours, theirs in zip(model.modules(), runs.modules(), strict=True):
         if is_layer(ours) or is_batch_norm(ours):
 

@@ -7,7 +7,6 @@ leaves fewer BatchNorms: in the module itself, or in one that it returns, as tim
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 
 from dlhelpers.fusion.norms import norms_of
 from dlhelpers.fusion.tracing import has_hooks, replace_module
+from dlhelpers.models import copied
 
 __all__ = ["fold_by_own_methods"]
 
@@ -93,7 +93,7 @@ def _tried(module: nn.Module, function: Callable[..., Any]) -> tuple[nn.Module, 
     if any(has_hooks(one) for one in module.modules()):
         return module, "there are hooks inside"
     before, dtype = len(_norms(module)), _dtype(module)
-    trial = copy.deepcopy(module)
+    trial = copied(module)
     try:
         with torch.no_grad():
             given = function(trial)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from dlhelpers.fakes import tensors_in
 from dlhelpers.fusion.report import FusionReport, FusionRow, said
+from dlhelpers.models import copied, in_eval_
+from dlhelpers.trees import map_leaves, tensors_in
 
 __all__ = ["Errors", "FusionError", "Plan", "difference", "judged", "run", "verified"]
 
@@ -69,7 +68,7 @@ def _copied(inputs: Any, dtype: torch.dtype | None = None) -> Any:
             return x
         return x.detach().to(dtype if x.is_floating_point() else None, copy=True)
 
-    return tree_map(copied, inputs)
+    return map_leaves(copied, inputs)
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,8 @@ def verified(
 
 def _errors(model: nn.Module, fused: nn.Module, inputs: Inputs, plan: Plan, fold: Any) -> Errors:
     """Run both models, in float64 too; a run may change a model's buffers, so copies run."""
-    wanted = run(copy.deepcopy(model).eval(), inputs)
-    runs = copy.deepcopy(fused)
+    wanted = run(in_eval_(copied(model)), inputs)
+    runs = copied(fused)
     with _outputs(runs, plan.compared) as ours:
         try:
             own = difference(wanted, run(runs, inputs))
@@ -132,7 +131,7 @@ def _errors(model: nn.Module, fused: nn.Module, inputs: Inputs, plan: Plan, fold
                 f"the fused model raises {problem!r}, the model does not: it is not returned"
             ) from problem
     try:
-        exact, doubled = copy.deepcopy(model).eval().double(), _copied(inputs, torch.float64)
+        exact, doubled = in_eval_(copied(model)).double(), _copied(inputs, torch.float64)
         folded = fold(exact, doubled)
         with _outputs(exact, plan.compared.values()) as truth:
             wanted_exactly = run(exact, doubled)
@@ -166,11 +165,11 @@ def _allowed(model: nn.Module, inputs: Inputs, wanted: Any) -> float:
     worst = 0.0
     for seed in range(_NUDGES):
         generator = torch.Generator().manual_seed(seed)
-        nudged = copy.deepcopy(model).eval()
+        nudged = in_eval_(copied(model))
         with torch.no_grad():
             for tensor in (*nudged.parameters(), *nudged.buffers()):
                 tensor.copy_(_nudged(tensor, generator))
-        given = tree_map(lambda x, g=generator: _nudged(x, g), inputs)
+        given = map_leaves(lambda x, g=generator: _nudged(x, g), inputs)
         worst = max(worst, difference(wanted, run(nudged, given)) or 0.0)
     return _TIMES * worst
 
@@ -201,7 +200,7 @@ def _changed(inputs: Any, seed: int) -> Any:
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
         return x * (1 + 1e-13 * (noise - 0.5))
 
-    return tree_map(changed, inputs)
+    return map_leaves(changed, inputs)
 
 
 def judged(errors: Errors) -> tuple[Errors, list[str]]:

@@ -13,21 +13,24 @@ Krishnamoorthi 2018, arXiv:1806.08342, section 3.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dlhelpers.models import copied, need_model, plain_copy, uncompiled_, unwrapped
 from dlhelpers.quantization.affine import choose_affine
+from dlhelpers.quantization.attention import close_attention_, open_attention_
 from dlhelpers.quantization.batches import read_batches
 from dlhelpers.quantization.fake import (
     fake_quantize,
     input_of,
     input_ranges,
     layers_of,
+    left_out,
     refuse_parametrized,
     weight_affine,
     with_input,
@@ -81,14 +84,23 @@ class AwareModel(nn.Module):
     Attributes:
         model: the copy.
         bits: of both grids.
+        left_float: what has weights that are not rounded, by name, with its type.
     """
 
-    def __init__(self, model: nn.Module, bits: int, per_channel: bool, momentum: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bits: int,
+        per_channel: bool,
+        momentum: float,
+        names: Container[str] | None = None,
+    ) -> None:
         super().__init__()
         self.bits = bits
-        self.model = copy.deepcopy(model)
-        layers = layers_of(self.model)
+        self.model = open_attention_(uncompiled_(copied(unwrapped(model))))
+        layers = {n: one for n, one in layers_of(self.model).items() if names is None or n in names}
         refuse_parametrized(layers)
+        self.left_float = left_out(self.model, layers)
         self._inputs = nn.ModuleDict()
         self._hooks: dict[str, int] = {}
         for name, layer in layers.items():
@@ -112,19 +124,30 @@ class AwareModel(nn.Module):
         for module in self.model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+                module.train = MethodType(_stays, module)  # type: ignore[method-assign]
         return self
 
     def finish(self) -> nn.Module:
-        """Return a float model in eval mode with the trained weights, to be quantized."""
-        model = copy.deepcopy(self.model)
-        for name, layer in layers_of(model).items():
+        """Return a float model in eval mode with the trained weights, to be quantized.
+
+        It is a copy: this one trains on as if it had not been called, as after each epoch.
+        """
+        model = copied(self.model)
+        layers = layers_of(model)
+        for name in self._hooks:
+            layer = layers[name]
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
             for hooks in (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs):
                 hooks.pop(self._hooks[name], None)
         for module in model.modules():
-            module.__dict__.pop("train", None)
-        return model.eval()
+            if getattr(vars(module).get("train"), "__func__", None) is _stays:
+                del module.train
+        return close_attention_(model).eval()
+
+
+def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
+    """Be a frozen module's ``train``; a bound method, so that a copy's returns the copy."""
+    return module
 
 
 def _key(name: str) -> str:
@@ -155,7 +178,9 @@ def quantize_aware(
     """
     if not 2 <= bits <= 16:
         raise ValueError(f"bits must lie between 2 and 16, got {bits}")
-    return AwareModel(model, bits, per_channel, momentum)
+    need_model(model, "round", but=("scripted", "exported", "meta"))
+    with torch.inference_mode(False):
+        return AwareModel(model, bits, per_channel, momentum)
 
 
 def simulate(
@@ -169,6 +194,9 @@ def simulate(
     """Return a copy that computes with rounded weights and inputs, calibrated and not trained.
 
     For any number of bits; it is as fast as float at best, and shows what an engine would lose.
+    The projections of ``nn.MultiheadAttention`` are rounded as linear layers, ``in_proj.q``,
+    ``in_proj.k``, ``in_proj.v`` and ``out_proj``. What is not called as a layer on the batches
+    stays float, as an ``nn.LSTM`` does: ``left_float`` names it.
 
     Args:
         model: float32; taken in eval mode, left untouched.
@@ -180,11 +208,15 @@ def simulate(
     >>> simulate(net, [torch.rand(8, 4)], bits=8)(torch.rand(2, 4)).shape
     torch.Size([2, 3])
     """
-    batches = read_batches(calibration)
-    aware = quantize_aware(model, bits=bits, per_channel=per_channel).eval()
-    for rounding in aware._inputs.values():
-        rounding.is_frozen.fill_(True)
-    plain = copy.deepcopy(model).eval()
-    for name, ends in input_ranges(plain, batches, calibrator, bits).items():
-        aware._inputs[_key(name)].ends.copy_(torch.tensor(ends))
-    return aware
+    need_model(model, "round", but=("scripted", "exported", "meta"))
+    with torch.inference_mode(False):
+        batches = read_batches(calibration)
+        plain = open_attention_(plain_copy(model))
+        refuse_parametrized(layers_of(plain))
+        ranges = input_ranges(plain, batches, calibrator, bits)
+        aware = AwareModel(plain, bits, per_channel, 0.01, ranges).eval()
+        for rounding in aware._inputs.values():
+            rounding.is_frozen.fill_(True)
+        for name, ends in ranges.items():
+            aware._inputs[_key(name)].ends.copy_(torch.tensor(ends))
+        return aware

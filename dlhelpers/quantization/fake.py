@@ -10,10 +10,11 @@ Sources: Jacob et al. 2018, arXiv:1712.05877, section 3; Bengio et al. 2013, arX
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -27,6 +28,7 @@ __all__ = [
     "input_of",
     "input_ranges",
     "layers_of",
+    "left_out",
     "refuse_parametrized",
     "rounded",
     "weight_affine",
@@ -62,6 +64,29 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def left_out(model: nn.Module, names: Container[str]) -> tuple[str, ...]:
+    """Return the modules with matrices of their own that are not among the names, with types.
+
+    An LSTM is one, an embedding, a module whose forward calls ``F.linear`` on its own parameters,
+    and a layer whose weight another module uses without calling it.
+    """
+    return tuple(
+        f"{name or 'the model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if name not in names and any(map(_is_matrix, _own(module)))
+    )
+
+
+def _is_matrix(parameter: Tensor | None) -> bool:
+    return parameter is not None and sum(size > 1 for size in parameter.shape) > 1
+
+
+def _own(module: nn.Module) -> Iterable[Tensor | None]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return module.parameters(recurse=False)
+    return module._parameters.values()
+
+
 def refuse_parametrized(layers: dict[str, nn.Module]) -> None:
     """Raise where a layer's weight is computed from other tensors.
 
@@ -71,11 +96,17 @@ def refuse_parametrized(layers: dict[str, nn.Module]) -> None:
     if not layers:
         raise ValueError("the model has neither convolutions nor linear layers to round")
     for name, layer in layers.items():
-        if parametrize.is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
+        if parametrize.is_parametrized(layer):
             raise ValueError(
                 f"the weight of {name or 'the model'} has a parametrization already (weight_norm, "
                 "spectral_norm): take it off with "
                 "torch.nn.utils.parametrize.remove_parametrizations first"
+            )
+        if not isinstance(layer.weight, nn.Parameter):
+            raise ValueError(
+                f"the weight of {name or 'the model'} is computed from other tensors at each call "
+                "(pruning, the old weight_norm or spectral_norm): make it a parameter first with "
+                "torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm"
             )
 
 

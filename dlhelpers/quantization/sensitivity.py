@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import html
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import perf_counter as _clock
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.models import need_model, plain_copy
 from dlhelpers.progress import bar
 from dlhelpers.quantization.affine import Affine, choose_affine
+from dlhelpers.quantization.attention import open_attention_, part_of_attention
 from dlhelpers.quantization.batches import (
     Batch,
     Outputs,
@@ -24,6 +26,7 @@ from dlhelpers.quantization.batches import (
 from dlhelpers.quantization.fake import (
     input_ranges,
     layers_of,
+    left_out,
     refuse_parametrized,
     rounded,
     weight_affine,
@@ -64,10 +67,12 @@ class SensitivityReport:
     Attributes:
         rows: ordered by ``accuracy_lost`` where targets were given, then by ``sqnr_db``.
         bits: of the grid.
+        left_float: what has weights and was not rounded, by name, with its type.
     """
 
     rows: tuple[LayerRow, ...]
     bits: int
+    left_float: tuple[str, ...] = ()
 
     _HEAD = ("layer", "type", "SQNR (dB)", "weights alone", "input alone", "accuracy lost")
 
@@ -82,13 +87,16 @@ class SensitivityReport:
         ]
 
     def __str__(self) -> str:
-        return f"{self.bits} bits, one layer at a time:\n" + text_table(
-            self._HEAD, self._table(), names=2
-        )
+        table = text_table(self._HEAD, self._table(), names=2)
+        return "\n".join([f"{self.bits} bits, one layer at a time:", table, *self._notes()])
 
     def _repr_html_(self) -> str:
         title = f"<p>{self.bits} bits, one layer at a time:</p>"
-        return title + html_table(self._HEAD, self._table(), names=2)
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
+        return title + html_table(self._HEAD, self._table(), names=2) + notes
+
+    def _notes(self) -> list[str]:
+        return [f"not rounded: {', '.join(self.left_float)}"] if self.left_float else []
 
 
 def sensitivity(
@@ -103,7 +111,9 @@ def sensitivity(
     """Return which layer costs most when its weights and its input are rounded to n bits.
 
     Weights are rounded symmetrically with a scale for each output channel, inputs asymmetrically
-    with one scale; every other layer stays float.
+    with one scale; every other layer stays float. The projections of ``nn.MultiheadAttention`` are
+    layers here, ``in_proj.q``, ``in_proj.k``, ``in_proj.v`` and ``out_proj``. What else has weights
+    stays float, as an LSTM does, and is named.
 
     Args:
         model: float32; a copy is taken in eval mode.
@@ -123,8 +133,22 @@ def sensitivity(
     >>> [row.kind for row in sensitivity(net, [torch.rand(16, 4)], bits=4).rows]
     ['Linear', 'Linear']
     """
+    need_model(model, "round", but=("scripted", "exported", "meta"))
+    with torch.inference_mode(False):
+        return _report(
+            open_attention_(plain_copy(model)), data, bits, calibrator, targets, progress
+        )
+
+
+def _report(
+    model: nn.Module,
+    data: Iterable[Any],
+    bits: int,
+    calibrator: str,
+    targets: Tensor | None,
+    progress: bool | None,
+) -> SensitivityReport:
     batches = read_batches(data)
-    model = copy.deepcopy(model).eval()
     refuse_parametrized(layers_of(model))
     wanted = [outputs.tensors for outputs in run_float(model, batches)]
     grids = _input_grids(model, batches, bits, calibrator)
@@ -145,7 +169,7 @@ def sensitivity(
             )
         )
     rows.sort(key=lambda row: (-(row.accuracy_lost or 0.0), row.sqnr_db))
-    return SensitivityReport(tuple(rows), bits)
+    return SensitivityReport(tuple(rows), bits, left_out(model, called))
 
 
 def ranked_layers(
@@ -153,9 +177,10 @@ def ranked_layers(
 ) -> list[str]:
     """Return the layers' names, the one whose rounding to 8 bits costs most first.
 
+    Of an ``nn.MultiheadAttention``, whose projections have no names of their own, it is the name.
     One forward pass for each layer, over as many samples as fit into ``_RANKING_S`` in all.
     """
-    model = copy.deepcopy(model).eval()
+    model = open_attention_(plain_copy(model))
     few = _affordable(model, batches[:2])
     judge = judge_of(model, few, run_float(model, few))
     grids = _input_grids(model, few, 8, "min-max")
@@ -165,7 +190,8 @@ def ranked_layers(
         weight, inputs = weight_affine(layer, 8), grids[name]
         found = judge.ratios(_outputs(model, judge.batches, layer, weight, inputs))
         ratios[name] = found or (0.0, 0.0)  # no output that could be compared
-    return sorted(ratios, key=ratios.__getitem__)
+    order = sorted(ratios, key=ratios.__getitem__)
+    return list(dict.fromkeys(part_of_attention(model, name) for name in order))
 
 
 def _affordable(model: nn.Module, batches: list[Batch]) -> list[Batch]:
