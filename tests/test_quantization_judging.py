@@ -298,6 +298,8 @@ def test_outliers_are_named_and_stay_in_the_calibration():
         torch.rand(200, 4) * torch.logspace(-3, 3, 200)[:, None],
         torch.ones(50, 4),
         torch.zeros(50, 4),
+        torch.cat((torch.ones(70, 4), 10 * torch.ones(30, 4))),  # two kinds
+        torch.zeros(50, 4).masked_fill(torch.arange(200).view(50, 4) % 7 == 0, -math.inf),
         (torch.rand(100, 30, generator=torch.Generator().manual_seed(0)) < 0.02).float(),
     ],
 )
