@@ -115,7 +115,7 @@ def _measured(
 def _torch_ao(task: Task, engine: str) -> Road:
     model, left = converted(task.model, engine, reduce_range=_is_reduced(engine))
     run = torch_roads.with_engine(torch_roads.runner(model), engine)
-    run(task.batches[0])  # here qnnpack says once, from C++, that it ignores reduce_range
+    run(task.batches[0])  # what raises here is dropped
     kernels = torch_roads.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
     size = torch_roads.bytes_of(model)
