@@ -106,6 +106,8 @@ def named_leaves(inputs: Any, name: str = "") -> list[tuple[str, Any]]:
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line of 160 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from ")]  # OpenVINO's places
+    lines = told or lines
     return (lines[0] if lines else repr(error))[:160]
 
 
