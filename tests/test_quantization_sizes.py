@@ -219,6 +219,8 @@ def test_constants_in_nested_inputs_are_part_of_the_model():
         fast(given, None, 3)
     with pytest.raises(ValueError, match=r"input 1 of calibration batch 1 is True, .* it is None"):
         read_batches([(given, None), (given, True)])
+    with pytest.raises(TypeError, match=r"is a dict of x, scale: give a tuple .* inputs"):
+        read_batches([given])
     with pytest.raises(ValueError, match="all batches must be nested alike"):
         read_batches([(given, None), ({"x": given["x"]}, None)])
     assert [name for name, _ in named_leaves((given, (1, [2])))][1:] == [
@@ -284,6 +286,8 @@ def test_a_model_of_another_type_is_quantized_and_gives_that_type(dtype):
     fast = quantize_static(model, [x], engine="onnxruntime", keep_roads=True, **FAST)
     row = fast.report()["ONNX Runtime int8"]
     assert row.int8_kernels == 2
+    name = str(dtype).removeprefix("torch.")
+    assert quantize_dynamic(model, x, **FAST).report().rows[0].name == f"eager {name}"
     given = fast.on("ONNX Runtime int8")(x[:3])
     assert given.dtype == dtype
     assert sqnr_db([[model(x[:3]).detach()]], [[given]]) > 20

@@ -89,7 +89,7 @@ def _measured(
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
     task.free = free_groups(original, batches, outputs, dynamic)
     plan: dict[str, tuple[str, Builder]] = {
-        "eager float32": ("float32", torch_roads.eager),
+        f"eager {task.precision}": (task.precision, torch_roads.eager),
         "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
         "ONNX Runtime dynamic int8": ("int8", _onnxruntime),
     }
