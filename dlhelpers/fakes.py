@@ -31,7 +31,7 @@ def fake_of(mode: Any, real: Tensor) -> Tensor:
     """Return a fake tensor of a ``FakeTensorMode`` with the shape, strides, type and device.
 
     A tensor of device ``meta`` has no device of its own and becomes one of the CPU, so that the
-    CPU's operators are called.
+    CPU's operators are called. One of ``torch.inference_mode()`` becomes an ordinary one.
     """
     if real.layout == torch.sparse_coo:  # one without data would have no entries
         indices, values = (fake_of(mode, part) for part in dense_parts(real.detach()))
@@ -43,7 +43,8 @@ def fake_of(mode: Any, real: Tensor) -> Tensor:
                 check_invariants=False,
                 is_coalesced=real.is_coalesced(),
             )
-    if real.device.type != "meta":
+    if real.device.type != "meta" and not real.is_inference():
         return mode.from_tensor(real.detach(), static_shapes=True)
+    device = "cpu" if real.is_meta else real.device
     with mode:
-        return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="cpu")
+        return torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=device)

@@ -248,7 +248,6 @@ def test_an_engine_that_raises_is_a_row_and_not_the_end(monkeypatch):
         raise RuntimeError("Input partition has more than one output node\nmore")
 
     monkeypatch.setattr(
-        roads,
         static,
         "_plan",
         lambda engines, own: {

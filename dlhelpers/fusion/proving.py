@@ -137,7 +137,7 @@ def _errors(model: nn.Module, fused: nn.Module, inputs: Inputs, plan: Plan, fold
             wanted_exactly = run(exact, doubled)
         with _outputs(folded, plan.compared) as by_algebra:
             found = run(folded, doubled)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as problem:
+    except Exception as problem:  # an assertion on the type, a kernel that is missing
         why = str(problem).partition("\n")[0] or repr(problem)
         allowed = 0.0 if own is None else _allowed(model, inputs, wanted)
         return Errors(own, no_float64=why, allowed=allowed)

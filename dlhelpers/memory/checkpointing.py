@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dlhelpers.memory.recomputing import Pass
-from dlhelpers.memory.replaying import KEPT_IN_MODULES, generators_in
+from dlhelpers.memory.replaying import KEPT_IN_MODULES
+from dlhelpers.reached import generators_in
 
 __all__ = ["checkpoint_blocks", "checkpoint_plan"]
 

@@ -26,11 +26,11 @@ from dlhelpers.fakes import tensors_in
 from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
 from dlhelpers.memory.calls import call_of
-from dlhelpers.memory.replaying import State
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
 from dlhelpers.memory.scratch import Scratch, whole_of
 from dlhelpers.memory.sparse import SparseOps, is_coo
-from dlhelpers.memory.without_data import Fakes, Numbers, explained
+from dlhelpers.memory.values import Numbers, explained
+from dlhelpers.without_data import Fakes
 
 __all__ = ["estimate"]
 
@@ -133,12 +133,11 @@ def estimate(
     loop = _loop(model, training, hold_outputs, steps)
     original, model = model, fakes.model(model)
     args, kwargs = fakes.value(args), fakes.value(kwargs)
-    loss = fakes.model(loss) if isinstance(loss, nn.Module) else loss
+    given_loss, loss = loss, fakes.model(loss) if isinstance(loss, nn.Module) else loss
     # under ``with torch.device("meta")`` what the model makes itself would be of that device
     is_meta = torch.get_default_device().type == "meta"
     device = torch.device("cpu") if is_meta else nullcontext()
-    streams = State([original, loss]).restored()  # of Python, NumPy, globals and closures
-    with streams, mode, numbers, sparse, explained(), device:
+    with fakes.running(original, given_loss), numbers, sparse, explained(), device:
         if checkpoint is not None:
             from dlhelpers.memory.checkpointing import checkpoint_blocks
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import model_inputs
-from dlhelpers.memory.replaying import objects_in
-
-from .untouched import same_numbers, untouched
+from dlhelpers.reached import objects_in
+from dlhelpers.untouched import same_numbers, untouched
 
 __all__ = ["as_tensor", "first_tensor", "restored", "run_model", "unwrap"]
 

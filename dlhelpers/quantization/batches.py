@@ -279,7 +279,7 @@ def run_float(model: Callable[..., Any], batches: list[Batch]) -> list[Outputs]:
             )
         if not all(torch.isfinite(t).all() for t in floats):
             raise ValueError(
-                f"the model's own float32 output for calibration batch {index} is not finite: "
+                f"the model's own output for calibration batch {index} is not finite: "
                 "fix that first"
             )
         found.append(outputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import need_seconds
-from dlhelpers.models import need_model, plain_copy
+from dlhelpers.models import copied, need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
@@ -87,9 +87,10 @@ def _measured(
     batches = read_batches([example_inputs])
     outputs = run_float(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
-    task.free = free_groups(original, batches, outputs, dynamic)
+    task.free = free_groups(copied(original), batches, outputs, dynamic)
+    own = task.precision
     plan: dict[str, tuple[str, Builder]] = {
-        f"eager {task.precision}": (task.precision, torch_roads.eager),
+        f"eager {own}": (own, torch_roads.eager),
         "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
         "ONNX Runtime dynamic int8": ("int8", _onnxruntime),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,17 +80,24 @@ class Judge:
         """
         if not self.is_bounded:
             return None
+        if self.unlike(found):
+            return -math.inf, -math.inf
         ys, zs, few, fewer = [], [], [], []
         for i, (wanted, given) in enumerate(zip(self.wanted, found, strict=False)):
-            if len(wanted) != len(given) or any(
-                y.shape != z.shape and not place.is_open
-                for y, z, place in zip(wanted, given, self.layout.outputs, strict=True)
-            ):
-                return -math.inf, -math.inf
             for tensors, whole, part in ((wanted, ys, few), (given, zs, fewer)):
                 whole.append(self.layout.samples_first(tensors))
                 part.append(self._looked_at(whole[-1], i))
         return sample_sqnr_db(few, fewer), sqnr_db(ys, zs)
+
+    def unlike(self, found: list[list[Tensor]]) -> str:
+        """Return which output has another shape than the model's; empty where none has."""
+        for wanted, given in zip(self.wanted, found, strict=False):
+            if len(wanted) != len(given):
+                return f"it gives {len(given)} tensors, the model {len(wanted)}"
+            for y, z, place in zip(wanted, given, self.layout.outputs, strict=True):
+                if y.shape != z.shape and not place.is_open:
+                    return f"an output has the shape {list(z.shape)}, the model's {list(y.shape)}"
+        return ""
 
     def _looked_at(self, tensors: list[Tensor], batch: int) -> list[Tensor]:
         samples = self.samples[batch] if self.samples else None
@@ -105,7 +113,8 @@ def judge_of(model: Callable[..., Any], batches: list[Batch], outputs: list[Outp
     """Return the judge on all samples of the batches that are alike."""
     chosen = _alike(batches)
     alike, wanted = [batches[i] for i in chosen], [outputs[i].tensors for i in chosen]
-    return Judge(alike, wanted, layout_of(model, alike, wanted))
+    tried = copy.deepcopy(model)  # it may keep something of its last input
+    return Judge(alike, wanted, layout_of(tried, alike, wanted))
 
 
 def _alike(batches: list[Batch]) -> list[int]:
@@ -142,7 +151,11 @@ def held_out(
     else:
         units = [(i, sample) for i in chosen for sample in range(size or 0)]
         if len(units) < _SHARE:
-            why = "no axis of the inputs counts samples" if size is None else "fewer than four"
+            why = (
+                "no axis of the inputs counts samples"
+                if size is None
+                else "fewer than four of one size"
+            )
             notes.append(f"same data: ranges were chosen and judged on the same samples ({why})")
             return batches, judge, notes
     kept = _kept_out(units, strange)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from dlhelpers.quantization.batches import Batch, Outputs
-from dlhelpers.trees import flatten, map_leaves
+from dlhelpers.trees import flatten, map_leaves, tensors_in
 
 __all__ = ["Layout", "Outlier", "layout_of", "outliers"]
 
 _TRIALS = 8
 _SAME = 1e-3  # noise over signal, 30 dB: another batch size rounds otherwise, half types most
 _APART, _DEVIATIONS = 4.0, 6.0  # times the median; robust standard deviations of the logarithm
+_FEW = 0.2  # of the samples, else they are no outliers
 _ENOUGH = 4  # samples, for a median that an outlier does not move
 
 
@@ -78,10 +79,6 @@ def _first(tensor: Tensor, place: Place) -> Tensor:
     return tensor.unflatten(place.axis, (-1, place.rows)).movedim(place.axis, 0)
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    return [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
-
-
 def _mapped(
     batch: Batch, axes: Sequence[int | None], function: Callable[[Tensor, int], Tensor]
 ) -> Batch:
@@ -106,7 +103,7 @@ def layout_of(
         wanted: its output's tensors, for each batch.
     """
     batch, ys = batches[0], wanted[0]
-    inputs = _tensors(batch)
+    inputs = list(tensors_in(batch))
     layout = Layout(None, (None,) * len(inputs), (Place(),) * len(ys))
     is_suspect = any(_shapes(zs) != _shapes(ys) for zs in wanted)
     is_found = False
@@ -228,20 +225,19 @@ def outliers(batches: list[Batch], layout: Layout) -> list[Outlier]:
     """Return the samples whose largest absolute value is far from the others', largest first.
 
     One is an outlier if it is 4 times the median at least, and 6 robust standard deviations of the
-    logarithms (1.4826 times the median absolute deviation) beyond their median.
+    logarithms (1.4826 times the median absolute deviation) beyond their median. Where more than a
+    fifth of the samples are, they are a kind of their own and no outliers.
     """
-    found = []
+    found: list[Outlier] = []
     for place, axis in enumerate(layout.inputs):
         largest: list[tuple[int, int | None, float]] = []
         for index, batch in enumerate(batches):
-            tensor = _tensors(batch)[place]
+            tensor = list(tensors_in(batch))[place]
             if not tensor.dtype.is_floating_point or not tensor.numel():
                 continue
-            if axis is None:
-                values = [float(tensor.abs().max())]
-            else:
-                values = tensor.abs().movedim(axis, 0).reshape(tensor.shape[axis], -1)
-                values = values.amax(1).tolist()
+            size = tensor.abs().nan_to_num(0, posinf=0)  # a mask's -inf is no size
+            rows = size[None] if axis is None else size.movedim(axis, 0)
+            values = rows.reshape(len(rows), -1).amax(1).tolist()
             largest += [(index, None if axis is None else i, v) for i, v in enumerate(values)]
         logs = torch.tensor([math.log(v) for *_, v in largest if v > 0], dtype=torch.float64)
         if len(logs) < _ENOUGH:
@@ -249,9 +245,10 @@ def outliers(batches: list[Batch], layout: Layout) -> list[Outlier]:
         middle = logs.median()
         deviation = 1.4826 * float((logs - middle).abs().median())
         limit = float(middle) + max(math.log(_APART), _DEVIATIONS * deviation)
-        found += [
+        strange = [
             Outlier(index, sample, place, value / math.exp(float(middle)))
             for index, sample, value in largest
             if value > 0 and math.log(value) > limit
         ]
+        found += strange if len(strange) <= max(1, _FEW * len(logs)) else []
     return sorted(found, key=lambda one: -one.times)

@@ -19,7 +19,7 @@ from torch import nn
 
 from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
-from dlhelpers.models import need_model, plain_copy
+from dlhelpers.models import copied, need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
@@ -116,8 +116,8 @@ def quantize_static(
     need_seconds("budget_s", budget_s)
     if not isinstance(max_drop, Real) or not 0 <= max_drop <= 1:
         raise ValueError(
-            f"max_drop must be a number from 0 to 1, the accuracy that may be lost,"
-            f" got {max_drop!r}"
+            "max_drop must be a number from 0 to 1, the accuracy that may be lost, got "
+            f"{max_drop!r}"
         )
     if calibrator != "auto" and calibrator not in CALIBRATORS:
         raise ValueError(
@@ -154,10 +154,13 @@ def _quantized(
     folded, notes = _folded(original, batches[0])
     notes = [*notes, *told]
     threads = torch.get_num_threads()
-    free = free_groups(original, batches, outputs, dynamic)
+    free = free_groups(copied(original), batches, outputs, dynamic)
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
-        notes.append(f"the model is {task.precision}: speed is against roads of that type")
+        notes.append(
+            f"the model is {task.precision}, and speed is against roads of that type; those of "
+            "other engines start from its weights in float32"
+        )
 
     start = perf_counter()
     kept: dict[str, Road] | None = {} if keep_roads else None
@@ -260,9 +263,14 @@ def _mixed(
     progress: bool | None,
 ) -> tuple[list[RoadRow], dict[str, Road]]:
     """Quantize less, until the bound is met: products alone, then without the worst layers."""
-    if not {"onnxruntime", "openvino"} & set(engines) or not any(
-        row.precision == "int8" and row.sqnr_db is not None and "ONNX" in row.note + row.name
-        for row in rows
+    can_pass = task.judge.is_bounded or task.judge.accuracy is not None
+    if (
+        not can_pass
+        or not {"onnxruntime", "openvino"} & set(engines)
+        or not any(
+            row.precision == "int8" and row.nbytes is not None and "ONNX" in row.note + row.name
+            for row in rows
+        )
     ):
         return [], {}
     reduced = saturates()

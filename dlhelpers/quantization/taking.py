@@ -228,30 +228,15 @@ def tried(
     is_own = precision == task.precision
     if ratio is None:
         if judge.accuracy is None and not is_own:
-            return replace(row, dropped="nothing bounds its error: give test="), None
+            why = "the shapes of its outputs depend on the data: give test="
+            return replace(row, dropped=why), None
     # the own type differs by rounding alone, and one such road there has to be
     elif ratio < (min(min_sqnr_db, _ROUNDING_DB.get(precision, 0.0)) if is_own else min_sqnr_db):
-        return replace(row, dropped=_below(judge, road, found, ratio, min_sqnr_db)), None
+        below = f"SQNR {ratio:.1f} dB lies below {min_sqnr_db:g} dB"
+        return replace(row, dropped=judge.unlike(found) or below), None
     if not pace.is_hopeless:  # else the race decides whether the test is worth its time
         row = _tested(row, road, task)
     return row, None if row.dropped else road
-
-
-def _below(
-    judge: Judge, road: Road, found: list[list[Tensor]], ratio: float, min_sqnr_db: float
-) -> str:
-    """Return why a road's output is wrong."""
-    wanted = [[t.shape for t in tensors] for tensors in judge.wanted[: len(found)]]
-    given = [[t.shape for t in tensors] for tensors in found]
-    if wanted != given and list(map(len, wanted)) == list(map(len, given)):
-        y, z = next(
-            (y, z)
-            for ys, zs in zip(wanted, given, strict=True)
-            for y, z in zip(ys, zs, strict=True)
-            if y != z
-        )
-        return f"an output has the shape {list(z)}, the model's {list(y)}"
-    return f"SQNR {ratio:.1f} dB lies below {min_sqnr_db:g} dB"
 
 
 def _tested(row: RoadRow, road: Road, task: Task) -> RoadRow:

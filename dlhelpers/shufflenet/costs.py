@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
-from dlhelpers.fakes import fake_of, tensors_in
+from dlhelpers.fakes import tensors_in
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
 from dlhelpers.shufflenet.moving import is_gather, is_scatter, moved_by, storage_of
 from dlhelpers.tables import html_table, text_table
+from dlhelpers.without_data import Fakes
 
 __all__ = ["LayerCost", "LayerCosts", "layer_costs"]
 
@@ -189,7 +190,8 @@ def layer_costs(
 ) -> LayerCosts:
     """Count what each operator of a forward pass does, moves, and takes from memory.
 
-    The pass runs on tensors without data: no memory, and the model is left as it is.
+    The pass runs on tensors without data: no memory, and the model is left as it is, with all that
+    its forward keeps.
 
     Args:
         model: in the mode (train or eval) that is to be counted.
@@ -282,17 +284,11 @@ class _Counter(TorchDispatchMode):
         if next(tensors_in((args, kwargs)), None) is None:
             kinds = [type(value).__name__ for value in (*args, *kwargs.values())]
             raise TypeError(f"inputs must hold a tensor, got {kinds}")
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes: dict[int, Tensor] = {}
-
-        def fake(value: Any) -> Any:
-            if not isinstance(value, Tensor) or id(value) in fakes:
-                return fakes.get(id(value), value)
-            return fakes.setdefault(id(value), fake_of(mode, value))
-
-        named = [*self._model.named_parameters(), *self._model.named_buffers()]
-        state = {name: fake(tensor) for name, tensor in named}
-        args, kwargs = torch.utils._pytree.tree_map(fake, (args, kwargs))
+        fakes = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
+        given = (self._model, args, kwargs)
+        model, (args, kwargs) = fakes.model(self._model), fakes.value((args, kwargs))
+        # a method that was put into the place of another may call the original
+        self._names |= {id(module): name for name, module in model.named_modules()}
 
         def enter(module: nn.Module, args: Any) -> None:
             self._at.append(self._names.get(id(module), type(module).__name__))
@@ -307,8 +303,8 @@ class _Counter(TorchDispatchMode):
         fast = torch.backends.mha.get_fastpath_enabled()  # one operator for a whole layer
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.no_grad(), mode, self:
-                torch.func.functional_call(self._model, state, args, kwargs)
+            with torch.no_grad(), fakes.running(*given), self:
+                model(*args, **kwargs)
         except (
             DataDependentOutputException,
             DynamicOutputShapeException,

@@ -2,13 +2,15 @@
 
 Put back are the attributes of objects (a counter, a cache), the numbers of tensors and arrays in
 attributes, closures and globals, and random streams. What a function writes elsewhere stays: a
-list of its closure that it fills, a global that it rebinds, files, printed text.
+list of its closure that it fills, a global that it rebinds, files, printed text. Where it ran on
+tensors without data, which are good for nothing afterwards, lists and variables are put back, too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.memory.replaying import State, objects_in
+from dlhelpers.reached import CACHED, is_foreign, objects_in, streams_of
 
 __all__ = ["same_numbers", "untouched"]
 
@@ -30,12 +32,18 @@ _MISSING = object()
 
 
 @contextlib.contextmanager
-def untouched(*roots: Any, apart: Collection[int] = ()) -> Iterator[None]:
+def untouched(
+    *roots: Any, apart: Collection[int] = (), without_data: bool = False
+) -> Iterator[None]:
     """Put back, after the block, what a call of these objects may have changed.
 
     Args:
         roots: models, losses, functions.
         apart: the ``id`` of each tensor of which somebody else keeps a copy.
+        without_data: whether the block runs on tensors without data. Those change the numbers of
+            none that has data, of which no copies are made; lists, dictionaries and sets that are
+            reached, variables of closures, globals and attributes of classes are put back as well,
+            and a cache of ``functools.cache`` that the block filled is emptied.
 
     >>> center = torch.zeros(2)
     >>> with untouched(lambda: center.add_(1)):
@@ -48,15 +56,20 @@ def untouched(*roots: Any, apart: Collection[int] = ()) -> Iterator[None]:
     for value in objects_in(roots):
         with contextlib.suppress(Exception):  # objects of any kind
             undo.extend(_undo_of(value, tensors))
-    numbers = [tensor for key, tensor in tensors.items() if key not in apart]
-    undo.extend(_undo_of_numbers(numbers))
-    with State(roots).restored():
-        try:
-            yield
-        finally:
-            for put_back in undo:
-                with contextlib.suppress(Exception):
-                    put_back()
+            if without_data:
+                undo.extend(_undo_elsewhere(value))
+    if without_data:
+        tensors = {key: array for key, array in tensors.items() if not isinstance(array, Tensor)}
+    undo.extend(_undo_of_numbers([held for key, held in tensors.items() if key not in apart]))
+    streams = [(give, get()) for get, give in streams_of(roots)]
+    try:
+        yield
+    finally:
+        for put_back in undo:
+            with contextlib.suppress(Exception):
+                put_back()
+        for give, state in streams:
+            give(state)
 
 
 def _undo_of(value: Any, tensors: dict[int, Any]) -> Iterator[Callable[[], None]]:
@@ -64,12 +77,12 @@ def _undo_of(value: Any, tensors: dict[int, Any]) -> Iterator[Callable[[], None]
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         tensors[id(value)] = value
-    elif type(value) in _MAPPINGS:
-        _collect(value.values(), tensors)
-    elif type(value) in _CONTAINERS or isinstance(value, tuple):
+    elif type(value) in _CONTAINERS:
+        _collect(value.values() if type(value) in _MAPPINGS else value, tensors)
+    elif isinstance(value, tuple):
         _collect(value, tensors)
     elif isinstance(value, FunctionType):
-        names = _globals_read_by(value.__code__) & set(value.__globals__)
+        names = _globals_of(value.__code__, "LOAD_GLOBAL") & set(value.__globals__)
         _collect((value.__globals__[name] for name in names), tensors)
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):  # still empty
@@ -80,11 +93,32 @@ def _undo_of(value: Any, tensors: dict[int, Any]) -> Iterator[Callable[[], None]
         yield from _undo_of_containers(list(vars(value).values()))
 
 
-def _globals_read_by(code: CodeType) -> set[str]:
+def _undo_elsewhere(value: Any) -> Iterator[Callable[[], None]]:
+    """Yield what undoes a change of a container, a variable, a class or a cache."""
+    if type(value) in _CONTAINERS and value is not sys.modules:
+        yield partial(_refill, value, _entries(value))
+    elif isinstance(value, FunctionType):
+        for name in _globals_of(value.__code__, "STORE_GLOBAL"):
+            yield _undo_of_item(value.__globals__, name)
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):
+                yield partial(setattr, cell, "cell_contents", cell.cell_contents)
+    elif isinstance(value, type) and not is_foreign(value):
+        yield _undo_of_class(value)
+    elif isinstance(value, nn.Module):
+        for parameter in value._parameters.values():
+            if parameter is not None:
+                yield partial(_undo_grad, parameter, parameter.grad)
+    elif isinstance(value, CACHED):
+        yield partial(_empty, value, value.cache_info().misses)
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(code: CodeType, opname: str) -> frozenset[str]:
     """Return names of globals, and not of attributes, which ``co_names`` holds as well."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    names = {step.argval for step in dis.get_instructions(code) if step.opname == opname}
     inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return names.union(*map(_globals_read_by, inner))
+    return frozenset(names.union(*(_globals_of(one, opname) for one in inner)))
 
 
 def _is_changed_by_calls(value: Any) -> bool:
@@ -100,18 +134,20 @@ def _undo_of_containers(waiting: list[Any]) -> Iterator[Callable[[], None]]:
         value = waiting.pop()
         if type(value) in _CONTAINERS and id(value) not in seen:
             seen[id(value)] = value
-            kept = list(value.items() if type(value) in _MAPPINGS else value)
-            waiting += value.values() if type(value) in _MAPPINGS else kept
-            yield partial(_refill, value, kept)
+            waiting += value.values() if type(value) in _MAPPINGS else value
+            yield partial(_refill, value, _entries(value))
 
 
 def _collect(values: Any, tensors: dict[int, Any]) -> None:
     tensors.update((id(value), value) for value in values if isinstance(value, Tensor))
 
 
-def _refill(container: Any, kept: list) -> None:
-    is_mapping = type(container) in _MAPPINGS
-    now = list(container.items() if is_mapping else container)
+def _entries(container: Any) -> list[Any]:
+    return list(container.items() if type(container) in _MAPPINGS else container)
+
+
+def _refill(container: Any, kept: list[Any]) -> None:
+    is_mapping, now = type(container) in _MAPPINGS, _entries(container)
     if len(now) == len(kept) and all(map(_is_same_entry, now, kept)):
         return
     container.clear()
@@ -136,6 +172,37 @@ def _undo_of_attributes(space: dict[str, Any]) -> Callable[[], None]:
                 space[name] = old
 
     return put_back
+
+
+def _undo_of_item(names: dict[str, Any], name: str) -> Callable[[], None]:
+    if name not in names:
+        return partial(names.pop, name, None)
+    return partial(names.__setitem__, name, names[name])
+
+
+def _undo_of_class(cls: type) -> Callable[[], None]:
+    """Put back a class's attributes; what Python and torch keep there for themselves is left."""
+    before = dict(vars(cls))
+
+    def put_back() -> None:
+        for name in {name for name in {*vars(cls), *before} if not name.startswith("__")}:
+            old = before.get(name, _MISSING)
+            if old is _MISSING:
+                delattr(cls, name)
+            elif vars(cls).get(name, _MISSING) is not old:
+                setattr(cls, name, old)
+
+    return put_back
+
+
+def _undo_grad(parameter: Tensor, grad: Tensor | None) -> None:
+    if parameter.grad is not grad:
+        parameter.grad = grad
+
+
+def _empty(cached: Any, misses: int) -> None:
+    if cached.cache_info().misses != misses:
+        cached.cache_clear()
 
 
 def _undo_of_numbers(tensors: list[Any]) -> Iterator[Callable[[], None]]:
