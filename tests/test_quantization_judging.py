@@ -214,7 +214,10 @@ def rows_of(batches):
     [
         ([8], 2, "2 of 8 samples were held out"),
         ([4], 1, "1 of 4 samples was held out"),
-        ([64], 16, "16 of 64 samples"),
+        ([59], 14, "14 of 59 samples"),
+        ([64], 20, "20 of 64 samples"),  # enough for a quantile
+        ([5] * 12, 20, "4 of 12 batches were"),
+        ([100], 25, "25 of 100 samples"),
         ([6, 6], 3, "3 of 12 samples"),
         ([5] * 8, 10, "2 of 8 batches were held out"),
         ([1] * 4, 1, "1 of 4 batches was held out"),

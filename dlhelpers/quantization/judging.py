@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from dlhelpers.quantization.batches import Batch, Outputs
-from dlhelpers.quantization.noise import sample_sqnr_db, sqnr_db
+from dlhelpers.quantization.noise import FEW, sample_sqnr_db, sqnr_db
 from dlhelpers.quantization.samples import Layout, Outlier, layout_of, outliers
 from dlhelpers.trees import tensors_in
 
 __all__ = ["Accuracy", "Judge", "held_out", "judge_of"]
 
 _SHARE = 4  # one sample of four is held out
+_MANY = 60  # samples, of which those held out are enough for a quantile
 _NAMED = 3  # outliers
 
 
@@ -125,7 +126,7 @@ def _alike(batches: list[Batch]) -> list[int]:
 def held_out(
     model: Callable[..., Any], batches: list[Batch], outputs: list[Outputs]
 ) -> tuple[list[Batch], Judge, list[str]]:
-    """Hold every fourth sample out: ranges are chosen on the others, and judged on these.
+    """Hold a fourth of the samples out: ranges are chosen on the others, and judged on these.
 
     Of four batches and more whole ones are held out. In fewer, a sample that is held out gives its
     place to another, so that every batch keeps its size. Outliers stay among those that ranges are
@@ -158,7 +159,7 @@ def held_out(
             )
             notes.append(f"same data: ranges were chosen and judged on the same samples ({why})")
             return batches, judge, notes
-    kept = _kept_out(units, strange)
+    kept = _kept_out(units, strange, (size or 1) if by_batch else 1)
     held = {i: [s for b, s in kept if b == i] for i in chosen}
     chosen.sort(key=lambda i: not held[i])  # one too slow for all of them is judged on some
     judge.batches = [batches[i] for i in chosen]
@@ -180,12 +181,17 @@ def held_out(
 
 
 def _kept_out(
-    units: list[tuple[int, int | None]], strange: list[Outlier]
+    units: list[tuple[int, int | None]], strange: list[Outlier], per_unit: int
 ) -> list[tuple[int, int | None]]:
-    """Return every fourth, of those without an outlier where there are enough."""
+    """Return a fourth of the units, evenly, of those without an outlier where there are any.
+
+    Of many samples at least as many as a quantile needs: the minimum of a few is a harder judge.
+    """
     bad = {(one.batch, one.sample) for one in strange} | {(one.batch, None) for one in strange}
     clean = [unit for unit in units if unit not in bad] or units
     count = max(1, len(units) // _SHARE)
+    if len(units) * per_unit >= _MANY:
+        count = max(count, math.ceil(FEW / per_unit))
     step = max(len(clean) // count, 1)
     return clean[step - 1 :: step][:count]
 

@@ -83,7 +83,8 @@ def quantize_static(
         engine: ``auto`` for all of ``ENGINES``, or one or some of them; eager is always raced.
         min_sqnr_db: the least signal-to-quantization-noise ratio of the worst output, reached by
             nine of ten samples, or by all of fewer than 20 (``sample_sqnr_db``). A quarter of the
-            calibration set is held out for it, where it holds four samples or more.
+            calibration set is held out for it, of 60 samples and more 20 at least; of fewer than
+            four nothing is.
         test: (inputs [N, ...], class numbers [N]), or a function that takes a model and returns
             its accuracy, such as a detector's mean average precision: each road's row shows it.
             Outputs whose shapes depend on the data have no SQNR: there the test alone decides.
