@@ -6,6 +6,9 @@ int8, PT2E, torch.ao's engines), and beside them eager float32 as it comes and t
 freezing; speed against the fastest float32 road with its interval, size, SQNR. Then all roads near
 the top race once more, in a run of their own: is the one that was taken within 5 % of the fastest?
 
+Compiling may take minutes on a small or busy machine: there is a limit for each compiled backend
+and one in all, and what was not run is named.
+
 Prints tables and writes benchmarks/results/inference.json.
 """
 
@@ -14,9 +17,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import signal
 import warnings
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -25,10 +32,58 @@ from torchvision.models import get_model
 
 from dlhelpers import machine
 from dlhelpers.measure import compare, compare_many
-from dlhelpers.quantization import quantize_static
+from dlhelpers.quantization import quantize_static, torch_roads
 from dlhelpers.quantization.report import RoadRow
+from dlhelpers.quantization.roads import Road, RoadError, Task
 
 NETWORKS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")
+LEAST_S = 20.0  # below this no column is begun
+
+
+class TooLong(BaseException):
+    """Time is up; no ``except Exception`` on the way may swallow it."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TooLong in the block after so many seconds, or when an outer block's are over."""
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    outer, _ = signal.getitimer(signal.ITIMER_REAL)
+    seconds = max(min(seconds, outer or seconds), 0.01)
+    start = monotonic()
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # again, should a callback swallow it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if outer:
+            left = outer - (monotonic() - start)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.01), 5)
+
+
+def limited(build: Callable[[Task], Road], seconds: float) -> Callable[[Task], Road]:
+    """Return a builder whose backend is dropped where it takes longer."""
+
+    @wraps(build)
+    def built(task: Task) -> Road:
+        until = monotonic() + seconds
+        try:
+            with within(seconds):
+                return build(task)
+        except TooLong:
+            if monotonic() < until:  # it was the time in all
+                raise
+            raise RoadError(f"not built within {seconds:.0f} s") from None
+
+    return built
 
 
 def network(name: str, side: int) -> nn.Module:
@@ -53,7 +108,7 @@ def speed_of(row: RoadRow) -> float:
     return row.speed.speedup if row.speed else 1.0  # the baseline itself has none
 
 
-def column(name: str, batch: int, side: int, budget_s: float) -> dict[str, Any]:
+def column(name: str, batch: int, side: int, budget_s: float, backend_s: float) -> dict[str, Any]:
     model = network(name, side)
     inputs = [torch.rand(batch, 3, side, side) for _ in range(2)]
     fast = quantize_static(model, inputs, budget_s=budget_s, keep_roads=True)
@@ -68,7 +123,11 @@ def column(name: str, batch: int, side: int, budget_s: float) -> dict[str, Any]:
             torch.compile(copy.deepcopy(model)), inputs[0]
         )
     for title, run in extra.items():
-        run()  # compiles
+        try:
+            limited(lambda _, run=run: run(), backend_s)(None)  # compiles
+        except RoadError as error:
+            print(f"{title:36} {error}", flush=True)
+            continue
         print(f"{title:36} {compare(baseline, run, budget_s=budget_s)}", flush=True)
 
     taken = report[report.chosen].speed
@@ -110,19 +169,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one network, small images")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all columns together")
+    parser.add_argument("--backend-s", type=float, default=60.0, help="to build a compiled backend")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
+    torch._inductor.config.compile_threads = 1  # no compiler goes on after its time
+    for builder in ("compiled", "pt2e"):
+        setattr(torch_roads, builder, limited(getattr(torch_roads, builder), options.backend_s))
     print(machine.describe().line, f"· {options.threads} threads")
+    print(
+        f"budget: {options.minutes:g} minutes in all, {options.backend_s:g} s to build each "
+        "compiled backend"
+    )
     names, batches, side = (("resnet18",), (1,), 96) if options.quick else (NETWORKS, (1, 16), 224)
-    columns = [
-        column(name, batch, side, 0.5 if options.quick else 2.0)
-        for name in names
-        for batch in batches
-    ]
-    worst = max(column["behind"] for column in columns)
-    print(f"\nworst column: {worst:.3f} times behind the fastest road; the goal is 1.05")
-    result = {"machine": machine.describe().as_dict(), "columns": columns}
+    budget_s = 0.5 if options.quick else 2.0
+    until = monotonic() + 60 * options.minutes
+    columns: list[dict[str, Any]] = []
+    not_run: list[str] = []
+    for batch in batches:
+        for name in names:
+            left_s = until - monotonic()
+            try:
+                if left_s < LEAST_S:
+                    raise TooLong
+                with within(left_s):
+                    columns.append(column(name, batch, side, budget_s, options.backend_s))
+            except TooLong:
+                not_run.append(f"{name}, batch {batch}")
+    for found in columns:
+        not_run += [
+            f"{found['network']}, batch {found['batch']}: {row['road']}"
+            for row in found["rows"]
+            if row["dropped"].startswith("not built within")
+        ]
+    print(f"\nnot run within the budget: {'; '.join(not_run) or 'nothing'}")
+    if columns:
+        worst = max(column["behind"] for column in columns)
+        print(f"worst column: {worst:.3f} times behind the fastest road; the goal is 1.05")
+    result = {
+        "machine": machine.describe().as_dict(),
+        "minutes": options.minutes,
+        "not_run": not_run,
+        "columns": columns,
+    }
     path = Path(__file__).parent / "results" / "inference.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1))

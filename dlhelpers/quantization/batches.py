@@ -106,6 +106,8 @@ def named_leaves(inputs: Any, name: str = "") -> list[tuple[str, Any]]:
 def first_line(error: BaseException) -> str:
     """Return what an error says, in one line of 160 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from ")]  # OpenVINO's places
+    lines = told or lines
     return (lines[0] if lines else repr(error))[:160]
 
 
@@ -133,7 +135,14 @@ def read_batches(calibration: Any) -> list[Batch]:
     for index, item in enumerate(calibration):
         is_plain = isinstance(item, tuple | list) and not hasattr(item, "_fields")
         batch = tuple(item) if is_plain else (item,)
-        if isinstance(item, Mapping) or next(tensors_in(batch), None) is None:
+        if isinstance(item, Mapping):
+            names = ", ".join(map(str, item))
+            raise TypeError(
+                f"batch {index} of calibration is a {type(item).__name__} of {names}: give a tuple "
+                "of the model's positional inputs, in the order of its forward; a dictionary that "
+                "is itself an input stands in a tuple of one"
+            )
+        if next(tensors_in(batch), None) is None:
             raise TypeError(
                 f"batch {index} of calibration holds no tensor but {type(item).__name__}: give "
                 "tensors, or tuples of the model's positional inputs"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import need_seconds
-from dlhelpers.models import need_model, plain_copy
+from dlhelpers.models import copied, need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
@@ -87,7 +87,7 @@ def _measured(
     batches = read_batches([example_inputs])
     outputs = run_float(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
-    task.free = free_groups(original, batches, outputs, dynamic)
+    task.free = free_groups(copied(original), batches, outputs, dynamic)
     own = task.precision
     plan: dict[str, tuple[str, Builder]] = {
         f"eager {own}": (own, torch_roads.eager),
@@ -116,7 +116,7 @@ def _measured(
 def _torch_ao(task: Task, engine: str) -> Road:
     model, left = converted(task.model, engine, reduce_range=_is_reduced(engine))
     run = torch_roads.with_engine(torch_roads.runner(model), engine)
-    run(task.batches[0])  # here qnnpack says once, from C++, that it ignores reduce_range
+    run(task.batches[0])  # what raises here is dropped
     kernels = torch_roads.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
     size = torch_roads.bytes_of(model)

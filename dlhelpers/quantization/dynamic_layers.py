@@ -58,6 +58,8 @@ def converted(model: nn.Module, engine: str, *, reduce_range: bool) -> tuple[nn.
     with engine_set(engine), quiet():
         wanted = {f"0.{name}".removesuffix("."): config for name in names}
         made = (ao.quantize_dynamic(holder, wanted, inplace=True) if wanted else holder)[0]
+    if not reduce_range:
+        _use_eight_bits(made)
     for name in names:
         layer = made.get_submodule(name)
         if hasattr(model.get_submodule(name), "flatten_parameters"):
@@ -71,6 +73,23 @@ def converted(model: nn.Module, engine: str, *, reduce_range: bool) -> tuple[nn.
         for n, why in reasons.items()
     ]
     return made, left
+
+
+def _use_eight_bits(model: nn.Module) -> None:
+    """Let torch.ao's layers round activations to 8 bits, whatever their forwards ask for.
+
+    They ask for 7; qnnpack, which has no such mode, says so on standard error.
+    """
+    for module in model.modules():
+        if "quantized.dynamic" not in type(module).__module__:
+            continue
+        if getattr(module, "version", None) == 4:
+            module.version = 3  # in which the operator was called without the option
+        for packed in getattr(module, "_all_weight_values", ()):
+            name, biases, _, flags, weights = packed.param.__getstate__()[0]
+            if name == "quantized_dynamic" and flags == [1]:
+                make = torch.ops.quantized.make_quantized_cell_params_dynamic
+                packed.param = make(*weights, *biases, False)
 
 
 def _nothing() -> None:

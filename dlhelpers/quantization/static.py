@@ -19,7 +19,7 @@ from torch import nn
 
 from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
-from dlhelpers.models import need_model, plain_copy
+from dlhelpers.models import copied, need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.accuracy import Test, accuracy_of
 from dlhelpers.quantization.aware import AwareModel
@@ -154,7 +154,7 @@ def _quantized(
     folded, notes = _folded(original, batches[0])
     notes = [*notes, *told]
     threads = torch.get_num_threads()
-    free = free_groups(original, batches, outputs, dynamic)
+    free = free_groups(copied(original), batches, outputs, dynamic)
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
         notes.append(
