@@ -14,6 +14,8 @@ from dlhelpers.memory.accounting import Accounting
 from dlhelpers.memory.calls import call_of
 from dlhelpers.memory.scratch import Scratch
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
 # small steps: behind a loss of 0 gradients are subnormal numbers, which are slow to compute with
 OPTIMIZERS = {
     "sgd": functools.partial(torch.optim.SGD, lr=1e-3),
