@@ -28,6 +28,7 @@ _INT8_OPERATORS = (
 _KINDS = {nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
 
 
+@torch.random.fork_rng(devices=[])  # modules that are made draw weights
 def quantize_dynamic(
     model: nn.Module,
     example_inputs: Any = None,
