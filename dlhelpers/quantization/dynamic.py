@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dlhelpers.arguments import need_seconds
+from dlhelpers.models import need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
-from dlhelpers.quantization.batches import read_batches, run_float
+from dlhelpers.quantization.aware import AwareModel
+from dlhelpers.quantization.batches import first_line, read_batches, run_float
+from dlhelpers.quantization.dynamic_layers import converted, has_layers, kinds
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
-from dlhelpers.quantization.roads import Road, Task, quiet
+from dlhelpers.quantization.roads import Road, Task, quiet, saturates
+from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 
 __all__ = ["quantize_dynamic"]
@@ -25,7 +29,7 @@ _INT8_OPERATORS = (
     *("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"),
     *("DynamicQuantizeLSTM", "ConvInteger"),
 )
-_KINDS = {nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
+_NAMED = 4  # layers
 
 
 @torch.random.fork_rng(devices=[])  # modules that are made draw weights
@@ -35,6 +39,7 @@ def quantize_dynamic(
     *,
     min_sqnr_db: float = 20.0,
     budget_s: float = 1.0,
+    dynamic: Mapping[int, int | Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> QuantizedModel:
     """Return the model with 8-bit weights in linear and recurrent layers, no calibration needed.
@@ -43,10 +48,12 @@ def quantize_dynamic(
         model: float32, on the CPU; it is copied, and taken in eval mode.
         example_inputs: a tensor or a tuple of positional inputs: torch.ao's engines and ONNX
             Runtime are raced on them, and the fastest right road is taken, which may be float.
-            Without them torch.ao's default engine is taken, unmeasured.
-        min_sqnr_db, budget_s, progress: as for ``quantize_static``.
+            Without them torch.ao's default engine is taken, unmeasured; layers that are known to
+            raise in it stay float, and the report's notes name them.
+        min_sqnr_db, budget_s, dynamic, progress: as for ``quantize_static``.
 
     Raises:
+        TypeError: not a module, TorchScript or a graph of torch.export, or it cannot be copied.
         ValueError: the model has no linear or recurrent layer, or raises on the inputs; or
             budget_s is not positive.
 
@@ -55,23 +62,41 @@ def quantize_dynamic(
     torch.Size([2, 4])
     """
     need_seconds("budget_s", budget_s)
-    if not any(type(module) in _KINDS for module in model.modules()):
-        names = ", ".join(sorted(kind.__name__ for kind in _KINDS))
+    need_model(model, "quantize", but=("meta",))
+    if not has_layers(model):
+        need_model(model, "quantize", but=("scripted", "exported"))
         raise ValueError(
-            f"the model has no layer to quantize dynamically ({names}): convolutions need "
+            f"the model has no layer to quantize dynamically ({kinds()}): convolutions need "
             "quantize_static and a calibration set"
         )
-    original = copy.deepcopy(model).eval()
-    if example_inputs is None:
-        return _unmeasured(original)
+    with torch.inference_mode(False):
+        finished = model.finish() if isinstance(model, AwareModel) else model
+        original = plain_copy(finished)
+        if example_inputs is None:
+            return _unmeasured(original)
+        return _measured(original, example_inputs, min_sqnr_db, budget_s, dynamic, progress)
+
+
+def _measured(
+    original: nn.Module,
+    example_inputs: Any,
+    min_sqnr_db: float,
+    budget_s: float,
+    dynamic: Mapping[int, int | Sequence[int]] | None,
+    progress: bool | None,
+) -> QuantizedModel:
     batches = read_batches([example_inputs])
     outputs = run_float(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
+    task.free = free_groups(original, batches, outputs, dynamic)
     plan: dict[str, tuple[str, Builder]] = {
         "eager float32": ("float32", torch_roads.eager),
         "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
         "ONNX Runtime dynamic int8": ("int8", _onnxruntime),
     }
+    if saturates():
+        build = partial(_onnxruntime, reduce_range=True)
+        plan["ONNX Runtime dynamic int8, reduced range"] = ("int8", build)
     for engine in torch_roads.ENGINES:
         plan[f"torch.ao {engine} dynamic int8"] = ("int8", partial(_torch_ao, engine=engine))
     start = perf_counter()
@@ -88,60 +113,70 @@ def quantize_dynamic(
     )
 
 
-def _converted(model: nn.Module, engine: str) -> nn.Module:
-    ao = torch_roads.torch_ao_module("quantization", engine)
-    # torch.ao replaces children alone; qnnpack and onednn use all 8 bits of the activations
-    holder = nn.ModuleList([copy.deepcopy(model)])
-    observer = ao.PlaceholderObserver.with_args(
-        dtype=torch.quint8,
-        quant_min=0,
-        quant_max=255,
-        is_dynamic=True,
-        reduce_range=engine == "x86",
-    )
-    config = ao.QConfig(activation=observer, weight=ao.default_weight_observer)
-    with torch_roads.engine_set(engine), quiet():
-        return ao.quantize_dynamic(holder, dict.fromkeys(_KINDS, config), inplace=True)[0]
-
-
 def _torch_ao(task: Task, engine: str) -> Road:
-    model = _converted(task.model, engine)
+    model, left = converted(task.model, engine, reduce_range=_is_reduced(engine))
     run = torch_roads.with_engine(torch_roads.runner(model), engine)
     run(task.batches[0])  # here qnnpack says once, from C++, that it ignores reduce_range
     kernels = torch_roads.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
     size = torch_roads.bytes_of(model)
-    return Road(name, "int8", run, size, kernels, takes_any_batch=True)
+    return Road(name, "int8", run, size, kernels, _said(left), takes_any_batch=True)
 
 
-def _onnxruntime(task: Task) -> Road:
+def _is_reduced(engine: str) -> bool:
+    """Whether activations get 7 bits, as x86 expects, and onednn where sums overflow."""
+    return engine == "x86" or (engine == "onednn" and saturates())
+
+
+def _said(left: list[str]) -> str:
+    more = [f"and {len(left) - _NAMED} more"] if len(left) > _NAMED else []
+    return f"float: {'; '.join([*left[:_NAMED], *more])}" if left else ""
+
+
+def _onnxruntime(task: Task, *, reduce_range: bool = False) -> Road:
     graph = onnx_roads.graph_of(task)
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(graph.proto.SerializeToString())
-        quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
+        options = {"per_channel": True, "reduce_range": reduce_range}
+        quantize_dynamic(source, target, weight_type=QuantType.QInt8, **options)
         data = target.read_bytes()
     session, counts = graph.session(data)
     kernels = sum(counts[name] for name in _INT8_OPERATORS)
     run = onnx_roads.runner(session)
-    name = "ONNX Runtime dynamic int8"
-    return Road(name, "int8", run, len(data), kernels, "", data)
+    name = "ONNX Runtime dynamic int8" + ", reduced range" * reduce_range
+    return Road(
+        name, "int8", run, len(data), kernels, "7-bit weights" * reduce_range, data,
+        sizes=graph.sizes,
+    )  # fmt: skip
 
 
 def _unmeasured(model: nn.Module) -> QuantizedModel:
     engine = torch.backends.quantized.engine
-    converted = _converted(model, engine)
-    call = torch_roads.with_engine(partial(_call, converted), engine)
-    name = f"torch.ao {engine} dynamic int8"
-    size = torch_roads.bytes_of(converted)
-    road = Road(name, "int8", call, size)
-    row = RoadRow(name, "int8", nbytes=size, note="not measured: give example_inputs")
+    made, left = converted(model, engine, reduce_range=_is_reduced(engine))
+    name, precision = f"torch.ao {engine} dynamic int8", "int8"
+    kernels = torch_roads.quantized_layers(made)
+    if not kernels:
+        made, name, precision = model, "eager float32", "float32"
+    call = torch_roads.with_engine(partial(_call, made, name), engine)
+    size = torch_roads.bytes_of(made)
+    road = Road(name, precision, call, size, kernels)
+    note = "not measured: give example_inputs"
+    row = RoadRow(name, precision, nbytes=size, int8_kernels=kernels, note=note)
     why = f"{name}: taken without measuring."
-    return QuantizedModel(road, None, QuantizationReport((row,), name, name, 0.0, why))
+    notes = tuple(filter(None, [_said(left)]))
+    return QuantizedModel(road, None, QuantizationReport((row,), name, name, 0.0, why, notes))
 
 
-def _call(model: nn.Module, batch: tuple[Any, ...]) -> Any:
-    with torch.no_grad():
-        return model(*batch)
+def _call(model: nn.Module, name: str, batch: tuple[Any, ...]) -> Any:
+    try:
+        with torch.no_grad():
+            return model(*batch)
+    except Exception as error:
+        shapes = [list(t.shape) for t in batch if isinstance(t, Tensor)]
+        raise RuntimeError(
+            f"{name}, which was taken without measuring, raises on inputs {shapes}: "
+            f"{first_line(error)}. Quantize with example_inputs, which tries every backend on them"
+        ) from error

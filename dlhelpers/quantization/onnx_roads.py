@@ -27,7 +27,9 @@ from torch import Tensor
 
 from dlhelpers.quantization.batches import Batch, first_line
 from dlhelpers.quantization.calibrate import Calibrator
-from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, with_free_batch
+from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed, quiet
+from dlhelpers.quantization.sizes import Flat, Place, Sizes, exported_with
+from dlhelpers.trees import tensors_in
 
 __all__ = [
     "graph_of",
@@ -50,10 +52,45 @@ class _Graph:
     def __init__(self, task: Task) -> None:
         needed("onnx", "onnxruntime", "onnxscript")
         self.threads = task.threads
-        self.proto, self.fixed_batch = _exported(task)
+        self.proto, self.sizes = self._exported(task)
         self._task = task
         self._boundless: set[str] = set()
         self._found: dict[str, dict[str, tuple[float, float]]] = {}
+
+    def _exported(self, task: Task) -> tuple[Any, Sizes]:
+        """Return the model as ONNX, and the sizes that it takes."""
+
+        def export(
+            batch: Batch, shapes: tuple[Any, ...]
+        ) -> tuple[Any, Callable[[Batch], list[Tensor]]]:
+            tensors = tuple(tensors_in(in_single(batch)))
+            with quiet(), torch.no_grad():
+                program = torch.onnx.export(
+                    Flat(task.single, batch),
+                    tensors,
+                    dynamo=True,
+                    verbose=False,
+                    dynamic_shapes=(shapes,),
+                    input_names=[f"input_{i}" for i in range(len(tensors))],
+                    external_data=False,
+                )
+            proto = program.model_proto
+            return proto, runner(_session(proto.SerializeToString(), self._options()))
+
+        def is_free(proto: Any, place: Place) -> bool:
+            for given in proto.graph.input:
+                if given.name == f"input_{place[0]}":
+                    return bool(given.type.tensor_type.shape.dim[place[1]].dim_param)
+            return True  # it is not used
+
+        try:
+            return exported_with(task.batches[0], task.free, export, is_free)
+        except Exception as error:
+            raise RoadError(f"torch.onnx.export raises: {_reason(error)}") from error
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether the graph was exported for inputs of these sizes, too."""
+        return not self.sizes.why_not(batch)
 
     @cached_property
     def calibrators(self) -> dict[str, dict[str, Calibrator]]:
@@ -80,7 +117,7 @@ class _Graph:
         outputs = [output.name for output in session.get_outputs()]
         methods = _AUTO if task.calibrator == "auto" else (task.calibrator,)
         found = {method: {name: Calibrator(method) for name in sorted(names)} for method in methods}
-        for batch in task.alike if self.fixed_batch else task.batches:
+        for batch in filter(self.takes, task.batches):
             arrays = session.run(None, _fed(_names(session), batch))
             for name, array in zip(outputs, arrays, strict=True):
                 if name not in names:
@@ -157,7 +194,7 @@ class _Graph:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what fails raises as well
         return options
 
     def session(self, data: bytes) -> tuple[Any, Counter[str]]:
@@ -173,26 +210,6 @@ class _Graph:
         return session, Counter(node.op_type for node in graph.node)
 
 
-def _exported(task: Task) -> tuple[Any, bool]:
-    """Return the model as ONNX, and whether its batch size is fixed."""
-    failed = None
-    for given, shapes in (with_free_batch(task.batches[0]), (task.batches[0], None)):
-        try:
-            with quiet(), torch.no_grad():
-                program = torch.onnx.export(
-                    task.model,
-                    given,
-                    dynamo=True,
-                    verbose=False,
-                    dynamic_shapes=shapes,
-                    external_data=False,
-                )
-            return program.model_proto, shapes is None
-        except Exception as error:
-            failed = error
-    raise RoadError(f"torch.onnx.export raises: {first_line(failed)}") from failed
-
-
 def _operators() -> list[str]:
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
@@ -203,7 +220,8 @@ def _scopes(node: Any) -> set[str]:
     """Return the names of the modules that a node stems from."""
     for entry in node.metadata_props:
         if entry.key == "pkg.torch.onnx.name_scopes":
-            return set(ast.literal_eval(entry.value)) - {""}
+            names = (name.removeprefix("model.") for name in ast.literal_eval(entry.value))
+            return set(names) - {"", "model"}
     return set()
 
 
@@ -219,13 +237,24 @@ def _session(data: bytes, options: Any) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
+def _reason(error: BaseException) -> str:
+    """Return the cause's first line: the exporter's own begins with advice and colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
 def _names(session: Any) -> list[str]:
     return [given.name for given in session.get_inputs()]
 
 
 def _fed(names: list[str], batch: Batch) -> dict[str, np.ndarray]:
-    tensors = (t for t in batch if isinstance(t, Tensor))
-    return {n: t.detach().contiguous().numpy() for n, t in zip(names, tensors, strict=True)}
+    tensors = list(tensors_in(in_single(batch)))
+    numbers = (int(name.rpartition("_")[2]) for name in names)
+    return {
+        name: tensors[i].detach().contiguous().numpy()
+        for name, i in zip(names, numbers, strict=True)
+    }
 
 
 def graph_of(task: Task) -> _Graph:
@@ -252,19 +281,14 @@ def runner(session: Any) -> Callable[[Batch], list[Tensor]]:
 
 
 def onnxruntime_float(task: Task) -> Road:
-    """Return the model in ONNX Runtime, in its own type."""
-    graph, own = graph_of(task), task.precision
+    """Return the model in ONNX Runtime, float32."""
+    graph = graph_of(task)
     data = graph.proto.SerializeToString()
-    session, counts = graph.session(data)
-    casts = counts["Cast"] - Counter(node.op_type for node in graph.proto.graph.node)["Cast"]
-    # where it has no kernel of a half type ONNX Runtime casts to float32 and back
-    note = "operators without a kernel of this type run in float32" if casts > 0 else ""
-    note = ", ".join(filter(None, (note, _fixed(graph))))
-    return Road(f"ONNX Runtime {own}", own, runner(session), len(data), 0, note, data)
-
-
-def _fixed(graph: _Graph) -> str:
-    return "for this batch size alone" if graph.fixed_batch else ""
+    session, _ = graph.session(data)
+    return Road(
+        "ONNX Runtime float32", "float32", runner(session), len(data), 0,
+        "", data, sizes=graph.sizes,
+    )  # fmt: skip
 
 
 def onnxruntime_int8(
@@ -301,11 +325,10 @@ def onnxruntime_int8(
     notes += ["only convolutions and products" * products_alone]
     if kept := len(task.float_layers):
         notes.append(f"{kept} layer{'s' * (kept > 1)} float")
-    notes.append(_fixed(graph))
     name = "ONNX Runtime int8" + ", reduced range" * reduce_range
     return Road(
         name, "int8", runner(session), len(data), kernels,
-        ", ".join(filter(None, notes)), data,
+        ", ".join(filter(None, notes)), data, sizes=graph.sizes,
     )  # fmt: skip
 
 
@@ -357,7 +380,7 @@ class _OpenVino:
         shapes = tuple(tuple(t.shape) for t in tensors)
         if shapes not in self._requests:
             model = self._core.read_model(io.BytesIO(self._data))
-            model.reshape({given: list(s) for given, s in zip(model.inputs, shapes, strict=True)})
+            model.reshape({given: list(shapes[_number(given)]) for given in model.inputs})
             with signal_stack_kept():
                 compiled = self._core.compile_model(model, "CPU", self._settings)
             if len(self._requests) >= 8:
@@ -366,10 +389,11 @@ class _OpenVino:
         return self._requests[shapes]
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        tensors = [t.detach().contiguous() for t in batch if isinstance(t, Tensor)]
+        tensors = [t.detach().contiguous() for t in tensors_in(in_single(batch))]
         with self._lock:  # a request holds one call's outputs
             request = self.request(tensors)
-            request.infer({i: t.numpy() for i, t in enumerate(tensors)}, share_inputs=True)
+            arrays = {i: tensors[_number(x)].numpy() for i, x in enumerate(request.model_inputs)}
+            request.infer(arrays, share_inputs=True)
             return [
                 torch.from_numpy(request.get_output_tensor(i).data.copy())
                 for i in range(len(request.model_outputs))
@@ -377,7 +401,7 @@ class _OpenVino:
 
     def int8_kernels(self, batch: Batch) -> int:
         """Return how many products run on 8-bit integers."""
-        request = self.request([t for t in batch if isinstance(t, Tensor)])
+        request = self.request(list(tensors_in(batch)))
         counted = 0
         for operator in request.get_compiled_model().get_runtime_model().get_ordered_ops():
             facts: Mapping[str, Any] = operator.get_rt_info()
@@ -387,12 +411,18 @@ class _OpenVino:
         return counted
 
 
+def _number(given: Any) -> int:
+    """Return which tensor of the inputs an input of the graph is."""
+    names = (name.rpartition("_")[2] for name in given.get_names() if name.startswith("input_"))
+    return int(next(names))
+
+
 def openvino_float(task: Task, *, precision: str = "float32") -> Road:
     """Return the model in OpenVINO, float32 or bfloat16."""
     graph = graph_of(task)
     data = graph.proto.SerializeToString()
     run = _OpenVino(data, {"float32": "f32", "bfloat16": "bf16"}[precision], task.threads)
-    run.request([t for t in task.batches[0] if isinstance(t, Tensor)])  # compiles: no call's time
+    run.request(list(tensors_in(task.batches[0])))  # compiles: no call's time
     if precision == "float32":
         task.shared["OpenVINO float32"] = run
     elif _is_equal(run, task.shared.get("OpenVINO float32"), task.batches[0]):
@@ -400,7 +430,8 @@ def openvino_float(task: Task, *, precision: str = "float32") -> Road:
             f"its output is bit for bit that of OpenVINO float32: OpenVINO has no {precision} on "
             "this processor"
         )
-    return Road(f"OpenVINO {precision}", precision, run, len(data), 0, "", data)
+    name = f"OpenVINO {precision}"
+    return Road(name, precision, run, len(data), 0, "", data, sizes=graph.sizes)
 
 
 def _is_equal(run: Any, other: Any, batch: Batch) -> bool:
@@ -414,4 +445,4 @@ def openvino_int8(task: Task, road: Road) -> Road:
     kernels = run.int8_kernels(task.batches[0])
     name = road.name.replace("ONNX Runtime", "OpenVINO")
     note = ", ".join(filter(None, ("ONNX Runtime's file", road.note)))
-    return Road(name, "int8", run, road.nbytes, kernels, note, road.onnx)
+    return Road(name, "int8", run, road.nbytes, kernels, note, road.onnx, sizes=road.sizes)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
+import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dlhelpers import machine
 from dlhelpers.extras import need
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.judging import Judge, judge_of
+from dlhelpers.quantization.quiet import quiet
+from dlhelpers.quantization.sizes import Group, Sizes
+from dlhelpers.trees import map_leaves, tensors_in
 
-__all__ = ["Road", "RoadError", "Task", "needed", "quiet", "with_free_batch"]
+__all__ = ["Road", "RoadError", "Task", "in_single", "needed", "quiet", "saturates"]
 
 
 class RoadError(RuntimeError):
@@ -37,6 +40,7 @@ class Road:
         note: what a reader should know; empty for nothing.
         onnx: the model as an ONNX file, where it is one.
         takes_any_batch: whether a batch of another size costs no compilation.
+        sizes: of the inputs that it takes; None where it takes what the model takes.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Road:
     note: str = ""
     onnx: bytes | None = field(default=None, repr=False)
     takes_any_batch: bool = False
+    sizes: Sizes | None = None
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Task:
         calibrator: a method of ``calibrate.CALIBRATORS`` or ``auto``.
         threads: of torch, for every engine.
         float_layers: names of layers that shall stay float.
+        free: dimensions of the inputs that shall take any size.
         shared: what roads build once for all of them.
         judge: what a road's outputs are compared with; by default those of all batches alike.
         precision: the model's own type, such as ``float32``; None takes it from the model.
@@ -71,6 +77,7 @@ class Task:
     calibrator: str
     threads: int
     float_layers: frozenset[str] = frozenset()
+    free: list[Group] = field(default_factory=list)
     shared: dict[str, Any] = field(default_factory=dict)
     judge: Judge | None = None
     precision: str | None = None
@@ -80,6 +87,15 @@ class Task:
             self.judge = judge_of(self.model, self.batches, self.outputs)
         if self.precision is None:
             self.precision = _own_type(self.model, self.outputs[0])
+
+    @cached_property
+    def single(self) -> nn.Module:
+        """The model in float32, which the integer engines start from."""
+        is_other = any(
+            tensor.is_floating_point() and tensor.dtype != torch.float32
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+        )
+        return copy.deepcopy(self.model).float() if is_other else self.model
 
     @property
     def alike(self) -> list[Batch]:
@@ -99,39 +115,30 @@ def _own_type(model: nn.Module, outputs: Outputs) -> str:
 
 
 def _sizes(batch: Batch) -> list[Any]:
-    return [value.shape for value in batch if isinstance(value, Tensor)]
+    return [tensor.shape for tensor in tensors_in(batch)]
 
 
-def with_free_batch(batch: Batch) -> tuple[Batch, tuple[Any, ...]]:
-    """Return example inputs and ``dynamic_shapes`` that leave the first dimension open.
+def in_single(batch: Batch) -> Batch:
+    """Return inputs whose floating-point tensors are float32."""
+    return map_leaves(_in_single, batch)
 
-    A size of 1 would be taken for a constant; such a batch is doubled.
-    """
-    if all(len(t) == 1 for t in batch if isinstance(t, Tensor) and t.dim()):
-        batch = tuple(torch.cat((t, t)) if isinstance(t, Tensor) and t.dim() else t for t in batch)
-    free = tuple(
-        {0: torch.export.Dim.DYNAMIC} if isinstance(t, Tensor) and t.dim() else None for t in batch
-    )
-    return batch, free
+
+def _in_single(leaf: Any) -> Any:
+    is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.float() if is_float else leaf
 
 
 def needed(*modules: str) -> None:
     """Raise a RoadError that says what to install where a package is missing."""
     for module in modules:
         try:
-            need(module, "it")
+            with quiet():  # some warn of others as they are imported
+                need(module, "it")
         except ImportError as error:
             raise RoadError(str(error)) from error
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what exporters, compilers and deprecated modules say while they work."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+def saturates() -> bool:
+    """Whether u8 by s8 products are added in pairs into 16 bits, which overflow: AVX2 alone."""
+    simd = set(machine.describe().simd)
+    return "avx2" in simd and not simd & {"avx512_vnni", "avx_vnni"}

@@ -7,8 +7,7 @@ float32 road. The fastest right one is returned.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Real
@@ -20,14 +19,16 @@ from torch import nn
 
 from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
+from dlhelpers.models import need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
 from dlhelpers.quantization.calibrate import CALIBRATORS
 from dlhelpers.quantization.judging import held_out
 from dlhelpers.quantization.report import RoadRow
-from dlhelpers.quantization.roads import Road, Task
+from dlhelpers.quantization.roads import Road, Task, saturates
 from dlhelpers.quantization.sensitivity import ranked_layers
+from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import (
     Builder,
     QuantizedModel,
@@ -62,6 +63,7 @@ def quantize_static(
     max_drop: float = 0.01,
     budget_s: float = 1.0,
     keep_roads: bool = False,
+    dynamic: Mapping[int, int | Sequence[int]] | None = None,
     progress: bool | None = None,
 ) -> QuantizedModel:
     """Return the model on the fastest road of this machine whose error stays within the bound.
@@ -91,12 +93,20 @@ def quantize_static(
             needs more, up to 20. A road whose first call takes more than two seconds and eight
             times as long as the fastest so far is not called again; the report says so.
         keep_roads: keep every road that was built, for ``on(name)``, and the memory that it takes.
-        progress: a bar over the roads; None draws it in a terminal only.
+        dynamic: input's place -> dimensions that take any size in a call, such as ``{0: (2, 3)}``
+            for images; of every tensor in a nested input. Free without it are dimensions that the
+            calibration batches vary, and the first one where the model runs with another size. An
+            exporter may fix a dimension all the same: then the report names it.
+        progress: a bar over the roads, with the name of the one that is being built; None draws it
+            in a terminal only. Compiling takes longest, minutes for a large model: leave it out by
+            ``engine``, or stop with Ctrl-C.
 
     Raises:
+        TypeError: not a module, or one that cannot be copied, as it holds a lock.
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
-            model raises on it; an unknown calibrator or engine; a model that is not on the CPU; a
-            budget_s that is not positive, or a max_drop that is no number from 0 to 1.
+            model raises on it, or with other sizes of a dimension in ``dynamic``; an unknown
+            calibrator or engine; a model that is not on the CPU; a budget_s that is not positive,
+            or a max_drop that is no number from 0 to 1.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
@@ -114,11 +124,30 @@ def quantize_static(
         raise ValueError(
             f'calibrator={calibrator!r} is neither "auto" nor one of {", ".join(CALIBRATORS)}'
         )
+    need_model(model, "quantize", but=("meta",))
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "cpu":
             raise ValueError(f"the model is on {tensor.device}, these roads are the CPU's: .cpu()")
+    options = test, max_drop, min_sqnr_db, budget_s, keep_roads, dynamic, progress
+    with torch.inference_mode(False):
+        return _quantized(model, calibration, engines, calibrator, *options)
+
+
+def _quantized(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    engines: tuple[str, ...],
+    calibrator: str,
+    test: Test | None,
+    max_drop: float,
+    min_sqnr_db: float,
+    budget_s: float,
+    keep_roads: bool,
+    dynamic: Mapping[int, int | Sequence[int]] | None,
+    progress: bool | None,
+) -> QuantizedModel:
     batches = read_batches(calibration)
-    original = (model.finish() if isinstance(model, AwareModel) else copy.deepcopy(model)).eval()
+    original = model.finish() if isinstance(model, AwareModel) else plain_copy(model)
     outputs = run_float(original, batches)
     calibrated, judge, told = held_out(original, batches, outputs)
     if test is not None:  # what is wrong with it is said at once
@@ -126,7 +155,8 @@ def quantize_static(
     folded, notes = _folded(original, batches[0])
     notes = [*notes, *told]
     threads = torch.get_num_threads()
-    task = Task(folded, calibrated, outputs, calibrator, threads, judge=judge)
+    free = free_groups(original, batches, outputs, dynamic)
+    task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
         notes.append(f"the model is {task.precision}: speed is against roads of that type")
 
@@ -173,7 +203,7 @@ def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str
 
     ``own`` is the type of the model's weights.
     """
-    vnni = not _saturates()
+    vnni = not saturates()
     plan: dict[str, tuple[str, Builder]] = {
         f"eager {own}": (own, torch_roads.eager),
         f"eager {own}, channels_last": (own, partial(torch_roads.eager, channels_last=True)),
@@ -185,7 +215,7 @@ def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str
     if "compile" in engines:
         plan[f"torch.compile {own}"] = (own, torch_roads.compiled)
     if "onnxruntime" in engines:
-        plan[f"ONNX Runtime {own}"] = (own, onnx_roads.onnxruntime_float)
+        plan["ONNX Runtime float32"] = ("float32", onnx_roads.onnxruntime_float)
     if "openvino" in engines:
         plan["OpenVINO float32"] = ("float32", onnx_roads.openvino_float)
         plan["OpenVINO bfloat16"] = (
@@ -207,14 +237,6 @@ def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str
             build = partial(torch_roads.torch_ao, engine=name)
             plan[f"torch.ao {name} int8"] = ("int8", build)
     return plan
-
-
-def _saturates() -> bool:
-    """Whether u8 by s8 products are added in pairs into 16 bits, which overflow: AVX2 alone."""
-    from dlhelpers import machine
-
-    simd = set(machine.describe().simd)
-    return "avx2" in simd and not simd & {"avx512_vnni", "avx_vnni"}
 
 
 def _in_onnxruntime(task: Task, **options: bool) -> Road:
@@ -244,7 +266,7 @@ def _mixed(
         for row in rows
     ):
         return [], {}
-    reduced = _saturates()
+    reduced = saturates()
     options = {"reduce_range": reduced, "products_alone": True}
     try:
         order = ranked_layers(task.model, task.batches, progress)

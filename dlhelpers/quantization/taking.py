@@ -16,8 +16,16 @@ from torch import Tensor, nn
 
 from dlhelpers.files import write_whole
 from dlhelpers.progress import bar
-from dlhelpers.quantization.batches import Batch, Structure, first_line
+from dlhelpers.quantization.batches import (
+    Batch,
+    Structure,
+    described,
+    first_line,
+    is_same,
+    named_leaves,
+)
 from dlhelpers.quantization.judging import Accuracy, Judge
+from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.racing import Pace, fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, RoadError, Task
@@ -29,6 +37,13 @@ Builder = Callable[[Task], Road]
 # what rounding leaves where a road of the model's own type computes in another order
 _ROUNDING_DB = {"float64": 60.0, "float32": 60.0, "float16": 40.0, "bfloat16": 20.0}
 Test = tuple[Tensor, Tensor] | Callable[[nn.Module], float]
+
+
+class _Fixed:
+    """What stood in the place of an input that is no tensor."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
 
 
 class QuantizedModel(nn.Module):
@@ -48,26 +63,66 @@ class QuantizedModel(nn.Module):
         super().__init__()
         self._road, self._structure, self._report = road, structure, report
         self._roads = roads or {}
-        self._fixed = {i: v for i, v in enumerate(example) if not isinstance(v, Tensor)}
+        self._leaves = [
+            (name, None if isinstance(leaf, Tensor) else _Fixed(leaf))
+            for name, leaf in named_leaves(example)
+        ]
         self.eval()
 
     def forward(self, *inputs: Any) -> Any:
         """Return what the model returns, in its structure.
 
         Args:
-            inputs: the model's positional inputs, on the CPU.
+            inputs: the model's positional inputs, on the CPU, nested as when it was quantized.
 
         Raises:
-            ValueError: an input that is no tensor is another one than when it was quantized.
+            ValueError: an input that is no tensor is another one than when it was quantized, or
+                the backend was built for tensors of other sizes or types.
         """
-        for place, value in self._fixed.items():
-            if place >= len(inputs) or inputs[place] != value:
+        if self._leaves:
+            self._check(inputs)
+        try:
+            found = self._road.run(inputs)
+        except Exception as error:
+            if self._road.precision != "int8" and self._road.sizes is None:
+                raise  # it computes with the model itself, which says what is wrong
+            given = ", ".join(map(described, tensors_in(inputs)))
+            raise ValueError(
+                f"{self._road.name} raises on inputs {given}: {first_line(error)}. Give what the "
+                "model takes; for other sizes quantize again, with dynamic= or with calibration "
+                "batches of these sizes as well"
+            ) from error
+        if self._structure is None:
+            return found
+        structure = getattr(found, "structure", self._structure)
+        return structure.restore(found, as_were=structure is self._structure)
+
+    def _check(self, inputs: Batch) -> None:
+        given = dict(named_leaves(inputs))
+        for name, fixed in self._leaves:
+            if fixed is not None and not (name in given and is_same(given[name], fixed.value)):
+                now = described(given[name]) if name in given else "nothing"
                 raise ValueError(
-                    f"input {place} was {value!r} when the model was quantized and is part of it "
-                    f"now, got {inputs[place : place + 1]}: quantize again with the other value"
+                    f"{name} was {fixed.value!r} when the model was quantized and is part of it "
+                    f"now, got {now}: quantize again with the other value"
                 )
-        found = self._road.run(inputs)
-        return found if self._structure is None else self._structure.restore(found)
+            if fixed is None and not isinstance(given.get(name), Tensor):
+                now = repr(given[name]) if name in given else "nothing"
+                raise ValueError(
+                    f"{name} was a tensor when the model was quantized, got {now}: give a tensor, "
+                    "or quantize again with inputs of this kind"
+                )
+        if more := given.keys() - {name for name, _ in self._leaves}:
+            raise ValueError(
+                f"{', '.join(sorted(more))} was not there when the model was quantized: leave it "
+                "out, or quantize again with it"
+            )
+        if self._road.sizes is not None and (why := self._road.sizes.why_not(inputs)):
+            raise ValueError(
+                f"{self._road.name} was built for inputs of other sizes or types: {why}. Quantize "
+                "again with calibration batches of several sizes, or with dynamic= for the "
+                "dimensions that change"
+            )
 
     def report(self) -> QuantizationReport:
         """Return what became of every road."""
@@ -85,7 +140,7 @@ class QuantizedModel(nn.Module):
                 "with keep_roads=True, and look at report() for those that were built"
             )
         other = QuantizedModel(self._roads[name], self._structure, self._report, self._roads)
-        other._fixed = self._fixed
+        other._leaves = self._leaves
         return other
 
     def save(self, path: str | Path) -> Path:
@@ -147,8 +202,9 @@ def tried(
     row = RoadRow(name, precision)
     judge, pace = task.judge, pace or Pace()
     try:
-        road = build(task)
-        found, too_slow = pace.outputs(road, judge.batches)
+        with quiet():
+            road = build(task)
+            found, too_slow = pace.outputs(road, judge.batches)
         ratios = judge.ratios(found) if found else None
     except RoadError as error:
         return replace(row, dropped=str(error)), None
@@ -247,12 +303,26 @@ def take(
         chosen = fastest(roads, speeds, baseline, batch, budget_s)
         shown.update()
     structure = task.outputs[0].structure
-    shapes = [list(t.shape) for t in batch if isinstance(t, Tensor)]
+    shapes = [list(t.shape) for t in tensors_in(batch)]
     threads = f"{task.threads} thread{'s' * (task.threads > 1)}"
-    notes = [*notes, f"{threads}, batches of {shapes}, {perf_counter() - start:.0f} s in all"]
+    took = f"{threads}, batches of {shapes}, {perf_counter() - start:.0f} s in all"
+    notes = [*notes, *_fixed_sizes(roads), took]
     why = _why(roads[chosen], rows, right | slower.keys(), task.judge, min_sqnr_db)
     report = QuantizationReport(tuple(rows), chosen, baseline, min_sqnr_db, why, tuple(notes))
     return QuantizedModel(roads[chosen], structure, report, kept, batch)
+
+
+def _fixed_sizes(roads: dict[str, Road]) -> list[str]:
+    """Return a note for each kind of inputs that some backends are limited to."""
+    names: dict[str, list[str]] = {}
+    for name, road in roads.items():
+        if road.sizes is not None and not road.sizes.are_all_free:
+            names.setdefault(str(road.sizes), []).append(name)
+    return [
+        f"{', '.join(those)}: for inputs of sizes {sizes}; calibration batches of several sizes, "
+        "or dynamic=, free more dimensions"
+        for sizes, those in names.items()
+    ]
 
 
 def accuracy_of(model: nn.Module, test: Test, batch: Batch, max_drop: float) -> Accuracy:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers import machine
-from dlhelpers.quantization.batches import Batch, Outputs
-from dlhelpers.quantization.roads import Road, RoadError, Task, needed, quiet, with_free_batch
+from dlhelpers.quantization.batches import Batch, Outputs, Tensors
+from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed, quiet
+from dlhelpers.quantization.sizes import Flat, Place, exported_with
+from dlhelpers.trees import map_leaves, tensors_in
 
 __all__ = [
     "ENGINES",
@@ -39,12 +41,13 @@ _HALF = {
 }
 
 
-def runner(model: Callable[..., Any]) -> Callable[[Batch], list[Tensor]]:
+def runner(model: Callable[..., Any]) -> Callable[[Batch], Tensors]:
     """Return the model as a road's function."""
 
-    def run(batch: Batch) -> list[Tensor]:
+    def run(batch: Batch) -> Tensors:
         with torch.no_grad():
-            return Outputs(model(*batch)).tensors
+            outputs = Outputs(model(*batch))
+        return Tensors(outputs.tensors, outputs.structure)
 
     return run
 
@@ -62,20 +65,17 @@ def eager(task: Task, *, channels_last: bool = False) -> Road:
     own = task.precision
     if not channels_last:
         return Road(f"eager {own}", own, runner(task.model), bytes_of(task.model))
-    if not any(isinstance(t, Tensor) and t.dim() == 4 for t in task.batches[0]):
+    if not any(t.dim() == 4 for t in tensors_in(task.batches[0])):
         raise RoadError("no input has four dimensions")
     model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)
     plainly = runner(model)
 
+    def turned(leaf: Any) -> Any:
+        is_image = isinstance(leaf, Tensor) and leaf.dim() == 4
+        return leaf.contiguous(memory_format=torch.channels_last) if is_image else leaf
+
     def run(batch: Batch) -> list[Tensor]:
-        return plainly(
-            tuple(
-                t.contiguous(memory_format=torch.channels_last)
-                if isinstance(t, Tensor) and t.dim() == 4
-                else t
-                for t in batch
-            )
-        )
+        return plainly(map_leaves(turned, batch))
 
     return Road(f"eager {own}, channels_last", own, run, bytes_of(model))
 
@@ -87,11 +87,14 @@ def cast(task: Task, dtype: torch.dtype) -> Road:
     model = copy.deepcopy(task.model).to(dtype)
     plainly = runner(model)
 
+    def turned(leaf: Any) -> Any:
+        is_float = isinstance(leaf, Tensor) and leaf.dtype.is_floating_point
+        return leaf.to(dtype) if is_float else leaf
+
     def run(batch: Batch) -> list[Tensor]:
-        given = (
-            t.to(dtype) if isinstance(t, Tensor) and t.dtype.is_floating_point else t for t in batch
-        )
-        return [t.to(own) for t, own in zip(plainly(tuple(given)), types, strict=True)]
+        found = plainly(map_leaves(turned, batch))
+        back = [t.to(types[min(i, len(types) - 1)]) for i, t in enumerate(found)]
+        return Tensors(back, found.structure)
 
     note = ""
     if dtype in _HALF:
@@ -109,7 +112,7 @@ def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
     seen: set[tuple[Any, ...]] = set()
 
     def run(batch: Batch) -> list[Tensor]:
-        shapes = tuple(tuple(t.shape) for t in batch if isinstance(t, Tensor))
+        shapes = tuple(tuple(t.shape) for t in tensors_in(batch))
         if shapes in seen:
             return plainly(batch)
         with quiet(), config.patch(freezing=True):
@@ -148,7 +151,7 @@ def quantized_layers(model: nn.Module) -> int:
     """Return how many of torch.ao's integer layers with weights a model has."""
     return sum(
         "quantized" in type(module).__module__
-        and (callable(getattr(module, "weight", None)) or hasattr(module, "_all_weight_values"))
+        and (callable(getattr(module, "weight", None)) or hasattr(module, "get_weight"))
         for module in model.modules()
     )
 
@@ -200,11 +203,13 @@ def torch_ao(task: Task, engine: str) -> Road:
     fx = torch_ao_module("quantization.quantize_fx", engine)
     with engine_set(engine), quiet(), torch.no_grad():
         mapping = ao.get_default_qconfig_mapping(engine)
-        observed = fx.prepare_fx(copy.deepcopy(task.model), mapping, task.batches[0])
-        for batch in task.batches:
+        given = [in_single(batch) for batch in task.batches]
+        observed = fx.prepare_fx(copy.deepcopy(task.single), mapping, given[0])
+        for batch in given:
             observed(*batch)
         model = fx.convert_fx(observed)
-    run = with_engine(runner(model), engine)
+    plainly = runner(model.forward)  # __call__ prints the graph where it raises
+    run = with_engine(lambda batch: plainly(in_single(batch)), engine)
     kernels = quantized_layers(model)
     return Road(
         f"torch.ao {engine} int8", "int8", run, bytes_of(model), kernels,
@@ -223,27 +228,37 @@ def pt2e(task: Task) -> Road:
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
         batch = task.batches[0]
-        given, free = with_free_batch(batch)
-        try:
-            exported = torch.export.export(task.model, given, dynamic_shapes=free).module()
-            fixed = ""
-        except Exception:  # a model whose sizes depend on the batch's
-            exported = torch.export.export(task.model, batch).module()
-            fixed = ", for this batch size alone"
+
+        def export(batch: Batch, shapes: tuple[Any, ...]) -> tuple[Any, Any]:
+            tensors = tuple(tensors_in(in_single(batch)))
+            flat = Flat(task.single, batch)
+            program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,))
+            module = program.module()
+            return program, lambda inputs: list(module(*tensors_in(in_single(inputs))))
+
+        program, sizes = exported_with(batch, task.free, export, _is_free)
         quantizer = x86.X86InductorQuantizer()
         quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-        observed = prepare_pt2e(exported, quantizer)
-        for given in task.alike if fixed else task.batches:
-            observed(*given)
+        observed = prepare_pt2e(program.module(), quantizer)
+        for given in task.batches:
+            if not sizes.why_not(given):
+                observed(*tensors_in(in_single(given)))
         model = convert_pt2e(observed)
         before = sum(v for k, v in counters["inductor"].items() if _is_lowered(k))
-        run = _frozen(model)
-        run(batch)
+        plainly = _frozen(model)
+        plainly(tuple(tensors_in(in_single(batch))))
         kernels = sum(v for k, v in counters["inductor"].items() if _is_lowered(k)) - before
     return Road(
-        "PT2E int8", "int8", run, bytes_of(model), kernels,
-        "calibrated by torchao's observers" + fixed,
+        "PT2E int8", "int8", lambda batch: list(plainly(tuple(tensors_in(in_single(batch))))),
+        bytes_of(model), kernels, "calibrated by torchao's observers", sizes=sizes,
     )  # fmt: skip
+
+
+def _is_free(program: Any, place: Place) -> bool:
+    """Whether torch.export left a dimension of an input open."""
+    names = program.graph_signature.user_inputs
+    nodes = {node.name: node for node in program.graph.nodes}
+    return not isinstance(nodes[names[place[0]]].meta["val"].shape[place[1]], int)
 
 
 def _is_lowered(counter: str) -> bool:
