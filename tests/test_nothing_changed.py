@@ -272,6 +272,13 @@ def assert_same(before, after, where):
     assert not (changed := differences(before, after)), f"{where}: {changed[:5]}"
 
 
+@pytest.fixture(autouse=True)
+def _no_trials(monkeypatch, tmp_path):
+    """An estimate tries no operator, and nothing is kept of one."""
+    monkeypatch.setattr("dlhelpers.memory.scratch.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("dlhelpers.memory.scratch._TRIALS_S", 0.0)
+
+
 def made(kind):
     torch.manual_seed(0)
     return MODELS[kind]().train()
