@@ -907,11 +907,34 @@ def test_what_is_no_model_is_named():
 
 # ---- torchvision's models ----
 
+
+def small_densenet():
+    return torchvision.models.DenseNet(8, (2, 3), 16)
+
+
+def small_efficientnet():
+    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+
+    blocks = [MBConvConfig(1, 3, 1, 16, 16, 1), MBConvConfig(4, 5, 2, 16, 24, 2)]
+    return EfficientNet(blocks, 0.2, last_channel=64)
+
+
+def small_video():
+    from torchvision.models.video import resnet as video
+
+    convolutions = [video.Conv3DSimple, video.Conv3DNoTemporal, video.Conv2Plus1D]
+    convolutions.append(video.Conv3DSimple)
+    return video.VideoResNet(video.BasicBlock, convolutions, [1, 1, 1, 1], video.BasicStem)
+
+
+SMALL = {  # the blocks of densenet121, efficientnet_b0, r3d_18
+    "densenet": (small_densenet, (1, 3, 64, 64)),
+    "efficientnet": (small_efficientnet, (1, 3, 64, 64)),
+    "video": (small_video, (1, 3, 4, 16, 16)),
+}
 FEW = [
-    *("resnet18", "mobilenet_v2", "mobilenet_v3_small", "googlenet"),
-    *("shufflenet_v2_x0_5", "mnasnet0_5", "regnet_y_400mf", "densenet121"),
-    *("efficientnet_b0", "r3d_18", "lraspp_mobilenet_v3_large"),
-    *("fasterrcnn_mobilenet_v3_large_320_fpn",),
+    *("resnet18", "mobilenet_v2", "googlenet", "shufflenet_v2_x0_5"),
+    *("lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"),
 ]
 
 
@@ -947,14 +970,14 @@ def inputs_for(name):
     return (torch.rand(1, 3, side, side),)
 
 
-def check_torchvision(name):
+def check_torchvision(name, model=None, inputs=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = built(name)
+        model = built(name) if model is None else model
     if not batch_norms(model):
         pytest.skip("no BatchNorm")
     lived(model)
-    fused, report = fuse_conv_bn(model, inputs_for(name))
+    fused, report = fuse_conv_bn(model, inputs_for(name) if inputs is None else inputs)
     detects = name in torchvision.models.list_models(module=torchvision.models.detection)
     if not any("sorted or selected" in note for note in report.notes):
         # a detector takes exponentials, and chooses boxes: that amplifies rounding
@@ -977,6 +1000,12 @@ def check_torchvision(name):
 @pytest.mark.parametrize("name", FEW)
 def test_torchvisions_models_are_fused_no_less_than_by_torch(name):
     check_torchvision(name)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_so_are_small_ones_of_the_same_blocks(name):
+    make, shape = SMALL[name]
+    check_torchvision(name, make(), (torch.rand(shape),))
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ from dlhelpers.memory.accumulating import accumulate
 from dlhelpers.memory.divisors import terms_of
 from dlhelpers.memory.measuring import measure_peak
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
 
 def mlp():
     torch.manual_seed(0)

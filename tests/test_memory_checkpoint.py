@@ -32,6 +32,8 @@ from dlhelpers.memory import checkpointing
 from dlhelpers.memory.checkpointing import checkpoint_blocks, checkpoint_plan
 from dlhelpers.memory.estimating import estimate
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
 
 def trained(model, x, steps=2, lr=0.01):
     """Outputs, losses' gradients, buffers, parameters and random state of some SGD steps."""

@@ -11,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from dlhelpers.memory import accumulate, estimate, measure_peak
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
 EXACT = 1e-3
 sgd = functools.partial(torch.optim.SGD, lr=1e-3)
 

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dlhelpers.memory import measure_peak, mib
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
 WRAPPED = 8  # bytes: under a dispatch mode a Python number stays a float64 tensor for an operator
 
 OPTIMIZERS = {

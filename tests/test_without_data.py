@@ -197,6 +197,13 @@ def forget():
 
 
 @pytest.fixture(autouse=True)
+def _no_trials(monkeypatch, tmp_path):
+    """An estimate tries no operator, and nothing is kept of one."""
+    monkeypatch.setattr("dlhelpers.memory.scratch.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("dlhelpers.memory.scratch._TRIALS_S", 0.0)
+
+
+@pytest.fixture(autouse=True)
 def _forgotten():
     forget()
     yield

@@ -76,7 +76,8 @@ def reparameterize(block: nn.Module | Iterable[nn.Module]) -> nn.Conv2d:
         raise ValueError("no branch holds a convolution: there is nothing to put them into")
     largest = max(layers, key=lambda layer: layer.kernel_size)
     side = largest.kernel_size[0]
-    result = nn.Conv2d(
+    result = nn.utils.skip_init(  # draws no random numbers
+        nn.Conv2d,
         largest.in_channels,
         largest.out_channels,
         side,

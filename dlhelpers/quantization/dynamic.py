@@ -32,6 +32,7 @@ _INT8_OPERATORS = (
 _NAMED = 4  # layers
 
 
+@torch.random.fork_rng(devices=[])  # modules that are made draw weights
 def quantize_dynamic(
     model: nn.Module,
     example_inputs: Any = None,

@@ -50,6 +50,7 @@ ENGINES: tuple[str, ...] = (
 )
 
 
+@torch.random.fork_rng(devices=[])  # modules that are made draw weights
 def quantize_static(
     model: nn.Module,
     calibration: Iterable[Any],
