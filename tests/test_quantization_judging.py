@@ -463,6 +463,11 @@ def test_a_test_may_be_a_function_and_must_return_a_number(trained):
     x, _ = bands(8, seed=3)
     report = quantize_static(trained, [x], engine="eager", test=lambda m: 0.5, **FAST).report()
     assert report["eager float32"].accuracy == 0.5
+    metric = torch.tensor(0.25)  # as torchmetrics returns one
+    report = quantize_static(trained, [x], engine="eager", test=lambda m: metric, **FAST).report()
+    assert report["eager float32"].accuracy == 0.25
+    with pytest.raises(TypeError, match=r"two tensors, or a function .* got list"):
+        quantize_static(trained, [x], engine="eager", test=[x], **FAST)
     for wrong in (None, "high", math.nan):
         with pytest.raises(ValueError, match="test must return a finite number"):
             quantize_static(trained, [x], engine="eager", test=lambda m, w=wrong: w, **FAST)

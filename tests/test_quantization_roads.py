@@ -30,6 +30,7 @@ from dlhelpers.quantization import (
     static,
     taking,
 )
+from dlhelpers.quantization.accuracy import accuracy_in_batches
 from dlhelpers.quantization.batches import Outputs, read_batches
 from dlhelpers.quantization.fake import fake_quantize, layers_of, rounded, weight_affine
 from dlhelpers.quantization.kernels import linear_accumulate
@@ -501,7 +502,7 @@ def test_accuracy_is_taken_in_batches(monkeypatch):
 
     x = images(21)
     targets = x.flatten(1)[:, :10].argmax(1)
-    found = taking._accuracy(Watch(), (x, targets), (images(8),))
+    found = accuracy_in_batches(Watch(), (x, targets), (images(8),))
     assert found == 1.0
     assert sizes == [8, 8, 5]
 

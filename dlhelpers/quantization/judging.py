@@ -10,40 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
+from dlhelpers.quantization.accuracy import Accuracy
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.noise import FEW, sample_sqnr_db, sqnr_db
 from dlhelpers.quantization.samples import Layout, Outlier, layout_of, outliers
 from dlhelpers.trees import tensors_in
 
-__all__ = ["Accuracy", "Judge", "held_out", "judge_of"]
+__all__ = ["Judge", "held_out", "judge_of"]
 
 _SHARE = 4  # one sample of four is held out
 _MANY = 60  # samples, of which those held out are enough for a quantile
 _NAMED = 3  # outliers
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """The test that a backend has to pass.
-
-    Attributes:
-        of: a model -> its accuracy.
-        wanted: of the model as it was given.
-        max_drop: what a backend may lose of it.
-    """
-
-    of: Callable[[Any], float]
-    wanted: float
-    max_drop: float
-
-    def lost(self, found: float) -> str:
-        """Return why a backend of this accuracy is refused; empty where it is not."""
-        if found >= self.wanted - self.max_drop - 1e-9:
-            return ""
-        return (
-            f"accuracy {found:.1%} is more than max_drop={self.max_drop:g} below "
-            f"the model's {self.wanted:.1%}"
-        )
 
 
 @dataclass

@@ -21,6 +21,7 @@ from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.models import copied, need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
+from dlhelpers.quantization.accuracy import Test, accuracy_of
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
 from dlhelpers.quantization.calibrate import CALIBRATORS
@@ -32,8 +33,6 @@ from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import (
     Builder,
     QuantizedModel,
-    Test,
-    accuracy_of,
     built,
     take,
     tried,

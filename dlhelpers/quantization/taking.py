@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
-from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dlhelpers.files import write_whole
@@ -24,19 +20,18 @@ from dlhelpers.quantization.batches import (
     is_same,
     named_leaves,
 )
-from dlhelpers.quantization.judging import Accuracy, Judge
+from dlhelpers.quantization.judging import Judge
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.racing import Pace, fastest, raced
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, RoadError, Task
 from dlhelpers.trees import tensors_in
 
-__all__ = ["Builder", "QuantizedModel", "Test", "accuracy_of", "built", "take", "tried"]
+__all__ = ["Builder", "QuantizedModel", "built", "take", "tried"]
 
 Builder = Callable[[Task], Road]
 # what rounding leaves where a road of the model's own type computes in another order
 _ROUNDING_DB = {"float64": 60.0, "float32": 60.0, "float16": 40.0, "bfloat16": 20.0}
-Test = tuple[Tensor, Tensor] | Callable[[nn.Module], float]
 
 
 class _Fixed:
@@ -308,65 +303,6 @@ def _fixed_sizes(roads: dict[str, Road]) -> list[str]:
         "or dynamic=, free more dimensions"
         for sizes, those in names.items()
     ]
-
-
-def accuracy_of(model: nn.Module, test: Test, batch: Batch, max_drop: float) -> Accuracy:
-    """Return the test for the roads, with the accuracy of the model as it was given.
-
-    Args:
-        model: in eval mode.
-        test: (inputs [N, ...], class numbers [N]), or a function from a model to a number.
-        batch: whose size the inputs are given in.
-        max_drop: what a road may lose of it.
-
-    Raises:
-        ValueError: inputs and targets are not equally many, targets are not [N], the output is no
-            tensor [N, C], or the function returns no finite number.
-    """
-    if callable(test):
-        found = test(model)
-        if not isinstance(found, Real) or not math.isfinite(found):
-            raise ValueError(f"test must return a finite number for a model, got {found!r}")
-        return Accuracy(lambda road: float(test(road)), float(found), max_drop)
-    measured = partial(_accuracy, test=test, batch=batch)
-    return Accuracy(measured, measured(model), max_drop)
-
-
-def _accuracy(model: nn.Module, test: tuple[Tensor, Tensor], batch: Batch) -> float:
-    """Return the accuracy on (inputs, class numbers), in batches of the given one's size."""
-    inputs, targets = test
-    if len(inputs) != len(targets) or not len(inputs):
-        raise ValueError(
-            f"test must hold as many targets as inputs, got {len(inputs)} and {len(targets)}"
-        )
-    size = next(len(t) for t in tensors_in(batch))
-    right = 0
-    with torch.no_grad():
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            output = _filled_up(model, x, size)
-            if not isinstance(output, Tensor) or output.dim() != 2:
-                found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(
-                    f"test needs a model whose output is one tensor [N, C], got {found}: give a "
-                    "function that takes the model and returns its accuracy"
-                )
-            if y.shape != output.shape[:1]:  # [N, 1] would be compared with every sample
-                raise ValueError(
-                    "test's targets must be class numbers [N], one for each sample, got "
-                    f"{list(targets.shape)}"
-                )
-            right += int((output.argmax(dim=1) == y).sum())
-    return right / len(inputs)
-
-
-def _filled_up(model: nn.Module, x: Tensor, size: int) -> Any:
-    """Return the output for fewer samples than a batch, of which a road may take no other."""
-    try:
-        return model(x)
-    except Exception:
-        if len(x) == size:
-            raise
-        return model(torch.cat((x, x[:1].expand(size - len(x), *x.shape[1:]))))[: len(x)]
 
 
 def _why(
