@@ -38,6 +38,7 @@ from dlhelpers.quantization.roads import Road, RoadError, Task
 
 NETWORKS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")
 LEAST_S = 20.0  # below this no column is begun
+NOT_BUILT = "not built within"
 
 
 class TooLong(BaseException):
@@ -81,7 +82,7 @@ def limited(build: Callable[[Task], Road], seconds: float) -> Callable[[Task], R
         except TooLong:
             if monotonic() < until:  # it was the time in all
                 raise
-            raise RoadError(f"not built within {seconds:.0f} s") from None
+            raise RoadError(f"{NOT_BUILT} {seconds:.0f} s") from None
 
     return built
 
@@ -108,46 +109,24 @@ def speed_of(row: RoadRow) -> float:
     return row.speed.speedup if row.speed else 1.0  # the baseline itself has none
 
 
-def column(name: str, batch: int, side: int, budget_s: float, backend_s: float) -> dict[str, Any]:
+def column(
+    name: str, batch: int, side: int, budget_s: float, backend_s: float, columns: list[Any]
+) -> None:
+    """Race the roads and append what was found, then race those near the top once more."""
     model = network(name, side)
     inputs = [torch.rand(batch, 3, side, side) for _ in range(2)]
     fast = quantize_static(model, inputs, budget_s=budget_s, keep_roads=True)
     report = fast.report()
     print(f"\n{name}, batch {batch}\n{report}", flush=True)
 
-    kept = {row.name: fast.on(row.name) for row in report.rows if not row.dropped}
-    baseline = run_of(kept[report.baseline], inputs[0])
-    extra = {"eager float32, not folded": run_of(model, inputs[0])}
-    if machine.describe().compiler:
-        extra["torch.compile float32, not frozen"] = run_of(
-            torch.compile(copy.deepcopy(model)), inputs[0]
-        )
-    for title, run in extra.items():
-        try:
-            limited(lambda _, run=run: run(), backend_s)(None)  # compiles
-        except RoadError as error:
-            print(f"{title:36} {error}", flush=True)
-            continue
-        print(f"{title:36} {compare(baseline, run, budget_s=budget_s)}", flush=True)
-
-    taken = report[report.chosen].speed
-    top = taken.speedup if taken else 1.0
-    near = [n for n in kept if n == report.chosen or speed_of(report[n]) > top / 1.3]
-    others = {n: partial(kept[n], inputs[0]) for n in near}
-    behind = 1.0
-    if len(others) > 1:
-        race = compare_many(others, baseline=report.chosen, budget_s=3 * budget_s, negligible=0.01)
-        behind = max(1.0, *(row.speedup for row in race.values()))
-        for title, row in race.items():
-            print(f"  against {report.chosen}: {title:30} {row}")
     int8 = [r.speed for r in report.rows if r.precision == "int8" and r.speed]
     best = max((speed.speedup for speed in int8), default=float("nan"))
-    print(f"  taken: {report.chosen}, {behind:.3f} times behind the fastest; best int8 {best:.2f}")
-    return {
+    result = {
         "network": name,
         "batch": batch,
         "chosen": report.chosen,
-        "behind": behind,
+        "behind": None,
+        "not_built": [row.name for row in report.rows if row.dropped.startswith(NOT_BUILT)],
         "int8": best,
         "rows": [
             {
@@ -163,6 +142,36 @@ def column(name: str, batch: int, side: int, budget_s: float, backend_s: float) 
             for row in report.rows
         ],
     }
+    columns.append(result)
+
+    kept = {row.name: fast.on(row.name) for row in report.rows if not row.dropped}
+    baseline = run_of(kept[report.baseline], inputs[0])
+    extra = {"eager float32, not folded": run_of(model, inputs[0])}
+    if machine.describe().compiler:
+        extra["torch.compile float32, not frozen"] = run_of(
+            torch.compile(copy.deepcopy(model)), inputs[0]
+        )
+    for title, run in extra.items():
+        try:
+            limited(lambda _, run=run: run(), backend_s)(None)  # compiles
+        except RoadError as error:
+            print(f"{title:36} {error}", flush=True)
+            result["not_built"].append(title)
+            continue
+        print(f"{title:36} {compare(baseline, run, budget_s=budget_s)}", flush=True)
+
+    taken = report[report.chosen].speed
+    top = taken.speedup if taken else 1.0
+    near = [n for n in kept if n == report.chosen or speed_of(report[n]) > top / 1.3]
+    others = {n: partial(kept[n], inputs[0]) for n in near}
+    behind = 1.0
+    if len(others) > 1:
+        race = compare_many(others, baseline=report.chosen, budget_s=3 * budget_s, negligible=0.01)
+        behind = max(1.0, *(row.speedup for row in race.values()))
+        for title, row in race.items():
+            print(f"  against {report.chosen}: {title:30} {row}")
+    print(f"  taken: {report.chosen}, {behind:.3f} times behind the fastest; best int8 {best:.2f}")
+    result["behind"] = behind
 
 
 def main() -> None:
@@ -194,18 +203,20 @@ def main() -> None:
                 if left_s < LEAST_S:
                     raise TooLong
                 with within(left_s):
-                    columns.append(column(name, batch, side, budget_s, options.backend_s))
+                    column(name, batch, side, budget_s, options.backend_s, columns)
             except TooLong:
-                not_run.append(f"{name}, batch {batch}")
+                is_raced = columns and (columns[-1]["network"], columns[-1]["batch"]) == (
+                    name,
+                    batch,
+                )
+                not_run.append(f"{name}, batch {batch}" + ": the last race" * bool(is_raced))
     for found in columns:
         not_run += [
-            f"{found['network']}, batch {found['batch']}: {row['road']}"
-            for row in found["rows"]
-            if row["dropped"].startswith("not built within")
+            f"{found['network']}, batch {found['batch']}: {title}" for title in found["not_built"]
         ]
     print(f"\nnot run within the budget: {'; '.join(not_run) or 'nothing'}")
-    if columns:
-        worst = max(column["behind"] for column in columns)
+    if behind := [found["behind"] for found in columns if found["behind"] is not None]:
+        worst = max(behind)
         print(f"worst column: {worst:.3f} times behind the fastest road; the goal is 1.05")
     result = {
         "machine": machine.describe().as_dict(),

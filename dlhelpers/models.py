@@ -25,6 +25,7 @@ __all__ = [
     "copied",
     "in_eval_",
     "need_model",
+    "need_module",
     "plain_copy",
     "uncompiled_",
     "unwrapped",
@@ -48,10 +49,7 @@ def need_model(model: Any, verb: str, *, but: Collection[str] = ()) -> None:
         TypeError: it is no module, or one of the first three kinds.
         ValueError: a module is on the meta device, or lazy and without shapes.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be an nn.Module, got {type(model).__name__}{_instead(model, verb)}"
-        )
+    need_module(model, verb)
     for name, module in model.named_modules():
         which = f"{name or 'the model'} ({type(module).__name__})"
         inner = f"model.{name}".removesuffix(".")
@@ -75,17 +73,23 @@ def need_model(model: Any, verb: str, *, but: Collection[str] = ()) -> None:
                 )
 
 
-def _instead(given: Any, verb: str) -> str:
-    if isinstance(given, torch.export.ExportedProgram):
-        return f": {verb} the module that was exported, or what its module() returns"
+def need_module(model: Any, verb: str) -> None:
+    """Raise TypeError where a model is no module; the message says what to give instead."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {_named(model, verb)}")
+
+
+def _named(given: Any, verb: str) -> str:
     if isinstance(given, type):
-        return f", a class: give an instance, {given.__name__}(...)"
-    owner = getattr(given, "__self__", None)
+        return f"the class {given.__name__}: give an instance, {given.__name__}(...)"
+    kind, owner = type(given).__name__, getattr(given, "__self__", None)
+    if isinstance(given, torch.export.ExportedProgram):
+        return f"{kind}: {verb} the module that was exported, or what its module() returns"
     if isinstance(owner, nn.Module):
-        return f" of a {type(owner).__name__}: give the module itself"
+        return f"a method of {type(owner).__name__}: give the module itself"
     if hasattr(given, "keys"):
-        return ": load a state_dict into a module first"
-    return ": give a function as the forward of a module" if callable(given) else ""
+        return f"{kind}: load a state_dict into a module first"
+    return f"{kind}: give a function as the forward of a module" if callable(given) else kind
 
 
 def _opaque(module: nn.Module) -> str:

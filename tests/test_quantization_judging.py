@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dlhelpers.quantization import (
     QuantizationReport,
     onnx_roads,
+    openvino_roads,
     quantize_dynamic,
     quantize_static,
     roads,
@@ -592,12 +593,12 @@ def test_onnx_runtime_says_that_it_computes_a_half_model_in_float32():
 
 @needs_openvino
 def test_openvino_bfloat16_that_is_float32_says_so(monkeypatch):
-    original = onnx_roads._OpenVino
+    original = openvino_roads._OpenVino
 
     def without(data, precision, threads):
         return original(data, "f32", threads)
 
-    monkeypatch.setattr(onnx_roads, "_OpenVino", without)
+    monkeypatch.setattr(openvino_roads, "_OpenVino", without)
     report = quantize_static(nn.Linear(4, 3), [randn(8, 4)], engine="openvino", **FAST).report()
     assert report["OpenVINO bfloat16"].dropped == (
         "its output is bit for bit that of OpenVINO float32: OpenVINO has no bfloat16 on this "

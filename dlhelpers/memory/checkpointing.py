@@ -10,7 +10,6 @@ Source: Chen et al. 2016, arXiv:1604.06174; torch.utils.checkpoint does the reco
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dlhelpers.memory.recomputing import Pass
 from dlhelpers.memory.replaying import KEPT_IN_MODULES
+from dlhelpers.models import copied, need_module
 from dlhelpers.reached import generators_in
+from dlhelpers.trees import tensors_in
 
 __all__ = ["checkpoint_blocks", "checkpoint_plan"]
 
@@ -79,6 +79,7 @@ def checkpoint_blocks(
     >>> checkpoint_plan(checkpointed)
     (('', (('0', '1', '2'), ('3', '4', '5'), ('6', '7', '8'))),)
     """
+    need_module(model, "checkpoint")
     parts, lists = _found(model)
     most, least = sum(len(part.starts) for part in parts), 0 if lists else 1
     if not parts and not lists:
@@ -250,15 +251,15 @@ def _estimated_peak(model: nn.Module, inputs: Any, optimizer: Any, loss: Any, k:
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """Copy the modules, not the tensors and generators, and take away an earlier plan."""
-    held = tree_leaves([list(vars(module).values()) for module in model.modules()])
-    shared = [*(leaf for leaf in held if isinstance(leaf, Tensor)), *generators_in([model])]
-    copied = copy.deepcopy(model, {id(value): value for value in shared})
-    for module in copied.modules():
+    held = tensors_in([vars(module) for module in model.modules()])
+    shared = [*held, *generators_in([model])]
+    made = copied(model, {id(value): value for value in shared})
+    for module in made.modules():
         for name in KEPT_IN_MODULES:
             vars(module).pop(name, None)
         if "_dlhelpers_plain" in vars(type(module)):
             module.__class__ = type(module)._dlhelpers_plain
-    return copied
+    return made
 
 
 def _inject(module: nn.Module, name: str, segments: Segments | None) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from dlhelpers.arguments import model_inputs, whole_number
 from dlhelpers.fakes import tensors_in
@@ -30,6 +29,8 @@ from dlhelpers.memory.report import MemoryReport, by_kind, report_of
 from dlhelpers.memory.scratch import Scratch, whole_of
 from dlhelpers.memory.sparse import SparseOps, is_coo
 from dlhelpers.memory.values import Numbers, explained
+from dlhelpers.models import need_model
+from dlhelpers.trees import map_leaves
 from dlhelpers.without_data import Fakes
 
 __all__ = ["estimate"]
@@ -117,6 +118,7 @@ def estimate(
     """
     from torch._subclasses import FakeTensorMode
 
+    need_model(model, "estimate")
     args, kwargs = model_inputs(inputs)
     if next(tensors_in((args, kwargs)), None) is None:
         raise TypeError(f"inputs must hold a tensor, got {type(inputs).__name__}")
@@ -221,8 +223,9 @@ def _micro_batches(
             f"smaller than steps; got {sizes}: leave steps out and give one micro-batch"
         )
     return [
-        tree_map_only(
-            Tensor, lambda t, i=i: t.tensor_split(steps)[i] if t.dim() else t, (args, kwargs)
+        map_leaves(
+            lambda t, i=i: t.tensor_split(steps)[i] if isinstance(t, Tensor) and t.dim() else t,
+            (args, kwargs),
         )
         for i in range(steps)
     ]

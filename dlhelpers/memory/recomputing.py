@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dlhelpers.memory.replaying import State, saves_unwritten
 from dlhelpers.memory.verifying import Witness
+from dlhelpers.trees import flatten
 
 __all__ = ["Pass"]
 
@@ -76,14 +76,14 @@ class Pass:
             RuntimeError: a block overwrites an argument; or, in backward, a parameter has changed
                 since forward, or a block does not compute again what it computed in forward.
         """
-        leaves, self._spec = tree_flatten((args, kwargs))
+        leaves, self._rebuilt = flatten((args, kwargs))
         # an early stop comes in the last saved tensor's hook: before its kernel has written it
         stops = not saves_unwritten(self._called)
         with nullcontext() if stops else set_checkpoint_early_stop(False):
             return checkpoint(self._call, *leaves, use_reentrant=False, preserve_rng_state=True)
 
     def _call(self, *leaves: Any) -> Any:
-        args, kwargs = tree_unflatten(leaves, self._spec)
+        args, kwargs = self._rebuilt(leaves)
         if self._begun:
             with self._as_before(), self._state.restored(), self._witness.watching(True):
                 for _, _, call in self._blocks:

@@ -10,23 +10,20 @@ sure to hold samples (mappings, tensors of differing sizes), it does so too; els
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import entries, is_record, rebuilt, tensors_in
 
 __all__ = ["is_one_batch", "part_sizes", "samples_in", "split"]
 
 
 def is_one_batch(value: Any) -> bool:
     """Whether a value is a batch; a list or a loader is many of them."""
-    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    return isinstance(value, (Tensor, tuple, Mapping)) or is_record
+    return isinstance(value, (Tensor, tuple, Mapping)) or is_record(value)
 
 
 def split(batch: Any, parts: int) -> Iterator[Any]:
@@ -109,13 +106,7 @@ def _refuse_ambiguous(value: Any, count: int) -> None:
 
 
 def _entries(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, (tuple, list)):
-        return list(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
-    return []
+    return [inner for _, inner in entries(value) or ()]
 
 
 def _part(value: Any, cut: slice, count: int, by_sample: bool, is_top: bool = False) -> Any:
@@ -123,8 +114,6 @@ def _part(value: Any, cut: slice, count: int, by_sample: bool, is_top: bool = Fa
         if value.dim() > 0 and len(value) != count:
             raise ValueError(f"one batch has one first dimension N, got {[count, len(value)]}")
         return value[cut] if value.dim() > 0 else value
-    if isinstance(value, Mapping):
-        return _with_items(value, {k: _part(v, cut, count, by_sample) for k, v in value.items()})
     if isinstance(value, (tuple, list)):
         is_named = hasattr(value, "_make")
         if not is_top and not is_named and _has_entry_for_each(value, count, by_sample):
@@ -133,13 +122,8 @@ def _part(value: Any, cut: slice, count: int, by_sample: bool, is_top: bool = Fa
         if all(part is entry for part, entry in zip(parts, value, strict=True)):
             return value
         return value._make(parts) if is_named else tuple(parts) if is_top else type(value)(parts)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        made = copy.copy(value)
-        for field in dataclasses.fields(value):
-            if hasattr(value, field.name):
-                inner = _part(getattr(value, field.name), cut, count, by_sample)
-                object.__setattr__(made, field.name, inner)  # a frozen one as well
-        return made
+    if (inside := entries(value)) is not None:
+        return rebuilt(value, [_part(v, cut, count, by_sample) for _, v in inside])
     shape = getattr(value, "shape", None)  # an array
     return value[cut] if isinstance(shape, tuple) and shape[:1] == (count,) else value
 
@@ -152,13 +136,3 @@ def _has_entry_for_each(value: tuple[Any, ...] | list[Any], count: int, by_sampl
         firsts = {len(t) for t in tensors_in(value) if t.dim() > 0}
         return by_sample or _is_list_of_samples(value) or firsts != {count}
     return all(isinstance(entry, (str, bytes)) for entry in value)
-
-
-def _with_items(old: Mapping[Any, Any], new: dict[Any, Any]) -> Any:
-    try:
-        made = copy.copy(old)
-        for key, value in new.items():
-            made[key] = value  # type: ignore[index]
-    except (TypeError, AttributeError):  # cannot be written to
-        return new
-    return made

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.findings import Findings
+from dlhelpers.models import unwrapped
 
 from .activations import activation_hits
 from .calls import Inside, LossCall, describe_call
 from .catalog import Hit, finding
 from .causes import missing
 from .forms import form_hits
-from .probe import as_tensor, first_tensor, restored, run_model, unwrap
+from .probe import as_tensor, first_tensor, restored, run_model
 from .static import head_of_model, softmax_without_dim
 from .tape import Tape
 from .trace import UNKNOWN, Head, head_of_tensor
@@ -114,7 +115,7 @@ def _check(
         yield Hit("loss-raised", "error", said(error), "rule", why=why, remedy=remedy)
         return
     if callable(model) and not isinstance(model, Tensor):
-        model = unwrap(model)
+        model = unwrapped(model)
         static = _head_without_a_run(model)
         if inputs is None:
             call = describe_call(loss, None, as_tensor(targets))

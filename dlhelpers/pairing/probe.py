@@ -8,7 +8,6 @@ dropped. Attributes and generators that ``forward`` changes are put back; files 
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,24 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import model_inputs
+from dlhelpers.models import copied
 from dlhelpers.reached import objects_in
+from dlhelpers.trees import entries
 from dlhelpers.untouched import same_numbers, untouched
 
-__all__ = ["as_tensor", "first_tensor", "restored", "run_model", "unwrap"]
-
-
-def unwrap(model: object) -> object:
-    """Return the plain module behind torch.compile, DataParallel and DistributedDataParallel."""
-    for _ in range(4):
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, (nn.DataParallel, nn.parallel.DistributedDataParallel)
-        ):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-    return model
+__all__ = ["as_tensor", "first_tensor", "restored", "run_model"]
 
 
 def run_model(model: Callable[..., Any], inputs: object) -> Any:
@@ -48,7 +35,7 @@ def run_model(model: Callable[..., Any], inputs: object) -> Any:
         Exception: whatever the model raised the second time, without gradients.
     """
     if isinstance(model, nn.Module) and any(map(_is_lazy, model.parameters())):
-        model = copy.deepcopy(model)  # its first call makes the parameters
+        model = copied(model)  # its first call makes the parameters
     with restored(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args, kwargs = _arguments(inputs, track=True)
@@ -150,8 +137,8 @@ def first_tensor(outputs: object) -> Tensor | None:
         for name in ("logits", "out"):
             if isinstance(outputs.get(name), Tensor):
                 return outputs[name]
-        outputs = tuple(outputs.values())
-    if isinstance(outputs, (tuple, list)):
-        return next((found for part in outputs if (found := first_tensor(part)) is not None), None)
     logits = getattr(outputs, "logits", None)
-    return logits if isinstance(logits, Tensor) else None
+    if isinstance(logits, Tensor):
+        return logits
+    parts = (part for _, part in entries(outputs) or ())
+    return next((found for part in parts if (found := first_tensor(part)) is not None), None)

@@ -8,9 +8,7 @@ others are those that repeat it. Whether they compute the same as well is looked
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter, deque
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import entries, tensors_in
 
 __all__ = ["Repeat", "Repeats", "detached", "is_in_backward"]
 
@@ -202,13 +200,9 @@ def _same(one: Any, other: Any) -> bool:
         return one.numel() <= _COMPARED and torch.equal(one, other)
     if type(one) is not type(other):
         return False
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if dataclasses.is_dataclass(one) and not isinstance(one, type):
-        names = [field.name for field in dataclasses.fields(one)]
-        return all(_same(getattr(one, name), getattr(other, name)) for name in names)
+    if (inside := entries(one)) is not None:
+        inner, others = dict(inside), dict(entries(other))
+        return inner.keys() == others.keys() and all(_same(inner[k], others[k]) for k in inner)
     return isinstance(one, bool | int | float | str | type(None)) and one == other
 
 

@@ -5,7 +5,6 @@ The program's own step runs, and nothing that it computes is put in place of any
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch.optim.optimizer import (
 )
 
 from dlhelpers.fakes import tensors_in
+from dlhelpers.models import copied
 from dlhelpers.pairing.probe import restored
 from dlhelpers.profiling.repeats import Repeat, is_in_backward
 from dlhelpers.profiling.seen import Trial
@@ -155,7 +155,7 @@ class _Check:
                     for own, value in zip(earlier, now, strict=True):
                         own.copy_(value)
                 if self._number in self._needed:
-                    self._copies[self._number] = without_hooks(copy.deepcopy(self._repeat.module))
+                    self._copies[self._number] = without_hooks(copied(self._repeat.module))
 
     def after(self, output: Any) -> None:
         """Compare an output with those of its partners."""

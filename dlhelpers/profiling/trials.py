@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.fakes import tensors_in
+from dlhelpers.models import copied
 from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
@@ -55,7 +55,7 @@ def trial(
         return value.expand(rows, *value.shape[1:]).contiguous()
 
     try:
-        model = without_hooks(copy.deepcopy(calls.module)).train(calls.training)
+        model = without_hooks(copied(calls.module)).train(calls.training)
         args = tuple(map(grown, calls.args))
         kwargs = {name: grown(value) for name, value in calls.kwargs.items()}
         if dtype is not None:
@@ -152,7 +152,7 @@ def folding_gain(calls: ModelCalls, speedup: Speedup) -> float | None:
     if calls.kwargs or not any(isinstance(m, kinds) for m in calls.module.modules()):
         return None
     try:
-        model = without_hooks(copy.deepcopy(calls.module))
+        model = without_hooks(copied(calls.module))
         fused, report = fuse_conv_bn(model, calls.args)
     except Exception:
         return None

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO: export once, choose ranges by our calibrators, write Q and DQ nodes.
+"""ONNX Runtime: export once, choose ranges by our calibrators, write Q and DQ nodes.
 
 The exported graph is run batch by batch with its inner tensors as outputs; a calibrator for each
 sees them and keeps a histogram. ONNX Runtime's quantizer then writes QuantizeLinear and
@@ -8,15 +8,10 @@ DequantizeLinear around the operators, and both engines make integer kernels of 
 from __future__ import annotations
 
 import ast
-import ctypes
-import io
 import math
-import sys
 import tempfile
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,10 +30,7 @@ __all__ = [
     "graph_of",
     "onnxruntime_float",
     "onnxruntime_int8",
-    "openvino_float",
-    "openvino_int8",
     "runner",
-    "signal_stack_kept",
 ]
 
 _AUTO = ("min-max", "percentile", "mse")
@@ -330,119 +322,3 @@ def onnxruntime_int8(
         name, "int8", runner(session), len(data), kernels,
         ", ".join(filter(None, notes)), data, sizes=graph.sizes,
     )  # fmt: skip
-
-
-class _Stack(ctypes.Structure):
-    """The C library's stack_t on Linux."""
-
-    _fields_ = (
-        ("pointer", ctypes.c_void_p),
-        ("flags", ctypes.c_int),
-        ("size", ctypes.c_size_t),
-    )
-
-
-@contextmanager
-def signal_stack_kept() -> Iterator[None]:
-    """Give this thread its alternate signal stack back.
-
-    OpenVINO 2026.4 leaves one behind that it has freed, and on it Ctrl-C ends in a crash.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    libc, before = ctypes.CDLL(None), _Stack()
-    libc.sigaltstack(None, ctypes.byref(before))
-    try:
-        yield
-    finally:
-        libc.sigaltstack(ctypes.byref(before), None)
-
-
-class _OpenVino:
-    """A model in OpenVINO, compiled anew for each shape of the inputs."""
-
-    def __init__(self, data: bytes, precision: str, threads: int) -> None:
-        needed("openvino")
-        import openvino
-
-        self._core = openvino.Core()
-        self._data = data
-        self._settings = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        self._lock = threading.Lock()
-        self._requests: dict[tuple[tuple[int, ...], ...], Any] = {}
-
-    def request(self, tensors: list[Tensor]) -> Any:
-        shapes = tuple(tuple(t.shape) for t in tensors)
-        if shapes not in self._requests:
-            model = self._core.read_model(io.BytesIO(self._data))
-            model.reshape({given: list(shapes[_number(given)]) for given in model.inputs})
-            with signal_stack_kept():
-                compiled = self._core.compile_model(model, "CPU", self._settings)
-            if len(self._requests) >= 8:
-                self._requests.pop(next(iter(self._requests)))
-            self._requests[shapes] = compiled.create_infer_request()
-        return self._requests[shapes]
-
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        tensors = [t.detach().contiguous() for t in tensors_in(in_single(batch))]
-        with self._lock:  # a request holds one call's outputs
-            request = self.request(tensors)
-            arrays = {i: tensors[_number(x)].numpy() for i, x in enumerate(request.model_inputs)}
-            request.infer(arrays, share_inputs=True)
-            return [
-                torch.from_numpy(request.get_output_tensor(i).data.copy())
-                for i in range(len(request.model_outputs))
-            ]
-
-    def int8_kernels(self, batch: Batch) -> int:
-        """Return how many products run on 8-bit integers."""
-        request = self.request(list(tensors_in(batch)))
-        counted = 0
-        for operator in request.get_compiled_model().get_runtime_model().get_ordered_ops():
-            facts: Mapping[str, Any] = operator.get_rt_info()
-            kind, precision = (facts[key].astype(str) for key in ("layerType", "runtimePrecision"))
-            is_product = kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
-            counted += is_product and precision in ("i8", "u8")
-        return counted
-
-
-def _number(given: Any) -> int:
-    """Return which tensor of the inputs an input of the graph is."""
-    names = (name.rpartition("_")[2] for name in given.get_names() if name.startswith("input_"))
-    return int(next(names))
-
-
-def openvino_float(task: Task, *, precision: str = "float32") -> Road:
-    """Return the model in OpenVINO, float32 or bfloat16."""
-    graph = graph_of(task)
-    data = graph.proto.SerializeToString()
-    run = _OpenVino(data, {"float32": "f32", "bfloat16": "bf16"}[precision], task.threads)
-    run.request(list(tensors_in(task.batches[0])))  # compiles: no call's time
-    if precision == "float32":
-        task.shared["OpenVINO float32"] = run
-    elif _is_equal(run, task.shared.get("OpenVINO float32"), task.batches[0]):
-        raise RoadError(
-            f"its output is bit for bit that of OpenVINO float32: OpenVINO has no {precision} on "
-            "this processor"
-        )
-    name = f"OpenVINO {precision}"
-    return Road(name, precision, run, len(data), 0, "", data, sizes=graph.sizes)
-
-
-def _is_equal(run: Any, other: Any, batch: Batch) -> bool:
-    """Whether two roads give the same bits."""
-    return other is not None and all(map(torch.equal, run(batch), other(batch)))
-
-
-def openvino_int8(task: Task, road: Road) -> Road:
-    """Return ONNX Runtime's quantized graph in OpenVINO."""
-    run = _OpenVino(road.onnx, "f32", task.threads)
-    kernels = run.int8_kernels(task.batches[0])
-    name = road.name.replace("ONNX Runtime", "OpenVINO")
-    note = ", ".join(filter(None, ("ONNX Runtime's file", road.note)))
-    return Road(name, "int8", run, road.nbytes, kernels, note, road.onnx, sizes=road.sizes)

@@ -20,7 +20,7 @@ from torch import nn
 from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.models import copied, need_model, plain_copy
-from dlhelpers.quantization import onnx_roads, torch_roads
+from dlhelpers.quantization import onnx_roads, openvino_roads, torch_roads
 from dlhelpers.quantization.accuracy import Test, accuracy_of
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
@@ -220,10 +220,10 @@ def _plan(engines: tuple[str, ...], own: str = "float32") -> dict[str, tuple[str
     if "onnxruntime" in engines:
         plan["ONNX Runtime float32"] = ("float32", onnx_roads.onnxruntime_float)
     if "openvino" in engines:
-        plan["OpenVINO float32"] = ("float32", onnx_roads.openvino_float)
+        plan["OpenVINO float32"] = ("float32", openvino_roads.openvino_float)
         plan["OpenVINO bfloat16"] = (
             "bfloat16",
-            partial(onnx_roads.openvino_float, precision="bfloat16"),
+            partial(openvino_roads.openvino_float, precision="bfloat16"),
         )
     for reduced in (False,) if vnni else (False, True):
         tail = ", reduced range" * reduced
@@ -252,7 +252,7 @@ def _in_onnxruntime(task: Task, **options: bool) -> Road:
 
 
 def _in_openvino(task: Task, **options: bool) -> Road:
-    return onnx_roads.openvino_int8(task, _in_onnxruntime(task, **options))
+    return openvino_roads.openvino_int8(task, _in_onnxruntime(task, **options))
 
 
 def _mixed(

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import tensors_in
+from dlhelpers.models import need_model, unwrapped
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
 from dlhelpers.shufflenet.moving import is_gather, is_scatter, moved_by, storage_of
@@ -216,6 +217,8 @@ def layer_costs(
     """
     if policy not in ("conv+linear", "all"):
         raise ValueError(f'policy must be "conv+linear" or "all", got {policy!r}')
+    need_model(model, "count")
+    model = unwrapped(model)
     counter = _Counter(model)
     counter.run(*model_inputs(inputs))
     layers, unknown, left_out, activations = [], {}, {}, 0
