@@ -130,6 +130,10 @@ IDS, IMAGE = torch.randint(0, 50, (2, 12)), torch.rand(2, 3, 64, 64)
 SMALL = {
     "language model": (Block, IDS),
     "recurrent": (Recurrent, torch.rand(5, 4, 8)),
+    "turned sequence": (
+        lambda: nn.Sequential(Call(lambda x: x.transpose(0, 1)), nn.Linear(8, 3, bias=False)),
+        torch.rand(5, 4, 8),
+    ),
     "shufflenet": (torchvision.models.shufflenet_v2_x0_5, IMAGE),
     "neighbours": (lambda: Call(lambda x: (x[..., 1:] - x[..., :-1]).abs()), IMAGE),
     "windows": (lambda: Call(lambda x: x.unfold(-1, 5, 1).mean(-1) @ torch.rand(60, 2)), IMAGE),

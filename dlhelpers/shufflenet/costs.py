@@ -316,7 +316,9 @@ class _Counter(TorchDispatchMode):
         def fake(value: Any) -> Any:
             if not isinstance(value, Tensor) or id(value) in fakes:
                 return fakes.get(id(value), value)
-            return fakes.setdefault(id(value), fake_of(mode, value))
+            made = fake_of(mode, value)  # a product may copy what needs gradients, even without
+            made.requires_grad_(value.requires_grad and not made.is_inference())
+            return fakes.setdefault(id(value), made)
 
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         state = {name: fake(tensor) for name, tensor in named}
