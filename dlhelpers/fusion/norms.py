@@ -127,12 +127,14 @@ def _split_for(module: nn.Module, dimensions: int | None) -> Norm:
     first = max(found, key=lambda norm: norm.spatial is not None)
     if all(norm.why for norm in found):
         return first
-    if any(norm.why or not _is_same(first, norm) for norm in found if norm is not first):
+    if not all(_is_same(first, norm) for norm in found if norm is not first):
         return _unknown(module, f"{own}, which its arguments or inputs change")
     return first
 
 
 def _is_same(a: Norm, b: Norm) -> bool:
+    if a.why or b.why:
+        return False
     pairs = ((a.values.weight, b.values.weight), (a.values.bias, b.values.bias))
     same = all(one.shape == two.shape and torch.allclose(one, two, 1e-12) for one, two in pairs)
     return same and b.spatial in (a.spatial, None) and a.is_alone and b.is_alone
