@@ -58,7 +58,7 @@ class Walker(nn.Module):
         return self.body.conv_1
 
     def forward(self, x):
-        if x.sum() < 0:
+        if float(x.sum()) < 0:
             return self.way(x)
         y = self.other(x) + self.odd(x)
         for layer in self.layers:
@@ -222,7 +222,7 @@ def by_its_statistics(self, x):
 
 
 def by_an_expression(self, x):
-    return (self.body if x.sum() > 0 else self.body.conv_1)(x)
+    return (self.body if float(x.sum()) > 0 else self.body.conv_1)(x)
 
 
 def by_assignment(self, x):
@@ -300,7 +300,7 @@ class Whole(Walker):
         self.flag, self.missing = False, None
 
     def forward(self, x):
-        if x.sum() < 0:
+        if float(x.sum()) < 0:
             x = -x
         if self.flag:
             return self.body[0](x)
@@ -333,7 +333,7 @@ class Turns(Walker):
     def forward(self, x):
         if self.flag:
             return self.body[0](x)
-        if x.sum() < 0:
+        if float(x.sum()) < 0:
             self.flag = True
         return self.body(x)
 
@@ -348,7 +348,7 @@ def test_a_forward_without_source_and_one_of_an_instance_forbid_all_that_they_ma
     exec(
         "class NoSource(Walker):\n"
         "    def forward(self, x):\n"
-        "        return self.body[0](x) if x.sum() < 0 else self.body(x)\n",
+        "        return self.body[0](x) if float(x.sum()) < 0 else self.body(x)\n",
         space,
     )
     model = lived(space["NoSource"]())
@@ -514,5 +514,5 @@ def test_without_float64_the_bound_is_what_one_last_place_does():
     assert "no kernel for double. Allowed are outputs that differ by" in report.notes[0]
     # a thousandth is a mistake here, though it is far below a percent
     _, report = fuse_conv_bn(lived(InSingle(1e-3)), image(4))
-    assert report.folded == 0
+    assert report.rows[0].into == "conv"
     assert "fuse(): not used, since with it the fused model's outputs differ" in report.notes[-1]
