@@ -19,11 +19,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dlhelpers.files import cache_dir, write_whole
 from dlhelpers.machine import describe
 from dlhelpers.tables import facts_table
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Roofline", "roofline"]
 
@@ -31,6 +34,8 @@ _BUDGET_S = 1.7  # for everything that is timed; the call in flight ends
 _SIZES = (256, 512, 1024, 2048)
 _GROWTH = {"fp32": 8}  # twice the size is 8 times the work, and float32 is fast everywhere
 _GROWTH_ELSE = 24  # of a kernel without instructions for its type, once out of the caches
+_KEYS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+_KEYS |= {"int8": "int8", "uint8": "int8"}
 _clock = time.perf_counter  # tests put a fake clock here
 
 
@@ -43,7 +48,8 @@ class Roofline:
             (two read, one written; what the cache reads before it writes is not counted).
         gflops: ``fp32``, ``bf16``, ``int8`` -> 10^9 operations a second of a matrix product
             (2 n^3 each; int8's are integer operations); None where torch has no such product here.
-            A type without a fast kernel has the rate of a small product.
+            A type without a fast kernel has the rate of a small product. Peaks of ``fp16`` and
+            ``fp64`` are not measured; whoever knows them may add them.
         threads: torch's intra-op threads while measuring.
         loaded: whether other processes were busy while measuring, so that peaks are too low.
     """
@@ -57,6 +63,16 @@ class Roofline:
     def ridge_flop_per_byte(self) -> float:
         """Operations per byte above which float32 is bound by arithmetic, not by memory."""
         return (self.gflops["fp32"] or 0.0) / self.bandwidth_gb_s
+
+    def peak_gflops(self, dtype: torch.dtype) -> float | None:
+        """Return the peak of a type, 10^9 operations a second; None where it is not known.
+
+        >>> import torch
+        >>> peaks = Roofline(10.0, {"fp32": 100.0, "bf16": 200.0}, 1)
+        >>> peaks.peak_gflops(torch.bfloat16), peaks.peak_gflops(torch.float64)
+        (200.0, None)
+        """
+        return self.gflops.get(_KEYS.get(str(dtype).removeprefix("torch."), ""))
 
     def _rows(self) -> list[tuple[str, str]]:
         peaks = [

@@ -380,7 +380,7 @@ class Branches(nn.Module):
 
     def forward(self, x):
         y = self.body(x)
-        return self.n(self.c(y)) if y.sum() > 0 else y
+        return self.n(self.c(y)) if float(y.sum()) > 0 else y
 
 
 def test_what_cannot_be_traced_is_entered_part_by_part():
@@ -392,7 +392,7 @@ def test_what_cannot_be_traced_is_entered_part_by_part():
 def test_a_part_whose_inside_is_reached_past_it_is_left():
     class Reaches(Branches):
         def forward(self, x):
-            return self.body.first(x) if x.sum() > 1e9 else self.body(x)
+            return self.body.first(x) if float(x.sum()) > 1e9 else self.body(x)
 
     model = Reaches()
     model.body = nn.Sequential()
@@ -675,7 +675,7 @@ class Picks(nn.Module):
         self.parts = nn.ModuleList([Cell(), Cell()])
 
     def forward(self, x):
-        if x.sum() > 0:
+        if float(x.sum()) > 0:
             return self.body(x) + sum(part(x) for part in self.parts)
         return self.way(self, x)
 
@@ -691,12 +691,12 @@ class Cell(nn.Module):
 
 class PicksByIndex(Picks):
     def forward(self, x):
-        return self.body(x) if x.sum() > 0 else self.body[0](x)
+        return self.body(x) if float(x.sum()) > 0 else self.body[0](x)
 
 
 class PicksInAGenerator(Picks):
     def forward(self, x):
-        return self.body(x) if x.sum() > 0 else sum(part.stem(x) for part in self.parts)
+        return self.body(x) if float(x.sum()) > 0 else sum(part.stem(x) for part in self.parts)
 
 
 def test_layers_reached_past_their_parents_stay():

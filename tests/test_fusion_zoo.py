@@ -208,7 +208,7 @@ class ByWeights(nn.Conv2d):
         ([conv(3), Adds(3)], "Adds has a forward of its own, which uses its input more than once"),
         ([conv(3), Casts(3)], "which casts its input to another type"),
         ([conv(3), OfTheBatch(3)], "which uses the batch's statistics"),
-        ([conv(3), Halves(3)], "which torch.fx cannot trace"),
+        ([conv(3), Halves(3)], "which its arguments or inputs change"),
         ([NormAct(3), conv(3)], "its input comes from the input, and NormAct does more"),
         ([ByWeights(3, 4, 3), norm()], "ByWeights has a forward of its own"),
         ([conv(3), nn.ReLU(), NormAct(3)], "its input comes from ReLU"),

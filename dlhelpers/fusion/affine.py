@@ -18,7 +18,15 @@ from torch.nn import functional as F
 from dlhelpers.fusion.folding import scale_and_shift
 from dlhelpers.fusion.tracing import reads_values, tensor_at
 
-__all__ = ["Affine", "NotAffineError", "arguments_of", "constants_of", "reads", "step"]
+__all__ = [
+    "Affine",
+    "NotAffineError",
+    "arguments_of",
+    "calls_batch_norm",
+    "constants_of",
+    "reads",
+    "step",
+]
 
 _ROOTS = {"sqrt", "rsqrt", "pow"}  # of a variance, by which a norm divides
 
@@ -51,6 +59,8 @@ def constants_of(module: nn.Module, graph: fx.Graph) -> dict[fx.Node, Any]:
         elif node.op in ("call_function", "call_method"):
             if _name(node) == "getattr" and node.args[1:] == ("dtype",):
                 env[node] = torch.float64  # of the input: what is cast to it is not rounded
+            elif _name(node) in ("to", "type_as") and node.args[0] in env:
+                env[node] = env[node.args[0]]
             elif node.all_input_nodes and all(one in env for one in node.all_input_nodes):
                 try:
                     env[node] = _computed(node, env)
@@ -78,7 +88,7 @@ _LONG = {"multiply": "mul", "subtract": "sub", "divide": "div", "truediv": "div"
 
 def step(node: fx.Node, before: fx.Node, x: Affine, consts: dict[fx.Node, Any]) -> Affine:
     """Return the value of a node that uses the affine one before it."""
-    if node.target is F.batch_norm:
+    if calls_batch_norm(node):
         return _batch_normed(node, before, x, consts)
     name = _name(node)
     name = _SWAPPED.get(name, _LONG.get(name, name))
@@ -124,7 +134,8 @@ def _is_cast_back(node: fx.Node, name: str) -> bool:
 
 def reads(user: fx.Node, node: fx.Node) -> bool:
     """Whether a node uses the values of another one, not just its shape and type."""
-    return reads_values(user) and not (user.target == "type_as" and user.args[0] is not node)
+    is_model = user.target in ("type_as", "to") and user.args[0] is not node
+    return reads_values(user) and not is_model
 
 
 _Const = tuple[Tensor, int | None, bool]  # [1] or [C]; spatial; whether statistics made it
@@ -197,8 +208,19 @@ def _batch_normed(node: fx.Node, before: fx.Node, x: Affine, consts: Any) -> Aff
     return Affine(x.scale * scale, x.shift * scale + shift, x.spatial, True, x.is_cast)
 
 
+_OF_TORCHS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum")
+_OF_TORCHS += ("eps", "cudnn_enabled")
+
+
+def calls_batch_norm(node: fx.Node) -> bool:
+    """Whether it calls ``F.batch_norm``, or the operator below it."""
+    return node.target in (F.batch_norm, torch.batch_norm)
+
+
 def arguments_of(node: fx.Node) -> dict[str, Any]:
-    """Return the arguments of a call of F.batch_norm by their names."""
+    """Return the arguments of a call of batch_norm by their names."""
+    if node.target is torch.batch_norm:
+        return dict(zip(_OF_TORCHS, node.args, strict=False)) | dict(node.kwargs)
     normalized = normalize_function(
         F.batch_norm, node.args, node.kwargs, normalize_to_only_use_kwargs=True
     )

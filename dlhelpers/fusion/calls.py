@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 
 from dlhelpers.fusion.reaching import reached_by
@@ -128,7 +129,9 @@ def _passes_on(node: fx.Node, root: nn.Module) -> bool:
         is_dropout = type(module).forward in _SAME and not module.training
         return is_dropout or type(module).forward is nn.Identity.forward
     if node.op == "call_method":
-        return node.target == "contiguous"
+        return node.target in ("contiguous", "clone")
+    if node.target is torch.clone:
+        return True
     return node.op == "call_function" and _is_dropout_off(node)
 
 

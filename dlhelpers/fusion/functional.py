@@ -8,9 +8,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from torch import fx, nn
-from torch.nn import functional as F
 
-from dlhelpers.fusion.affine import arguments_of
+from dlhelpers.fusion.affine import arguments_of, calls_batch_norm
 from dlhelpers.fusion.calls import Calls, calls_of, made_by, used_by
 from dlhelpers.fusion.folding import fold_after
 from dlhelpers.fusion.norms import Norm
@@ -44,7 +43,7 @@ def fold_functional(
         id(caller_of(node, root))
         for root, graph in calls_of(model, norms).graphs
         for node in graph.nodes
-        if node.target is F.batch_norm
+        if calls_batch_norm(node)
     }
     # from the inside out: an owner's graph holds the calls of all that is inside of it
     for name, owner in reversed(list(model.named_modules())):
@@ -77,7 +76,9 @@ def _why_not_owner(owner: nn.Module, graphs: int) -> str:
         return "its module has hooks"
     if not graphs:
         return "its module cannot be traced"
-    return "" if graphs == 1 else "a trace of its module keeps one choice of optional arguments"
+    if graphs > 1:
+        return "a trace of its module keeps one branch, or one choice of optional arguments"
+    return ""
 
 
 def _names_of(module: nn.Module) -> tuple[str, ...]:
@@ -89,9 +90,7 @@ def _names_of(module: nn.Module) -> tuple[str, ...]:
 def _own_calls(owner: nn.Module, graph: fx.Graph) -> list[fx.Node]:
     """Return the calls of F.batch_norm in a module's forward, without those of its children's."""
     return [
-        node
-        for node in graph.nodes
-        if node.target is F.batch_norm and caller_of(node, owner) is owner
+        node for node in graph.nodes if calls_batch_norm(node) and caller_of(node, owner) is owner
     ]
 
 
@@ -119,7 +118,7 @@ def _fold(
         return "", why
     for call, root in calls.sites[id(layer)]:  # everywhere in the model
         users = list(used_by(call, root))
-        if len(users) != 1 or users[0].target is not F.batch_norm:
+        if len(users) != 1 or not calls_batch_norm(users[0]):
             return "", f"the output of {before.target} is used elsewhere, too"
         if tensor_at(root, arguments_of(users[0])["running_mean"]) is not tensors["running_mean"]:
             return "", f"another batch_norm stands behind {before.target}, too"

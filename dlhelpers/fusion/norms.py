@@ -29,6 +29,7 @@ from dlhelpers.fusion.tracing import (
 
 __all__ = ["Norm", "norms_of"]
 
+_STATISTICS = {"running_mean", "running_var"}
 _PLAIN = {_BatchNorm.forward, nn.SyncBatchNorm.forward}
 
 
@@ -68,7 +69,7 @@ def norms_of(model: nn.Module) -> dict[int, Norm]:
             found[id(module)] = _split(module)
         elif _may_be_one(module):
             norm = _split(module)
-            if not norm.why:
+            if not norm.why or module._buffers.keys() >= _STATISTICS:
                 found[id(module)] = norm
     return found
 
@@ -102,20 +103,38 @@ def _split(module: nn.Module) -> Norm:
     own = "a forward of its own"
     if "forward" in vars(module):
         return _unknown(module, own)
-    graphs = traces(module, buffers=True)
+    norm = _split_for(module, None)
+    if not norm.why:
+        return norm
+    each = {dimensions: _split_for(module, dimensions) for dimensions in (4, 3, 5)}
+    works = {dimensions: one for dimensions, one in each.items() if not one.why}
+    if not works:
+        return norm
+    free = [replace(one, spatial=None) for one in works.values()]
+    if works.keys() == each.keys() and all(_is_same(free[0], one) for one in free[1:]):
+        return free[0]
+    dimensions = next(iter(works))
+    return replace(works[dimensions], spatial=dimensions - 2)
+
+
+def _split_for(module: nn.Module, dimensions: int | None) -> Norm:
+    """Return the norm for inputs of that many dimensions; None where it does not ask for them."""
+    own = "a forward of its own"
+    graphs = traces(module, buffers=True, dimensions=dimensions)
     if not graphs:
         return _unknown(module, f"{own}, which torch.fx cannot trace")
     found = [_read(module, graph) for graph in graphs]
-    for norm in found:
-        if norm.why:
-            return norm
     first = max(found, key=lambda norm: norm.spatial is not None)
-    if any(not _is_same(first, norm) for norm in found if norm is not first):
-        return _unknown(module, f"{own}, which its optional arguments change")
+    if all(norm.why for norm in found):
+        return first
+    if not all(_is_same(first, norm) for norm in found if norm is not first):
+        return _unknown(module, f"{own}, which its arguments or inputs change")
     return first
 
 
 def _is_same(a: Norm, b: Norm) -> bool:
+    if a.why or b.why:
+        return False
     pairs = ((a.values.weight, b.values.weight), (a.values.bias, b.values.bias))
     same = all(one.shape == two.shape and torch.allclose(one, two, 1e-12) for one, two in pairs)
     return same and b.spatial in (a.spatial, None) and a.is_alone and b.is_alone
@@ -131,7 +150,7 @@ def _read(module: nn.Module, graph: fx.Graph) -> Norm:
     consts = constants_of(module, graph)
     value = best = Affine(torch.ones(1).double(), torch.zeros(1).double())
     is_named = "batchnorm" in type(module).__name__.lower()  # its statistics are in s and t
-    node, why = x, "which is no batch_norm of its input"
+    node, why = x, "in which no batch_norm of its input is recognised"
     while True:
         users = [user for user in node.users if reads(user, node)]
         if len(users) != 1:
@@ -169,7 +188,7 @@ def _rest(module: nn.Module, graph: fx.Graph, x: fx.Node, end: fx.Node) -> nn.Mo
     """Return a module of what follows the norm, with the attributes that are no tensors."""
     made_of_x = {x}
     for node in graph.nodes:
-        if not made_of_x.isdisjoint(node.all_input_nodes):
+        if any(one in made_of_x and reads(node, one) for one in node.all_input_nodes):
             made_of_x.add(node)
     gone, node = set(), end
     while node is not x:  # sizes and types of what goes are those of the input

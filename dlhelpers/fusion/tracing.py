@@ -8,11 +8,14 @@ place where it is called, in every trace.
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
+import sys
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import combinations, product
 from operator import attrgetter
+from types import CodeType, TracebackType
 from typing import Any
 
 import torch
@@ -46,22 +49,61 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd | nn.Linear)
 
 
+class _Input(fx.Proxy):
+    """A proxy of a tensor whose number of dimensions is known."""
+
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.tracer.dimensions
+
+    ndimension = dim
+    ndim = property(dim)
+
+
+_MOST_TRACES, _MOST_BRANCHES = 64, 16
+
+
 class _Tracer(Tracer):
-    """Stop at layers and BatchNorms, also where they are subclasses of somebody's own."""
+    """Stop at layers and BatchNorms, also where they are subclasses of somebody's own.
+
+    The inputs have ``dimensions``, if given. Where Python asks whether a value is true, the answer
+    is that of ``path``, and false past its end; ``taken`` has the answers that were given,
+    ``asked_in`` the code that asked last.
+    """
 
     def __init__(
-        self, leaves: Container[int] = (), buffers: bool = False, requires_grad: bool = False
+        self,
+        leaves: Container[int] = (),
+        buffers: bool = False,
+        dimensions: int | None = None,
+        path: tuple[bool, ...] = (),
     ) -> None:
         super().__init__()
         self.proxy_buffer_attributes = buffers
-        self.leaves, self.requires_grad, self.is_asked = leaves, requires_grad, False
+        self.leaves, self.dimensions, self.path = leaves, dimensions, path
+        self.taken: list[bool] = []
+        self.is_lost = False
+        self.asked_in: CodeType | None = None
         self.read: set[int] = set()  # ids of tensors
+        self.inside: set[int] = set()  # ids of modules
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Return the graph; its last node's ``meta["read"]`` has the ids of the tensors read."""
+        self.inside = {id(module) for module in root.modules()}
         graph = super().trace(root, concrete_args)
         graph.output_node().meta["read"] = self.read
         return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return what stands for a node's value."""
+        is_input = node.op == "placeholder" and self.dimensions is not None
+        return _Input(node, self) if is_input else super().proxy(node)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Call the layers of a slice such as ``self.features[:4]``, which has no name itself."""
+        if isinstance(m, nn.Sequential) and id(m) not in self.inside:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Note which tensors are read: buffers leave no node."""
@@ -79,23 +121,52 @@ class _Tracer(Tracer):
         )
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Say whether a value requires gradients, which is followed both ways; no more."""
-        if obj.node.target is getattr and obj.node.args[1:] == ("requires_grad",):
-            self.is_asked = True
-            return self.requires_grad
-        return super().to_bool(obj)
+        """Say which branch this trace takes."""
+        if len(self.taken) == _MOST_BRANCHES:  # it may be a loop
+            self.is_lost = True
+            return super().to_bool(obj)  # which raises
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__", "") == fx.proxy.__name__:
+            frame = frame.f_back
+        self.asked_in = frame.f_code
+        self.taken.append(len(self.taken) < len(self.path) and self.path[len(self.taken)])
+        return self.taken[-1]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """Give up, even where the model's own code catches the error."""
+        self.is_lost = True
+        return super().iter(obj)
+
+    def is_refused(self, problem: Exception) -> bool:
+        """Whether the model's own code raised this, in the branch that it has just taken."""
+        last: TracebackType | None = problem.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is None or isinstance(problem, TypeError):  # a proxy may be of the wrong type
+            return False
+        code = last.tb_frame.f_code
+        return code is self.asked_in and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
-def traces(module: nn.Module, leaves: Container[int] = (), buffers: bool = False) -> list[fx.Graph]:
+def traces(
+    module: nn.Module,
+    leaves: Container[int] = (),
+    *,
+    buffers: bool = False,
+    dimensions: int | None = None,
+) -> list[fx.Graph]:
     """Return graphs of a module's calls, none where torch.fx cannot follow its Python.
 
     One for each choice of optional arguments that are given or not, since a proxy in a trace is
-    never None: the first with all of them given. Of more than four all, one or none are tried.
+    never None; of more than four all, one or none are tried. Where Python branches on a value, both
+    ways are followed, but for one that raises, and calls are traced again in the state that the
+    first ones leave. Where there would be too many, none is returned.
 
     Args:
         module: any; left as it is.
         leaves: ids of modules whose calls are one node, besides layers and BatchNorms.
         buffers: whether what is computed of buffers alone is in the graph.
+        dimensions: of the inputs, for code that asks for them.
     """
     if "forward" in vars(module):  # torch.fx would trace the class's
         return []
@@ -104,25 +175,57 @@ def traces(module: nn.Module, leaves: Container[int] = (), buffers: bool = False
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.default is not parameter.empty
     }
-    counts = range(len(optional) + 1) if len(optional) <= 4 else (0, 1, len(optional))
-    choices = [names for count in counts for names in combinations(optional, count)]
+    choices = _choices(optional)
+    states: list[_State] = [{}]  # that calls begin in: the model's, and those that a call leaves
+    todo: list[tuple[_State, dict[str, Any], tuple[bool, ...]]] = [({}, one, ()) for one in choices]
     graphs = []
-    with _as_it_was(module):
-        try:
-            for names in choices:
-                given = {name: optional[name] for name in names} or None
-                tracer = _Tracer(leaves, buffers)
-                graphs.append(tracer.trace(module, given))
-                if tracer.is_asked:
-                    graphs.append(_Tracer(leaves, buffers, requires_grad=True).trace(module, given))
-        except Exception:  # whatever Python cannot do with a proxy
+    while todo:
+        if len(graphs) + len(todo) > _MOST_TRACES:
             return []
+        begin, given, path = todo.pop(0)
+        tracer = _Tracer(leaves, buffers, dimensions, path)
+        try:
+            with _as_it_was(module) as left:
+                for (owner, name), value in begin.items():
+                    vars(owner)[name] = value
+                graphs.append(tracer.trace(module, given or None))
+        except Exception as problem:  # whatever Python cannot do with a proxy
+            if not tracer.is_refused(problem):
+                return []
+        if tracer.is_lost:
+            return []
+        taken = tuple(tracer.taken)
+        todo += [(begin, given, (*taken[:i], True)) for i in range(len(path), len(taken))]
+        if not begin and left not in states:
+            states.append(left)
+            todo += [(left, one, ()) for one in choices]
     return graphs
 
 
+_State = dict[tuple[nn.Module, str], Any]  # attributes that a forward has changed
+
+
+def _choices(optional: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the values that optional arguments are traced with; others are proxies."""
+    if len(optional) > 4:
+        groups = [
+            names for count in (0, 1, len(optional)) for names in combinations(optional, count)
+        ]
+        return [{name: optional[name] for name in names} for names in groups]
+    each = [
+        [{name: default}, {name: not default} if isinstance(default, bool) else {}]
+        for name, default in optional.items()
+    ]
+    return [{k: v for one in parts for k, v in one.items()} for parts in product(*each)][::-1]
+
+
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Take off hooks and checks, which want no proxies; undo what a forward did to the model."""
+def _as_it_was(model: nn.Module) -> Iterator[_State]:
+    """Take off hooks and checks, which want no proxies; undo what a forward did to the model.
+
+    What is given holds afterwards the flags, numbers and texts that the forward set.
+    """
+    left: _State = {}
     states = [(m, {k: _kept(v) for k, v in vars(m).items()}) for m in model.modules()]
     buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
     for module, _ in states:
@@ -132,12 +235,16 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             for key in ("_check_input_dim", "_check_non_zero_input_channels"):
                 vars(module)[key] = lambda x: None
     try:
-        yield
+        yield left
     finally:
         for module, state in states:
             for key, value in vars(module).items():
                 if key.startswith("_tensor_constant"):  # the graph's
                     state.setdefault(key, value)
+                is_plain = isinstance(value, bool | int | float | str)
+                old = state.get(key)
+                if is_plain and (type(old) is not type(value) or old != value):
+                    left[module, key] = value
             vars(module).clear()
             vars(module).update(state)
         for buffer, value, version in buffers:

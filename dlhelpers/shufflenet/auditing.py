@@ -43,7 +43,8 @@ def audit(
         inputs: as for ``layer_costs``.
         at_least: share of the whole cost; a finding that costs less is left out.
         peaks: the findings' cost is the time predicted for this machine, such as
-            ``roofline.roofline()``, overheads of fragments included; without it the bytes moved.
+            ``roofline.roofline()``, overheads of fragments included; without it, or where it lacks
+            the peak of a type that the model computes in, the bytes moved.
 
     Returns:
         Findings of severity ``suspicion``: a guideline may be broken for good reasons. Each says
@@ -60,6 +61,10 @@ def audit(
     if not 0 <= at_least <= 1:
         raise ValueError(f"at_least must be a share between 0 and 1, got {at_least!r}")
     costs = layer_costs(model, inputs, policy="all", peaks=peaks)
+    note = "ranked by bytes; with peaks=roofline.roofline() by predicted time"
+    if peaks is not None and costs.predicted_s is None:
+        lacking = sorted({one.bound for one in costs.layers if one.predicted_s is None})
+        note, peaks = f"ranked by bytes: {', '.join(lacking)} among peaks.gflops", None
     whole = costs.nbytes if peaks is None else costs.predicted_s
     total = whole or math.inf
     broken = [
@@ -85,7 +90,7 @@ def audit(
     unit = "predicted time" if peaks else "bytes moved"
     findings.scope = f"nothing breaks G1 to G4 for {at_least:.1%} of the {unit} or more"
     if peaks is None:
-        findings.note = "ranked by bytes; with peaks=roofline.roofline() by predicted time"
+        findings.note = note
     return findings
 
 

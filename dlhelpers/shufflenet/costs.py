@@ -9,11 +9,10 @@ Source: Williams et al. 2009 (roofline), doi:10.1145/1498765.1498785.
 from __future__ import annotations
 
 import html
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from dlhelpers.fakes import tensors_in
 from dlhelpers.models import need_model, unwrapped
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
-from dlhelpers.shufflenet.moving import is_gather, is_scatter, moved_by, storage_of
+from dlhelpers.shufflenet.moving import Moved, moved_by
 from dlhelpers.tables import html_table, text_table
 from dlhelpers.without_data import Fakes
 
@@ -43,8 +42,10 @@ class LayerCost:
         multiply_adds: pairs of a product and a sum, as the paper's FLOPs and thop's MACs.
         flops: products and sums, each for itself: two to a multiply-add.
         elements, nbytes: read and written, each tensor once.
-        predicted_s: max(nbytes / bandwidth, flops of policy "all" / peak); None without peaks.
-        bound: what decides that: ``memory`` or ``arithmetic``; empty without peaks.
+        predicted_s: max(nbytes / bandwidth, flops of policy "all" / peak of the type that it
+            computes in); None without peaks, or where they lack that type's.
+        bound: what decides that: ``memory`` or ``arithmetic``; or ``no peak for`` a type; empty
+            without peaks.
         formula: whether the policy has one for this operator; without one its multiply_adds and
             flops are 0 and mean nothing.
         shapes: of the tensors read, then of those written.
@@ -107,10 +108,12 @@ class LayerCosts:
 
     @property
     def predicted_s(self) -> float | None:
-        """Sum over the layers: one after the other, without overheads; None without peaks."""
-        if self.roofline is None:
-            return None
-        return sum(layer.predicted_s or 0.0 for layer in self.layers)
+        """Sum over the layers: one after the other, without overheads.
+
+        None without peaks, or where a layer has no predicted time.
+        """
+        times = [layer.predicted_s for layer in self.layers]
+        return None if self.roofline is None or None in times else sum(times)
 
     def by_operator(self) -> dict[str, int]:
         """Return operator -> FLOPs."""
@@ -121,7 +124,7 @@ class LayerCosts:
 
     def _rows(self, most: int) -> list[list[str]]:
         has_times = self.roofline is not None
-        key = attrgetter("predicted_s" if has_times else "nbytes")
+        key = attrgetter("nbytes" if self.predicted_s is None else "predicted_s")
         first = sorted(self.layers, key=key, reverse=True)[:most]
         return [
             [
@@ -131,7 +134,7 @@ class LayerCosts:
                 f"{layer.flops / 1e6:,.2f}" if layer.formula else "?",
                 f"{layer.nbytes / 2**20:,.2f}",
                 f"{layer.intensity:,.1f}",
-                *([f"{1e6 * layer.predicted_s:,.1f}", layer.bound] if has_times else []),
+                *([_us(layer.predicted_s), layer.bound] if has_times else []),
             ]
             for layer in first
         ]
@@ -141,10 +144,13 @@ class LayerCosts:
             f"in all {self.multiply_adds / 1e6:,.1f} M multiply-adds, {self.flops / 1e6:,.1f} M "
             f"FLOPs (policy {self.policy}), {self.nbytes / 2**20:,.1f} MiB moved"
         )
-        if self.roofline is not None:
+        if self.predicted_s is not None:
             total += f"; from memory {1e3 * self.predicted_s:,.2f} ms"
             total += " by the peaks of a loaded machine" * self.roofline.loaded
         notes = [total]
+        lacking = sorted({one.bound for one in self.layers if one.bound.startswith("no peak")})
+        if lacking:
+            notes.append(f"NO TIME IS PREDICTED: {', '.join(lacking)} among roofline.gflops")
         for names, what in (
             (self.left_out, "left out by the policy"),
             (self.without_formula, "WITHOUT A FORMULA"),
@@ -162,12 +168,16 @@ class LayerCosts:
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        most = "that move most" if self.roofline is None else "that take longest"
+        most = "that move most" if self.predicted_s is None else "that take longest"
         more = f"<p>The 20 {most}, of {len(self.layers)}.</p>" if len(self.layers) > 20 else ""
         return f"{html_table(self._columns(), self._rows(20), names=2)}{more}{notes}"
 
     def _columns(self) -> tuple[str, ...]:
         return _COLUMNS[:-2] if self.roofline is None else _COLUMNS
+
+
+def _us(seconds: float | None) -> str:
+    return "?" if seconds is None else f"{1e6 * seconds:,.1f}"
 
 
 _COLUMNS = (
@@ -203,9 +213,12 @@ def layer_costs(
             eval mode, where it cannot see into ``nn.MultiheadAttention``. ``all``: everything with
             arithmetic, by these rules, in FLOPs: 1 for each element that an element-wise operator
             writes (an exponential counts as one); BatchNorm 2 for each element in eval mode, 7 in
-            train mode; other norms 7; softmax 5; pooling and reductions 1 for each element read.
+            train mode; other norms 7; softmax 5; losses 3; pooling and reductions 1 for each
+            element read; an FFT of n numbers 5 n log2 n.
         peaks: of the machine to predict times for, such as ``roofline.roofline()`` of this one;
-            without them no time is predicted, and nothing is measured.
+            without them no time is predicted, and nothing is measured. An operator that computes in
+            a type whose peak they lack has no predicted time; whole numbers that are no matrix
+            product need none.
 
     Raises:
         TypeError: the inputs hold no tensor.
@@ -222,7 +235,7 @@ def layer_costs(
     counter = _Counter(model)
     counter.run(*model_inputs(inputs))
     layers, unknown, left_out, activations = [], {}, {}, 0
-    for module, func, args, kwargs, out, shapes, elements, nbytes in counter.calls:
+    for module, func, args, kwargs, out, moved in counter.calls:
         name = func._schema.name.removeprefix("aten::")
         own = conv_linear_flops(func, args, kwargs, out)
         everything = flops_of(func, args, kwargs, out)
@@ -230,22 +243,22 @@ def layer_costs(
             activations += next(tensors_in(out)).numel()
         counted = own if policy == "conv+linear" else everything
         if everything is None:
-            unknown[name] = unknown.get(name, 0) + nbytes
+            unknown[name] = unknown.get(name, 0) + moved.nbytes
         elif policy == "conv+linear" and own is None:
-            left_out[name] = left_out.get(name, 0) + nbytes
-        predicted_s, bound = _predicted(nbytes, everything or 0, peaks)
+            left_out[name] = left_out.get(name, 0) + moved.nbytes
+        predicted_s, bound = _predicted(moved, everything or 0, bool(own), peaks)
         layers.append(
             LayerCost(
                 module=module,
                 operator=name,
                 multiply_adds=(own or 0) // 2,
                 flops=counted or 0,
-                elements=elements,
-                nbytes=nbytes,
+                elements=moved.elements,
+                nbytes=moved.nbytes,
                 predicted_s=predicted_s,
                 bound=bound,
                 formula=counted is not None,
-                shapes=shapes,
+                shapes=tuple(tuple(t.shape) for t in (*moved.read, *moved.written)),
                 call=(func, args, kwargs),
             )
         )
@@ -253,13 +266,28 @@ def layer_costs(
     return LayerCosts(tuple(layers), policy, parameters, activations, unknown, left_out, peaks)
 
 
-def _predicted(nbytes: int, flops: int, peaks: Roofline | None) -> tuple[float | None, str]:
-    """Return the roofline's seconds, and what decides them."""
+def _predicted(
+    moved: Moved, flops: int, is_product: bool, peaks: Roofline | None
+) -> tuple[float | None, str]:
+    """Return the roofline's seconds, and what decides them, or which peak it lacks."""
     if peaks is None:
         return None, ""
-    by_memory = nbytes / (1e9 * peaks.bandwidth_gb_s)
-    by_arithmetic = flops / (1e9 * (peaks.gflops["fp32"] or math.inf))
+    by_memory, by_arithmetic = moved.nbytes / (1e9 * peaks.bandwidth_gb_s), 0.0
+    dtype = _computed_in(moved, is_product)
+    if flops and dtype is not None:
+        peak = peaks.peak_gflops(dtype)
+        if not peak:
+            return None, f"no peak for {str(dtype).removeprefix('torch.')}"
+        by_arithmetic = flops / (1e9 * peak)
     return max(by_memory, by_arithmetic), "memory" if by_memory >= by_arithmetic else "arithmetic"
+
+
+def _computed_in(moved: Moved, is_product: bool) -> torch.dtype | None:
+    """Return the type of an operator's numbers; None where it computes with indices alone."""
+    for tensor in (*moved.written, *moved.read):
+        if tensor.is_floating_point() or tensor.is_complex():
+            return tensor.dtype.to_real()
+    return moved.read[0].dtype if is_product else None
 
 
 class _Counter(TorchDispatchMode):
@@ -324,39 +352,8 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        read, written = moved_by(func, args, kwargs, out)
-        if written:
-            regions = [_regions(read), _regions(written)]
-            if is_gather(func) and regions[0]:  # of a table no more than what is taken from it
-                regions[0][0] = regions[0][0].at_most(regions[1][0].elements)
-            if is_scatter(func):  # nor more of one than what is put into it
-                put = max((region.elements for region in regions[0][1:]), default=0)
-                regions = [[region.at_most(put) for region in part] for part in regions]
-            moved = [region for part in regions for region in part]
-            elements = sum(region.elements for region in moved)
-            nbytes = sum(region.elements * region.itemsize for region in moved)
-            shapes = tuple(tuple(tensor.shape) for tensor in (*read, *written))
+        moved = moved_by(func, args, kwargs, out)
+        if moved.written:
             at = self._at[-1] if self._at else ""
-            self.calls.append((at, func, args, kwargs, out, shapes, elements, nbytes))
+            self.calls.append((at, func, args, kwargs, out, moved))
         return out
-
-
-class _Region(NamedTuple):
-    """Elements of one storage."""
-
-    elements: int
-    itemsize: int
-
-    def at_most(self, elements: int) -> _Region:
-        return self._replace(elements=min(self.elements, elements))
-
-
-def _regions(tensors: Sequence[Tensor]) -> list[_Region]:
-    """Return what lies behind the tensors, the same part of a storage once."""
-    places = {(storage_of(t), t.storage_offset(), tuple(t.shape), t.stride()): t for t in tensors}
-    return [_Region(_touched(tensor), tensor.itemsize) for tensor in places.values()]
-
-
-def _touched(tensor: Tensor) -> int:
-    """Return the elements in memory behind a tensor: an expanded dimension is read once."""
-    return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step) or 0
