@@ -10,13 +10,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dlhelpers.arguments import need_seconds
 from dlhelpers.models import copied, need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
-from dlhelpers.quantization.batches import first_line, read_batches, run_float
+from dlhelpers.quantization.batches import read_batches, run_float
 from dlhelpers.quantization.dynamic_layers import converted, has_layers, kinds
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, Task, quiet, saturates
@@ -161,7 +161,7 @@ def _unmeasured(model: nn.Module) -> QuantizedModel:
     kernels = torch_roads.quantized_layers(made)
     if not kernels:
         made, name, precision = model, "eager float32", "float32"
-    call = torch_roads.with_engine(partial(_call, made, name), engine)
+    call = torch_roads.with_engine(partial(_call, made), engine)
     size = torch_roads.bytes_of(made)
     road = Road(name, precision, call, size, kernels)
     note = "not measured: give example_inputs"
@@ -171,13 +171,6 @@ def _unmeasured(model: nn.Module) -> QuantizedModel:
     return QuantizedModel(road, None, QuantizationReport((row,), name, name, 0.0, why, notes))
 
 
-def _call(model: nn.Module, name: str, batch: tuple[Any, ...]) -> Any:
-    try:
-        with torch.no_grad():
-            return model(*batch)
-    except Exception as error:
-        shapes = [list(t.shape) for t in batch if isinstance(t, Tensor)]
-        raise RuntimeError(
-            f"{name}, which was taken without measuring, raises on inputs {shapes}: "
-            f"{first_line(error)}. Quantize with example_inputs, which tries every backend on them"
-        ) from error
+def _call(model: nn.Module, batch: tuple[Any, ...]) -> Any:
+    with torch.no_grad():
+        return model(*batch)
