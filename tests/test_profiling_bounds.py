@@ -131,7 +131,7 @@ def test_what_a_loop_wastes_is_bounded_from_above_and_not_by_much(name, data):
     if not found:
         assert wasted_ms <= 0.2 * seen.step_ms or name == "item-every-step"  # one of many parts
         return
-    assert found[0].at_most
+    assert found[0].is_estimated
     assert wasted_ms * (1 - 1e-6) <= found[0].saves_ms <= 1.5 * wasted_ms
     truth = min(100.0, seen.step_ms / (seen.step_ms - wasted_ms))
     assert truth * (1 - 1e-6) <= found[0].speedup <= 1.5 * truth
@@ -196,7 +196,7 @@ def test_a_node_belongs_to_the_operator_that_made_it():
 
 
 def test_a_gain_that_was_not_tried_is_no_promise():
-    bound = Bottleneck("x", "suspicion", "", "", "", saves_ms=3.0, speedup=1.5, at_most=True)
+    bound = Bottleneck("x", "suspicion", "", "", "", saves_ms=3.0, speedup=1.5, is_estimated=True)
     assert bound.gain == "about 3 ms a step: about 1.50 times as fast, not tried"
     tried = Bottleneck("x", "suspicion", "", "", "", saves_ms=3.0, speedup=1.5)
     assert tried.gain == "3 ms a step: 1.50 times as fast"
@@ -477,7 +477,7 @@ def test_a_loop_over_a_cell_is_told_with_its_layer(kind):
     assert f"nn.{kind}(5, 6)" in found.remedy
     assert "test_profiling_bounds.py" in found.where
     assert found.saves_ms > 0
-    assert not found.at_most
+    assert not found.is_estimated
 
 
 def test_a_cell_that_a_layer_cannot_replace_is_no_finding():

@@ -9,6 +9,7 @@ DataLoader gives is not. So a chain may be seen where there is none, and its loo
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.fakes import dense_parts, tensors_in
+from dlhelpers.patching import patched
 from dlhelpers.profiling.dataflow import (
     CellCall,
     Dataflow,
@@ -86,12 +88,12 @@ class _Graph(TorchDispatchMode):
             with suppress(Exception):  # some have no storage, or ask other objects
                 tensor.untyped_storage()
                 self._know(tensor)
-        call, give, me = nn.Module.__call__, _BaseDataLoaderIter.__next__, self
+        me, thread = self, threading.get_ident()
 
-        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def called(call: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return me._called(call, module, args, kwargs)
 
-        def given(loader: Any) -> Any:
+        def given(give: Any, loader: Any) -> Any:
             me._aside, me._loading = me._aside + 1, me._loading + 1
             try:
                 batch = give(loader)
@@ -103,10 +105,10 @@ class _Graph(TorchDispatchMode):
                 me._aside, me._loading = me._aside - 1, me._loading - 1
 
         def enter(*_: Any) -> None:
-            me._aside += 1
+            me._aside += threading.get_ident() == thread
 
         def leave(*_: Any) -> None:
-            me._aside -= 1
+            me._aside -= threading.get_ident() == thread
 
         with ExitStack() as stack:
             stack.callback(register_optimizer_step_pre_hook(enter).remove)
@@ -114,20 +116,17 @@ class _Graph(TorchDispatchMode):
             for owner, name, new in (
                 (nn.Module, "__call__", called),
                 (_BaseDataLoaderIter, "__next__", given),
-                (Tensor, "tolist", me._reading(Tensor.tolist)),
-                (Tensor, "numpy", me._reading(Tensor.numpy)),
+                (Tensor, "tolist", me._read_out),
+                (Tensor, "numpy", me._read_out),
             ):
-                stack.callback(_put(owner, name, new))
+                stack.enter_context(patched(owner, name, new))
             stack.enter_context(self)
             yield
 
-    def _reading(self, read: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with self._noting():
-                self._note_read(tensor, ())
-            return read(tensor, *args, **kwargs)
-
-        return noted
+    def _read_out(self, read: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._noting():
+            self._note_read(tensor, ())
+        return read(tensor, *args, **kwargs)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -373,20 +372,6 @@ def _own_line() -> Line:
             return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back
     return "", 0, ""
-
-
-def _put(owner: Any, name: str, new: Any) -> Callable[[], None]:
-    """Put an attribute in place of another; return what puts it back."""
-    is_own_attribute, old = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, new)
-
-    def back() -> None:
-        if is_own_attribute:
-            setattr(owner, name, old)
-        else:
-            delattr(owner, name)
-
-    return back
 
 
 def _parts_in(value: Any) -> list[Tensor]:

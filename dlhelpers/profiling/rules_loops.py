@@ -69,7 +69,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             yield seen.finding(
                 "item-every-step",
                 saves_ms=_beside_models_alone(seen, saves),
-                at_most=True,
+                is_estimated=True,
                 where=seen.lines.outside,
                 what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
                 why="each .item() is a call of its own, and on a GPU each one waits for all "
@@ -88,7 +88,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         yield seen.finding(
             "python-loop",
             saves_ms=_beside_models_alone(seen, saves),
-            at_most=True,
+            is_estimated=True,
             where=place_of(*seen.loop_line[:2]) or seen.lines.outside,
             what=f"{told}{more}; {name} is called {count:.0f} times a step",
             why="each call costs the same few microseconds, however little it computes, and so "
@@ -100,7 +100,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         yield seen.finding(
             "python-in-step",
             saves_ms=in_python,
-            at_most=True,
+            is_estimated=True,
             where=seen.lines.outside,
             what=f"{told}; {duration(in_python / 1e3)} of it pass outside torch's operators",
             why="it is Python, or what Python calls at this line: numbers, texts, files, a lock, a "
@@ -188,7 +188,7 @@ def decoding(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlene
         yield seen.finding(
             "slow-decoding",
             saves_ms=saves,
-            at_most=True,
+            is_estimated=True,
             where=seen.lines.decoding or seen.lines.hottest,
             what=f"{seen.lines.decoding_share:.0%} of a step is reading and decoding, in the step "
             "itself",

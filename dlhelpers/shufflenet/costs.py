@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import fake_of, tensors_in
+from dlhelpers.patching import PATCHING
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
 from dlhelpers.shufflenet.moving import is_gather, is_scatter, moved_by, storage_of
@@ -294,20 +297,22 @@ class _Counter(TorchDispatchMode):
         state = {name: fake(tensor) for name, tensor in named}
         args, kwargs = torch.utils._pytree.tree_map(fake, (args, kwargs))
 
+        me = threading.get_ident()
+
         def enter(module: nn.Module, args: Any) -> None:
-            self._at.append(self._names.get(id(module), type(module).__name__))
+            if threading.get_ident() == me:
+                self._at.append(self._names.get(id(module), type(module).__name__))
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
-            self._at.pop()
+            if threading.get_ident() == me:
+                self._at.pop()
 
         hooks = (
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
         )
-        fast = torch.backends.mha.get_fastpath_enabled()  # one operator for a whole layer
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.no_grad(), mode, self:
+            with torch.no_grad(), _without_fast_path(), mode, self:
                 torch.func.functional_call(self._model, state, args, kwargs)
         except (
             DataDependentOutputException,
@@ -316,7 +321,6 @@ class _Counter(TorchDispatchMode):
         ) as error:
             raise ValueError(f"a size or choice in this model depends on data: {error}") from error
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
 
@@ -340,6 +344,19 @@ class _Counter(TorchDispatchMode):
             at = self._at[-1] if self._at else ""
             self.calls.append((at, func, args, kwargs, out, shapes, elements, nbytes))
         return out
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Keep torch from computing a whole attention layer as one operator."""
+    mha = torch.backends.mha
+    with PATCHING:  # the switch is the process's
+        fast = mha.get_fastpath_enabled()
+        mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            mha.set_fastpath_enabled(fast)
 
 
 class _Region(NamedTuple):
