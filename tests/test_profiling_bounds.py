@@ -792,7 +792,7 @@ def test_the_line_is_that_of_the_loop_and_not_of_a_large_operator():
     assert "test_profiling_bounds.py" in found.where
 
 
-@pytest.mark.parametrize(("alone_ms", "left_ms"), [(0.2, 0.4), (None, 1.11), (50.0, 1.11)])
+@pytest.mark.parametrize(("alone_ms", "left_ms"), [(0.2, 0.3), (None, 1.11), (50.0, 1.11)])
 def test_what_is_left_of_a_step_are_its_models_as_they_are_alone(monkeypatch, alone_ms, left_ms):
     """Their threads fell asleep while the loop ran, so in the step they take five times as long."""
     monkeypatch.setattr(rules_loops, "alone_ms", lambda calls: alone_ms)
@@ -822,4 +822,4 @@ def test_a_loop_takes_no_longer_than_the_thread_that_runs_it(monkeypatch):
     lines = ProgramLines("", "", 1.0)
     busy = record.seen(calls=made, lines=lines, thread_ms=5.0)  # half of the time another ran
     [found] = rank(busy, 0.05, lambda *_: 1.0)
-    assert found.speedup == pytest.approx(1 + 5.0 / 1.1, rel=0.03)
+    assert found.speedup == pytest.approx(1 + 5.0 / 1.05, rel=0.03)

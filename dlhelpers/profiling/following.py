@@ -33,12 +33,14 @@ from dlhelpers.profiling.dataflow import (
     Node,
     levels,
     longest,
+    loop_calls,
     loop_lines,
     operators_at_once,
 )
 from dlhelpers.profiling.operands import extent, written_by
 from dlhelpers.profiling.program_lines import is_own
 from dlhelpers.profiling.sampling import Line
+from dlhelpers.profiling.turns import OperatorCall, form_of
 from dlhelpers.profiling.watching import living
 
 __all__ = ["follow"]
@@ -79,6 +81,7 @@ class _Graph(TorchDispatchMode):
         self._norms: set[int] = set()  # storages of running statistics
         self._last_state: dict[int, tuple[int, ...]] = {}
         self._kept: list[Any] = []
+        self._given: dict[Any, tuple[int, tuple[Any, Any, Any]]] = {}  # what operators are given
 
     # what stands in the way of the step
 
@@ -195,7 +198,7 @@ class _Graph(TorchDispatchMode):
         result = func(*args, **kwargs)
         with self._noting():
             if note is not None:
-                self._note_result(result, *note)
+                self._note_result(result, *note, (func, args, kwargs))
         return result
 
     def _note_inputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple:
@@ -225,6 +228,7 @@ class _Graph(TorchDispatchMode):
         needs: set[int],
         by_number: bool,
         keys: set[int | None],
+        call: tuple[Any, tuple[Any, ...], dict[str, Any]],
     ) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         made = [t for t in _parts_in(result) if self._key(t) not in keys]
@@ -233,9 +237,11 @@ class _Graph(TorchDispatchMode):
         counts = works and not (self._open or self._aside or in_backward)
         if by_number:
             self._by_number.append((number, self._read or 0))
+        given = self._number_of(*call) if counts else None
         size = max(((t.numel(), t.device.type) for t in [*made, *written]), default=(0, "cpu"))
         line = _own_line() if counts else ("", 0, "")
-        self.nodes.append(Node(name, needs, counts, tuple(self._open), in_backward, size, line))
+        node = Node(name, needs, counts, tuple(self._open), in_backward, size, line, given)
+        self.nodes.append(node)
         self.lost |= number > _MOST_NODES
         for tensor in written:
             self._write(tensor, number)
@@ -247,6 +253,16 @@ class _Graph(TorchDispatchMode):
         if isinstance(result, bool | int | float):  # inference mode has item() as it is
             for tensor in inputs:
                 self._note_read(tensor, (result,))
+
+    def _number_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Return the number of an operator on tensors of some form; None for unusual tensors."""
+        tensors = list(tensors_in((args, kwargs)))
+        if any(tensor.layout is not torch.strided for tensor in tensors):
+            return None
+        key = func, *((tensor.shape, tensor.dtype) for tensor in tensors)
+        if key not in self._given:
+            self._given[key] = len(self._given), (func, form_of(args), form_of(kwargs))
+        return self._given[key][0]
 
     def _note_read(self, tensor: Tensor, numbers: tuple[Any, ...]) -> None:
         needs = set() if self.lost else self._makers(tensor)
@@ -346,6 +362,7 @@ class _Graph(TorchDispatchMode):
             CellCall(cell, x, state, any(of_cells.get(number, [1])), follows, line)
             for number, cell, x, state, _, follows, line in self.cells
         )
+        given, turns = dict(self._given.values()), loop_calls(self.nodes)
         made = [node.made for node in self.nodes if node.counts]
         return Dataflow(
             operators_at_once(self.nodes),
@@ -356,6 +373,7 @@ class _Graph(TorchDispatchMode):
             device=mode(device for _, device in made) if made else "cpu",
             longest_reads=longest(self.nodes, lambda node: node.name == "read"),
             loops=loop_lines(self.nodes),
+            turns=tuple(OperatorCall(*given[n], calls) for n, calls in turns.items()),
         )
 
 
