@@ -138,7 +138,7 @@ def _kernels_of(seen: Seen, loop_ms: float, turns: float, speedup: Speedup) -> f
     if flow is None or not flow.turns or flow.device != "cpu":
         return 0.0 if calls_gain(flow, speedup) >= _LEAST_GAIN else loop_ms
     # the shortest trial beside the shortest step: other programs are no part of either
-    kernels = kernels_ms(flow.turns) * seen.step_ms / _shortest_ms(seen)
+    kernels = kernels_ms(flow.turns) * seen.step_ms / seen.shortest_ms
     after = seen.outside.loop_backward_ms
     if after:
         ahead = seen.outside.loop_ms - after
@@ -155,14 +155,14 @@ def _beside_models_alone(seen: Seen, saves_ms: float, stays_ms: float) -> float:
     """
     if seen.trace.gpu or not seen.calls:
         return saves_ms
-    alone = stays_ms * _shortest_ms(seen) / seen.step_ms
+    alone = stays_ms * seen.shortest_ms / seen.step_ms
     for calls in seen.calls:
         each = alone_ms(calls)
         if each is None:
             return saves_ms
         alone += each * calls.count / seen.steps
     least = seen.least_ms or seen.step_ms
-    in_thread = _shortest_ms(seen)  # other programs are no part of it
+    in_thread = seen.shortest_ms  # other programs are no part of it
     waits = seen.ms("data loading") / seen.step_ms
     elsewhere = seen.outside.others_ms + seen.outside.updates_ms
     others = elsewhere * in_thread / least + waits * least
@@ -173,12 +173,6 @@ def _beside_models_alone(seen: Seen, saves_ms: float, stays_ms: float) -> float:
     left = min(rest, alone + others)
     saved = min(saved + share * (rest - left), in_thread)
     return seen.step_ms * saved / (left + saved)
-
-
-def _shortest_ms(seen: Seen) -> float:
-    """Return milliseconds of the shortest step, or of the processor where its thread took less."""
-    least = seen.least_ms or seen.step_ms
-    return min(least, seen.thread_ms or least)
 
 
 def _is_loop(seen: Seen) -> bool:

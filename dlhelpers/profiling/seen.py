@@ -189,6 +189,12 @@ class Seen:
         return self.step_ms * (1 - self.trace.gpu_busy_us / self.trace.wall_us)
 
     @property
+    def shortest_ms(self) -> float:
+        """Milliseconds of the shortest step, or of the processor where its thread took less."""
+        least = self.least_ms or self.step_ms
+        return min(least, self.thread_ms or least)
+
+    @property
     def steps(self) -> int:
         """How many were recorded."""
         return len(self.trace.steps)
