@@ -204,7 +204,7 @@ def gains(budget_s: float) -> dict[str, Any]:
         found[name] = {
             "finding": first.name if first else "",
             "expected": first.speedup if first else 1.0,
-            "tried": bool(first and not first.at_most),
+            "tried": bool(first and not first.is_estimated),
             "measured": result.speedup,
         }
     return found

@@ -2,21 +2,57 @@
 
 torch.fx traces by putting functions of its own in the place of ``nn.Module.__call__`` and
 ``__getattr__``, for the whole process: a model that another thread runs meanwhile meets proxies,
-and of two traces at once the second one keeps what the first one put there.
+and of two traces at once the second one keeps what the first one put there. What the package itself
+puts in front of a function of torch's goes through :func:`patched`, for the same two reasons.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-__all__ = ["PATCHING", "Tracer"]
+__all__ = ["PATCHING", "Tracer", "patched"]
 
 PATCHING = threading.RLock()
 """Held by whatever patches a class of torch's, from before the patch until it is undone."""
+
+
+@contextmanager
+def patched(owner: Any, name: str, new: Callable[..., Any]) -> Iterator[None]:
+    """Call ``new`` in place of a function of a class or module, in this thread alone.
+
+    Other threads, and what torch.compile traces, call the function that was there. Inside the
+    ``with`` block this thread holds :data:`PATCHING`, so patches are undone in reverse order.
+
+    Args:
+        owner: the class or module.
+        name: of its function, such as ``"__call__"``.
+        new: takes the function that was there, then that function's arguments.
+    """
+    me = threading.get_ident()
+    with PATCHING:
+        is_own, old = name in vars(owner), getattr(owner, name)
+
+        @functools.wraps(old)
+        def stands_in(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or threading.get_ident() != me:
+                return old(*args, **kwargs)
+            return new(old, *args, **kwargs)
+
+        setattr(owner, name, stands_in)
+        try:
+            yield
+        finally:
+            if is_own:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
 
 
 class Tracer(fx.Tracer):

@@ -131,7 +131,7 @@ def test_what_a_loop_wastes_is_bounded_from_above_and_not_by_much(name, data):
     if not found:
         assert wasted_ms <= 0.2 * seen.step_ms or name == "item-every-step"  # one of many parts
         return
-    assert found[0].at_most
+    assert found[0].is_estimated
     assert wasted_ms * (1 - 1e-6) <= found[0].saves_ms <= 1.5 * wasted_ms
     truth = min(100.0, seen.step_ms / (seen.step_ms - wasted_ms))
     assert truth * (1 - 1e-6) <= found[0].speedup <= 1.5 * truth
@@ -196,7 +196,7 @@ def test_a_node_belongs_to_the_operator_that_made_it():
 
 
 def test_a_gain_that_was_not_tried_is_no_promise():
-    bound = Bottleneck("x", "suspicion", "", "", "", saves_ms=3.0, speedup=1.5, at_most=True)
+    bound = Bottleneck("x", "suspicion", "", "", "", saves_ms=3.0, speedup=1.5, is_estimated=True)
     assert bound.gain == "about 3 ms a step: about 1.50 times as fast, not tried"
     tried = Bottleneck("x", "suspicion", "", "", "", saves_ms=3.0, speedup=1.5)
     assert tried.gain == "3 ms a step: 1.50 times as fast"
@@ -477,7 +477,7 @@ def test_a_loop_over_a_cell_is_told_with_its_layer(kind):
     assert f"nn.{kind}(5, 6)" in found.remedy
     assert "test_profiling_bounds.py" in found.where
     assert found.saves_ms > 0
-    assert not found.at_most
+    assert not found.is_estimated
 
 
 def test_a_cell_that_a_layer_cannot_replace_is_no_finding():
@@ -792,7 +792,7 @@ def test_the_line_is_that_of_the_loop_and_not_of_a_large_operator():
     assert "test_profiling_bounds.py" in found.where
 
 
-@pytest.mark.parametrize(("alone_ms", "left_ms"), [(0.2, 0.4), (None, 1.11), (50.0, 1.11)])
+@pytest.mark.parametrize(("alone_ms", "left_ms"), [(0.2, 0.3), (None, 1.11), (50.0, 1.11)])
 def test_what_is_left_of_a_step_are_its_models_as_they_are_alone(monkeypatch, alone_ms, left_ms):
     """Their threads fell asleep while the loop ran, so in the step they take five times as long."""
     monkeypatch.setattr(rules_loops, "alone_ms", lambda calls: alone_ms)
@@ -822,4 +822,4 @@ def test_a_loop_takes_no_longer_than_the_thread_that_runs_it(monkeypatch):
     lines = ProgramLines("", "", 1.0)
     busy = record.seen(calls=made, lines=lines, thread_ms=5.0)  # half of the time another ran
     [found] = rank(busy, 0.05, lambda *_: 1.0)
-    assert found.speedup == pytest.approx(1 + 5.0 / 1.1, rel=0.03)
+    assert found.speedup == pytest.approx(1 + 5.0 / 1.05, rel=0.03)

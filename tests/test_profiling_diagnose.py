@@ -374,10 +374,10 @@ def test_the_gain_is_amdahls():
     [found, *_] = rank(RECORDED["slow-collate"], 0.05, twice_as_fast)
     assert found.saves_ms == pytest.approx(89)
     assert found.speedup == pytest.approx(184 / (184 - 89))
-    assert found.at_most  # there is no step to try it on
+    assert found.is_estimated  # there is no step to try it on
     [found] = rank(RECORDED["slow-decoding"], 0.05, twice_as_fast)
     assert found.saves_ms == pytest.approx(90)
-    assert found.at_most
+    assert found.is_estimated
 
 
 def test_workers_save_what_they_hide_and_no_more_than_the_cores_allow():

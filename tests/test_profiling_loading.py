@@ -221,7 +221,7 @@ def test_the_gain_of_workers_is_that_of_the_step():
     step, loader = of_items()
     found = outcome(seen_of(step, loader), 4.0)["no-workers"]
     assert found.saves_ms == pytest.approx(75)
-    assert not found.at_most
+    assert not found.is_estimated
 
 
 def test_workers_that_fail_on_the_step_are_not_recommended():
@@ -251,7 +251,7 @@ def test_workers_are_not_given_up_where_one_process_is_too_slow():
 def test_workers_that_are_started_for_each_epoch_are_told():
     step, loader = of_items(1)
     found = outcome(seen_of(step, loader, fetches=10.0), 2.0)["workers-restarted"]
-    assert (found.saves_ms, found.at_most) == (pytest.approx(50), False)
+    assert (found.saves_ms, found.is_estimated) == (pytest.approx(50), False)
     assert "every 2 steps" in found.what
     found = outcome(seen_of(step, loader, fetches=20.0), 2.0)["workers-restarted"]
     assert found.what.endswith("anew every step")
@@ -276,7 +276,7 @@ def test_a_loader_without_indices_is_bounded_and_not_tried():
 
     batches = forever(DataLoader(Stream(), 2))
     found = outcome(seen_of(lambda: next(batches), found_in(batches)), 4.0)
-    assert all(finding.at_most for finding in found.values())
+    assert all(finding.is_estimated for finding in found.values())
     assert next(batches).tolist() == [2, 3]
 
 
@@ -290,7 +290,7 @@ def test_parts_that_can_be_replaced_are_tried_on_the_step():
     assert "slow-collate" not in outcome(seen_of(step, loader, costs=slow), 1.0)
     fixed = costs(sample_ms=25.0, repeats=True, copy_ms=0.0)
     found = outcome(seen_of(step, loader, costs=fixed), 2.0)["repeated-transforms"]
-    assert (found.saves_ms, found.at_most) == (50, False)
+    assert (found.saves_ms, found.is_estimated) == (50, False)
     assert "repeated-transforms" not in outcome(seen_of(step, loader, costs=fixed), 1.0)
 
 
@@ -342,7 +342,7 @@ def test_a_bound_is_no_less_than_what_the_cause_costs_and_not_much_more(
     seen = Seen(trace_of(before - computing, computing), before, costs=facts, cores=cores)
     for finding in rank(seen, 0.01, lambda *trials: 1.0):
         truth, slack = truths[finding.name], 1e-6 * before
-        assert finding.at_most
+        assert finding.is_estimated
         assert truth - slack <= finding.saves_ms <= 1.5 * truth + slack, finding
 
 

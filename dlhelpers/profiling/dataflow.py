@@ -6,18 +6,21 @@ at once follows from the longest chain:
     at once = nodes / nodes on the longest chain
 
 Sums and their kin are chains that need not be: where ``total = total + x`` only hands its result
-to the next such operator, that link does not count.
+to the next such operator, that link does not count. ``total + 1 - x`` is such a sum as well.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 from typing import Any
 
 from torch import Tensor, nn
 
 from dlhelpers.profiling.sampling import Line
+from dlhelpers.profiling.turns import OperatorCall
 
 __all__ = [
     "CellCall",
@@ -26,14 +29,16 @@ __all__ = [
     "Node",
     "levels",
     "longest",
+    "loop_calls",
     "loop_lines",
     "operators_at_once",
 ]
 
 _LEAST_TURNS = 8  # of a line that is a loop's
 
-_LINKS = {"add", "add_", "sum", "mul", "mul_", "maximum", "minimum", "logaddexp", "cat",
+_LINKS = {"add", "sub", "sum", "mul", "div", "maximum", "minimum", "logaddexp", "cat",
           "logical_or", "logical_and", "bitwise_or", "bitwise_and"}  # fmt: skip
+_KIN = {"sub": "add", "rsub": "add", "div": "mul"}  # what one sum, or one product, is made of
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Dataflow:
         calls_at_once: (id of a module, its mode) -> how many of its calls need none of each other.
         lines: of the program, that call them, by the same key.
         cells: calls of recurrent cells, in order.
+        turns: operators of loops outside models, with the forms of what they are given.
         is_lost: whether the step could not be followed.
     """
 
@@ -97,6 +103,7 @@ class Dataflow:
     longest_reads: int = 0
     loops: dict[Line, LoopLine] = field(default_factory=dict)
     is_lost: bool = False
+    turns: tuple[OperatorCall, ...] = ()
 
 
 @dataclass
@@ -111,6 +118,7 @@ class Node:
         backward: whether it runs in backward.
         made: elements of what it made or wrote to, and the device.
         line: of the program, that calls it; of those that count.
+        given: number of the operator and the forms that it is given, among those of the step.
     """
 
     name: str
@@ -120,6 +128,7 @@ class Node:
     backward: bool = False
     made: tuple[int, str] = (0, "cpu")
     line: Line = ("", 0, "")
+    given: int | None = None
 
 
 def levels(nodes: Sequence[Node], mine: Iterable[int]) -> tuple[dict[int, int], list[int]]:
@@ -167,13 +176,33 @@ def loop_lines(nodes: Sequence[Node]) -> dict[Line, LoopLine]:
         if most < _LEAST_TURNS:
             continue
         often = [mine for mine in by_name.values() if 2 * len(mine) >= most]
-        sizes = [{nodes[number].made[0] for number in mine} for mine in often]
+        counts = [len(mine) for mine in by_name.values() if len(mine) >= _LEAST_TURNS]
+        turns = max(gcd(*counts), min(counts) if gcd(*counts) < _LEAST_TURNS else 0)
+        sizes = [[nodes[number].made[0] for number in mine] for mine in often]
         found[line] = LoopLine(
             sum(map(len, by_name.values())),
             min(_free_of_each_other(nodes, needed, mine) for mine in often),
-            any(len(each) > 1 for each in sizes),
+            any(not _comes_again(each, len(each) // turns) for each in sizes),
         )
     return found
+
+
+def _comes_again(sizes: Sequence[int], most: int) -> bool:
+    """Whether what is made comes again after ``most`` operators, or after fewer."""
+    return any(
+        all(a == b for a, b in zip(sizes, sizes[period:], strict=False))
+        for period in range(1, most + 1)
+    )
+
+
+def loop_calls(nodes: Sequence[Node]) -> Counter[int]:
+    """Return how often a loop's operators are called on what: ``given`` of nodes -> calls."""
+    often = Counter((node.line, node.name) for node in nodes if node.counts)
+    return Counter(
+        node.given
+        for node in nodes
+        if node.given is not None and often[node.line, node.name] >= _LEAST_TURNS
+    )
 
 
 def _free_of_each_other(
@@ -206,11 +235,16 @@ def _needed(nodes: Sequence[Node]) -> list[list[int]]:
 
 def _is_link(nodes: Sequence[Node], needed: int, node: Node, readers: dict[int, list[int]]) -> bool:
     """Whether a result is only handed on by a sum, a product, a maximum or the like."""
-    maker = nodes[needed]
-    if maker.name.rstrip("_") != node.name.rstrip("_") or node.name not in _LINKS:
+    kind = _kin(node)
+    if _kin(nodes[needed]) != kind or kind not in _LINKS:
         return False
-    kinds = {nodes[reader].name.rstrip("_") for reader in readers.get(needed, ())}
-    return kinds <= {node.name.rstrip("_"), "stack", "cat"}
+    kinds = {_kin(nodes[reader]) for reader in readers.get(needed, ())}
+    return kinds <= {kind, "stack", "cat"}
+
+
+def _kin(node: Node) -> str:
+    name = node.name.rstrip("_")
+    return _KIN.get(name, name)
 
 
 def _level(level: int, node: Node, calls: dict[int, int]) -> int:

@@ -7,13 +7,13 @@ what is written in C; such functions stand behind one of this file while a step 
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from dlhelpers.patching import patched
 from dlhelpers.profiling.sampling import Line
 
 __all__ = ["decoders_shown", "decodes"]
@@ -79,15 +79,11 @@ def decoders_shown() -> Iterator[None]:
     with ExitStack() as stack:
         for module in filter(None, map(sys.modules.get, _SHOWN)):
             for name in _SHOWN[module.__name__]:
-                if callable(old := getattr(module, name, None)):
-                    setattr(module, name, _shown(old))
-                    stack.callback(setattr, module, name, old)
+                if callable(getattr(module, name, None)):
+                    stack.enter_context(patched(module, name, shown))
         yield
 
 
-def _shown(decoder: Any) -> Any:
-    @functools.wraps(decoder)
-    def shown(*args: Any, **kwargs: Any) -> Any:
-        return decoder(*args, **kwargs)
-
-    return shown
+def shown(decoder: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a decoder in C; a stack shows this function, whose name ``decodes`` knows."""
+    return decoder(*args, **kwargs)

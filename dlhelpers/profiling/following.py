@@ -9,6 +9,7 @@ DataLoader gives is not. So a chain may be seen where there is none, and its loo
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,18 +26,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.fakes import dense_parts, tensors_in
+from dlhelpers.patching import patched
 from dlhelpers.profiling.dataflow import (
     CellCall,
     Dataflow,
     Node,
     levels,
     longest,
+    loop_calls,
     loop_lines,
     operators_at_once,
 )
 from dlhelpers.profiling.operands import extent, written_by
 from dlhelpers.profiling.program_lines import is_own
 from dlhelpers.profiling.sampling import Line
+from dlhelpers.profiling.turns import OperatorCall, form_of
 from dlhelpers.profiling.watching import living
 
 __all__ = ["follow"]
@@ -77,6 +81,7 @@ class _Graph(TorchDispatchMode):
         self._norms: set[int] = set()  # storages of running statistics
         self._last_state: dict[int, tuple[int, ...]] = {}
         self._kept: list[Any] = []
+        self._given: dict[Any, tuple[int, tuple[Any, Any, Any]]] = {}  # what operators are given
 
     # what stands in the way of the step
 
@@ -86,12 +91,12 @@ class _Graph(TorchDispatchMode):
             with suppress(Exception):  # some have no storage, or ask other objects
                 tensor.untyped_storage()
                 self._know(tensor)
-        call, give, me = nn.Module.__call__, _BaseDataLoaderIter.__next__, self
+        me, thread = self, threading.get_ident()
 
-        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def called(call: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return me._called(call, module, args, kwargs)
 
-        def given(loader: Any) -> Any:
+        def given(give: Any, loader: Any) -> Any:
             me._aside, me._loading = me._aside + 1, me._loading + 1
             try:
                 batch = give(loader)
@@ -103,10 +108,10 @@ class _Graph(TorchDispatchMode):
                 me._aside, me._loading = me._aside - 1, me._loading - 1
 
         def enter(*_: Any) -> None:
-            me._aside += 1
+            me._aside += threading.get_ident() == thread
 
         def leave(*_: Any) -> None:
-            me._aside -= 1
+            me._aside -= threading.get_ident() == thread
 
         with ExitStack() as stack:
             stack.callback(register_optimizer_step_pre_hook(enter).remove)
@@ -114,20 +119,17 @@ class _Graph(TorchDispatchMode):
             for owner, name, new in (
                 (nn.Module, "__call__", called),
                 (_BaseDataLoaderIter, "__next__", given),
-                (Tensor, "tolist", me._reading(Tensor.tolist)),
-                (Tensor, "numpy", me._reading(Tensor.numpy)),
+                (Tensor, "tolist", me._read_out),
+                (Tensor, "numpy", me._read_out),
             ):
-                stack.callback(_put(owner, name, new))
+                stack.enter_context(patched(owner, name, new))
             stack.enter_context(self)
             yield
 
-    def _reading(self, read: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with self._noting():
-                self._note_read(tensor, ())
-            return read(tensor, *args, **kwargs)
-
-        return noted
+    def _read_out(self, read: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._noting():
+            self._note_read(tensor, ())
+        return read(tensor, *args, **kwargs)
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
@@ -196,7 +198,7 @@ class _Graph(TorchDispatchMode):
         result = func(*args, **kwargs)
         with self._noting():
             if note is not None:
-                self._note_result(result, *note)
+                self._note_result(result, *note, (func, args, kwargs))
         return result
 
     def _note_inputs(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple:
@@ -226,6 +228,7 @@ class _Graph(TorchDispatchMode):
         needs: set[int],
         by_number: bool,
         keys: set[int | None],
+        call: tuple[Any, tuple[Any, ...], dict[str, Any]],
     ) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         made = [t for t in _parts_in(result) if self._key(t) not in keys]
@@ -234,9 +237,11 @@ class _Graph(TorchDispatchMode):
         counts = works and not (self._open or self._aside or in_backward)
         if by_number:
             self._by_number.append((number, self._read or 0))
+        given = self._number_of(*call) if counts else None
         size = max(((t.numel(), t.device.type) for t in [*made, *written]), default=(0, "cpu"))
         line = _own_line() if counts else ("", 0, "")
-        self.nodes.append(Node(name, needs, counts, tuple(self._open), in_backward, size, line))
+        node = Node(name, needs, counts, tuple(self._open), in_backward, size, line, given)
+        self.nodes.append(node)
         self.lost |= number > _MOST_NODES
         for tensor in written:
             self._write(tensor, number)
@@ -248,6 +253,16 @@ class _Graph(TorchDispatchMode):
         if isinstance(result, bool | int | float):  # inference mode has item() as it is
             for tensor in inputs:
                 self._note_read(tensor, (result,))
+
+    def _number_of(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """Return the number of an operator on tensors of some form; None for unusual tensors."""
+        tensors = list(tensors_in((args, kwargs)))
+        if any(tensor.layout is not torch.strided for tensor in tensors):
+            return None
+        key = func, *((tensor.shape, tensor.dtype) for tensor in tensors)
+        if key not in self._given:
+            self._given[key] = len(self._given), (func, form_of(args), form_of(kwargs))
+        return self._given[key][0]
 
     def _note_read(self, tensor: Tensor, numbers: tuple[Any, ...]) -> None:
         needs = set() if self.lost else self._makers(tensor)
@@ -347,6 +362,7 @@ class _Graph(TorchDispatchMode):
             CellCall(cell, x, state, any(of_cells.get(number, [1])), follows, line)
             for number, cell, x, state, _, follows, line in self.cells
         )
+        given, turns = dict(self._given.values()), loop_calls(self.nodes)
         made = [node.made for node in self.nodes if node.counts]
         return Dataflow(
             operators_at_once(self.nodes),
@@ -357,6 +373,7 @@ class _Graph(TorchDispatchMode):
             device=mode(device for _, device in made) if made else "cpu",
             longest_reads=longest(self.nodes, lambda node: node.name == "read"),
             loops=loop_lines(self.nodes),
+            turns=tuple(OperatorCall(*given[n], calls) for n, calls in turns.items()),
         )
 
 
@@ -373,20 +390,6 @@ def _own_line() -> Line:
             return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back
     return "", 0, ""
-
-
-def _put(owner: Any, name: str, new: Any) -> Callable[[], None]:
-    """Put an attribute in place of another; return what puts it back."""
-    is_own_attribute, old = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, new)
-
-    def back() -> None:
-        if is_own_attribute:
-            setattr(owner, name, old)
-        else:
-            delattr(owner, name)
-
-    return back
 
 
 def _parts_in(value: Any) -> list[Tensor]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from typing import Any
+
+from dlhelpers.patching import patched
 
 __all__ = ["loaders_marked"]
 
@@ -33,16 +34,9 @@ def loaders_marked() -> Iterator[None]:
 def _marked(owner: type, name: str) -> Iterator[None]:
     from torch.profiler import record_function
 
-    call: Callable[..., Any] = getattr(owner, name)
-
-    @wraps(call)
-    def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def marked(call: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         with record_function(f"{_MARK}{type(self).__name__}.{name}"):
             return call(self, *args, **kwargs)
 
-    setattr(owner, name, marked)
-    try:
+    with patched(owner, name, marked):
         yield
-    finally:
-        if getattr(owner, name) is marked:  # else somebody else's stands in front of it
-            setattr(owner, name, call)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import sqrt
 from statistics import median
 
 from dlhelpers.profiling.phases import Span, phase_spans
@@ -28,7 +29,7 @@ _LEAST_TURNS = 8  # of a loop over operators
 _ITEMS = {"aten::item", "aten::is_nonzero", "aten::_local_scalar_dense"}
 _VIEWS = {"aten::select", "aten::slice", "aten::squeeze", "aten::view", "aten::unbind"}
 _ALIKE = 0.1  # by which the events of two equal steps may differ
-_OFTEN = 0.1  # of the calls of the commonest operator: what a loop does in some of its turns
+_OFTEN = 0.1  # of the calls that most operators have: what a loop does in some of its turns
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Outside:
         loop_ms: milliseconds of a step in operators that are called again and again, the Python
             before them, and the nodes that they made.
         loop_backward_ms: of these, in backward.
-        turns: how often a step goes through the loop, by the median of its operators' counts.
+        turns: how often a step goes through the loop: the count that most of its operators have.
         loop_gpu_ms: milliseconds of the GPU in the kernels that these operators launched.
         others_ms: milliseconds of the shortest step outside, in all that is no loop.
+        updates_ms: the same in the optimizer.
         item_ms: milliseconds of a step in taking numbers out, with the views that feed this.
         item_loop_ms: the same with all that is repeated between two numbers.
     """
@@ -61,6 +63,7 @@ class Outside:
     turns: float = 0.0
     loop_gpu_ms: float = 0.0
     others_ms: float = 0.0
+    updates_ms: float = 0.0
     item_ms: float = 0.0
     item_loop_ms: float = 0.0
 
@@ -101,7 +104,8 @@ def outside_of_models(trace: Trace, step_ms: float, least_ms: float = 0.0) -> Ou
     n = len(trace.steps)
     in_operators = sum(event.us for event in tops)
     ms = step_ms * own / trace.wall_us if trace.wall_us else 0.0
-    least = max(_LEAST_TURNS * n, _OFTEN * counts.get(name, 0))
+    again = [count for count in counts.values() if count >= _LEAST_TURNS * n]
+    least = max(_LEAST_TURNS * n, _OFTEN * median(again or [0]))
     often = {key for key, count in counts.items() if count >= least}
     often |= _OF_LOOPS if often else set()
     chosen = {number for number, event in enumerate(tops_that_work) if event.name in often}
@@ -119,28 +123,29 @@ def outside_of_models(trace: Trace, step_ms: float, least_ms: float = 0.0) -> Ou
         owned = _owned(nodes, events, [tops_that_work[number] for number in sorted(part)])
         parts, of_backward, besides = [], [], []
         for begin, end in trace.steps:
-
-            def us(stretches: Sequence[tuple[float, float]], step=(begin, end)) -> float:
-                return sum(b - a for a, b in stretches if step[0] <= a < step[1])
-
             # the Python that ends a stretch, such as freeing what the loop made, is the loop's in
             # part, and so are the gaps between nodes
-            outside_us = us(ahead) - union_us(models, begin, end)
-            forward_us = us(turns) * outside_us / (us(turns) + us(others) or 1.0)
-            backward_us = us(owned) * max(1.0, us(behind) / (us(running) or 1.0))
+            step = begin, end
+            outside_us = _us_in(ahead, step) - union_us(models, begin, end)
+            turns_us, of_nodes = _us_in(turns, step), _us_in(owned, step)
+            forward_us = turns_us * outside_us / (turns_us + _us_in(others, step) or 1.0)
+            gaps = _us_in(behind, step) / (_us_in(running, step) or 1.0)
+            backward_us = of_nodes * max(1.0, gaps)
             part_us = min(forward_us + backward_us, end - begin)
             of_loop = _count(starts, [s for s in turns + owned if begin <= s[0] < end])
             parts.append((end - begin, part_us, _count(starts, [(begin, end)]), of_loop))
             of_backward.append(backward_us / (part_us or 1.0))
-            besides.append((outside_us - forward_us) / (end - begin or 1.0))
+            besides.append(outside_us - forward_us)
         least = least_ms or step_ms
         plain_ms = _plain_ms(parts, step_ms, least)
-        return plain_ms, median(of_backward or [0.0]), least * min(besides or [0.0])
+        return plain_ms, median(of_backward or [0.0]), _rest_ms(besides, trace.steps, least)
 
     loop_ms, of_backward, others_ms = without_profiler(chosen)
     of_items, of_item_loop = _item_chains(tops_that_work, trace.steps)
     launched = {e.id for e in events if e.id and _covers(loop, e.start_us)}
     gpu_us = sum(e.us for e in trace.gpu if e.id in launched)
+    updates = [(s.start_us, s.end_us) for s in phases if s.phase == "optimizer"]
+    of_updates = [_us_in(updates, step) for step in trace.steps]
     return Outside(
         ms=ms,
         in_operators=min(1.0, in_operators / own) if own else 0.0,
@@ -152,6 +157,7 @@ def outside_of_models(trace: Trace, step_ms: float, least_ms: float = 0.0) -> Ou
         loop_backward_ms=loop_ms * of_backward,
         loop_gpu_ms=gpu_us / n / 1e3,
         others_ms=others_ms,
+        updates_ms=_rest_ms(of_updates, trace.steps, least_ms or step_ms),
         item_ms=without_profiler(of_items)[0] if of_items else 0.0,
         item_loop_ms=without_profiler(of_item_loop)[0] if of_items else 0.0,
     )
@@ -228,13 +234,31 @@ def _plain_ms(
     return plain_ms * (1 - left_ms / least_ms)
 
 
+def _rest_ms(
+    rest_us: Sequence[float], steps: Sequence[tuple[float, float]], least_ms: float
+) -> float:
+    """Return how long what is no loop takes in the shortest step without the profiler.
+
+    No longer than under it, and no less than its share of a step whose loop that slows down: the
+    geometric mean of the two.
+    """
+    own = [max(us, 0.0) for us in rest_us]
+    shares = (us / (end - begin or 1.0) for us, (begin, end) in zip(own, steps, strict=True))
+    return sqrt(min(own, default=0.0) / 1e3 * least_ms * min(shares, default=0.0))
+
+
+def _us_in(stretches: Sequence[tuple[float, float]], step: tuple[float, float]) -> float:
+    return sum(b - a for a, b in stretches if step[0] <= a < step[1])
+
+
 def _count(starts: Sequence[float], stretches: Sequence[tuple[float, float]]) -> int:
     return sum(bisect_left(starts, end) - bisect_left(starts, begin) for begin, end in stretches)
 
 
 def _turns(often: set[str], counts: dict[str, int]) -> float:
-    found = [counts[name] for name in often - _OF_LOOPS]
-    return median(found) if found else 0.0
+    found = Counter(counts[name] for name in often - _OF_LOOPS)
+    alike = [count for count, names in found.items() if 1 < names == max(found.values())]
+    return max(alike) if alike else median(found.elements()) if found else 0.0
 
 
 def _with_python_before(

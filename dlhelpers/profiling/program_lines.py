@@ -13,6 +13,7 @@ __all__ = ["ProgramLines", "decodes", "is_own", "program_lines"]
 
 _LOADER = "/torch/utils/data/"
 _PARTS = ("nn/modules/module.py", "nn/utils/", "autograd/", "optim/", "amp/", "_dynamo/")
+_WATCHES = ("dlhelpers/profiling/", "dlhelpers/patching.py")
 _TORCHS = tuple(f"/torch/{part}" for part in _PARTS)
 
 
@@ -76,7 +77,7 @@ def is_own(file: str) -> bool:
     return not (
         "site-packages/" in name
         or is_standard(file)
-        or "dlhelpers/profiling/" in name
+        or any(part in name for part in _WATCHES)
         or (name.startswith("<") and "ipython" not in name)
     )
 

@@ -24,7 +24,7 @@ def waiting_gpu(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
         yield seen.finding(
             "gpu-waits",
             saves_ms=saves,
-            at_most=True,
+            is_estimated=True,
             what=f"the GPU is idle for {idle / seen.step_ms:.0%} of a step, which launches "
             f"{launches:.0f} kernels",
             why="the CPU does not launch kernels as fast as the GPU ends them",
@@ -44,7 +44,7 @@ def synchronisation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[B
         yield seen.finding(
             "synchronisation",
             saves_ms=saves,
-            at_most=True,
+            is_estimated=True,
             where=seen.lines.hottest,
             what=f"the CPU waits for the GPU for {waits / seen.step_ms:.0%} of a step, in which "
             f"{fetched:.0f} copies come back from it",
@@ -67,7 +67,7 @@ def unpinned(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlene
         yield seen.finding(
             "not-pinned",
             saves_ms=took,
-            at_most=True,
+            is_estimated=True,
             what=f"{len(slow) / seen.steps:.0f} copies a step go to the GPU from pageable memory, "
             f"{duration(took / 1e3)}",
             why="such a copy goes through a buffer, and the CPU waits for it",

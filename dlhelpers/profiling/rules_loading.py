@@ -36,7 +36,7 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
         yield seen.finding(
             "slow-loading",
             saves_ms=waits,
-            at_most=True,
+            is_estimated=True,
             what=f"{waits / seen.step_ms:.0%} of a step is data loading",
             why="the step waits until its batch is there",
             remedy="profile_python(lambda: next(iter(DataLoader(dataset, num_workers=0))))"
@@ -61,7 +61,7 @@ def loading(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlenec
             seen.finding(
                 "slow-loading",
                 saves_ms=explained,
-                at_most=True,
+                is_estimated=True,
                 where=costs.sample_at,
                 what=f"{waits / seen.step_ms:.0%} of a step waits for the loader, {workers}; a "
                 f"batch takes {duration(costs.batch_ms / 1e3)} in one process" + failed,
@@ -94,7 +94,7 @@ def _iterators(
     yield seen.finding(
         "iterator-every-step",
         saves_ms=saves,
-        at_most=factor is None,
+        is_estimated=factor is None,
         what=f"a step makes an iterator of the DataLoader for one batch{again or workers}; "
         f"{waits / seen.step_ms:.0%} of it is data loading",
         why="all that is prepared ahead is thrown away, and without shuffle=True each step gets "
@@ -137,7 +137,7 @@ def _workers(
             yield seen.finding(
                 "workers-restarted",
                 saves_ms=saves,
-                at_most=not tried,
+                is_estimated=not tried,
                 what=f"{share}, which starts its {_several(costs.workers)} anew every "
                 + ("step" if trials.steps_of_epoch == 1 else f"{trials.steps_of_epoch} steps"),
                 why="at the end of an epoch the workers end; the next one waits for new ones, and "
@@ -152,13 +152,13 @@ def _workers(
     if seen.cores > 1:
         factor = trials.workers(count)
     if factor is not None:
-        saves, at_most = seen.step_ms * (1 - 1 / factor), False
+        saves, is_estimated = seen.step_ms * (1 - 1 / factor), False
         after = duration(seen.step_ms / factor / 1e3)
         told = f"with {count} workers a step takes {after}, tried here"
     elif costs.workers_ms is not None:  # tried on batches alone
         count, computes = costs.tried, seen.step_ms - waits
         least = max(computes + costs.ready_ms, (costs.batch_ms + computes) / seen.cores)
-        saves, at_most = seen.step_ms - max(least, costs.workers_ms), True
+        saves, is_estimated = seen.step_ms - max(least, costs.workers_ms), True
         told = f"with {count} workers a batch comes every {duration(costs.workers_ms / 1e3)}"
     else:
         return
@@ -169,7 +169,7 @@ def _workers(
     yield seen.finding(
         "no-workers",
         saves_ms=saves,
-        at_most=at_most,
+        is_estimated=is_estimated,
         what=f"{_told(seen, costs, waits)}, and num_workers is 0; {told}",
         why="the step and the loader take turns, and a core idles",
         remedy=f"DataLoader(..., {remedy})",
@@ -193,7 +193,7 @@ def _parts(
             yield seen.finding(
                 "slow-collate",
                 saves_ms=saves,
-                at_most=factor is None,
+                is_estimated=factor is None,
                 where=costs.collate_at,
                 what=f"{told}, {duration(costs.collate_ms / 1e3)} of it in collate_fn"
                 + ("" if bound else f"; torch's own gives the same in {duration(own / 1e3)}"),
@@ -217,7 +217,7 @@ def _parts(
                 yield seen.finding(
                     "repeated-transforms",
                     saves_ms=stored,
-                    at_most=factor is None,
+                    is_estimated=factor is None,
                     where=costs.sample_at,
                     what=f"{told}; a sample comes out the same each time, and "
                     f"{1 - costs.decoding:.0%} of its time is not decoding",
@@ -232,7 +232,7 @@ def _parts(
             yield seen.finding(
                 "slow-transforms",
                 saves_ms=saves,
-                at_most=True,
+                is_estimated=True,
                 where=costs.sample_at,
                 what=f"{told}; {1 - costs.decoding:.0%} of a sample's time is in transforms, which "
                 "differ each time",
@@ -245,7 +245,7 @@ def _parts(
         yield seen.finding(
             "slow-decoding",
             saves_ms=saves,
-            at_most=True,
+            is_estimated=True,
             where=costs.sample_at,
             what=f"{told}, {costs.decoding:.0%} of it in reading and decoding",
             why="large pictures are decoded anew in every epoch, to be made small afterwards",

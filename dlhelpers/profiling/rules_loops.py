@@ -12,6 +12,7 @@ from dlhelpers.profiling.code_report import place_of
 from dlhelpers.profiling.loop_code import list_remedy, loop_remedy
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
 from dlhelpers.profiling.trials import alone_ms, calls_gain, rows_to_try, trial
+from dlhelpers.profiling.turns import kernels_ms
 from dlhelpers.tables import duration
 
 __all__ = ["decoding", "loops"]
@@ -19,8 +20,9 @@ __all__ = ["decoding", "loops"]
 _BETWEEN_CALLS_MS = 0.3  # what any step's own Python may take
 _LEAST_CALLS = 4  # of a model, on one sample each
 _LEAST_TURNS = 8  # of a loop over operators
-_IN_PLACE = 2  # turns more than one, that the few large calls in their place may take
 _LEAST_GAIN = 3.0  # of one large operator over many; less where each of them is large already
+_MOST_BACKWARD = 3.0  # times forward's kernels; more of it adds up gradients, turn by turn
+_LEAST_OF_LOOP = 2.0  # times its kernels and one turn's calls that a loop takes
 
 
 def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]:
@@ -63,13 +65,15 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         saves = seen.items_ms
         whole = seen.item_loop_ms
         is_loop = seen.flow is None or seen.flow.operators_at_once >= _LEAST_TURNS
-        if whole > saves and is_loop and calls_gain(seen.flow, speedup) >= _LEAST_GAIN:
-            saves = whole
+        stays = 0.0
+        if whole > saves and is_loop:
+            stays = _kernels_of(seen, whole, outside.items, speedup)
+            saves, stays = max((saves, 0.0), (whole - stays, stays))
         if saves >= least_ms:
             yield seen.finding(
                 "item-every-step",
-                saves_ms=_beside_models_alone(seen, saves),
-                at_most=True,
+                saves_ms=_beside_models_alone(seen, saves, stays),
+                is_estimated=True,
                 where=seen.lines.outside,
                 what=f"{told}; {outside.items:.0f} numbers a step are taken out of tensors",
                 why="each .item() is a call of its own, and on a GPU each one waits for all "
@@ -79,16 +83,16 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
                 notebook="08_profiling",
             )
             return
-    saves, remedy = 0.0, ""
+    saves, stays, remedy = 0.0, 0.0, ""
     if min(seen.loop_ms, _seen_outside(seen)) >= least_ms and _is_loop(seen):
-        saves, remedy = _loop_gain(seen, speedup)
+        saves, stays, remedy = _loop_gain(seen, speedup)
     if saves >= least_ms:
         after = outside.loop_backward_ms / seen.step_ms
         more = f", and its backward {after:.0%}" if after >= 0.01 else ""
         yield seen.finding(
             "python-loop",
-            saves_ms=_beside_models_alone(seen, saves),
-            at_most=True,
+            saves_ms=_beside_models_alone(seen, saves, stays),
+            is_estimated=True,
             where=place_of(*seen.loop_line[:2]) or seen.lines.outside,
             what=f"{told}{more}; {name} is called {count:.0f} times a step",
             why="each call costs the same few microseconds, however little it computes, and so "
@@ -100,7 +104,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         yield seen.finding(
             "python-in-step",
             saves_ms=in_python,
-            at_most=True,
+            is_estimated=True,
             where=seen.lines.outside,
             what=f"{told}; {duration(in_python / 1e3)} of it pass outside torch's operators",
             why="it is Python, or what Python calls at this line: numbers, texts, files, a lock, a "
@@ -111,44 +115,70 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
         )
 
 
-def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, str]:
-    """Return milliseconds of a step that go away with the loop, and code for it."""
+def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, float, str]:
+    """Return milliseconds of a step that go away with the loop, those that stay, code for it."""
     line, name = seen.loop_line, seen.outside.commonest[0]
     found = seen.flow.loops.get(line) if seen.flow else None
     if found and found.uneven:
         # one call on the list does the work of all the operators of a turn
         each = found.count / max(1, found.at_once)
         gain = each * calls_gain(seen.flow, speedup, in_list=True)
-        return seen.loop_ms * (1 - 1 / gain), list_remedy(line)
-    gain = calls_gain(seen.flow, speedup)
-    return (seen.loop_ms if gain >= _LEAST_GAIN else 0.0), loop_remedy(line, name)
+        return seen.loop_ms * (1 - 1 / gain), seen.loop_ms / gain, list_remedy(line)
+    turns = min(seen.outside.turns, seen.loop_at_once)
+    stays = _kernels_of(seen, seen.loop_ms, turns, speedup)
+    return max(0.0, seen.loop_ms - stays), stays, loop_remedy(line, name)
 
 
-def _beside_models_alone(seen: Seen, saves_ms: float) -> float:
+def _kernels_of(seen: Seen, loop_ms: float, turns: float, speedup: Speedup) -> float:
+    """Return milliseconds of a step that a loop's kernels take, whatever calls them.
+
+    All of the loop's where they are most of it: large tensors in few turns gain next to nothing.
+    """
+    flow = seen.flow
+    if flow is None or not flow.turns or flow.device != "cpu":
+        return 0.0 if calls_gain(flow, speedup) >= _LEAST_GAIN else loop_ms
+    # the shortest trial beside the shortest step: other programs are no part of either
+    kernels = kernels_ms(flow.turns) * seen.step_ms / _shortest_ms(seen)
+    after = seen.outside.loop_backward_ms
+    if after:
+        ahead = seen.outside.loop_ms - after
+        kernels *= 1 + min(_MOST_BACKWARD, max(1.0, after / max(ahead, 1e-9)))
+    one = loop_ms / max(1.0, turns - 1)  # turn, that ``loop_ms`` leaves out
+    return kernels if loop_ms + one >= _LEAST_OF_LOOP * (kernels + one) else loop_ms
+
+
+def _beside_models_alone(seen: Seen, saves_ms: float, stays_ms: float) -> float:
     """Return what is saved of a step whose models take as long as without the loop.
 
     What they take beyond that in the step is the loop's by its share, and else no part of either.
+    Of the loop some milliseconds stay.
     """
     if seen.trace.gpu or not seen.calls:
         return saves_ms
-    alone = 0.0
+    alone = stays_ms * _shortest_ms(seen) / seen.step_ms
     for calls in seen.calls:
         each = alone_ms(calls)
         if each is None:
             return saves_ms
         alone += each * calls.count / seen.steps
     least = seen.least_ms or seen.step_ms
-    in_thread = min(least, seen.thread_ms or least)  # other programs are no part of it
+    in_thread = _shortest_ms(seen)  # other programs are no part of it
     waits = seen.ms("data loading") / seen.step_ms
-    updates = seen.ms("optimizer") / seen.step_ms
-    others = seen.outside.others_ms * in_thread / least + updates * in_thread + waits * least
+    elsewhere = seen.outside.others_ms + seen.outside.updates_ms
+    others = elsewhere * in_thread / least + waits * least
     share = saves_ms / seen.step_ms
     saved = min(share * least, in_thread)
-    alone += _IN_PLACE * saved / max(seen.outside.turns, seen.outside.items, 1.0)
+    alone += saved / max(seen.outside.turns, seen.outside.items, 1.0)  # calls as many as a turn's
     rest = (1 - share) * least
     left = min(rest, alone + others)
     saved = min(saved + share * (rest - left), in_thread)
     return seen.step_ms * saved / (left + saved)
+
+
+def _shortest_ms(seen: Seen) -> float:
+    """Return milliseconds of the shortest step, or of the processor where its thread took less."""
+    least = seen.least_ms or seen.step_ms
+    return min(least, seen.thread_ms or least)
 
 
 def _is_loop(seen: Seen) -> bool:
@@ -188,7 +218,7 @@ def decoding(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottlene
         yield seen.finding(
             "slow-decoding",
             saves_ms=saves,
-            at_most=True,
+            is_estimated=True,
             where=seen.lines.decoding or seen.lines.hottest,
             what=f"{seen.lines.decoding_share:.0%} of a step is reading and decoding, in the step "
             "itself",

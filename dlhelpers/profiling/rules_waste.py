@@ -134,7 +134,7 @@ def repeated_calls(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
         yield seen.finding(
             "repeated-forward",
             saves_ms=saves,
-            at_most=True,
+            is_estimated=True,
             what=f"{type(repeat.module).__name__} is called on an input that it was given before "
             f"in the same step{updated}, {times} time{'s' * (times != 1)} a step, and no gradient "
             f"flows back; {more} a step {factor:.2f} times as long",

@@ -33,15 +33,15 @@ class Bottleneck(Finding):
     """A finding about time or memory, with what its remedy is expected to bring.
 
     Attributes:
-        saves_ms: of a step; measured with the remedy, or where ``at_most`` all that goes away with
-            the cause, a call in place of the many left out.
+        saves_ms: of a step; measured with the remedy, or where ``is_estimated`` all that goes away
+            with the cause, a call in place of the many left out.
         speedup: time of a step before / after, by Amdahl's law from ``saves_ms``; 100 where next to
             nothing is left.
         saves_bytes: of memory: a step, or its peak.
         notebook: of the course, that treats it.
-        at_most: whether the gain is a sum over what was recorded, because no remedy could be tried.
-            It sees neither caches nor the kernel that does the work instead, so it is told as
-            "about", and only what was tried is promised.
+        is_estimated: whether the gain is a sum over what was recorded, because no remedy could be
+            tried. It sees neither caches nor the kernel that does the work instead, so it is told
+            as "about", and only what was tried is promised.
         besides: what the remedy brings beside time and bytes, in words.
     """
 
@@ -49,7 +49,7 @@ class Bottleneck(Finding):
     speedup: float = 1.0
     saves_bytes: int = 0
     notebook: str = ""
-    at_most: bool = False
+    is_estimated: bool = False
     besides: str = ""
 
     @property
@@ -57,7 +57,7 @@ class Bottleneck(Finding):
         """What to expect, in words."""
         parts = []
         if self.saves_ms > 0:
-            about, untried = ("about ", ", not tried") if self.at_most else ("", "")
+            about, untried = ("about ", ", not tried") if self.is_estimated else ("", "")
             faster = f"{about}{self.speedup:.2f} times as fast"
             if self.speedup > 0.999 * _MOST_SPEEDUP:
                 faster = "next to nothing of it is left"

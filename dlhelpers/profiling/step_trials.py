@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 
 from dlhelpers.fakes import tensors_in
 from dlhelpers.pairing.probe import restored
+from dlhelpers.patching import patched
 from dlhelpers.profiling.repeats import Repeat, is_in_backward
 from dlhelpers.profiling.seen import Trial
 from dlhelpers.profiling.trials import without_hooks
@@ -36,15 +37,13 @@ def without_anomaly(step: Trial) -> Trial:
         return None
 
     def run() -> Any:
-        switch = torch.set_anomaly_enabled
         was, checked = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-        switch(False, checked)
-        torch.set_anomaly_enabled = lambda *args, **kwargs: None
+        torch.set_anomaly_enabled(False, checked)
         try:
-            return step()
+            with patched(torch, "set_anomaly_enabled", lambda *args, **kwargs: None):
+                return step()
         finally:
-            torch.set_anomaly_enabled = switch
-            switch(was, checked)
+            torch.set_anomaly_enabled(was, checked)
 
     return run
 
@@ -70,11 +69,11 @@ def confirmed(step: Trial, repeats: Sequence[Repeat]) -> tuple[Repeat, ...]:
 
 @contextmanager
 def _calls_shown(checks: dict[int, _Check]) -> Iterator[None]:
-    call, me, inside = nn.Module.__call__, threading.get_ident(), False
+    me, inside = threading.get_ident(), False
 
-    def shown(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def shown(call: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal inside
-        if inside or threading.get_ident() != me or torch.compiler.is_compiling():
+        if inside:
             return call(module, *args, **kwargs)
         inside = True
         try:
@@ -89,22 +88,21 @@ def _calls_shown(checks: dict[int, _Check]) -> Iterator[None]:
             inside = False
 
     def updates(*_: Any) -> None:
-        for check in checks.values():
+        for check in checks.values() if threading.get_ident() == me else ():
             check.see()
 
     def updated(*_: Any) -> None:
-        for check in checks.values():
+        for check in checks.values() if threading.get_ident() == me else ():
             check.note_state()
 
     hooks = (
         register_optimizer_step_pre_hook(updates),
         register_optimizer_step_post_hook(updated),
     )
-    nn.Module.__call__ = shown
     try:
-        yield
+        with patched(nn.Module, "__call__", shown):
+            yield
     finally:
-        nn.Module.__call__ = call
         for hook in hooks:
             hook.remove()
 

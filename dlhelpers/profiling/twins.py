@@ -11,7 +11,6 @@ import ctypes
 import itertools
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from dlhelpers.patching import patched
 from dlhelpers.profiling.loaders import copied_dataset, copied_sampler
 from dlhelpers.profiling.watching import Loader
 
@@ -111,15 +111,12 @@ class TwinStep:
 
     @contextmanager
     def _in_its_turn(self) -> Iterator[None]:
-        give, begin_epoch = _BaseDataLoaderIter.__next__, DataLoader.__iter__
-        self._give, self._begin_epoch = give, begin_epoch
-        me = threading.get_ident()
+        self._give, self._begin_epoch = _BaseDataLoaderIter.__next__, DataLoader.__iter__
 
         def is_replaced(sampler: Any, dataset: Any) -> bool:
-            own = sampler is self.loader.sampler and dataset is self.loader.dataset
-            return own and threading.get_ident() == me
+            return sampler is self.loader.sampler and dataset is self.loader.dataset
 
-        def next_batch(iterator: Any) -> Any:
+        def next_batch(give: Any, iterator: Any) -> Any:
             if not is_replaced(iterator._index_sampler, iterator._dataset):
                 return give(iterator)
             try:
@@ -128,7 +125,7 @@ class TwinStep:
                 self.failure = error
                 return give(iterator)
 
-        def begin(loader: Any) -> Any:
+        def begin(begin_epoch: Any, loader: Any) -> Any:
             sampler = getattr(loader, "_index_sampler", None)
             if not is_replaced(sampler, getattr(loader, "dataset", None)):
                 return begin_epoch(loader)
@@ -138,17 +135,19 @@ class TwinStep:
                 self.failure = error
                 return begin_epoch(loader)
 
-        _BaseDataLoaderIter.__next__, DataLoader.__iter__ = next_batch, begin
-        _Lent.turn = self
-        if self._gate:
-            self._gate.open()
-        try:
-            yield
-        finally:
+        with (
+            patched(_BaseDataLoaderIter, "__next__", next_batch),
+            patched(DataLoader, "__iter__", begin),
+        ):
+            _Lent.turn = self
             if self._gate:
-                self._gate.shut()
-            _Lent.turn = None
-            _BaseDataLoaderIter.__next__, DataLoader.__iter__ = give, begin_epoch
+                self._gate.open()
+            try:
+                yield
+            finally:
+                if self._gate:
+                    self._gate.shut()
+                _Lent.turn = None
 
     def next_batch(self) -> Any:
         """Return the twin's next batch, from a new epoch where one has ended."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from dlhelpers.patching import patched
 from dlhelpers.profiling.repeats import Repeats
 from dlhelpers.profiling.trace import MODEL
 
@@ -170,8 +171,6 @@ def watch() -> Iterator[Watch]:
 
 @contextmanager
 def _loaders_noted(seen: Watch) -> Iterator[None]:
-    give, begin_epoch = _BaseDataLoaderIter.__next__, DataLoader.__iter__
-
     def waited(loader: Any, since: float) -> int:
         key = id(loader._dataset)
         seen.loaders[key] = Loader(
@@ -188,7 +187,7 @@ def _loaders_noted(seen: Watch) -> Iterator[None]:
         seen.waited_s[key] = seen.waited_s.get(key, 0.0) + perf_counter() - since
         return key
 
-    def noted(loader: Any) -> Any:
+    def noted(give: Any, loader: Any) -> Any:
         begin = perf_counter()
         try:
             batch = give(loader)
@@ -198,46 +197,39 @@ def _loaders_noted(seen: Watch) -> Iterator[None]:
         seen.fetches[waited(loader, begin)] += 1
         return batch
 
-    def noted_start(loader: Any) -> Any:
+    def noted_start(begin_epoch: Any, loader: Any) -> Any:
         begin = perf_counter()
         made = begin_epoch(loader)
         if isinstance(made, _BaseDataLoaderIter):
             seen.starts[waited(made, begin)] += 1
         return made
 
-    _BaseDataLoaderIter.__next__, DataLoader.__iter__ = noted, noted_start
-    try:
+    with (
+        patched(_BaseDataLoaderIter, "__next__", noted),
+        patched(DataLoader, "__iter__", noted_start),
+    ):
         yield
-    finally:
-        _BaseDataLoaderIter.__next__, DataLoader.__iter__ = give, begin_epoch
 
 
 @contextmanager
 def _anomaly_noted(seen: Watch) -> Iterator[None]:
-    switch = torch.set_anomaly_enabled  # both of torch's context managers call it
-
-    def noted(enabled: bool, *args: Any, **kwargs: Any) -> Any:
+    def noted(switch: Any, enabled: bool, *args: Any, **kwargs: Any) -> Any:
         seen.anomaly |= bool(enabled)
         return switch(enabled, *args, **kwargs)
 
     seen.anomaly |= torch.is_anomaly_enabled()
-    torch.set_anomaly_enabled = noted
-    try:
+    with patched(torch, "set_anomaly_enabled", noted):  # both of torch's context managers call it
         yield
-    finally:
-        torch.set_anomaly_enabled = switch
 
 
 @contextmanager
 def _models_noted(seen: Watch) -> Iterator[None]:
     """Stand in front of ``Module.__call__``: global hooks would make torch.compile start anew."""
-    call, me, inside = nn.Module.__call__, threading.get_ident(), False
+    inside = False
 
-    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def noted(call: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         nonlocal inside
-        if inside or threading.get_ident() != me or torch.compiler.is_compiling():
-            return call(module, *args, **kwargs)
-        if not _has_parameters(module):  # a loss, an activation: no model
+        if inside or not _has_parameters(module):  # a loss, an activation: no model
             return call(module, *args, **kwargs)
         inside = True
         try:
@@ -251,18 +243,19 @@ def _models_noted(seen: Watch) -> Iterator[None]:
             inside = False
         return output
 
-    nn.Module.__call__ = noted
-    try:
+    with patched(nn.Module, "__call__", noted):
         yield
-    finally:
-        nn.Module.__call__ = call
 
 
 @contextmanager
 def _optimizers_noted(seen: Watch) -> Iterator[None]:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    me = threading.get_ident()
+
     def noted(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != me:
+            return
         seen.repeats.note_update()
         with suppress(Exception):  # of an optimizer of the program's own
             held = (p for group in optimizer.param_groups for p in group["params"])

@@ -9,17 +9,20 @@ Source: Williams et al. 2009 (roofline), doi:10.1145/1498765.1498785.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import tensors_in
+from dlhelpers.patching import PATCHING
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
 from dlhelpers.shufflenet.moving import Moved, moved_by
@@ -318,20 +321,22 @@ class _Counter(TorchDispatchMode):
         # a method that was put into the place of another may call the original
         self._names |= {id(module): name for name, module in model.named_modules()}
 
+        me = threading.get_ident()
+
         def enter(module: nn.Module, args: Any) -> None:
-            self._at.append(self._names.get(id(module), type(module).__name__))
+            if threading.get_ident() == me:
+                self._at.append(self._names.get(id(module), type(module).__name__))
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
-            self._at.pop()
+            if threading.get_ident() == me:
+                self._at.pop()
 
         hooks = (
             register_module_forward_pre_hook(enter),
             register_module_forward_hook(leave, always_call=True),
         )
-        fast = torch.backends.mha.get_fastpath_enabled()  # one operator for a whole layer
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with torch.no_grad(), fakes.running(*given), self:
+            with torch.no_grad(), _without_fast_path(), fakes.running(*given), self:
                 model(*args, **kwargs)
         except (
             DataDependentOutputException,
@@ -340,7 +345,6 @@ class _Counter(TorchDispatchMode):
         ) as error:
             raise ValueError(f"a size or choice in this model depends on data: {error}") from error
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
             for hook in hooks:
                 hook.remove()
 
@@ -354,3 +358,16 @@ class _Counter(TorchDispatchMode):
             at = self._at[-1] if self._at else ""
             self.calls.append((at, func, args, kwargs, out, moved))
         return out
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Keep torch from computing a whole attention layer as one operator."""
+    mha = torch.backends.mha
+    with PATCHING:  # the switch is the process's
+        fast = mha.get_fastpath_enabled()
+        mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            mha.set_fastpath_enabled(fast)
