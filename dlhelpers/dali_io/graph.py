@@ -161,7 +161,7 @@ class ImagePipeline:
             images = images.gpu() if on_gpu else images
         else:
             images = fn.decoders.image_slice(
-                fn.io.file.read(images) if self.source.kind == "paths" else images,
+                images,
                 *part,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,

@@ -1,0 +1,98 @@
+"""Which encoded images does DALI decode as Pillow does, and what becomes of the others?
+
+Their headers tell. JPEG with 8 bits in grey or YCbCr, PNG with up to 8 bits, and 24-bit BMP come
+out of DALI's decoders as out of Pillow's. Elsewhere DALI gives another picture and no error: it
+turns a TIFF as its orientation says but announces the size before the turn, maps 16 bits and
+floats to 8 bits by another rule, takes CMYK for inverted CMYK, and ignores a PNM file's maximum.
+Pillow decodes all those, as torchvision's ImageFolder does, and their pixels go to DALI as a BMP.
+
+Source: the sweep over Pillow's formats and modes in tests/test_dali_formats.py.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+
+from dlhelpers.extras import need
+from dlhelpers.lmdb_io.decoding import open_pil
+from dlhelpers.lmdb_io.encoding import JPEG_FRAMES, image_format, jpeg_segments
+
+__all__ = ["by_pillow", "dali_size", "for_dali"]
+
+Encoded = tuple[bytes, tuple[int, int]]
+_HUFFMAN = (0xC0, 0xC1, 0xC2)  # frames: baseline, extended, progressive
+_ADOBE = 0xEE
+
+
+def for_dali(data: bytes) -> Encoded:
+    """Return encoded bytes that DALI decodes to Pillow's pixels, and their (height, width).
+
+    Raises:
+        ValueError: neither of them can decode it.
+    """
+    size = dali_size(data)
+    return by_pillow(data) if size is None else (data, size)
+
+
+def by_pillow(data: bytes) -> Encoded:
+    """Return the pixels that Pillow decodes as an uncompressed BMP, and their (height, width).
+
+    Raises:
+        ValueError: it is no image, or a damaged one.
+    """
+    pil = need("PIL.Image", "decoding an image that DALI would decode to another one")
+    try:
+        image = open_pil(data)
+        buffer = io.BytesIO()
+        image.save(buffer, "BMP")
+    except pil.UnidentifiedImageError:
+        what = f"{len(data)} bytes starting with {bytes(data[:8])!r}" if data else "no bytes at all"
+        raise ValueError(f"not an image that is known ({what})") from None
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise ValueError(f"Pillow: {error}" if str(error) else type(error).__name__) from None
+    return buffer.getvalue(), (image.height, image.width)
+
+
+def dali_size(data: bytes) -> tuple[int, int] | None:
+    """Return (height, width) from the header where DALI's pixels are Pillow's, None elsewhere.
+
+    None also for images whose end is missing: Pillow says whether pixels are.
+    """
+    kind = image_format(data)
+    read = {"jpeg": _jpeg, "png": _png, "bmp": _bmp}.get(kind)
+    size = read(data) if read and len(data) >= 54 else None
+    return None if size is None or 0 in size else size
+
+
+def _jpeg(data: bytes) -> tuple[int, int] | None:
+    frame = scan = 0
+    transform = 1
+    for marker, at in jpeg_segments(data):
+        if marker in JPEG_FRAMES:
+            frame = at
+        elif marker == _ADOBE and data[at + 4 : at + 9] == b"Adobe":
+            transform = data[at + 15]
+        elif marker == 0xDA:
+            scan = at
+    if not scan or not frame or data.rfind(b"\xff\xd9", scan) < 0:
+        return None
+    precision, height, width, components = struct.unpack_from(">BHHB", data, frame + 4)
+    is_rgb = transform != 1 or data[frame + 10 : frame + 19 : 3] == b"RGB"
+    is_known = components == 1 or (components == 3 and not is_rgb)
+    alike = data[frame + 1] in _HUFFMAN and precision == 8 and is_known
+    return (height, width) if alike else None
+
+
+def _png(data: bytes) -> tuple[int, int] | None:
+    width, height, depth = struct.unpack_from(">IIB", data, 16)
+    is_whole = b"IEND\xaeB`\x82" in data[-64:]
+    is_animated = b"acTL" in data[: max(data.find(b"IDAT"), 0)]
+    return (height, width) if depth <= 8 and is_whole and not is_animated else None
+
+
+def _bmp(data: bytes) -> tuple[int, int] | None:
+    start, header, width, height, _, bits, packed = struct.unpack_from("<IIiiHHI", data, 10)
+    is_plain = (header, bits, packed) == (40, 24, 0) and height > 0 and width > 0
+    is_whole = len(data) >= start + height * ((3 * width + 3) // 4 * 4)
+    return (height, width) if is_plain and is_whole else None
