@@ -1,7 +1,8 @@
 """Which encoded images does DALI decode as Pillow does, and what becomes of the others?
 
-Their headers tell. JPEG with 8 bits in grey or YCbCr, PNG with up to 8 bits, and 24-bit BMP come
-out of DALI's decoders as out of Pillow's. Elsewhere DALI gives another picture and no error: it
+Their headers tell. JPEG with 8 bits in grey or YCbCr, PNG with up to 8 bits, WebP without
+metadata, 24-bit BMP, and uncompressed TIFF in grey or RGB that is not turned come out of DALI's decoders as out
+of Pillow's. Elsewhere DALI gives another picture and no error: it
 turns a TIFF as its orientation says but announces the size before the turn, maps 16 bits and
 floats to 8 bits by another rule, takes CMYK for inverted CMYK, and ignores a PNM file's maximum.
 Pillow decodes all those, as torchvision's ImageFolder does, and their pixels go to DALI as a BMP.
@@ -23,6 +24,18 @@ __all__ = ["by_pillow", "dali_size", "for_dali"]
 Encoded = tuple[bytes, tuple[int, int]]
 _HUFFMAN = (0xC0, 0xC1, 0xC2)  # frames: baseline, extended, progressive
 _ADOBE = 0xEE
+_TIFF_SIZE = (257, 256)  # tags of height and width
+_TIFF_ALIKE = {  # tag -> values with which the decoders agree; other tags change no pixel, except:
+    258: {8},  # bits
+    259: {1},  # no compression: of damaged LZW, DALI returns what it has
+    262: {1, 2},  # grey from black, RGB
+    266: {1},  # order of bits
+    274: {1},  # orientation
+    277: {1, 3},  # channels
+    284: {1},  # channels lie side by side
+    339: {1},  # unsigned
+}
+_TIFF_OTHER = {322, 338}  # tiles, channels beyond colour
 
 
 def for_dali(data: bytes) -> Encoded:
@@ -59,9 +72,13 @@ def dali_size(data: bytes) -> tuple[int, int] | None:
 
     None also for images whose end is missing: Pillow says whether pixels are.
     """
-    kind = image_format(data)
-    read = {"jpeg": _jpeg, "png": _png, "bmp": _bmp}.get(kind)
-    size = read(data) if read and len(data) >= 54 else None
+    read = _SIZES.get(image_format(data))
+    if read is None and data[:4] in (b"II*\0", b"MM\0*"):
+        read = _tiff
+    try:
+        size = read(data) if read else None
+    except (struct.error, IndexError):  # a header that is cut off
+        return None
     return None if size is None or 0 in size else size
 
 
@@ -96,3 +113,45 @@ def _bmp(data: bytes) -> tuple[int, int] | None:
     is_plain = (header, bits, packed) == (40, 24, 0) and height > 0 and width > 0
     is_whole = len(data) >= start + height * ((3 * width + 3) // 4 * 4)
     return (height, width) if is_plain and is_whole else None
+
+
+def _webp(data: bytes) -> tuple[int, int] | None:
+    is_whole = int.from_bytes(data[4:8], "little") + 8 <= len(data)
+    if not is_whole or data[12:15] != b"VP8":
+        return None
+    if data[15:16] == b" ":  # lossy
+        width, height = struct.unpack_from("<HH", data, 26)
+        return height & 0x3FFF, width & 0x3FFF
+    if data[15:16] == b"L":  # lossless
+        (packed,) = struct.unpack_from("<I", data, 21)
+        return (packed >> 14 & 0x3FFF) + 1, (packed & 0x3FFF) + 1
+    return None  # with metadata, alpha or frames
+
+
+def _tiff(data: bytes) -> tuple[int, int] | None:
+    order = "<" if data[:2] == b"II" else ">"
+    (at,) = struct.unpack_from(order + "I", data, 4)
+    (count,) = struct.unpack_from(order + "H", data, at)
+    seen: dict[int, int] = {}
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        tag, kind, number = struct.unpack_from(order + "HHI", data, entry)
+        if tag in _TIFF_OTHER:
+            return None
+        if tag not in _TIFF_ALIKE and tag not in _TIFF_SIZE:
+            continue
+        if kind not in (3, 4) or not 1 <= number <= 4:
+            return None
+        place, letter = entry + 8, "H" if kind == 3 else "I"
+        if number * struct.calcsize(letter) > 4:
+            (place,) = struct.unpack_from(order + "I", data, place)
+        values = struct.unpack_from(f"{order}{number}{letter}", data, place)
+        if tag in _TIFF_ALIKE and not _TIFF_ALIKE[tag].issuperset(values):
+            return None
+        seen[tag] = values[0]
+    channels = {1: 1, 2: 3}.get(seen.get(262, 0))  # of that colour
+    if 258 not in seen or seen.get(277, 1) != channels:
+        return None
+    return seen.get(257, 0), seen.get(256, 0)
+
+
+_SIZES = {"jpeg": _jpeg, "png": _png, "bmp": _bmp, "webp": _webp}
