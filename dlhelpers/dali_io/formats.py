@@ -1,11 +1,11 @@
 """Which encoded images does DALI decode as Pillow does, and what becomes of the others?
 
-Their headers tell. JPEG with 8 bits in grey or YCbCr, PNG with up to 8 bits, WebP without
-metadata, 24-bit BMP, and uncompressed TIFF in grey or RGB that is not turned come out of DALI's decoders as out
-of Pillow's. Elsewhere DALI gives another picture and no error: it
-turns a TIFF as its orientation says but announces the size before the turn, maps 16 bits and
-floats to 8 bits by another rule, takes CMYK for inverted CMYK, and ignores a PNM file's maximum.
-Pillow decodes all those, as torchvision's ImageFolder does, and their pixels go to DALI as a BMP.
+Their headers tell. Pixels are the same for JPEG with 8 bits in grey or YCbCr, PNG with up to 8
+bits, WebP without metadata, 24-bit BMP, and uncompressed TIFF in grey or RGB that is not turned.
+Elsewhere DALI may give another picture without an error: it turns a TIFF by its orientation, maps
+16 bits and floats to 8 bits by another rule, takes CMYK for inverted CMYK, and ignores the maximum
+of a PNM file. Pillow decodes all those, as in torchvision's ImageFolder, and their pixels go to
+DALI as a BMP.
 
 Source: the sweep over Pillow's formats and modes in tests/test_dali_formats.py.
 """
