@@ -80,8 +80,8 @@ class Plan:
         """Yield some batches of an epoch, the images left out or replaced that are known to be bad.
 
         Args:
-            epoch: it.
-            order: indices of its images; one at least must be good.
+            epoch: decides on crops and flips.
+            order: indices of the epoch's images; one at least must be good.
             numbers: of the batches.
             place: in ``order`` from which the first of them is filled.
         """
@@ -99,14 +99,13 @@ class Plan:
 
     def has_good(self, order: np.ndarray) -> bool:
         """Whether any image of an epoch may be good."""
-        return not len(order) or not self.bad or bool(self._are_good(order).any())
+        return not len(order) or any(int(index) not in self.bad for index in order)
 
     def _are_good(self, indices: np.ndarray) -> np.ndarray:
         return np.array([index not in self.bad for index in indices.tolist()], dtype=bool)
 
     def _next_good(self, order: np.ndarray, place: int, size: int) -> tuple[np.ndarray, int]:
-        """Return the next ``size`` good images of an endless repetition of ``order``, and the place
-        after them."""
+        """Return the next good images of ``order``, repeated without end, and the place after."""
         found: list[int] = []
         while len(found) < size:
             index = int(order[place % len(order)])
