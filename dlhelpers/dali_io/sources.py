@@ -154,7 +154,8 @@ def open_source(source: Any) -> Source:
     ):
         raise ValueError(
             f"the {type(source).__name__} has {why}, which DALI would not run: give a plain "
-            "ImageFolder or LMDBDataset, a folder, or a list of (path, target)"
+            "ImageFolder or LMDBDataset, a folder, or a list of (path, target); or store what the "
+            "dataset gives with write_lmdb"
         )
     if isinstance(source, LMDBDataset):
         return Records(source)
