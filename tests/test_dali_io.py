@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import os
 import random
 import sys
 from collections import namedtuple
@@ -32,8 +31,8 @@ from dlhelpers.dali_io import (
     torchvision_transform,
     windows,
 )
+from dlhelpers.dali_io.formats import dali_size
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
-from dlhelpers.lmdb_io.encoding import jpeg_size
 
 needs_dali = pytest.mark.skipif(not has_dali(), reason="DALI (extra dali) is for Linux only")
 MEAN255 = 255 * torch.tensor(dali_io.transforms.MEAN).view(3, 1, 1)
@@ -366,35 +365,6 @@ def test_a_folder_is_read_as_imagefolder_reads_it(photos, tmp_path):
     assert source.classes == folder.classes
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM"])
-def test_the_size_is_read_from_the_header(form):
-    buffer = io.BytesIO()
-    Image.new("RGB", (37, 53)).save(buffer, form)
-    assert sources.encoded_size(buffer.getvalue()) == (53, 37)
-
-
-def test_a_jpeg_without_pixels_is_told():
-    buffer = io.BytesIO()
-    Image.new("RGB", (37, 53)).save(buffer, "JPEG")
-    data = buffer.getvalue()
-    size = data.index(bytes([0, 53, 0, 37]))
-    with pytest.raises(ValueError, match="0 x 37"):
-        sources.encoded_size(data[:size] + bytes(2) + data[size + 2 :])
-
-
-def test_sizes_of_files_are_read_once_also_behind_a_large_thumbnail(tmp_path, monkeypatch):
-    Image.new("RGB", (37, 53)).save(tmp_path / "plain.jpg")
-    Image.new("RGB", (20, 30)).save(tmp_path / "long.jpg", comment=b"x" * 20_000)
-    Image.new("RGB", (8, 9)).save(tmp_path / "small.png")
-    samples = [(tmp_path / name, 0) for name in ("plain.jpg", "long.jpg", "small.png")]
-    source = sources.open_source(samples)
-    for _ in range(2):
-        paths, sizes = source.read([2, 0, 1])
-        assert sizes.tolist() == [[9, 8], [53, 37], [30, 20]]
-        assert bytes(paths[0]) == os.fsencode(tmp_path / "small.png")
-        monkeypatch.setattr(sources, "_file_size", None)
-
-
 @settings(max_examples=300, deadline=None)
 @given(cut=st.integers(0, 900), place=st.integers(2, 600), value=st.integers(0, 255))
 def test_a_damaged_header_gives_a_size_or_none_but_no_crash(cut, place, value):
@@ -402,7 +372,7 @@ def test_a_damaged_header_gives_a_size_or_none_but_no_crash(cut, place, value):
     Image.new("RGB", (37, 53)).save(buffer, "JPEG", comment=b"x" * 200)
     damaged = bytearray(buffer.getvalue())
     damaged[min(place, len(damaged) - 1)] = value
-    size = jpeg_size(bytes(damaged[:cut]))
+    size = dali_size(bytes(damaged[:cut]))
     assert size is None or len(size) == 2
 
 

@@ -9,12 +9,14 @@ runs in DALI's own threads, ahead of the training loop, on the CPU or on a CUDA 
     for images, targets in loader:                 # float32 [N, 3, 224, 224], int64 [N]
         ...
 
-The pixels are torchvision's to within rounding. DALI's own resize and crop keep fractional sizes
-(``subpixel_scale``), or round them to the nearest, and round the crop's corner otherwise, and so
-lie up to a pixel beside torchvision's; here the window is computed by torchvision's rules. Only
-the outermost pixels of random crops differ by more: there DALI's resize repeats the crop's edge,
-torchvision's does not (for the eval pipeline :mod:`dlhelpers.dali_io.edges` mends it). The
-order is that of torch's DistributedSampler; crops and flips depend on seed and epoch alone.
+The pixels are torchvision's to within rounding, for every file that Pillow can read: what DALI
+would decode to another picture, Pillow decodes (:mod:`dlhelpers.dali_io.formats`). DALI's own
+resize and crop keep fractional sizes (``subpixel_scale``), or round them to the nearest, and round
+the crop's corner otherwise, and so lie up to a pixel beside torchvision's; here the window is
+computed by torchvision's rules. Only the outermost pixels of random crops differ by more: there
+DALI's resize repeats the crop's edge, torchvision's does not (for the eval pipeline
+:mod:`dlhelpers.dali_io.edges` corrects it). The order is that of torch's DistributedSampler; crops
+and flips depend on seed and epoch alone.
 
 DALI is optional (Linux only); :func:`torchvision_transform` is the same pipeline for everywhere
 else.

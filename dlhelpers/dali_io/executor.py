@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakMethod
 
@@ -14,38 +14,9 @@ import torch
 
 from dlhelpers.dali_io.edges import brighten_edges_
 from dlhelpers.dali_io.graph import ImagePipeline
-from dlhelpers.lmdb_io import load_decoder
+from dlhelpers.dali_io.plan import Job
 
-__all__ = ["Executor", "Job"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A batch to be made: its number in the epoch, indices [N], which are wanted, and its seed."""
-
-    pipeline: ImagePipeline
-    number: int
-    indices: np.ndarray
-    kept: np.ndarray
-    seed: tuple[int, ...]
-
-    @property
-    def wanted(self) -> np.ndarray:
-        """Indices of the images that are wanted."""
-        return self.indices[self.kept]
-
-    def read(self) -> tuple[Any, ...]:
-        """Return what DALI is fed. What is not wanted draws random numbers all the same."""
-        images, found = self.pipeline.source.read(self.wanted.tolist())
-        sizes = np.ones((len(self.indices), 2), dtype=np.int64)
-        sizes[self.kept] = found
-        places = self.pipeline.places(sizes, np.random.default_rng(self.seed))
-        return images, self.wanted, *(rows[self.kept] for rows in places.values())
-
-    def parts(self) -> Iterator[Job]:
-        """Yield the wanted images one by one, each as it is in this batch."""
-        for place in np.flatnonzero(self.kept):
-            yield replace(self, kept=np.arange(len(self.kept)) == place)
+__all__ = ["Executor"]
 
 
 class Executor:
@@ -53,7 +24,12 @@ class Executor:
 
     def __init__(self, pipeline: ImagePipeline, seed: int) -> None:
         self._pipeline, self._seed = pipeline, seed
-        self._readers = ThreadPoolExecutor(2, thread_name_prefix="dali_io")
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="dali_io")  # of batches
+        self._openers = (  # of a batch's images
+            ThreadPoolExecutor(pipeline.threads, thread_name_prefix="dali_io_images")
+            if pipeline.threads > 1
+            else None
+        )
         self._jobs: Iterator[Job] = iter(())
         self._ahead: deque[tuple[Job, Future[tuple[Any, ...]]]] = deque()  # being read
         self._fed: deque[Job] = deque()  # in DALI
@@ -72,7 +48,7 @@ class Executor:
                     self._built.share_outputs()
                     self._built.release_outputs()
                     self._built.schedule_run()
-            except RuntimeError:  # an image of a loop that nobody wants any more
+            except Exception:  # an image of a loop that nobody wants any more
                 self._built = None
         if self._built is None:
             feed = WeakMethod(self._feed)  # else the two would keep each other alive
@@ -83,8 +59,8 @@ class Executor:
         self._idle, self._jobs = True, jobs
         self._read_ahead()
 
-    def next(self) -> tuple[int, torch.Tensor, np.ndarray]:
-        """Return number, images and indices of the next batch; StopIteration after the last."""
+    def next(self) -> tuple[Job, torch.Tensor, np.ndarray]:
+        """Return the next batch's job, images and indices; StopIteration after the last."""
         if self._idle:
             self._built.schedule_run()  # fills DALI's queue
             self._idle = False
@@ -94,15 +70,19 @@ class Executor:
         images = torch.from_dlpack(outputs[0].as_tensor())  # DALI hands the memory over, uncopied
         indices, *gains = (np.array(output.as_array()) for output in outputs[1:])
         self._built.release_outputs()
-        number = self._fed.popleft().number
+        job = self._fed.popleft()
         self._built.schedule_run()
         if gains:
             gain = gains[0].reshape(-1, 2, 2)
             brighten_edges_(images, gain, self._pipeline.mean, self._pipeline.std)
-        return number, images, indices
+        return job, images, indices
 
     def find_bad(self) -> dict[int, str]:
-        """Return index -> reason of images under way that cannot be read; DALI is made anew."""
+        """Return index -> reason of images under way that cannot be read; DALI is made anew.
+
+        Empty where all of them can be read now: the error was not an image's, or has passed, or
+        DALI has refused what Pillow decodes, which is left to Pillow from now on.
+        """
         self._built = None
         bad: dict[int, str] = {}
         # errors of the user's own operators are no image's
@@ -126,7 +106,9 @@ class Executor:
         self._forget()
         self._fed.clear()
         self._built, self._idle = None, True
-        self._readers.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)  # first, since its threads wait for the others
+        if self._openers is not None:
+            self._openers.shutdown()
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < 2:
@@ -134,7 +116,7 @@ class Executor:
             if job is None:
                 return
             if job.kept.any():  # else all of its images were left out
-                self._ahead.append((job, self._readers.submit(job.read)))
+                self._ahead.append((job, self._readers.submit(job.read, self._openers)))
 
     def _feed(self) -> tuple[Any, ...]:
         """Return the next batch for DALI, which calls this whenever it has room."""
@@ -171,9 +153,19 @@ class _Probe:
             self._run(fed)
         except Exception as error:  # whatever DALI raises
             self._built = None
-            encoded = self._pipeline.source.encoded(int(job.wanted[0]))
-            return f"DALI {_reason(error)}; {_pillow_says(encoded)}"
+            return self._second_opinion(int(job.wanted[0]), error)
         return ""
+
+    def _second_opinion(self, index: int, error: Exception) -> str:
+        """Return why an image that DALI has refused cannot be read, empty where Pillow can."""
+        source = self._pipeline.source
+        try:
+            if source.leave_to_pillow(index):
+                return ""
+        except Exception as refused:  # the file may be gone by now
+            return f"DALI {_reason(error)}; {refused}"
+        how = "was decoded before" if source.kind == "pixels" else "was decoded by Pillow"
+        return f"DALI {_reason(error)}; it {how}"
 
     def _run(self, fed: tuple[Any, ...]) -> None:
         self._next = [fed]
@@ -199,13 +191,3 @@ def _reason(error: Exception) -> str:
     told = next((line for line in lines if line), type(error).__name__)
     failed = told.startswith(("Failed to decode", "nvImageCodec failure"))
     return "cannot decode it" if failed else f"says {told!r}"
-
-
-def _pillow_says(encoded: bytes | None) -> str:
-    if encoded is None:
-        return "it was decoded before"
-    try:
-        load_decoder("pil")(encoded)
-    except Exception as error:  # Pillow raises a dozen kinds
-        return f"Pillow: {error}"
-    return "Pillow can: convert it, to JPEG or PNG"

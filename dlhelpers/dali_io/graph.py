@@ -76,7 +76,7 @@ class ImagePipeline:
 
     @property
     def _has_edges(self) -> bool:
-        """Whether the centre crop can reach an image's edge, which is then to be mended."""
+        """Whether the centre crop can reach an image's edge, which is then to be corrected."""
         # not behind operators of others, which may move the edges or see the black beyond them
         return not self.train and self.resize - self.size < 2 and self.augment is None
 
@@ -161,7 +161,7 @@ class ImagePipeline:
             images = images.gpu() if on_gpu else images
         else:
             images = fn.decoders.image_slice(
-                fn.io.file.read(images) if self.source.kind == "paths" else images,
+                images,
                 *part,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
@@ -204,8 +204,9 @@ def image_pipeline(
 
     Args:
         source: a folder with one folder for each class; a list of (path, target); whatever has
-            such ``samples`` (ImageFolder); or an LMDBDataset, whose stored bytes are decoded by
-            DALI.
+            such ``samples`` and does no more than read them (ImageFolder); or an LMDBDataset. A
+            dataset with a transform, a loader or a ``__getitem__`` of its own is refused, since
+            DALI would not run it.
         size: height and width of the result, in pixels.
         batch_size: images of a batch.
         train: random crop and flip, or centre crop.
@@ -217,7 +218,7 @@ def image_pipeline(
         mean, std: for the pixels from 0 to 1, one for each channel.
         augment: from a DALI node (uint8, HWC, after the crop) to one; calls ``fn.*``. Its random
             operators follow seed and shard, but not the epoch.
-        threads: of DALI; None for as many as this process may use cores.
+        threads: of DALI, and of reading; None for as many as this process may use cores.
         prefetch: batches that are prepared ahead.
 
     Raises:

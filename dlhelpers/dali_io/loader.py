@@ -6,7 +6,6 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from dlhelpers.arguments import shard_of, whole_number
-from dlhelpers.dali_io.executor import Executor, Job
+from dlhelpers.dali_io.executor import Executor
 from dlhelpers.dali_io.graph import ImagePipeline
+from dlhelpers.dali_io.plan import Job, Plan
 from dlhelpers.dali_io.sources import ImageError
 
 __all__ = ["DALILoader"]
@@ -46,8 +46,11 @@ class DALILoader:
         shard: (rank, number of processes): this process gets every so-many-th image, as with
             DistributedSampler, which repeats some so that all get equally many.
         on_error: what an image that cannot be read or decoded does: ``raise`` an ImageError that
-            names it, or ``skip`` it: its batch is smaller, or missing where nothing is left of it,
-            and :attr:`skipped` lists it.
+            names it, or ``skip`` it; :attr:`skipped` lists it. With shards and a pipeline that
+            trains, the next images of this process's order take its place, at the end of the epoch
+            those from its start, so that every process gets ``len`` whole batches and none waits
+            for another in vain. Otherwise no image comes twice: the batch is smaller, or missing
+            where nothing is left of it.
 
     Attributes:
         pipeline, batch_size, drop_last, seed: as given.
@@ -56,6 +59,7 @@ class DALILoader:
 
     Raises:
         ValueError: an option is out of range.
+        ImageError: in a loop, where ``on_error`` says so, or no image of the epoch can be read.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class DALILoader:
         seed = whole_number("seed", seed, 0)
         self.pipeline, self.batch_size = pipeline, pipeline.batch_size
         self.drop_last, self.seed, self.epoch = drop_last, seed, 0
-        self._plan = _Plan(pipeline, seed, rank, skips=on_error == "skip")
+        self._plan = Plan(pipeline, seed, (rank, world), skips=on_error == "skip")
         self._sampler: DistributedSampler[Any] = DistributedSampler(
             pipeline.source.targets,  # type: ignore[arg-type]
             num_replicas=world,
@@ -148,43 +152,18 @@ class DALILoader:
         return _Epoch(self._plan, self.epoch, order, len(self), self._executor)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How the batches of every epoch are made, and which images were found to be bad."""
-
-    pipeline: ImagePipeline
-    seed: int
-    rank: int
-    skips: bool
-    bad: dict[int, str] = field(default_factory=dict)
-
-    def augment_seed(self, epoch: int) -> int:
-        """Return a seed for DALI's own random operators, another one for each process."""
-        return int(np.random.SeedSequence((self.seed, self.rank, epoch)).generate_state(1)[0])
-
-    def jobs(self, epoch: int, order: np.ndarray, numbers: range) -> Iterator[Job]:
-        """Yield some batches of an epoch, those images left out that are known to be bad."""
-        for number in numbers:
-            first = number * self.pipeline.batch_size
-            indices = order[first : first + self.pipeline.batch_size]
-            kept = np.array([index not in self.bad for index in indices.tolist()])
-            yield Job(self.pipeline, number, indices, kept, (self.seed, epoch, self.rank, number))
-
-    def named(self, bad: dict[int, str]) -> list[tuple[str, str]]:
-        """Return (name, reason) of bad images."""
-        return [(self.pipeline.source.name(index), why) for index, why in bad.items()]
-
-
 class _Epoch:
     """One loop over the loader, which it does not hold, lest the two keep each other alive."""
 
     def __init__(
-        self, plan: _Plan, epoch: int, order: np.ndarray, batches: int, executor: Executor
+        self, plan: Plan, epoch: int, order: np.ndarray, batches: int, executor: Executor
     ) -> None:
         self.epoch, self.started, self.over = epoch, False, False
         self._plan, self._order, self._executor = plan, order, executor
         self._batches = batches
         self._given = 0  # batches that the executor has given back, or left out
+        self._place = 0  # in the order, from which the next batch is filled
+        self._retried = -1  # batches given when an error was tried once more
         self._seen: deque[Batch] = deque()  # peeked at
         self._lock = threading.Lock()
         self._interrupted = False
@@ -218,18 +197,19 @@ class _Epoch:
                     "or it was closed: make a DALILoader for each of loops that run at a time"
                 )
             try:
-                number, images, indices = self._executor.next()
+                job, images, indices = self._next_batch()
             except StopIteration:
                 self.over = True
                 break
-            except Exception as error:
-                self._mend(error)
-                continue
+            except Exception:
+                self.over = True
+                self._executor.close()
+                raise
             except BaseException:  # Ctrl-C: nobody knows how far DALI has come
                 self.over = self._interrupted = True
                 self._executor.close()
                 raise
-            self._given = number + 1
+            self._given, self._place = job.number + 1, job.end
             return images, self._targets(indices, images.device)
         raise StopIteration
 
@@ -240,21 +220,30 @@ class _Epoch:
         return targets.pin_memory().to(device, non_blocking=True)  # the host does not wait
 
     def _start(self) -> None:
+        if not self._plan.has_good(self._order):
+            bad = {index: self._plan.bad[index] for index in dict.fromkeys(self._order.tolist())}
+            self.over = True
+            self._executor.close()
+            raise ImageError(self._plan.named(bad), all_of_them=True)
         left = range(self._given, self._batches)
-        self._executor.start(self._plan.jobs(self.epoch, self._order, left))
+        self._executor.start(self._plan.jobs(self.epoch, self._order, left, self._place))
         self._run = self._executor.run
 
-    def _mend(self, error: Exception) -> None:
-        """Find the images at which the pipeline broke, and go on without them."""
-        bad = self._executor.find_bad()
-        if bad and self._plan.skips:
-            self._plan.bad.update(bad)
-            for name, why in self._plan.named(bad):
-                warnings.warn(f"{name} is left out: {why}", stacklevel=4)
-            self._start()
-            return
-        self._executor.close()
-        self.over = True
-        if bad:
-            raise ImageError(self._plan.named(bad)) from error
-        raise error
+    def _next_batch(self) -> tuple[Job, torch.Tensor, np.ndarray]:
+        """Return the executor's next batch, after bad images were found and left out."""
+        while True:
+            try:
+                return self._executor.next()
+            except StopIteration:
+                raise
+            except Exception as error:
+                bad = self._executor.find_bad()
+                if bad and not self._plan.skips:
+                    raise ImageError(self._plan.named(bad)) from error
+                if not bad and self._retried == self._given:
+                    raise
+                self._retried = self._given if not bad else self._retried
+                self._plan.bad.update(bad)
+                self._start()
+                for name, why in self._plan.named(bad):
+                    warnings.warn(f"{name} is left out: {why}", stacklevel=4)

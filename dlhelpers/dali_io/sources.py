@@ -3,131 +3,143 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from dlhelpers.dali_io.formats import by_pillow, for_dali
 from dlhelpers.extras import install_hint, need
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
-from dlhelpers.lmdb_io.encoding import jpeg_size
+from dlhelpers.lmdb_io.plain import own_reading
 
 __all__ = [
     "Files",
     "ImageError",
     "Records",
     "Source",
-    "encoded_size",
     "has_dali",
     "open_source",
     "require_dali",
 ]
 
-_HEADER = 4096  # bytes of a file in which nearly every JPEG tells its size
-
 
 class ImageError(ValueError):
     """Images that cannot be read or decoded; says which and why.
 
-    Attributes:
+    Args:
         images: (name, reason) of each.
+        all_of_them: nothing is left that can be read, so that skipping does not help.
+
+    Attributes:
+        images: as given.
     """
 
-    def __init__(self, images: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, images: Sequence[tuple[str, str]], *, all_of_them: bool = False) -> None:
         self.images = tuple(images)
         listed = "; ".join(f"{name} ({why})" for name, why in self.images[:5])
         more = f" and {len(self.images) - 5} more" if len(self.images) > 5 else ""
-        super().__init__(
-            f"{len(self.images)} image(s) cannot be read: {listed}{more}. Mend or remove them, or "
-            'leave them out with DALILoader(..., on_error="skip")'
-        )
+        images_, them = ("image", "it") if len(self.images) == 1 else ("images", "them")
+        advice = f'Fix or remove {them}, or skip {them} with DALILoader(..., on_error="skip")'
+        if all_of_them:
+            advice = "No image is left: check that the folder or database is there and readable"
+        super().__init__(f"{len(self.images)} {images_} cannot be read: {listed}{more}. {advice}")
 
 
-class Source(Protocol):
-    """Encoded images by index.
+class Source:
+    """Images by index, and their targets.
 
     Attributes:
-        kind: what is read: ``paths`` (DALI opens the files), ``bytes`` (encoded images), each uint8
-            [B], or ``pixels`` (uint8 [H, W, 3]).
+        kind: what is read: ``bytes`` (encoded images, uint8 [B]) or ``pixels`` (uint8 [H, W, 3]).
         targets: int64 [N].
         classes: names of the classes, or None.
     """
 
-    kind: str
-    targets: np.ndarray
-    classes: list[str] | None
+    def __init__(self, targets: Sequence[Any], classes: list[str] | None, kind: str) -> None:
+        self.targets, self.classes, self.kind = _as_targets(targets), classes, kind
+        self._refused: set[int] = set()  # by DALI, although their headers promise nothing odd
 
     def name(self, index: int) -> str:
         """Return what the reader knows an image by."""
+        raise NotImplementedError
+
+    def stored(self, indices: Sequence[int]) -> list[bytes]:
+        """Return what is stored of some images. Called by several threads, as :meth:`read`."""
+        raise NotImplementedError
 
     def read(self, indices: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
         """Return some images, one array each, and their sizes int [N, 2], (height, width).
 
-        Called by several threads.
+        What DALI would decode to other pixels than Pillow, Pillow decodes.
         """
+        found = self.stored(indices)
+        if self.kind == "pixels":
+            images = [load_decoder("pil")(data) for data in found]
+            return images, np.array([image.shape[:2] for image in images])
+        fed = [
+            by_pillow(data) if index in self._refused else for_dali(data)
+            for index, data in zip(indices, found, strict=True)
+        ]
+        return [np.frombuffer(data, np.uint8) for data, _ in fed], np.array(
+            [size for _, size in fed]
+        )
 
-    def encoded(self, index: int) -> bytes | None:
-        """Return the encoded bytes of an image, None where it is stored decoded."""
+    def leave_to_pillow(self, index: int) -> bool:
+        """Let Pillow decode an image from now on that DALI has refused; whether that is new.
+
+        Raises:
+            Exception: Pillow cannot decode it either.
+        """
+        if self.kind == "pixels" or index in self._refused:
+            return False
+        by_pillow(self.stored([index])[0])
+        self._refused.add(index)
+        return True
 
 
-class Files:
-    """Files with targets. DALI reads them; here their headers are read, once, for the sizes."""
-
-    kind = "paths"
+class Files(Source):
+    """Files with targets."""
 
     def __init__(self, samples: Sequence[tuple[Any, Any]], classes: list[str] | None) -> None:
+        super().__init__([target for _, target in samples], classes, "bytes")
         self._paths = [os.path.abspath(os.fspath(path)) for path, _ in samples]
-        self.classes = classes
-        self.targets = _as_targets([target for _, target in samples])
-        self._sizes = np.zeros((len(samples), 2), dtype=np.int32)  # 0 until the header was read
 
     def name(self, index: int) -> str:
         """Return the path."""
         return self._paths[index]
 
-    def read(self, indices: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return the paths as bytes, and the sizes."""
+    def stored(self, indices: Sequence[int]) -> list[bytes]:
+        """Return the bytes of the files."""
+        found = []
         for index in indices:
-            if not self._sizes[index, 0]:
-                self._sizes[index] = _file_size(self._paths[index])
-        paths = [np.frombuffer(os.fsencode(self._paths[i]), np.uint8) for i in indices]
-        return paths, self._sizes[list(indices)]
-
-    def encoded(self, index: int) -> bytes:
-        """Return the bytes of the file."""
-        return Path(self._paths[index]).read_bytes()
+            with open(self._paths[index], "rb", buffering=0) as file:
+                found.append(file.read())
+        return found
 
 
-class Records:
+class Records(Source):
     """The images of a database that ``write_lmdb`` has written, as they are stored."""
 
     def __init__(self, dataset: LMDBDataset) -> None:
         self._dataset = LMDBDataset(dataset.path, decode=None, checksum=dataset.checksum)
-        self._decode, self.classes = load_decoder("auto"), dataset.classes
-        self.targets = _as_targets(dataset.targets)
-        stored, _ = self._dataset[0]
-        self.kind = "pixels" if stored.startswith(b"RAW\0") else "bytes"
+        super().__init__(self._dataset.targets, dataset.classes, "bytes")
+        with suppress(Exception):  # a damaged record is told when its batch is made
+            self.kind = "pixels" if self._dataset[0][0].startswith(b"RAW\0") else "bytes"
 
     def name(self, index: int) -> str:
         """Return path, position and source key."""
-        return f"{self._dataset.path}, record {index}, key {self._dataset.samples[index][0]!r}"
+        key = ""
+        with suppress(Exception):  # of a database that is gone a message is wanted all the same
+            key = f", key {self._dataset.samples[index][0]!r}"
+        return f"{self._dataset.path}, record {index}{key}"
 
-    def read(self, indices: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return the stored bytes, or pixels where those are stored, and the sizes."""
-        stored = [image for image, _ in self._dataset.__getitems__(indices)]
-        if self.kind == "pixels":
-            images = [self._decode(image) for image in stored]
-            return images, np.array([image.shape[:2] for image in images])
-        images = [np.frombuffer(image, np.uint8) for image in stored]
-        return images, np.array([encoded_size(image) for image in stored])
-
-    def encoded(self, index: int) -> bytes | None:
-        """Return the stored bytes; None for pixels."""
-        return self._dataset[index][0] if self.kind == "bytes" else None
+    def stored(self, indices: Sequence[int]) -> list[bytes]:
+        """Return the stored bytes."""
+        return [image for image, _ in self._dataset.__getitems__(indices)]
 
 
 def open_source(source: Any) -> Source:
@@ -137,12 +149,14 @@ def open_source(source: Any) -> Source:
         FileNotFoundError: there is no such folder, or no image in it.
         TypeError, ValueError: it is nothing that can be read; targets are no whole numbers.
     """
-    for name in ("transform", "target_transform"):
-        if getattr(source, name, None) is not None:
-            raise ValueError(
-                f"the {type(source).__name__} has {name}={getattr(source, name)!r}, which DALI "
-                f"would not run: give one without it, or its .samples"
-            )
+    if (isinstance(source, LMDBDataset) or hasattr(source, "samples")) and (
+        why := own_reading(source)
+    ):
+        raise ValueError(
+            f"the {type(source).__name__} has {why}, which DALI would not run: give a plain "
+            "ImageFolder or LMDBDataset, a folder, or a list of (path, target); or store what the "
+            "dataset gives with write_lmdb"
+        )
     if isinstance(source, LMDBDataset):
         return Records(source)
     if isinstance(source, str | os.PathLike):
@@ -175,34 +189,6 @@ def _folder(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}: give a folder with one folder for each class") from None
     return folder.samples, folder.classes
-
-
-def _file_size(path: str) -> tuple[int, int]:
-    """Return (height, width) from a file's header."""
-    with open(path, "rb", buffering=0) as file:
-        head = file.read(_HEADER)
-        if len(head) == _HEADER and jpeg_size(head) is None:
-            head += file.read()  # a large thumbnail stands before the size, or it is no JPEG
-    return encoded_size(head)
-
-
-def encoded_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) from an encoded image's header.
-
-    Raises:
-        ValueError: it is no image that Pillow knows, or one without pixels.
-    """
-    if (size := jpeg_size(data)) is not None:
-        if 0 in size:
-            raise ValueError(f"a JPEG whose header says {size[0]} x {size[1]} pixels")
-        return size
-    pil = need("PIL.Image", "an image that is no JPEG")
-    try:
-        width, height = pil.open(io.BytesIO(data)).size
-    except pil.UnidentifiedImageError:
-        what = f"{len(data)} bytes starting with {bytes(data[:8])!r}" if data else "no bytes at all"
-        raise ValueError(f"not an image that is known ({what})") from None
-    return height, width
 
 
 def _as_targets(targets: Sequence[Any]) -> np.ndarray:

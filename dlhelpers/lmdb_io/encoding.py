@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
 
-__all__ = ["ENCODINGS", "RAW", "Encoding", "image_format", "jpeg_size"]
+__all__ = ["ENCODINGS", "JPEG_FRAMES", "RAW", "Encoding", "image_format", "jpeg_segments"]
 
 ENCODINGS = ("jpeg", "png", "webp", "raw")
 RAW = struct.Struct("<4sII")  # b"RAW\0", height, width
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that tell the size
 _QUALITY = {"jpeg": 90, "webp": 90}
 
 
@@ -144,37 +146,31 @@ def _looks_whole(data: bytes, found: str) -> bool:
     return False
 
 
-def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """Return a JPEG's (height, width) from its header, None where it is no JPEG or has no frame."""
-    frame, _ = _frame_and_scan(data) if image_format(data) == "jpeg" else (0, 0)
-    if not frame or frame + 9 > len(data):
-        return None
-    return struct.unpack_from(">HH", data, frame + 5)
+def jpeg_segments(data: bytes | memoryview) -> Iterator[tuple[int, int]]:
+    """Yield (marker, where it stands) of a JPEG's segments, the last of them its first scan.
+
+    Goes from segment to segment, so that a thumbnail within one is not taken for the image.
+    """
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        yield marker, at
+        if marker == 0xDA:
+            return
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
 
 
 def _first_scan(data: bytes) -> int:
     """Return where a JPEG's first scan begins, 0 where there is no frame or no scan."""
-    frame, scan = _frame_and_scan(data)
-    return scan if frame else 0
-
-
-def _frame_and_scan(data: bytes | memoryview) -> tuple[int, int]:
-    """Return where a JPEG's frame header and its first scan begin, 0 where there is none.
-
-    Goes from segment to segment, so that a thumbnail within one is not taken for the image.
-    """
-    at, frame = 2, 0
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    frame = False
+    for marker, at in jpeg_segments(data):
         if marker == 0xDA:
-            return frame, at
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = at
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return frame, 0
+            return at if frame else 0
+        frame = frame or marker in JPEG_FRAMES
+    return 0
 
 
 def _pil() -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlhelpers.lmdb_io.plain import is_plain_folder
 from dlhelpers.lmdb_io.schema import encode_key
 
 __all__ = ["Loaded", "Source", "SourceError", "open_source"]
@@ -82,7 +83,7 @@ def open_source(source: Any) -> Source:
     """
     if isinstance(source, (str, os.PathLike)):
         return _Folder.scan(Path(source).expanduser())
-    if _is_plain_image_folder(source):
+    if is_plain_folder(source):
         return _Folder.of_image_folder(source)  # its files, instead of what it decodes of them
     if isinstance(source, (list, tuple)):
         return _Triples(source)
@@ -94,17 +95,6 @@ def open_source(source: Any) -> Source:
     raise TypeError(
         "source must be an image folder, a map-style dataset of (image, target), or an iterable "
         f"of (key, bytes, target), got {type(source).__name__}"
-    )
-
-
-def _is_plain_image_folder(source: Any) -> bool:
-    loader = getattr(source, "loader", None)
-    default = (getattr(loader, "__module__", ""), getattr(loader, "__name__", ""))
-    return (
-        default == ("torchvision.datasets.folder", "default_loader")
-        and type(source).__getitem__.__qualname__ == "DatasetFolder.__getitem__"
-        and getattr(source, "transforms", "") is None
-        and hasattr(source, "samples")
     )
 
 
