@@ -83,6 +83,8 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
                 notebook="08_profiling",
             )
             return
+    # milliseconds beside no other program, which a median step has beside it
+    allowed_ms = _own_python_ms(seen) * seen.step_ms / seen.shortest_ms
     saves, stays, remedy = 0.0, 0.0, ""
     if min(seen.loop_ms, _seen_outside(seen)) >= least_ms and _is_loop(seen):
         saves, stays, remedy = _loop_gain(seen, speedup)
@@ -100,7 +102,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
             remedy=remedy,
             notebook="08_profiling",
         )
-    elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, _own_python_ms(seen)):
+    elif seen.calls and in_python >= max(least_ms, seen.step_ms / 5, allowed_ms):
         yield seen.finding(
             "python-in-step",
             saves_ms=in_python,
