@@ -76,13 +76,17 @@ def table_a(names: list[str]) -> list[dict[str, Any]]:
     print(
         f"\nA  {'model':38} {'found':>5} {'here':>5} {'torch.fx':>12} {'error':>9} {'float64':>9}"
     )
-    rows = []
+    rows, failed = [], []
     for name in names:
         model, inputs = built(name)
         if not any(getattr(m, "running_var", None) is not None for m in model.modules()):
             continue
         start = time.perf_counter()
-        _, report = fuse_conv_bn(model, inputs)
+        try:
+            _, report = fuse_conv_bn(model, inputs)
+        except Exception as error:  # counted below: one failure hides no other one
+            failed.append(f"{name}: {error!r}")
+            continue
         seconds = time.perf_counter() - start
         try:
             theirs = torch_fuse(copy.deepcopy(model).eval())
@@ -115,8 +119,10 @@ def table_a(names: list[str]) -> list[dict[str, Any]]:
     print(
         f"{len(rows)} models, {sum(r['found'] for r in rows)} BatchNorms, "
         f"{sum(r['here'] for r in rows)} folded here; torch.fx raised on {raised}; "
-        f"fewer than torch.fx: {fewer or 'none'}"
+        f"fewer than torch.fx: {fewer or 'none'}; failed here: {failed or 'none'}"
     )
+    for why, count in sum((Counter(r["left"]) for r in rows), Counter()).most_common():
+        print(f"   left: {count} x {why}")
     return rows
 
 
