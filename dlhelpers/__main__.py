@@ -17,6 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dlhelpers.course import report  # has its own parser, and its own errors
 
         return report.main(arguments[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is no failure
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -85,6 +88,9 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
         metavar="RANK/WORLD|torchrun",
         help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
     )
+    write.add_argument(
+        "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
+    )
     write.add_argument("--quiet", action="store_true", help="show no bar")
     write.set_defaults(run=_lmdb_write)
 
@@ -111,6 +117,7 @@ def _lmdb_write(options: argparse.Namespace) -> int:
         resume=options.resume,
         on_error="skip" if options.skip_errors else "raise",
         shard=_shard(options.shard),
+        lock=not options.no_lock,
         progress=False if options.quiet else None,
     )
     print(report)

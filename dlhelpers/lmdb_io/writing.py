@@ -19,7 +19,9 @@ from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.locking import only_writer
+from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sources import SourceError, open_source
+from dlhelpers.printable import printable
 
 __all__ = ["WriteReport", "write_lmdb"]
 
@@ -36,6 +38,7 @@ class WriteReport:
         image_bytes: what their images take.
         skipped: (what, why) of all that was left out.
         ignored: files of the source folder that are no images by their name.
+        notes: what else is worth knowing of the source.
         resumed_from: records that an earlier, interrupted conversion had stored.
         seconds: that this conversion took.
     """
@@ -45,6 +48,7 @@ class WriteReport:
     image_bytes: int
     skipped: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
+    notes: tuple[str, ...]
     resumed_from: int
     seconds: float
 
@@ -56,13 +60,14 @@ class WriteReport:
         ]
         if self.resumed_from:
             lines.append(f"the first {self.resumed_from} were there from an interrupted conversion")
+        lines += self.notes
         if self.ignored:
             lines.append(f"{len(self.ignored)} files are no images by name: {_some(self.ignored)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} skipped:")
             lines += [f"  {what}: {why}" for what, why in self.skipped[:20]]
             lines += [f"  and {len(self.skipped) - 20} more"] * (len(self.skipped) > 20)
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     __repr__ = __str__
 
@@ -79,6 +84,7 @@ def write_lmdb(
     resume: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     shard: tuple[int, int] | None = None,
+    lock: bool = True,
     progress: bool | None = None,
 ) -> WriteReport:
     """Convert images into one LMDB file for :class:`LMDBDataset`.
@@ -86,7 +92,9 @@ def write_lmdb(
     Args:
         source: an image folder (one folder for each class, the order of torchvision's
             ImageFolder), a map-style dataset of (image or bytes, target), or an iterable of
-            (key, bytes, target). Targets are ints, or what JSON can hold.
+            (key, bytes, target). Targets are ints, or what JSON can hold. Of an ImageFolder or
+            LMDBDataset without a transform, and of Subset and ConcatDataset around them, however
+            nested, the stored bytes, keys and classes are taken.
         path: the file; appears whole, or not at all. An older database there stays in use until
             then, and stays for good if this conversion fails.
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
@@ -95,7 +103,8 @@ def write_lmdb(
             is resized. Pixels that come without one are stored as RGB or grey PNG. What is kept
             is looked at (format, end), not decoded.
         resize: the shorter side in pixels, as torchvision's Resize does it, or (height, width).
-            An image of that size already is kept as it is.
+            An image of that size already is kept as it is. Both mean the pixels as they are
+            stored; the EXIF orientation is kept beside them, in every encoding.
         quality: of JPEG and WebP, 90 where None.
         map_size: bytes of the first memory map; it grows by itself all the same.
         resume: goes on behind an interrupted conversion of the same source and settings; where
@@ -106,6 +115,8 @@ def write_lmdb(
         shard: (rank, world) writes this rank's part into the folder ``path``, which
             LMDBDataset opens as one. Parts are contiguous; of an iterable without length, rank
             takes each world-th item.
+        lock: keeps two processes from converting into one file. False goes without, for a mount
+            that has no locks; then see to it that nobody else converts into this file.
         progress: a bar with images/s and MB/s; None draws it in a terminal only.
 
     Returns:
@@ -115,6 +126,7 @@ def write_lmdb(
         SourceError: an image, key or class of the source cannot be stored; names it.
         FileExistsError: path holds something that write_lmdb has not written.
         OSError: the disk is full or not writable; what was converted stays for ``resume``.
+            The folder's file system has no locks.
         BlockingIOError: another process is converting into this path.
         ValueError, TypeError: an argument is out of range.
 
@@ -139,7 +151,7 @@ def write_lmdb(
     target.parent.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(target)
     conversion = Conversion(opened, target, encoding, workers, on_error, shard)
-    with only_writer(target), _translated_errors(conversion):
+    with only_writer(target, lock), _translated_errors(conversion):
         conversion.open(resume, map_size or _FIRST_MAP)
         try:
             conversion.run(progress)
@@ -152,6 +164,7 @@ def write_lmdb(
         conversion.image_bytes,
         (*opened.problems, *conversion.skipped),
         opened.ignored,
+        opened.notes,
         conversion.resumed_from,
         time.perf_counter() - start,
     )
@@ -161,19 +174,24 @@ def _target(path: Path, shard: tuple[int, int] | None) -> Path:
     if shard is None:
         if path.is_dir():
             raise IsADirectoryError(
-                f"{path} is a folder, expected the path of a file such as {path / 'images.lmdb'}"
+                printable(
+                    f"{path} is a folder, expected the path of a file such as "
+                    f"{path / 'images.lmdb'}"
+                )
             )
         return path
     if path.is_file():
-        raise FileExistsError(f"{path} is a file, expected the folder of all shards")
+        raise FileExistsError(printable(f"{path} is a file, expected the folder of all shards"))
     rank, world = shard
     others = {p.name.split("-of-")[-1] for p in path.glob("shard-*-of-*.lmdb")}
     if others - {f"{world:05d}.lmdb"}:
         raise FileExistsError(
-            f"{path} holds shards of another world size ({', '.join(sorted(others))}): remove "
-            "them or give another folder"
+            printable(
+                f"{path} holds shards of another world size ({', '.join(sorted(others))}): remove "
+                "them or give another folder"
+            )
         )
-    return path / f"shard-{rank:05d}-of-{world:05d}.lmdb"
+    return path / shard_name(rank, world)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -183,8 +201,10 @@ def _refuse_foreign(target: Path) -> None:
         schema.unpack_meta(open_environment(target).get_entry(schema.META), target)
     except (schema.DatabaseError, OSError) as error:
         raise FileExistsError(
-            f"{target} exists and is no whole database of write_lmdb ({error}): nothing was "
-            "touched; remove it or give another path"
+            printable(
+                f"{target} exists and is no whole database of write_lmdb ({error}): nothing was "
+                "touched; remove it or give another path"
+            )
         ) from None
 
 

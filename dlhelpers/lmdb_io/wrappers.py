@@ -1,0 +1,172 @@
+"""What lies inside a Subset, a ConcatDataset or a database, however they are nested?
+
+Each item is read where it lies: the bytes of its file or record, its key and its class, instead of
+what the wrapper would decode of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dlhelpers.lmdb_io.identity import Stamp
+from dlhelpers.lmdb_io.sources import Loaded, Source
+
+__all__ = ["inner_datasets", "look_through"]
+
+_Item = tuple[int, int]  # number of the inner dataset, and the item's in it
+
+
+def look_through(source: Any, open_plain: Callable[[Any], Source]) -> Source | None:
+    """Return the items of a database or of wrapped datasets; None where nothing would be gained.
+
+    Args:
+        source: a dataset.
+        open_plain: opens what is no wrapper.
+    """
+    if _is_plain_database(source):
+        return _Records(source)
+    inner: list[Any] = []
+    items = _flatten(source, inner) if _wrapped(source) else []
+    used = sorted({number for number, _ in items})
+    opened: dict[int, Source] = {}
+    for number in used:
+        dataset = inner[number]
+        opened[number] = _Records(dataset) if _is_plain_database(dataset) else open_plain(dataset)
+    if all(part.hides for part in opened.values()):
+        return None
+    return _Selected(opened, items)
+
+
+def inner_datasets(source: Any) -> list[Any]:
+    """Return the datasets inside wrappers; one that is no wrapper by itself."""
+    wrapped = _wrapped(source)
+    if not wrapped:
+        return [source]
+    return [inner for dataset in wrapped for inner in inner_datasets(dataset)]
+
+
+def _wrapped(source: Any) -> list[Any]:
+    """Return what a wrapper of torch holds; nothing of one that reads in a way of its own."""
+    torch_data = sys.modules.get("torch.utils.data")
+    for kind in (torch_data.Subset, torch_data.ConcatDataset) if torch_data else ():
+        if isinstance(source, kind) and type(source).__getitem__ is kind.__getitem__:
+            return [source.dataset] if kind is torch_data.Subset else list(source.datasets)
+    return []
+
+
+def _flatten(source: Any, inner: list[Any]) -> list[_Item]:
+    """Return the items of a wrapper in order; appends to the datasets they lie in."""
+    wrapped = _wrapped(source)
+    if not wrapped:
+        number = next((n for n, known in enumerate(inner) if known is source), len(inner))
+        inner += [source] * (number == len(inner))
+        return [(number, item) for item in range(len(source))]
+    items = [item for dataset in wrapped for item in _flatten(dataset, inner)]
+    return [items[index] for index in source.indices] if hasattr(source, "indices") else items
+
+
+def _is_plain_database(source: Any) -> bool:
+    module = sys.modules.get("dlhelpers.lmdb_io.dataset")
+    kind = module.LMDBDataset if module else ()
+    return (
+        isinstance(source, kind)
+        and type(source).__getitem__ is kind.__getitem__
+        and source.transform is None
+        and source.target_transform is None
+    )
+
+
+class _Records(Source):
+    kind = "database"
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self.count, self.classes = len(dataset), dataset.classes
+        self._version = hashlib.blake2b(dataset.identity, digest_size=16).hexdigest().encode()
+
+    def tasks(self) -> Iterator[Any]:
+        return iter(range(self.count))
+
+    def load(self, task: Any) -> Loaded:
+        return Loaded(*self._dataset.stored(task), self.stamp(task))
+
+    def name(self, task: Any) -> str:
+        return f"record {task} of {self._dataset.path}"
+
+    def key(self, task: Any) -> str:
+        return self._dataset.samples[task][0]
+
+    def stamp(self, task: Any) -> Stamp:
+        return Stamp(b"%s|%d" % (self._version, task), 0)
+
+
+class _Selected(Source):
+    """Some items of several sources; a task is (number of the source, its task, key)."""
+
+    def __init__(self, parts: dict[int, Source], items: list[_Item]) -> None:
+        self._parts, self._items = parts, items
+        self.count = len(items)
+        self.hides = any(part.hides for part in parts.values())
+        kinds = {part.kind for part in parts.values()}
+        self.kind = kinds.pop() if len(kinds) == 1 else "dataset"
+        self.place = next((part.place for part in parts.values() if part.place), ())
+        self._tasks = {number: list(part.tasks()) for number, part in parts.items()}
+        self._keys, again = self._unique_keys()
+        classes = [part.classes for part in parts.values()]
+        notes = [note for part in parts.values() for note in part.notes]
+        if all(found == classes[0] for found in classes):
+            self.classes = classes[0]
+        else:
+            notes.append("no class names are stored, since the parts of the source have others")
+        if again:
+            notes.append(f"{again} keys are taken already, these got an ending such as #2")
+        self.notes = tuple(notes)
+
+    def tasks(self) -> Iterator[Any]:
+        for position, (number, item) in enumerate(self._items):
+            yield number, self._tasks[number][item], self._keys.get(position)
+
+    def load(self, task: Any) -> Loaded:
+        number, inner, key = task
+        loaded = self._parts[number].load(inner)
+        return loaded._replace(key=key or loaded.key, stamp=self._stamp(number, loaded.stamp, key))
+
+    def name(self, task: Any) -> str:
+        return task[2] or self._parts[task[0]].name(task[1])
+
+    def stamp(self, task: Any) -> Stamp:
+        number, inner, key = task
+        return self._stamp(number, self._parts[number].stamp(inner), key)
+
+    def contents(self) -> str:
+        return "|".join(filter(None, (part.contents() for part in self._parts.values())))
+
+    def _stamp(self, number: int, stamp: Stamp, key: str | None) -> Stamp:
+        return stamp._replace(name=b"%d|%s|%s" % (number, stamp.name, repr(key).encode()))
+
+    def _unique_keys(self) -> tuple[dict[int, str], int]:
+        """Return keys by position, where they are not what the source says, and how many of them
+        were taken."""
+        if len(self._parts) == 1 and len(set(self._items)) == len(self._items):
+            return {}, 0
+        taken: set[str] = set()
+        keys, again = {}, 0
+        for position, (number, item) in enumerate(self._items):
+            part = self._parts[number]
+            # an item without a name is called by its number in all of the source
+            own = str(position) if part.hides else part.key(self._tasks[number][item])
+            key, copies = own, 1
+            while key in taken:
+                copies += 1
+                key = f"{own}#{copies}"
+            taken.add(key)
+            again += copies > 1
+            if copies > 1 or part.hides:
+                keys[position] = key
+        return keys, again
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_parts": self._parts}  # a worker gets its tasks one by one
