@@ -60,6 +60,8 @@ class Conversion:
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
         self._whole: Whole | None = None
+        self.reading = False  # whether an error comes from the source
+        self.is_fresh = False  # whether the file was begun by this run
         self.pending_bytes = 0  # what the commit under way needs at most
         self._start_afresh()
         self.env: Any = None
@@ -72,10 +74,10 @@ class Conversion:
 
     def advice(self) -> str:
         """Return how to go on after a stop, the end of a message; empty if nothing is kept."""
-        if not self.count:
+        if not self.kept:
             return ""
-        images = "image is" if self.count == 1 else "images are"
-        return f". {self.count} {images} kept: resume=True (--resume) goes on after them"
+        images = "1 image is" if self.kept == 1 else f"{self.kept} images are"
+        return f"{images} kept: resume=True (--resume) goes on after them"
 
     # ---- the file ----
 
@@ -83,6 +85,7 @@ class Conversion:
         """Open the partial file, going on with an interrupted one where it fits."""
         if not resume or not self._take_up(map_size):
             self._remove_partial()
+            self.is_fresh = True
             self._open_env(map_size)
 
     def _open_env(self, map_size: int) -> None:
@@ -225,7 +228,7 @@ class Conversion:
             unit="img",
         ) as shown:
             begin, begin_bytes = time.monotonic(), self.image_bytes
-            for items in load_chunks(self.loader, self._tasks, self.workers):
+            for items in self._loaded():
                 batch += items
                 size += sum(len(item.image) for item in items)
                 now = time.monotonic()
@@ -239,6 +242,15 @@ class Conversion:
             shown.update(len(batch))
         if self.shard is not None:
             self._identity = identity or identity_of(self.source, self._whole)
+
+    def _loaded(self) -> Iterator[list[Item]]:
+        """Yield what is left of the source, and note when its own code is at work."""
+        self.reading = True
+        for items in load_chunks(self.loader, self._tasks, self.workers):
+            self.reading = False
+            yield items
+            self.reading = True
+        self.reading = False
 
     def _own_tasks(self) -> Iterator[Any]:
         """Return the tasks of this shard, in order."""
@@ -307,7 +319,9 @@ class Conversion:
                 first = json.loads(txn.get(key, db=self.index))[0]
                 why = f"its key {item.name!r} is taken by record {first}: keys must be unique"
         if why and not self.skips:
-            return SourceError(f'{item.name}: {why}; on_error="skip" leaves it out{self.advice()}')
+            self.kept = self.count  # this commit's among them
+            advice = f'on_error="skip" leaves it out. {self.advice()}'.strip()
+            return SourceError(f"{item.name}: {why}; {advice}")
         if why:
             value = json.dumps([item.name, why]).encode()
             txn.put(schema.position_key(self.done), value, db=self.skips_db)

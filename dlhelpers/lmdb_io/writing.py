@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from dlhelpers.arguments import shard_of, whole_number
 from dlhelpers.extras import need
@@ -18,6 +14,7 @@ from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
+from dlhelpers.lmdb_io.failures import clear_errors
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sources import SourceError, open_source
@@ -55,14 +52,15 @@ class WriteReport:
     def __str__(self) -> str:
         speed = (self.count - self.resumed_from) / max(self.seconds, 1e-9)
         lines = [
-            f"{self.count} images, {self.image_bytes / 1e6:.1f} MB, in {self.path} "
-            f"({self.seconds:.1f} s, {speed:.0f} images/s)"
+            f"{self.count} image{'s' * (self.count != 1)}, {self.image_bytes / 1e6:.1f} MB, in "
+            f"{self.path} ({self.seconds:.1f} s, {speed:.0f} images/s)"
         ]
         if self.resumed_from:
             lines.append(f"the first {self.resumed_from} were there from an interrupted conversion")
         lines += self.notes
         if self.ignored:
-            lines.append(f"{len(self.ignored)} files are no images by name: {_some(self.ignored)}")
+            what = "file is no image" if len(self.ignored) == 1 else "files are no images"
+            lines.append(f"{len(self.ignored)} {what} by name: {_some(self.ignored)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} skipped:")
             lines += [f"  {what}: {why}" for what, why in self.skipped[:20]]
@@ -151,7 +149,7 @@ def write_lmdb(
     target.parent.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(target)
     conversion = Conversion(opened, target, encoding, workers, on_error, shard)
-    with only_writer(target, lock), _translated_errors(conversion):
+    with clear_errors(conversion), only_writer(target, lock):
         conversion.open(resume, map_size or _FIRST_MAP)
         try:
             conversion.run(progress)
@@ -206,49 +204,6 @@ def _refuse_foreign(target: Path) -> None:
                 "touched; remove it or give another path"
             )
         ) from None
-
-
-@contextmanager
-def _translated_errors(conversion: Conversion) -> Iterator[None]:
-    import lmdb
-
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        error.add_note(f"{conversion.kept} images are kept: resume=True (--resume) goes on")
-        raise
-    except (lmdb.Error, OSError) as error:
-        _raise_clearly(error, conversion)
-
-
-def _raise_clearly(error: Exception, conversion: Conversion) -> NoReturn:
-    kept = f"{conversion.kept} images are kept: resume=True goes on behind them"
-    code, text = getattr(error, "errno", None), str(error)
-    if code is None:  # LMDB's own errors have only a text
-        known = (errno.ENOSPC, errno.EFBIG)
-        code = next((number for number in known if os.strerror(number) in text), errno.EIO)
-        if code == errno.EIO:  # also what LMDB makes of a page that fitted only in part
-            code = _reason_of_short_write(conversion)
-    elif code not in (errno.ENOSPC, errno.EFBIG):
-        raise error
-    what = {
-        errno.ENOSPC: "the disk is full: free some space",
-        errno.EFBIG: "the file is larger than the limit for files here: raise it (ulimit -f)",
-    }.get(code, text)
-    raise OSError(code, f"{conversion.partial}: {what}. {kept}") from error
-
-
-def _reason_of_short_write(conversion: Conversion) -> int:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits
-        limit = -1
-    else:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if 0 <= limit < conversion.partial.stat().st_size + conversion.pending_bytes:
-        return errno.EFBIG
-    free = shutil.disk_usage(conversion.partial.parent).free
-    return errno.ENOSPC if free < conversion.pending_bytes else errno.EIO
 
 
 def _validate(map_size: int | None, on_error: str) -> None:
