@@ -24,7 +24,7 @@ __all__ = ["Loaded", "Source", "SourceError", "open_source"]
 _EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-_PROBES = 256  # items of a dataset that are loaded to know it again, and
+_PROBES = 1024  # items of a dataset that are loaded to know it again, and
 _TWICE = 16  # how many of them twice, to know whether it gives the same twice
 
 
@@ -283,7 +283,7 @@ class _Dataset(Source):
         return Stamp(b"%d" % task, 0)
 
     def contents(self) -> str:
-        """Return a digest of up to 256 items; empty for a dataset that does not repeat itself."""
+        """Return a digest of up to 1024 items; empty for a dataset that does not repeat itself."""
         numbers = spread(self.count, _PROBES)
         found = {number: self._content(number) for number in numbers}
         again = [numbers[n] for n in spread(len(numbers), _TWICE)]
