@@ -116,7 +116,7 @@ def test_the_folder_is_whole_again_once_the_last_rank_has_run(tmp_path):
     for rank in (3, 0, 2):
         convert(source, tmp_path / "out", rank, world=4)
         refuses(tmp_path / "out", "shard-00001-of-00004.lmdb.* of another conversion")
-    with pytest.raises(DatabaseError, match="shard-00001-of-00004.lmdb is of another"):
+    with pytest.raises(DatabaseError, match=r"shard-00001-of-00004\.lmdb is of another"):
         verify_lmdb(tmp_path / "out", progress=False)
     convert(source, tmp_path / "out", 1, world=4)
     assert shows(tmp_path / "out", source)

@@ -29,6 +29,7 @@ from dlhelpers.lmdb_io.comparing import (
     version_of,
 )
 from dlhelpers.lmdb_io.encoding import Encoding
+from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace, Whole
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
 from dlhelpers.lmdb_io.shards import part
@@ -93,7 +94,7 @@ class Conversion:
 
         # the commits' order is kept without a sync: a kill loses none, see _take_up for a crash
         self.env = lmdb.open(
-            str(self.partial),
+            lmdb_path(self.partial),
             subdir=False,
             lock=False,
             sync=False,
