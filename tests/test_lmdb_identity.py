@@ -383,3 +383,28 @@ def test_a_conversion_that_an_earlier_version_began_starts_afresh(tmp_path, monk
     with pytest.warns(UserWarning, match="begun by an earlier version of dlhelpers: starting"):
         assert write(source, tmp_path / "db", resume=True).resumed_from == 0
     assert shows(tmp_path / "db", source)
+
+
+class OpensLate:
+    """Opens its file with the first image, as readers of HDF5 do."""
+
+    def __init__(self):
+        self.pid = None
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        self.pid = self.pid or os.getpid()
+        if self.pid != os.getpid():
+            raise RuntimeError("opened before a fork")
+        return pixels(index), 0
+
+
+def test_what_a_dataset_opens_is_opened_in_the_workers_alone(tmp_path, monkeypatch):
+    convert(OpensLate(), tmp_path / "out", 0, 1, workers=1)
+    assert len(LMDBDataset(tmp_path / "out")) == 40
+    source = OpensLate()
+    interrupted(source, tmp_path / "db", monkeypatch, workers=1)
+    assert write(source, tmp_path / "db", workers=1, resume=True).resumed_from == 16
+    assert source.pid is None

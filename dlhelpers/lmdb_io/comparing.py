@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from dlhelpers.lmdb_io.sources import Source
 
 __all__ = ["content_of", "gives_the_same", "identity_of", "is_same_part", "version_of"]
 
+_TWICE = 16  # items that are loaded twice, to see whether a dataset repeats itself
 _RELOADED = 64  # items of a dataset that are loaded again before a conversion goes on after them
 
 
@@ -51,16 +54,20 @@ def is_same_part(
     return now.contents.hex() == contents
 
 
-def gives_the_same(loader: Loader, tasks: Sequence[Any], read: Mapping[str, Any]) -> bool:
+def gives_the_same(
+    loader: Loader, tasks: Sequence[Any], read: Mapping[str, Any], workers: int
+) -> bool:
     """Whether items of a dataset, spread over those that are done, are what was stored of them.
 
     Args:
         loader: of the conversion.
         tasks: those that are done.
         read: functions from a key to a value: ``records``, ``index`` and ``skipped``.
+        workers: processes that load them.
     """
-    for number in spread(len(tasks), _RELOADED):
-        item = loader[tasks[number]]
+    numbers = spread(len(tasks), _RELOADED)
+    chunks = load_chunks(loader, iter([tasks[number] for number in numbers]), workers)
+    for number, item in zip(numbers, chain.from_iterable(chunks), strict=True):
         if read["skipped"](schema.position_key(number)) is not None:
             if not item.why:
                 return False
@@ -76,13 +83,40 @@ def gives_the_same(loader: Loader, tasks: Sequence[Any], read: Mapping[str, Any]
     return True
 
 
-def identity_of(source: Source, whole: Whole | None) -> dict[str, Any]:
+def identity_of(source: Source, whole: Whole | None, workers: int) -> dict[str, Any]:
     """Return the identity of a whole source; ``whole`` where all of it has gone by already."""
     if whole is None:
         whole = Whole()
         for task in source.tasks():
             whole.add(source.stamp(task))
-    return whole.identity(source.contents(), source.place)
+    return whole.identity(_contents(source, workers), source.place)
+
+
+class _Prober:
+    """Loads what is known by its content alone, here or in a worker."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitems__(self, tasks: list[Any]) -> list[bytes]:
+        return [self._source.content(task) for task in tasks]
+
+
+def _contents(source: Source, workers: int) -> str:
+    """Return a digest of the contents that stamps say nothing of; empty where there are none, and
+    where a source does not repeat itself."""
+    if not (probes := source.probes()):
+        return ""
+    again = [probes[number] for number in spread(len(probes), _TWICE)]
+    # where the conversion loads them: what a dataset opens here would be open in the workers
+    found = [*chain.from_iterable(load_chunks(_Prober(source), iter([*probes, *again]), workers))]
+    first = [found[number] for number in spread(len(probes), _TWICE)]
+    if first != found[len(probes) :]:
+        return ""
+    digest = hashlib.blake2b(b"%d" % source.count, digest_size=16)
+    for content in found[: len(probes)]:
+        digest.update(b"%d:%s" % (len(content), content))
+    return digest.hexdigest()
 
 
 def version_of(mine: Mapping[str, Any], target: Path, loader: Loader, workers: int) -> str:

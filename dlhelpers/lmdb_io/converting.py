@@ -12,11 +12,10 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,14 @@ from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.comparing import (
     content_of,
     gives_the_same,
-    identity_of,
     is_same_part,
     version_of,
 )
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import lmdb_path
-from dlhelpers.lmdb_io.identity import Trace, Whole
+from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
-from dlhelpers.lmdb_io.shards import part
+from dlhelpers.lmdb_io.sharing import Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
 from dlhelpers.printable import printable
 from dlhelpers.progress import bar
@@ -60,7 +58,7 @@ class Conversion:
         self.partial = target.with_name(f".{target.name}.part")
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
-        self._whole: Whole | None = None
+        self.share = Share(source, shard)
         self.reading = False  # whether an error comes from the source
         self.is_fresh = False  # whether the file was begun by this run
         self.pending_bytes = 0  # what the commit under way needs at most
@@ -177,7 +175,7 @@ class Conversion:
     def _differs(self) -> str:
         """Compare the part of the source that is done with what it was; return what differs."""
         trace, done = Trace(), []
-        self._tasks = self._own_tasks()
+        self._tasks = self.share.tasks()
         for number in range(self.done):
             task = next(self._tasks, None)
             if task is None:
@@ -196,7 +194,7 @@ class Conversion:
             with self.env.begin() as txn:
                 databases = {"records": self.records, "index": self.index, "skipped": self.skips_db}
                 read = {name: partial(txn.get, db=db) for name, db in databases.items()}
-                if not gives_the_same(self.loader, done, read):
+                if not gives_the_same(self.loader, done, read, self.workers):
                     return "the dataset gives other images now"
         return ""
 
@@ -214,11 +212,9 @@ class Conversion:
     def run(self, progress: bool | None) -> None:
         """Convert what is left of the source."""
         if not self.resumed_from and not self.done:
-            self._tasks = self._own_tasks()
-        identity = None
-        if self.shard is not None and self.source.lists:
-            identity = identity_of(self.source, None)  # before anything of it is read
-        total = self._own_count()
+            self._tasks = self.share.tasks()
+        self.share.look(self.workers)
+        total = self.share.count
         batch: list[Item] = []
         size, since = 0, time.monotonic()
         with bar(
@@ -241,8 +237,6 @@ class Conversion:
                     batch, size, since = [], 0, now
             self._commit(batch)
             shown.update(len(batch))
-        if self.shard is not None:
-            self._identity = identity or identity_of(self.source, self._whole)
 
     def _loaded(self) -> Iterator[list[Item]]:
         """Yield what is left of the source, and note when its own code is at work."""
@@ -252,31 +246,6 @@ class Conversion:
             yield items
             self.reading = True
         self.reading = False
-
-    def _own_tasks(self) -> Iterator[Any]:
-        """Return the tasks of this shard, in order."""
-        tasks = self.source.tasks()
-        if self.shard is None:
-            return tasks
-        rank, world = self.shard
-        count = self.source.count
-        own = part(count, rank, world) if count is not None else None
-        if self.source.lists:
-            return islice(tasks, own.start, own.stop)
-        return self._watched(tasks, lambda n: n in own if own is not None else n % world == rank)
-
-    def _watched(self, tasks: Iterator[Any], is_own: Callable[[int], bool]) -> Iterator[Any]:
-        """Yield the tasks of this shard; those of the others take part in the identity."""
-        self._whole = Whole()
-        for number, task in enumerate(tasks):
-            self._whole.add(self.source.stamp(task))
-            if is_own(number):
-                yield task
-
-    def _own_count(self) -> int | None:
-        if self.source.count is None or self.shard is None:
-            return self.source.count
-        return len(part(self.source.count, *self.shard))
 
     def _commit(self, batch: list[Item]) -> None:
         """Store a batch and the state in one transaction; the map grows until it fits."""
@@ -356,7 +325,7 @@ class Conversion:
 
         from dlhelpers import __version__
 
-        expected = self._own_count()
+        expected = self.share.count
         if expected is not None and self.done != expected:
             raise SourceError(
                 f"the source said that it has {expected} items and gave {self.done}: nothing was "
@@ -376,7 +345,7 @@ class Conversion:
             "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
         }
         if self.shard is not None:
-            meta |= {"times": self.trace.times, "identity": self._identity}
+            meta |= {"times": self.trace.times, "identity": self.share.identity()}
             version = version_of(meta, self.target, self.loader, self.workers)
             meta["identity"]["version"] = version
         with self.env.begin(write=True) as txn:

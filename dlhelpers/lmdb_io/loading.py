@@ -76,8 +76,8 @@ class Loader:
         return item
 
 
-def load_chunks(loader: Loader, tasks: Iterator[Any], workers: int) -> Iterator[list[Item]]:
-    """Yield the items of all tasks in order, a chunk at a time."""
+def load_chunks(loader: Any, tasks: Iterator[Any], workers: int) -> Iterator[list[Any]]:
+    """Yield what a Loader's ``__getitems__`` gives of all tasks, in order, a chunk at a time."""
     chunks = iter(lambda: list(islice(tasks, _CHUNK)), [])
     if not workers:
         return map(loader.__getitems__, chunks)
@@ -95,7 +95,7 @@ def load_chunks(loader: Loader, tasks: Iterator[Any], workers: int) -> Iterator[
     )
 
 
-def _unchanged(items: list[Item]) -> list[Item]:
+def _unchanged(items: list[Any]) -> list[Any]:
     return items
 
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dlhelpers.lmdb_io.identity import Stamp
-from dlhelpers.lmdb_io.sources import Loaded, Source
+from dlhelpers.lmdb_io.identity import Stamp, spread
+from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source
 
 __all__ = ["inner_datasets", "look_through"]
 
@@ -52,9 +52,17 @@ def _wrapped(source: Any) -> list[Any]:
     """Return what a wrapper of torch holds; nothing of one that reads in a way of its own."""
     torch_data = sys.modules.get("torch.utils.data")
     for kind in (torch_data.Subset, torch_data.ConcatDataset) if torch_data else ():
-        if isinstance(source, kind) and type(source).__getitem__ is kind.__getitem__:
+        if _reads_as(kind, source):
             return [source.dataset] if kind is torch_data.Subset else list(source.datasets)
     return []
+
+
+def _reads_as(kind: type, source: Any) -> bool:
+    """Whether it is of this class, or of one that reads items in no way of its own."""
+    return isinstance(source, kind) and all(
+        getattr(type(source), name, None) is getattr(kind, name, None)
+        for name in ("__getitem__", "__getitems__", "__len__")
+    )
 
 
 def _flatten(source: Any, inner: list[Any]) -> list[_Item]:
@@ -70,10 +78,9 @@ def _flatten(source: Any, inner: list[Any]) -> list[_Item]:
 
 def _is_plain_database(source: Any) -> bool:
     module = sys.modules.get("dlhelpers.lmdb_io.dataset")
-    kind = module.LMDBDataset if module else ()
     return (
-        isinstance(source, kind)
-        and type(source).__getitem__ is kind.__getitem__
+        module is not None
+        and _reads_as(module.LMDBDataset, source)
         and source.transform is None
         and source.target_transform is None
     )
@@ -141,8 +148,12 @@ class _Selected(Source):
         number, inner, key = task
         return self._stamp(number, self._parts[number].stamp(inner), key)
 
-    def contents(self) -> str:
-        return "|".join(filter(None, (part.contents() for part in self._parts.values())))
+    def probes(self) -> list[Any]:
+        hidden = [task for task in self.tasks() if self._parts[task[0]].hides]
+        return [hidden[number] for number in spread(len(hidden), PROBES)]
+
+    def content(self, task: Any) -> bytes:
+        return self._parts[task[0]].content(task[1])
 
     def _stamp(self, number: int, stamp: Stamp, key: str | None) -> Stamp:
         return stamp._replace(name=b"%d|%s|%s" % (number, stamp.name, repr(key).encode()))
