@@ -5,8 +5,9 @@ One LMDB file (``subdir=False``) with three named databases and two entries besi
     records   position, 12 ASCII digits  ->  record
     index     source key                 ->  JSON [position, target] or [position, target, key]
     skipped   source position, 12 digits ->  JSON [source key, why]
-    meta      CRC-32 in 8 hexadecimal digits, a blank, and a JSON object: count, classes, settings
-    state     the same: items of the source that are done, and their digest
+    meta      CRC-32 in 8 hexadecimal digits, a blank, and a JSON object: count, classes, settings,
+              digests of names and contents; of a shard also the identity of the whole source
+    state     the same: items of the source that are done, and their digests
 
 A record is a header, the source key, the target and the image, one behind the other:
 

@@ -46,6 +46,7 @@ class Source:
     """Items in a fixed order.
 
     Attributes:
+        items: the tasks, where they are known beforehand.
         kind: ``folder``, ``database``, ``dataset`` or ``iterable``.
         count: number of items, None where it is not known beforehand.
         classes: names of the classes, None without.
@@ -59,6 +60,7 @@ class Source:
     """
 
     kind: str
+    items: Sequence[Any]
     count: int | None
     classes: list[str] | None = None
     problems: tuple[tuple[str, str], ...] = ()
@@ -71,7 +73,7 @@ class Source:
 
     def tasks(self) -> Iterator[Any]:
         """Yield one picklable task for each item, in order."""
-        raise NotImplementedError
+        return iter(self.items)
 
     def load(self, task: Any) -> Loaded:
         """Read the item of a task; runs in workers."""
@@ -148,7 +150,7 @@ class _Folder(Source):
     def __init__(
         self, samples: Sequence[tuple[str, str, int]], classes: list[str], **facts: Any
     ) -> None:
-        self._samples = samples  # (path, key, target)
+        self.items = samples  # (path, key, target)
         self.count, self.classes = len(samples), classes
         self.__dict__.update(facts)
 
@@ -207,9 +209,6 @@ class _Folder(Source):
         ]
         return cls(samples, list(dataset.classes), place=_place(root))
 
-    def tasks(self) -> Iterator[Any]:
-        return iter(self._samples)
-
     def load(self, task: Any) -> Loaded:
         path, key, target = task
         file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -235,7 +234,7 @@ class _Folder(Source):
             return _file_stamp(key, target, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_samples": ()}  # a worker gets its tasks one by one
+        return {}  # a worker gets its tasks one by one
 
 
 def _file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
@@ -259,6 +258,7 @@ class _Dataset(Source):
 
         self._dataset = dataset
         self.count = len(dataset)
+        self.items = range(self.count)
         found = [getattr(inner, "classes", None) for inner in inner_datasets(dataset)]
         classes = found[0] if all(other == found[0] for other in found) else None
         if isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes):
@@ -268,9 +268,6 @@ class _Dataset(Source):
                 "keys are item numbers, since the dataset transforms or reads images in a way of "
                 "its own",
             )
-
-    def tasks(self) -> Iterator[Any]:
-        return iter(range(self.count))
 
     def load(self, task: Any) -> Loaded:
         item = self._dataset[task]

@@ -7,16 +7,17 @@ what the wrapper would decode of it.
 from __future__ import annotations
 
 import hashlib
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from dlhelpers.lmdb_io.identity import Stamp, spread
-from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source
+from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source, SourceError
 
 __all__ = ["inner_datasets", "look_through"]
-
-_Item = tuple[int, int]  # number of the inner dataset, and the item's in it
 
 
 def look_through(source: Any, open_plain: Callable[[Any], Source]) -> Source | None:
@@ -28,16 +29,17 @@ def look_through(source: Any, open_plain: Callable[[Any], Source]) -> Source | N
     """
     if _is_plain_database(source):
         return _Records(source)
+    if not _wrapped(source):
+        return None
     inner: list[Any] = []
-    items = _flatten(source, inner) if _wrapped(source) else []
-    used = sorted({number for number, _ in items})
+    order = _flatten(source, inner)
     opened: dict[int, Source] = {}
-    for number in used:
+    for number in np.unique(order[:, 0]).tolist():
         dataset = inner[number]
         opened[number] = _Records(dataset) if _is_plain_database(dataset) else open_plain(dataset)
     if all(part.hides for part in opened.values()):
         return None
-    return _Selected(opened, items)
+    return _Selected(opened, order)
 
 
 def inner_datasets(source: Any) -> list[Any]:
@@ -65,15 +67,22 @@ def _reads_as(kind: type, source: Any) -> bool:
     )
 
 
-def _flatten(source: Any, inner: list[Any]) -> list[_Item]:
-    """Return the items of a wrapper in order; appends to the datasets they lie in."""
+def _flatten(source: Any, inner: list[Any]) -> np.ndarray:
+    """Return [N, 2], which dataset and which item of it each item is; appends to the datasets."""
     wrapped = _wrapped(source)
     if not wrapped:
         number = next((n for n, known in enumerate(inner) if known is source), len(inner))
         inner += [source] * (number == len(inner))
-        return [(number, item) for item in range(len(source))]
-    items = [item for dataset in wrapped for item in _flatten(dataset, inner)]
-    return [items[index] for index in source.indices] if hasattr(source, "indices") else items
+        items = np.arange(len(source))
+        return np.stack([np.full_like(items, number), items], axis=1)
+    order = np.concatenate([_flatten(dataset, inner) for dataset in wrapped])
+    if not hasattr(source, "indices"):
+        return order
+    indices = np.fromiter(map(operator.index, source.indices), np.int64)
+    try:
+        return order[indices]
+    except IndexError as error:
+        raise SourceError(f"a Subset has an index that is out of range: {error}") from None
 
 
 def _is_plain_database(source: Any) -> bool:
@@ -92,10 +101,8 @@ class _Records(Source):
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
         self.count, self.classes = len(dataset), dataset.classes
+        self.items = range(self.count)
         self._version = hashlib.blake2b(dataset.identity, digest_size=16).hexdigest().encode()
-
-    def tasks(self) -> Iterator[Any]:
-        return iter(range(self.count))
 
     def load(self, task: Any) -> Loaded:
         return Loaded(*self._dataset.stored(task), self.stamp(task))
@@ -113,14 +120,13 @@ class _Records(Source):
 class _Selected(Source):
     """Some items of several sources; a task is (number of the source, its task, key)."""
 
-    def __init__(self, parts: dict[int, Source], items: list[_Item]) -> None:
-        self._parts, self._items = parts, items
-        self.count = len(items)
+    def __init__(self, parts: dict[int, Source], order: np.ndarray) -> None:
+        self._parts, self._order = parts, order  # [N, 2], number of the part and of its item
+        self.count = len(order)
         self.hides = any(part.hides for part in parts.values())
         kinds = {part.kind for part in parts.values()}
         self.kind = kinds.pop() if len(kinds) == 1 else "dataset"
         self.place = next((part.place for part in parts.values() if part.place), ())
-        self._tasks = {number: list(part.tasks()) for number, part in parts.items()}
         self._keys, again = self._unique_keys()
         classes = [part.classes for part in parts.values()]
         notes = [note for part in parts.values() for note in part.notes]
@@ -133,8 +139,9 @@ class _Selected(Source):
         self.notes = tuple(notes)
 
     def tasks(self) -> Iterator[Any]:
-        for position, (number, item) in enumerate(self._items):
-            yield number, self._tasks[number][item], self._keys.get(position)
+        for position, (number, item) in enumerate(self._order):
+            task = self._parts[int(number)].items[item]
+            yield int(number), task, self._keys.get(position)
 
     def load(self, task: Any) -> Loaded:
         number, inner, key = task
@@ -161,14 +168,14 @@ class _Selected(Source):
     def _unique_keys(self) -> tuple[dict[int, str], int]:
         """Return keys by position, where they are not what the source says, and how many of them
         were taken."""
-        if len(self._parts) == 1 and len(set(self._items)) == len(self._items):
+        if len(self._parts) == 1 and len(np.unique(self._order[:, 1])) == self.count:
             return {}, 0
         taken: set[str] = set()
         keys, again = {}, 0
-        for position, (number, item) in enumerate(self._items):
-            part = self._parts[number]
+        for position, (number, item) in enumerate(self._order):
+            part = self._parts[int(number)]
             # an item without a name is called by its number in all of the source
-            own = str(position) if part.hides else part.key(self._tasks[number][item])
+            own = str(position) if part.hides else part.key(part.items[item])
             key, copies = own, 1
             while key in taken:
                 copies += 1

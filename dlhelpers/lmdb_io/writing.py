@@ -105,14 +105,18 @@ def write_lmdb(
             stored; the EXIF orientation is kept beside them, in every encoding.
         quality: of JPEG and WebP, 90 where None.
         map_size: bytes of the first memory map; it grows by itself all the same.
-        resume: goes on behind an interrupted conversion of the same source and settings; where
-            they differ it starts afresh and warns. Of a dataset, which has to be loaded to be
-            compared, it looks at the last item that was done.
+        resume: goes on after an interrupted conversion of the same source and settings; where
+            they differ it starts afresh and warns. Names and sizes of the files that are done are
+            compared, and contents where modification times differ. Of a dataset, which has to be
+            loaded to be compared, it looks at up to 64 of the items that are done.
         on_error: ``raise`` stops at the first image that cannot be stored, what was converted
             stays for ``resume``; ``skip`` leaves it out and lists it.
         shard: (rank, world) writes this rank's part into the folder ``path``, which
             LMDBDataset opens as one. Parts are contiguous; of an iterable without length, rank
-            takes each world-th item.
+            takes each world-th item. Each shard carries the identity of the whole source, and
+            only shards of one identity are opened: names, targets and sizes of all files (and
+            contents, where modification times differ on one machine), all items of an iterable,
+            up to 1024 of a dataset.
         lock: keeps two processes from converting into one file. False goes without, for a mount
             that has no locks; then see to it that nobody else converts into this file.
         progress: a bar with images/s and MB/s; None draws it in a terminal only.
