@@ -135,7 +135,8 @@ class _Selected(Source):
         else:
             notes.append("no class names are stored, since the parts of the source have others")
         if again:
-            notes.append(f"{again} keys are taken already, these got an ending such as #2")
+            what = "1 key is" if again == 1 else f"{again} keys are"
+            notes.append(f"{what} taken already: an ending such as #2 tells the images apart")
         self.notes = tuple(notes)
 
     def tasks(self) -> Iterator[Any]:
