@@ -13,6 +13,9 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal cannot show is no failure
+            stream.reconfigure(errors="backslashreplace")
     if arguments[:1] == ["report"]:
         from dlhelpers.course import report  # has its own parser, and its own errors
 
@@ -85,6 +88,9 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
         metavar="RANK/WORLD|torchrun",
         help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
     )
+    write.add_argument(
+        "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
+    )
     write.add_argument("--quiet", action="store_true", help="show no bar")
     write.set_defaults(run=_lmdb_write)
 
@@ -111,6 +117,7 @@ def _lmdb_write(options: argparse.Namespace) -> int:
         resume=options.resume,
         on_error="skip" if options.skip_errors else "raise",
         shard=_shard(options.shard),
+        lock=not options.no_lock,
         progress=False if options.quiet else None,
     )
     print(report)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.printable import printable
+
 __all__ = ["cache_dir", "write_whole"]
 
 
@@ -34,15 +36,17 @@ def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str]
     if suffixes and not path.name.endswith(tuple(suffixes)):
         raise ValueError(f"path must end in {' or '.join(suffixes)}, got {path.name!r}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
+        raise FileNotFoundError(printable(f"there is no folder {path.parent}: make it first"))
     partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part{path.suffix}")
     try:
         write(str(partial))
         partial.replace(path)
     except PermissionError as error:
         raise PermissionError(
-            f"cannot write {path.name!r} into {path.parent}: choose a folder of your own, or allow "
-            f"it there ({error.strerror})"
+            printable(
+                f"cannot write {path.name!r} into {path.parent}: choose a folder of your own, or "
+                f"allow it there ({error.strerror})"
+            )
         ) from None
     finally:
         with suppress(OSError):

@@ -10,6 +10,8 @@ import html
 from dataclasses import dataclass
 from typing import Literal
 
+from dlhelpers.printable import printable
+
 __all__ = ["Finding", "Findings", "Severity"]
 
 Severity = Literal["error", "suspicion"]
@@ -42,7 +44,7 @@ class Finding:
     def __str__(self) -> str:
         place = f" at {self.where}" if self.where else ""
         lines = [f"  {heading:<7} {text}" for heading, text in self.details() if text]
-        return "\n".join([f"{self.severity}: {self.name}{place}", *lines])
+        return printable("\n".join([f"{self.severity}: {self.name}{place}", *lines]))
 
 
 class Findings(list[Finding]):

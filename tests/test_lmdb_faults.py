@@ -1,5 +1,6 @@
 """Kills, full disks, damaged files: nothing is lost, half visible, or silently wrong."""
 
+import errno
 import hashlib
 import json
 import os
@@ -24,12 +25,14 @@ from dlhelpers.lmdb_io import (
     LMDBDataset,
     SourceError,
     converting,
+    failures,
     info_lmdb,
     schema,
     verify_lmdb,
     verifying,
     write_lmdb,
 )
+from dlhelpers.printable import printable
 
 COUNT = 240
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
@@ -212,7 +215,7 @@ def test_without_resume_it_starts_afresh(photos, whole, tmp_path, monkeypatch):
     ("change", "why"),
     [
         ("settings", r"its settings were .*'resize': None"),
-        ("touched file", "the source has changed"),
+        ("rewritten file", "the source has changed"),
         ("removed files", "the source has"),
         ("new class", "its classes were"),
     ],
@@ -225,8 +228,11 @@ def test_another_source_or_setting_starts_afresh_and_says_so(
     options = {}
     if change == "settings":
         options["resize"] = 16
-    elif change == "touched file":
-        os.utime(source / "china" / "0000000.jpg", (1, 1))
+    elif change == "rewritten file":  # a JPEG of the same size, with another density
+        path = source / "china" / "0000000.jpg"
+        content = path.read_bytes()
+        path.write_bytes(content[:15] + bytes([content[15] ^ 2]) + content[16:])
+        os.utime(path, (1, 1))
     elif change == "removed files":
         for path in sorted(source.glob("*/*.jpg"))[::2]:
             path.unlink()
@@ -362,6 +368,36 @@ def test_the_lock_of_a_killed_writer_does_not_block(photos, tmp_path):
     assert left_in(tmp_path) == ["db"]
 
 
+@posix
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_mount_without_locks_says_so_and_can_do_without(photos, tmp_path, monkeypatch, code):
+    import fcntl
+
+    def fails(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "lockf", fails)
+    with pytest.raises(
+        OSError, match=r"gives no lock \(.*-o flock.*lock=False \(--no-lock\)"
+    ) as no:
+        write_lmdb(photos, tmp_path / "db", progress=False)
+    assert no.value.errno == code
+    assert left_in(tmp_path) == []
+    assert main(["lmdb", "write", str(photos), str(tmp_path / "db"), "--quiet", "--no-lock"]) == 0
+    assert left_in(tmp_path) == ["db"]
+
+
+def test_without_a_lock_threads_of_one_process_are_kept_apart(photos, tmp_path):
+    image = (photos / "china" / "0000000.jpg").read_bytes()
+
+    def items():
+        with pytest.raises(BlockingIOError, match="is converting into"):
+            write_lmdb([("b", image, 0)], tmp_path / "db", progress=False, lock=False)
+        yield "a", image, 0
+
+    assert write_lmdb(items(), tmp_path / "db", progress=False, lock=False).count == 1
+
+
 # ---- disks ----
 
 
@@ -413,6 +449,53 @@ def test_a_full_disk_keeps_the_old_database_and_says_what_to_do(photos, small_di
     first = sorted(photos.glob("china/*.jpg"))[:100]
     items = [(path.name, path.read_bytes(), 0) for path in first]
     assert write_lmdb(items, small_disk / "db", progress=False).count == 100
+
+
+def test_a_disk_that_holds_no_commit_keeps_nothing_and_says_so(photos, small_disk):
+    with pytest.raises(
+        OSError, match=r"the disk is full: free some space\. Nothing was kept"
+    ) as full:
+        write_lmdb(photos, small_disk / "db", progress=False, encode="raw")
+    assert full.value.errno == errno.ENOSPC
+    assert "resume" not in str(full.value)
+    assert os.listdir(small_disk) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (errno.EDQUOT, "your quota on this disk is used up"),
+        (errno.EFBIG, "the file is larger than the limit for files here: shard="),
+    ],
+)
+def test_a_quota_and_the_largest_file_of_a_file_system_are_no_full_disk(
+    photos, tmp_path, monkeypatch, code, says
+):
+    def refused(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(converting.os, "fsync", refused)
+    monkeypatch.setattr(failures, "_size_limit", lambda: -1)
+    with pytest.raises(OSError, match=f"{says}.*{COUNT} images are kept: resume=True"):
+        write_lmdb(photos, tmp_path / "db", progress=False)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_an_error_of_the_sources_own_disk_is_not_taken_for_one_of_the_target(
+    photos, tmp_path, monkeypatch, code
+):
+    monkeypatch.setattr(converting, "_COMMIT_BYTES", 1)
+    image = (photos / "china" / "0000000.jpg").read_bytes()
+
+    def items():
+        yield from ((f"{n}", image, 0) for n in range(20))
+        raise OSError(code, "of the cache", "/elsewhere")
+
+    with pytest.raises(OSError, match="of the cache: '/elsewhere'") as error:
+        write_lmdb(items(), tmp_path / "db", progress=False)
+    assert error.value.__notes__ == [
+        "16 images are kept: resume=True (--resume) goes on after them"
+    ]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.getuid() == 0, reason="root may write anywhere")
@@ -673,6 +756,61 @@ def test_the_command_line_says_what_is_wrong(photos, tmp_path, capsys, monkeypat
     monkeypatch.delenv("RANK", raising=False)
     assert main(["lmdb", "write", str(photos), str(target), "--shard", "torchrun"]) == 2
     assert "needs RANK" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have Unicode names alone")
+def test_the_command_line_shows_names_that_are_no_utf8(photos, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/src/stra\xdfe"
+    os.makedirs(folder)
+    image = (photos / "china" / "0000000.jpg").read_bytes()
+    for name, content in ((b"gr\xfcn.jpg", image), (b"\xff.jpg", b""), (b"\xfe.txt", b"")):
+        with open(folder + b"/" + name, "wb") as file:
+            file.write(content)
+    target = tmp_path / os.fsdecode(b"d\xe9.lmdb")
+    child = "import sys; from dlhelpers.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    said = []
+    for arguments, status in (
+        (["write", str(tmp_path / "src"), str(target), "--quiet"], 2),
+        (["write", str(tmp_path / "src"), str(target), "--skip-errors"], 0),
+        (["info", str(target)], 0),
+        (["verify", str(target)], 0),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", child, "lmdb", *arguments],
+            capture_output=True,
+            env=strict,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        said.append((done.stdout + done.stderr).decode())
+    for text, shown in zip(said, (r"\xff.jpg", r"\xfe.txt", r"stra\xdfe", r"d\xe9"), strict=True):
+        assert shown in text
+
+
+def test_reports_and_errors_can_be_printed_whatever_names_they_hold(photos, tmp_path):
+    name = "gr\udcfcn"
+    image = (photos / "china" / "0000000.jpg").read_bytes()
+    items = [(name, image, 0), (f"{name}2", b"", 0)]
+    report = write_lmdb(items, tmp_path / "db", progress=False, on_error="skip")
+    info = info_lmdb(tmp_path / "db")
+    said = [str(report), str(info)]
+    with pytest.raises(SourceError) as refused:
+        write_lmdb(items, tmp_path / "other", progress=False)
+    said.append(str(refused.value))
+    missing = tmp_path / name
+    for fails in (LMDBDataset, info_lmdb, lambda path: write_lmdb(path, path, progress=False)):
+        with pytest.raises(FileNotFoundError) as refused:
+            fails(missing)
+        said.append(str(refused.value))
+    for text in said:
+        assert "gr\\xfcn" in text or "gr\\udcfcn" in text
+        text.encode()  # what a strict stream does
+
+
+def test_what_cannot_be_printed_is_escaped_and_the_rest_stays():
+    assert printable("line\n\tné 東") == "line\n\tné 東"
+    assert printable("a\udce9b\ud800c\x1b[2Jd\x7f") == "a\\xe9b\\ud800c\\x1b[2Jd\\x7f"
 
 
 def test_the_command_line_skips_and_shards(photos, tmp_path, capsys):

@@ -19,9 +19,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import Resize
+from torchvision.transforms import Compose, Resize
 from torchvision.transforms.functional import pil_to_tensor
 
 from dlhelpers.course import data
@@ -285,13 +285,11 @@ def test_resize_of_a_jpeg_equals_torchvisions_within_its_rounding(tmp_path, wide
         assert difference.abs().float().mean() < 5
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "I;16", "CMYK"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK"])
 def test_every_colour_mode_is_resized_as_after_image_folders_loader(tmp_path, mode):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 4), np.uint8)
     image = Image.fromarray(pixels, "RGBA")
-    if mode == "I;16":
-        image = Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0])
-    elif mode != "RGBA":
+    if mode != "RGBA":
         image = image.convert("RGB").convert(mode) if mode != "LA" else image.convert("LA")
     folder = tmp_path / "src" / "a"
     folder.mkdir(parents=True)
@@ -702,6 +700,66 @@ def test_more_than_eight_bits_are_refused_and_not_cut(tmp_path, mode):
     deep = deep if mode == "I;16" else deep.convert("I").convert(mode)
     with pytest.raises(SourceError, match=f"mode '{mode}' has more than 8 bits"):
         write([("deep", deep, 0)], tmp_path / "db")
+
+
+@pytest.mark.parametrize("name", ["16.png", "16.tif", "16.pgm", "32.tif", "float.tif"])
+def test_files_of_more_than_eight_bits_are_kept_or_refused_and_not_cut(tmp_path, name):
+    ramp = np.linspace(2000, 60_000, 64 * 48).reshape(48, 64)
+    kind = {"16": np.uint16, "32": np.int32, "float": np.float32}[name.partition(".")[0]]
+    path = tmp_path / "src" / "a" / name
+    path.parent.mkdir(parents=True)
+    Image.fromarray(ramp.astype(kind)).save(path)
+    for options in ({"resize": 32}, {"encode": "png"}, {"encode": "raw"}, {"encode": "jpeg"}):
+        with pytest.raises(SourceError, match=f"a/{name}: .*has more than 8 bits a channel"):
+            write(tmp_path / "src", tmp_path / "db", **options)
+    write(tmp_path / "src", tmp_path / "db")
+    assert stored(tmp_path / "db")[0][2] == path.read_bytes()
+
+
+def oriented(path, orientation, mode="RGB"):
+    """Write an image that is neither square nor symmetric, with an orientation in its EXIF."""
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "a maker"
+    image = Image.fromarray(pixels).resize((72, 48)).convert(mode)
+    image.save(path, exif=exif, **({"quality": 95} if path.suffix != ".png" else {}))
+
+
+@pytest.mark.parametrize("orientation", [*range(10)])
+def test_turning_by_exif_gives_the_same_from_every_encoding(tmp_path, orientation):
+    folder = tmp_path / "src" / "a"
+    folder.mkdir(parents=True)
+    for name in ("a.jpg", "b.png", "c.webp", "d.tif"):
+        oriented(folder / name, orientation)
+    oriented(folder / "e.jpg", orientation, "L")
+    for encode, resize in itertools.product((None, "jpeg", "png", "webp", "raw"), (None, (30, 20))):
+        write(tmp_path / "src", tmp_path / "db", encode=encode, resize=resize)
+        steps = [Resize(resize)] if resize else []
+        bound = 1e-9 if encode in ("png", "raw") else 12
+        for turn in ([], [ImageOps.exif_transpose]):
+            expected = ImageFolder(tmp_path / "src", Compose([*steps, *turn]))
+            found = LMDBDataset(tmp_path / "db", Compose(turn), decode="pil")
+            for number, (image, _) in enumerate(expected):
+                difference = np.asarray(found[number][0]).astype(int) - np.asarray(image)
+                assert abs(difference).mean() < bound
+
+
+def test_an_orientation_that_a_dataset_leaves_in_its_images_is_kept(tmp_path):
+    oriented(tmp_path / "a.png", 6)
+    source = Items((Image.open(tmp_path / "a.png"), 0))
+    for encode in (None, "raw", "png"):
+        write(source, tmp_path / "db", encode=encode)
+        image = LMDBDataset(tmp_path / "db", ImageOps.exif_transpose, decode="pil")[0][0]
+        assert image.size == (48, 72)
+        assert np.array_equal(
+            np.asarray(image), np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+        )
+
+
+def test_damaged_metadata_stops_no_conversion(tmp_path):
+    items = [("a", jpeg(exif=b"Exif\0\0no metadata"), 0), ("b", jpeg(exif=b"Exif\0\0MM\0*"), 1)]
+    assert write(items, tmp_path / "db", resize=20, encode="png").count == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")

@@ -78,6 +78,34 @@ def test_a_store_that_is_there_is_replaced(photos, tmp_path):
     assert list(second) == photos[:3]
 
 
+@pytest.mark.parametrize("name", stores.installed())
+def test_nothing_of_a_store_that_was_there_before_is_left(photos, tmp_path, name):
+    stores.make_store(name, photos[:9], [0, 1, 2] * 3, tmp_path)
+    fresh = stores.make_store(name, photos[9:12], [0, 1, 1], tmp_path / "fresh")
+    again = stores.make_store(name, photos[9:12], [0, 1, 1], tmp_path)
+    assert list(again) == list(fresh) == photos[9:12]
+    assert again.stored_bytes == pytest.approx(fresh.stored_bytes, rel=0.01)
+
+
+def test_a_store_of_files_leaves_other_files_alone(photos, tmp_path):
+    other = tmp_path / "files" / "0" / "mine.jpg"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"mine")
+    stores.make_store("files", photos[:3], [0, 1, 2], tmp_path)
+    store = stores.make_store("files", photos[:2], [1, 1], tmp_path)
+    assert (list(store), other.read_bytes()) == (photos[:2], b"mine")
+    assert sorted(path.name for path in (tmp_path / "files").iterdir()) == ["0", "1"]
+
+
+def test_an_index_counts_from_the_end_as_well_and_out_of_range_is_named(store, photos):
+    if store.only_in_order:
+        pytest.skip(f"{store.name} has no index")
+    assert [store[-1], store[-48]] == [photos[-1], photos[0]]
+    for index in (48, -49):
+        with pytest.raises(IndexError, match=f"index {index} is out of range.*48 images"):
+            store[index]
+
+
 def test_the_webdataset_is_a_tar_file_that_any_tool_reads(photos, tmp_path):
     pytest.importorskip("webdataset", reason="webdataset (extra stores)")
     store = stores.make_store("webdataset", photos[:4], [0, 1, 0, 2], tmp_path)

@@ -15,6 +15,7 @@ import numpy as np
 from dlhelpers.dali_io.formats import by_pillow, for_dali
 from dlhelpers.extras import install_hint, need
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
+from dlhelpers.lmdb_io.encoding import image_format
 from dlhelpers.lmdb_io.plain import own_reading
 
 __all__ = [
@@ -128,7 +129,7 @@ class Records(Source):
         self._dataset = LMDBDataset(dataset.path, decode=None, checksum=dataset.checksum)
         super().__init__(self._dataset.targets, dataset.classes, "bytes")
         with suppress(Exception):  # a damaged record is told when its batch is made
-            self.kind = "pixels" if self._dataset[0][0].startswith(b"RAW\0") else "bytes"
+            self.kind = "pixels" if image_format(self._dataset[0][0]) == "raw" else "bytes"
 
     def name(self, index: int) -> str:
         """Return path, position and source key."""

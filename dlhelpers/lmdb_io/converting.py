@@ -8,22 +8,31 @@ readers see either as it was or whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.comparing import (
+    content_of,
+    gives_the_same,
+    is_same_part,
+    version_of,
+)
 from dlhelpers.lmdb_io.encoding import Encoding
+from dlhelpers.lmdb_io.environments import lmdb_path
+from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
-from dlhelpers.lmdb_io.shards import part
+from dlhelpers.lmdb_io.sharing import Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
+from dlhelpers.printable import printable
 from dlhelpers.progress import bar
 
 __all__ = ["Conversion"]
@@ -49,6 +58,9 @@ class Conversion:
         self.partial = target.with_name(f".{target.name}.part")
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
+        self.share = Share(source, shard)
+        self.reading = False  # whether an error comes from the source
+        self.is_fresh = False  # whether the file was begun by this run
         self.pending_bytes = 0  # what the commit under way needs at most
         self._start_afresh()
         self.env: Any = None
@@ -57,7 +69,14 @@ class Conversion:
         self.count = self.image_bytes = self.done = 0
         self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
         self.skipped: list[tuple[str, str]] = []
-        self.digest = b""
+        self.trace = Trace()
+
+    def advice(self) -> str:
+        """Return how to go on after a stop, the end of a message; empty if nothing is kept."""
+        if not self.kept:
+            return ""
+        images = "1 image is" if self.kept == 1 else f"{self.kept} images are"
+        return f"{images} kept: resume=True (--resume) goes on after them"
 
     # ---- the file ----
 
@@ -65,6 +84,7 @@ class Conversion:
         """Open the partial file, going on with an interrupted one where it fits."""
         if not resume or not self._take_up(map_size):
             self._remove_partial()
+            self.is_fresh = True
             self._open_env(map_size)
 
     def _open_env(self, map_size: int) -> None:
@@ -72,7 +92,7 @@ class Conversion:
 
         # the commits' order is kept without a sync: a kill loses none, see _take_up for a crash
         self.env = lmdb.open(
-            str(self.partial),
+            lmdb_path(self.partial),
             subdir=False,
             lock=False,
             sync=False,
@@ -108,8 +128,10 @@ class Conversion:
         self.close()
         self._start_afresh()
         warnings.warn(
-            f"{self.target.name}: cannot go on with the interrupted conversion, {why}: "
-            "starting afresh",
+            printable(
+                f"{self.target.name}: cannot go on with the interrupted conversion, {why}: "
+                "starting afresh"
+            ),
             stacklevel=4,
         )
         if not self.source.restarts:
@@ -131,6 +153,10 @@ class Conversion:
         for name in facts:
             if state[name] != facts[name]:
                 return f"its {name} were {state[name]!r}, now they are {facts[name]!r}"
+        try:
+            trace = Trace.from_dict(state)
+        except KeyError:
+            return "it was begun by an earlier version of dlhelpers"
         if not state["boot"] or state["boot"] != _boot_id():
             # the machine went down: what was written last may never have reached the disk
             problems = find_problems(self.partial)
@@ -138,7 +164,7 @@ class Conversion:
                 return f"the file was damaged when the machine went down ({problems[0]})"
         self._open_env(map_size)
         self.count, self.done = state["count"], state["done"]
-        self.image_bytes, self.digest = state["image_bytes"], bytes.fromhex(state["digest"])
+        self.image_bytes, self.trace = state["image_bytes"], trace
         self.resumed_from = self.kept = self.count
         with self.env.begin(db=self.skips_db) as txn:
             # those behind it are the source's own problems, listed at the end
@@ -148,24 +174,28 @@ class Conversion:
 
     def _differs(self) -> str:
         """Compare the part of the source that is done with what it was; return what differs."""
-        digest, last = b"", None
-        self._tasks = self._own_tasks()
+        trace, done = Trace(), []
+        self._tasks = self.share.tasks()
         for number in range(self.done):
             task = next(self._tasks, None)
             if task is None:
                 return f"the source has only {number} of {self.done} items left"
-            digest, last = _chain(digest, self.source.identity(task)), task
-        if digest != self.digest:
+            trace.add(self.source.stamp(task))
+            if self.source.place or self.source.hides:
+                done.append(task)
+        if trace.items != self.trace.items:
             return "the source has changed"
-        if self.source.hides and self.count:  # only loading can tell
-            item = self.loader[last]
-            with self.env.begin(db=self.records, buffers=True) as txn:
-                view = txn.get(schema.position_key(self.count - 1))
-                same = not item.why and bytes(view) == schema.pack_record(
-                    self.count - 1, item.key, item.target, item.image
-                )
-            if not same and not (item.why and self.skipped):
-                return "the dataset gives other images now"
+        contents = self.trace.contents.hex()
+        if self.source.place:
+            if not is_same_part(self.loader, done, self.trace.times, contents, self.workers):
+                return "the source has changed"
+            self.trace.times = trace.times
+        if self.source.hides:  # only loading can tell
+            with self.env.begin() as txn:
+                databases = {"records": self.records, "index": self.index, "skipped": self.skips_db}
+                read = {name: partial(txn.get, db=db) for name, db in databases.items()}
+                if not gives_the_same(self.loader, done, read, self.workers):
+                    return "the dataset gives other images now"
         return ""
 
     def _facts(self) -> dict[str, Any]:
@@ -181,17 +211,21 @@ class Conversion:
 
     def run(self, progress: bool | None) -> None:
         """Convert what is left of the source."""
-
         if not self.resumed_from and not self.done:
-            self._tasks = self._own_tasks()
-        total = self._own_count()
+            self._tasks = self.share.tasks()
+        self.share.look(self.workers)
+        total = self.share.count
         batch: list[Item] = []
         size, since = 0, time.monotonic()
         with bar(
-            progress=progress, total=total, initial=self.done, desc=self.target.name, unit="img"
+            progress=progress,
+            total=total,
+            initial=self.done,
+            desc=printable(self.target.name),
+            unit="img",
         ) as shown:
             begin, begin_bytes = time.monotonic(), self.image_bytes
-            for items in load_chunks(self.loader, self._tasks, self.workers):
+            for items in self._loaded():
                 batch += items
                 size += sum(len(item.image) for item in items)
                 now = time.monotonic()
@@ -204,27 +238,20 @@ class Conversion:
             self._commit(batch)
             shown.update(len(batch))
 
-    def _own_tasks(self) -> Iterator[Any]:
-        """Return the tasks of this shard, in order."""
-        tasks = self.source.tasks()
-        if self.shard is None:
-            return tasks
-        rank, world = self.shard
-        if self.source.count is None:
-            return islice(tasks, rank, None, world)
-        own = part(self.source.count, rank, world)
-        return islice(tasks, own.start, own.stop)
-
-    def _own_count(self) -> int | None:
-        if self.source.count is None or self.shard is None:
-            return self.source.count
-        return len(part(self.source.count, *self.shard))
+    def _loaded(self) -> Iterator[list[Item]]:
+        """Yield what is left of the source, and note when its own code is at work."""
+        self.reading = True
+        for items in load_chunks(self.loader, self._tasks, self.workers):
+            self.reading = False
+            yield items
+            self.reading = True
+        self.reading = False
 
     def _commit(self, batch: list[Item]) -> None:
         """Store a batch and the state in one transaction; the map grows until it fits."""
         import lmdb
 
-        before = (self.count, self.done, self.image_bytes, self.digest, len(self.skipped))
+        before = (self.count, self.done, self.image_bytes, len(self.skipped), replace(self.trace))
         stop: SourceError | None = None
         while True:
             need = self.pending_bytes = sum(len(item.image) + 8192 for item in batch)
@@ -240,7 +267,8 @@ class Conversion:
                     self._put_state(txn)
                 break
             except lmdb.MapFullError:
-                self.count, self.done, self.image_bytes, self.digest, skipped = before
+                self.count, self.done, self.image_bytes, skipped, trace = before
+                self.trace = replace(trace)
                 del self.skipped[skipped:]
                 self._grow(self.map_size)
         self.kept = self.count
@@ -253,7 +281,7 @@ class Conversion:
 
     def _put(self, txn: Any, item: Item) -> SourceError | None:
         """Store one item, or note why not; return the error to stop with."""
-        why = item.why
+        why, record = item.why, b""
         if not why:
             key = schema.index_key(item.key)
             entry = schema.index_entry(self.count, item.key, item.target)
@@ -261,29 +289,30 @@ class Conversion:
                 first = json.loads(txn.get(key, db=self.index))[0]
                 why = f"its key {item.name!r} is taken by record {first}: keys must be unique"
         if why and not self.skips:
-            kept = f"{self.count} images before it are kept: resume=True goes on behind them"
-            return SourceError(f'{item.name}: {why}; on_error="skip" leaves it out. {kept}')
+            self.kept = self.count  # this commit's among them
+            advice = f'on_error="skip" leaves it out. {self.advice()}'.strip()
+            return SourceError(f"{item.name}: {why}; {advice}")
         if why:
             value = json.dumps([item.name, why]).encode()
             txn.put(schema.position_key(self.done), value, db=self.skips_db)
             self.skipped.append((item.name, why))
         else:
-            record = schema.pack_record(self.count, item.key, item.target, item.image)
+            record = schema.pack_record(self.count, *item.parts)
             txn.put(schema.position_key(self.count), record, append=True, db=self.records)
             self.count += 1
             self.image_bytes += len(item.image)
         self.done += 1
-        self.digest = _chain(self.digest, item.identity)
+        self.trace.add(item.stamp, content_of(item, record))
         return None
 
     def _put_state(self, txn: Any) -> None:
-        state = self._facts() | {
+        state = self._facts() | self.trace.as_dict()
+        state |= {
             "format": schema.FORMAT,
             "version": schema.VERSION,
             "count": self.count,
             "image_bytes": self.image_bytes,
             "done": self.done,
-            "digest": self.digest.hex(),
             "boot": _boot_id(),
         }
         txn.put(schema.STATE, schema.pack_meta(state))
@@ -296,7 +325,7 @@ class Conversion:
 
         from dlhelpers import __version__
 
-        expected = self._own_count()
+        expected = self.share.count
         if expected is not None and self.done != expected:
             raise SourceError(
                 f"the source said that it has {expected} items and gave {self.done}: nothing was "
@@ -311,9 +340,14 @@ class Conversion:
             "count": self.count,
             "image_bytes": self.image_bytes,
             "skipped": len(self.skipped) + len(self.source.problems),
-            "digest": self.digest.hex(),
+            "digest": self.trace.items.hex(),
+            "contents": self.trace.contents.hex(),
             "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
         }
+        if self.shard is not None:
+            meta |= {"times": self.trace.times, "identity": self.share.identity()}
+            version = version_of(meta, self.target, self.loader, self.workers)
+            meta["identity"]["version"] = version
         with self.env.begin(write=True) as txn:
             for number, problem in enumerate(self.source.problems):
                 key = schema.position_key(self.done + number)
@@ -328,10 +362,6 @@ class Conversion:
             os.fsync(file.fileno())
         os.replace(self.partial, self.target)
         _sync_folder(self.target.parent)
-
-
-def _chain(digest: bytes, identity: bytes) -> bytes:
-    return hashlib.blake2b(digest + identity, digest_size=16).digest()
 
 
 def _sync_folder(folder: Path) -> None:

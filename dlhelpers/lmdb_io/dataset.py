@@ -19,6 +19,7 @@ from dlhelpers.lmdb_io import decoding, schema
 from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
+from dlhelpers.printable import printable
 
 __all__ = ["LMDBDataset"]
 
@@ -103,7 +104,7 @@ class LMDBDataset(Dataset):
         self._collates, self.checksum = collate, checksum
         self._files = [_File(path) for path in shard_files(self.path)]
         self._metas = [file.meta for file in self._files]
-        check_shards(self.path, self._metas)
+        check_shards(self.path, [file.path for file in self._files], self._metas)
         self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
         self.classes: list[str] | None = self._metas[0]["classes"]
         self._buffer, self._threads = BatchBuffer(), Threads(threads)
@@ -150,6 +151,18 @@ class LMDBDataset(Dataset):
                     return schema.read_index(data, value)[0] + end - meta["count"]
         raise KeyError(f"{self.path} has no key {key!r}; .samples lists all of them")
 
+    def stored(self, index: int) -> tuple[str, Any, bytes]:
+        """Return (source key, target, encoded image) of a record, compared with its checksum."""
+        file, position = self._locate(index)
+        with file.open().begin() as txn:
+            key, target, image = file.read(txn, position, True)
+            return key, target, bytes(image)
+
+    @property
+    def identity(self) -> bytes:
+        """What tells the content of this dataset apart from that of another one."""
+        return b"".join(file.stored_meta for file in self._files)
+
     @staticmethod
     def collate_fn(batch: Any) -> Any:
         """For DataLoader: leave whole batches (``collate=True``) as they are, collate others."""
@@ -192,7 +205,9 @@ class LMDBDataset(Dataset):
         count = self._ends[-1]
         number = operator.index(index)
         if not -count <= number < count:
-            raise IndexError(f"index {number} is out of range, {self.path} has {count} images")
+            raise IndexError(
+                printable(f"index {number} is out of range, {self.path} has {count} images")
+            )
         number %= count
         if len(self._files) == 1:
             return self._files[0], number
@@ -299,15 +314,15 @@ class _File:
         self.path = path
         self._environment: Environment | None = None
         environment = open_environment(path)
-        self._stored = environment.get_entry(schema.META)
-        self.meta = schema.unpack_meta(self._stored, path)
+        self.stored_meta = environment.get_entry(schema.META)
+        self.meta = schema.unpack_meta(self.stored_meta, path)
 
     def open(self) -> Environment:
         environment = self._environment
         if environment is not None and environment.pid == os.getpid():
             return environment
         environment = open_environment(self.path)
-        if environment.get_entry(schema.META) != self._stored:
+        if environment.get_entry(schema.META) != self.stored_meta:
             raise schema.DatabaseError(
                 f"{self.path} was replaced after this dataset was made: make a new LMDBDataset"
             )

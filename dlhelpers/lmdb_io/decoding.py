@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.extras import install_hint, need
-from dlhelpers.lmdb_io.encoding import RAW, image_format
+from dlhelpers.lmdb_io.encoding import RAW, decoded, image_format
 
 __all__ = ["DECODERS", "decoders", "load_decoder", "open_pil", "planar"]
 
@@ -93,7 +93,7 @@ def open_pil(data: Any) -> Any:
     """Return a PIL image in mode RGB, as ImageFolder's default loader gives it."""
     pil = need("PIL.Image", "decoding an image that is no JPEG")
     if image_format(data) == "raw":
-        return pil.fromarray(_raw(data))
+        return decoded(bytes(data))  # with its orientation
     return pil.open(io.BytesIO(data)).convert("RGB")
 
 
@@ -119,7 +119,7 @@ def _splitter() -> Any:
 
 
 def _raw(data: Any) -> np.ndarray:
-    _, height, width = RAW.unpack_from(data)
+    _, _, height, width = RAW.unpack_from(data)
     pixels = np.frombuffer(data, np.uint8, offset=RAW.size).reshape(height, width, 3)
     return pixels.copy()  # the map is read-only, and goes with its transaction
 

@@ -1,7 +1,10 @@
 """Which bytes are stored for an image?
 
 Encoded bytes are kept as they are. Only where a resize or another encoding is asked for, or where
-the source gives pixels instead of bytes, is an image decoded and encoded.
+the source gives pixels instead of bytes, is an image decoded and encoded. Of its metadata the EXIF
+orientation is kept then, and the pixels are not turned: whoever turns them after reading, as
+``PIL.ImageOps.exif_transpose`` does, gets the same from every encoding. Images of more than 8 bits
+a channel that would be cut are refused.
 """
 
 from __future__ import annotations
@@ -15,11 +18,20 @@ from typing import Any
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
 
-__all__ = ["ENCODINGS", "JPEG_FRAMES", "RAW", "Encoding", "image_format", "jpeg_segments"]
+__all__ = [
+    "ENCODINGS",
+    "JPEG_FRAMES",
+    "RAW",
+    "Encoding",
+    "decoded",
+    "image_format",
+    "jpeg_segments",
+]
 
 ENCODINGS = ("jpeg", "png", "webp", "raw")
-RAW = struct.Struct("<4sII")  # b"RAW\0", height, width
+RAW = struct.Struct("<3sBII")  # b"RAW", EXIF orientation or 0, height, width
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that tell the size
+_ORIENTATION = 274  # the tag in EXIF
 _QUALITY = {"jpeg": 90, "webp": 90}
 
 
@@ -57,11 +69,16 @@ class Encoding:
             object.__setattr__(self, "quality", whole_number("quality", self.quality, 1, most))
             if self.encode in ("png", "raw"):
                 raise ValueError(f"quality={self.quality} means nothing for {self.encode}")
-            if self.encode is None and self.resize is None:
+            if not self.changes:
                 raise ValueError(
                     f"quality={self.quality} would change nothing, since the bytes are kept: "
                     'give encode="jpeg" or resize= as well'
                 )
+
+    @property
+    def changes(self) -> bool:
+        """Whether encoded images are decoded and encoded anew."""
+        return self.encode is not None or self.resize is not None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON writes them."""
@@ -80,11 +97,11 @@ class Encoding:
         if isinstance(image, (bytes, bytearray, memoryview)):
             data = bytes(image)
             found = image_format(data)
-            if self.encode is None and self.resize is None:
+            if not self.changes:
                 if found == "unknown" or not _looks_whole(data, found):
-                    _decoded(data)  # raises where it really is none
+                    decoded(data)  # raises where it really is none
                 return data
-            return self._encode(_decoded(data), found, data)
+            return self._encode(decoded(data), found, data)
         return self._encode(_from_pixels(image), "unknown", None)
 
     def _encode(self, image: Any, found: str, data: bytes | None) -> bytes:
@@ -92,14 +109,21 @@ class Encoding:
         target = self.encode or (found if found in ENCODINGS else "png")
         if data is not None and size == image.size and found == target and self.encode is None:
             return data  # has that size already: a second encoding would only lose
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            raise ValueError(
+                f"an image of mode {image.mode!r} has more than 8 bits a channel, of which most "
+                "would be lost: scale it to 8 bits first, or give the bytes of its file without "
+                "resize= and encode="
+            )
+        orientation = _orientation(image)
         if image.mode not in ("L", "RGB"):  # before the resize, as after ImageFolder's loader
             image = image.convert("RGB")
         if size != image.size:
             image = image.resize(size, _pil().Resampling.BILINEAR)
         if target == "raw":
             image = image.convert("RGB")
-            return RAW.pack(b"RAW\0", image.height, image.width) + image.tobytes()
-        options: dict[str, Any] = {}
+            return RAW.pack(b"RAW", orientation, image.height, image.width) + image.tobytes()
+        options: dict[str, Any] = _exif(orientation)
         if target in _QUALITY:
             options["quality"] = self.quality or _QUALITY[target]
         buffer = io.BytesIO()
@@ -128,7 +152,7 @@ def image_format(data: bytes | memoryview) -> str:
         return "webp"
     if head.startswith(b"BM"):
         return "bmp"
-    return "raw" if head.startswith(b"RAW\0") else "unknown"
+    return "raw" if head.startswith(b"RAW") and head[3:4] <= b"\x08" else "unknown"
 
 
 def _looks_whole(data: bytes, found: str) -> bool:
@@ -141,7 +165,7 @@ def _looks_whole(data: bytes, found: str) -> bool:
     if found == "webp":
         return int.from_bytes(data[4:8], "little") + 8 <= len(data)
     if found == "raw":
-        _, height, width = RAW.unpack_from(data.ljust(RAW.size, b"\0"))
+        _, _, height, width = RAW.unpack_from(data.ljust(RAW.size, b"\0"))
         return len(data) == RAW.size + 3 * height * width
     return False
 
@@ -177,13 +201,38 @@ def _pil() -> Any:
     return need("PIL.Image", "decoding and encoding images")
 
 
-def _decoded(data: bytes) -> Any:
+def _orientation(image: Any) -> int:
+    """Return the EXIF orientation of a PIL image that is to be turned, 0 of all others."""
+    try:
+        found = image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged metadata, of which nobody can make an orientation
+        return 0
+    return found if isinstance(found, int) and 2 <= found <= 8 else 0
+
+
+def _exif(orientation: int) -> dict[str, Any]:
+    """Return EXIF metadata with an orientation, as PIL stores and saves it; nothing for 0."""
+    if not orientation:
+        return {}
+    exif = _pil().Exif()
+    exif[_ORIENTATION] = orientation
+    return {"exif": exif.tobytes()}
+
+
+def decoded(data: bytes) -> Any:
+    """Return the PIL image of encoded or raw bytes, decoded.
+
+    Raises:
+        ValueError: they are no image, or not whole.
+    """
     pil = _pil()
     if image_format(data) == "raw":
         if not _looks_whole(data, "raw"):
             raise ValueError(f"a raw image of {len(data)} bytes is not whole")
-        _, height, width = RAW.unpack_from(data)
-        return pil.frombytes("RGB", (width, height), data[RAW.size :])
+        _, orientation, height, width = RAW.unpack_from(data)
+        image = pil.frombytes("RGB", (width, height), data[RAW.size :])
+        image.info |= _exif(orientation)
+        return image
     try:
         image = pil.open(io.BytesIO(data))
         image.load()
@@ -197,11 +246,6 @@ def _from_pixels(pixels: Any) -> Any:
     """Return a PIL image of a PIL image, a tensor [C, H, W] or an array [H, W, C]."""
     pil = _pil()
     if isinstance(pixels, pil.Image):
-        if pixels.mode in ("I", "F") or pixels.mode.startswith("I;16"):
-            raise ValueError(
-                f"a PIL image of mode {pixels.mode!r} has more than 8 bits a channel, of which "
-                "most would be lost: scale it to 8 bits first, or give the bytes of its file"
-            )
         return pixels
     is_tensor = hasattr(pixels, "detach")
     array = pixels.detach().cpu().numpy() if is_tensor else pixels

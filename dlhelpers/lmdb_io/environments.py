@@ -19,7 +19,7 @@ from typing import Any
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 
-__all__ = ["Environment", "open_environment"]
+__all__ = ["Environment", "lmdb_path", "open_environment"]
 
 _lock = threading.Lock()
 _shared: weakref.WeakValueDictionary[tuple[int, ...], Environment] = weakref.WeakValueDictionary()
@@ -55,7 +55,7 @@ class Environment:
         size = _file_size(path)
         try:
             self._env = lmdb.open(
-                str(path),
+                lmdb_path(path),
                 subdir=False,
                 readonly=True,
                 lock=False,
@@ -126,6 +126,11 @@ class Environment:
     def __del__(self) -> None:
         if hasattr(self, "_env"):
             self._env.close()
+
+
+def lmdb_path(path: Path) -> str | bytes:
+    """Return a path as lmdb.open takes it, which encodes texts by itself and strictly."""
+    return str(path) if os.name == "nt" else os.fsencode(path)
 
 
 def open_environment(path: Path) -> Environment:

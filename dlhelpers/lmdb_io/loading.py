@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.encoding import Encoding
+from dlhelpers.lmdb_io.identity import Stamp
 from dlhelpers.lmdb_io.sources import Source
 
 __all__ = ["Item", "Loader", "load_chunks"]
@@ -18,20 +20,37 @@ _CHUNK = 16  # images that a worker gets at a time
 
 
 class Item:
-    """One task's result: what to store, or why it cannot be."""
+    """One task's result: what to store, or why it cannot be.
 
-    __slots__ = ("identity", "image", "key", "name", "target", "why")
+    Attributes:
+        name: what messages call it.
+        stamp: of the source.
+        content: CRC-32 of what was encoded; None where the record's own tells as much.
+        why: it cannot be stored; empty where it can.
+    """
 
-    def __init__(self, name: str, identity: bytes, why: str = "") -> None:
-        self.name, self.identity, self.why = name, identity, why
+    __slots__ = ("content", "image", "key", "name", "stamp", "target", "why")
+
+    def __init__(self, name: str, stamp: Stamp, content: int | None, why: str = "") -> None:
+        self.name, self.stamp, self.content, self.why = name, stamp, content, why
         self.key = self.target = self.image = b""
+
+    @property
+    def parts(self) -> tuple[bytes, bytes, bytes]:
+        """Key, target and image, as :func:`schema.pack_record` takes them."""
+        return self.key, self.target, self.image
 
 
 class Loader:
-    """Loads and encodes tasks; what DataLoader's workers call."""
+    """Loads and encodes tasks; what DataLoader's workers call.
 
-    def __init__(self, source: Source, encoding: Encoding) -> None:
+    Attributes:
+        compares: whether encoded images are known again by what they were made from.
+    """
+
+    def __init__(self, source: Source, encoding: Encoding, compares: bool | None = None) -> None:
         self.source, self.encoding = source, encoding
+        self.compares = encoding.changes if compares is None else compares
 
     def __getitems__(self, tasks: list[Any]) -> list[Item]:
         """Return the items of some tasks."""
@@ -39,9 +58,12 @@ class Loader:
 
     def __getitem__(self, task: Any) -> Item:
         """Return one item; what is wrong with it is in it."""
+        stamp = content = None
         try:
-            key, target, image, identity = self.source.load(task)
-            item = Item(key, identity)
+            key, target, image, stamp = self.source.load(task)
+            if self.compares and isinstance(image, (bytes, bytearray, memoryview)):
+                content = zlib.crc32(image)
+            item = Item(key, stamp, content)
             item.key = schema.encode_key(key)
             item.target = schema.encode_target(target)
             item.image = self.encoding.apply(image)
@@ -49,12 +71,13 @@ class Loader:
             why = str(error)
             if not isinstance(error, (ValueError, OSError)) or not why:
                 why = f"{type(error).__name__}: {why}"
-            return Item(self.source.name(task), self.source.identity(task), why)
+            stamp = self.source.stamp(task) if stamp is None else stamp
+            return Item(self.source.name(task), stamp, content, why)
         return item
 
 
-def load_chunks(loader: Loader, tasks: Iterator[Any], workers: int) -> Iterator[list[Item]]:
-    """Yield the items of all tasks in order, a chunk at a time."""
+def load_chunks(loader: Any, tasks: Iterator[Any], workers: int) -> Iterator[list[Any]]:
+    """Yield what a Loader's ``__getitems__`` gives of all tasks, in order, a chunk at a time."""
     chunks = iter(lambda: list(islice(tasks, _CHUNK)), [])
     if not workers:
         return map(loader.__getitems__, chunks)
@@ -72,7 +95,7 @@ def load_chunks(loader: Loader, tasks: Iterator[Any], workers: int) -> Iterator[
     )
 
 
-def _unchanged(items: list[Item]) -> list[Item]:
+def _unchanged(items: list[Any]) -> list[Any]:
     return items
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dlhelpers.printable import printable
+
 __all__ = ["only_writer"]
 
 _guard = threading.Lock()
@@ -21,11 +23,16 @@ _held: set[tuple[int, str]] = set()  # (process, lock file): lockf does not tell
 
 
 @contextmanager
-def only_writer(target: Path) -> Iterator[None]:
+def only_writer(target: Path, lock: bool = True) -> Iterator[None]:
     """Hold the lock of a target.
+
+    Args:
+        target: the file to convert into.
+        lock: False keeps only the threads of this process apart, where a mount has no locks.
 
     Raises:
         BlockingIOError: somebody else holds it.
+        OSError: the file system has no locks; says what to do.
     """
     path = target.absolute().with_name(f".{target.name}.lock")
     mine = (os.getpid(), str(path))
@@ -33,16 +40,17 @@ def only_writer(target: Path) -> Iterator[None]:
         # looked at before the file is: to close it would drop the lock of the other thread
         if mine in _held:
             raise _busy(target)
-        handle = _acquire(path, target)
+        handle = _acquire(path, target) if lock else None
         _held.add(mine)
     try:
         yield
     finally:
         with _guard:
             _held.discard(mine)
-            with suppress(OSError):
-                os.unlink(path)  # while it is held, so that nobody waits at a file that goes
-            os.close(handle)
+            if handle is not None:
+                with suppress(OSError):
+                    os.unlink(path)  # while it is held, so that nobody waits at a file that goes
+                os.close(handle)
 
 
 def _acquire(path: Path, target: Path) -> int:
@@ -50,13 +58,16 @@ def _acquire(path: Path, target: Path) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
         try:
             _lock(handle)
-            if _is_at(handle, path):
-                return handle
         except OSError as error:
-            os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                os.close(handle)
                 raise _busy(target) from None
-            raise
+            with suppress(OSError):
+                os.unlink(path)  # nobody can hold it
+            os.close(handle)
+            raise _no_locks(error, target) from error
+        if _is_at(handle, path):
+            return handle
         os.close(handle)  # its holder removed it between the two calls: take the new one
 
 
@@ -83,5 +94,18 @@ def _is_at(handle: int, path: Path) -> bool:
 
 def _busy(target: Path) -> BlockingIOError:
     return BlockingIOError(
-        errno.EAGAIN, f"another process is converting into {target}: wait for it or stop it"
+        errno.EAGAIN,
+        printable(f"another process is converting into {target}: wait for it or stop it"),
+    )
+
+
+def _no_locks(error: OSError, target: Path) -> OSError:
+    return OSError(
+        error.errno,
+        printable(
+            f"the file system of {target.parent} gives no lock ({error.strerror}). Mount it with "
+            "locks (Lustre: -o flock; NFS: with its lock service), or convert on a local disk and "
+            f"copy the file; if nothing else converts into {target.name}, lock=False (--no-lock) "
+            "goes without"
+        ),
     )

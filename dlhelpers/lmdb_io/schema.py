@@ -5,8 +5,9 @@ One LMDB file (``subdir=False``) with three named databases and two entries besi
     records   position, 12 ASCII digits  ->  record
     index     source key                 ->  JSON [position, target] or [position, target, key]
     skipped   source position, 12 digits ->  JSON [source key, why]
-    meta      CRC-32 in 8 hexadecimal digits, a blank, and a JSON object: count, classes, settings
-    state     the same: items of the source that are done, and their digest
+    meta      CRC-32 in 8 hexadecimal digits, a blank, and a JSON object: count, classes, settings,
+              digests of names and contents; of a shard also the identity of the whole source
+    state     the same: items of the source that are done, and their digests
 
 A record is a header, the source key, the target and the image, one behind the other:
 
@@ -18,8 +19,9 @@ A record is a header, the source key, the target and the image, one behind the o
                 ...     target, JSON; an int for a class
                 ...     image, encoded as the source had it, or raw (below)
 
-Numbers are little-endian. Nothing is pickled. A raw image is the four bytes ``RAW`` and zero, its
-height and width as uint32, and height x width x 3 bytes RGB. LMDB allows keys of 511 bytes: of a
+Numbers are little-endian. Nothing is pickled. A raw image is the three bytes ``RAW``, its EXIF
+orientation (2 to 8; 0 where it needs none) as one byte, its height and width as uint32, and
+height x width x 3 bytes RGB, not turned. LMDB allows keys of 511 bytes: of a
 longer source key the index holds the first 446 bytes, a zero and the SHA-256 in hexadecimal digits,
 and its JSON holds the whole key. The entry ``state`` says how far the source was read; ``meta`` is
 written last, so that an unfinished file is never taken for a whole one.
@@ -34,6 +36,8 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dlhelpers.printable import printable
 
 __all__ = [
     "FORMAT",
@@ -67,6 +71,9 @@ _LONGEST_SOURCE_KEY = 65_535
 
 class DatabaseError(ValueError):
     """A file that is no whole database of this schema; the message names what is wrong where."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Record(NamedTuple):

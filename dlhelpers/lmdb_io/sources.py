@@ -1,65 +1,80 @@
 """Where do images come from, in which order, and how is the same source known again?
 
 Every source gives small tasks in a fixed order; a task is loaded where there is time for it, in
-this process or in a worker. The identity of an item is what must be unchanged so that a
-conversion may go on behind it: size and time of a file, the bytes of an item that was handed over.
+this process or in a worker. The stamp of an item tells whether it is the one that was there before:
+size and time of a file, the content of an item that was handed over.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlhelpers.lmdb_io.identity import Stamp, place_of, spread
 from dlhelpers.lmdb_io.plain import is_plain_folder
-from dlhelpers.lmdb_io.schema import encode_key
+from dlhelpers.lmdb_io.schema import encode_key, encode_target
+from dlhelpers.printable import printable
 
-__all__ = ["Loaded", "Source", "SourceError", "open_source"]
+__all__ = ["PROBES", "Loaded", "Source", "SourceError", "open_source"]
 
 _EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+PROBES = 1024  # items of a dataset that are loaded to know it again
 
 
 class SourceError(ValueError):
     """Something in the source cannot be stored; the message names it and how to go on."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class Loaded(NamedTuple):
-    """One item of a source: key, target, image (bytes or pixels), and its identity."""
+    """One item of a source: key, target, image (bytes or pixels), and its stamp."""
 
     key: str
     target: Any
     image: Any
-    identity: bytes
+    stamp: Stamp
 
 
 class Source:
     """Items in a fixed order.
 
     Attributes:
-        kind: ``folder``, ``dataset`` or ``iterable``.
+        items: the tasks, where they are known beforehand.
+        kind: ``folder``, ``database``, ``dataset`` or ``iterable``.
         count: number of items, None where it is not known beforehand.
         classes: names of the classes, None without.
         problems: (what, why) that was wrong before any image was looked at.
         ignored: files that are no images by their name.
         restarts: whether :meth:`tasks` can be called twice.
-        hides: whether an item's identity says nothing of its content.
+        lists: whether :meth:`stamp` needs no item to be loaded.
+        hides: whether an item's stamp says nothing of its content.
+        place: where modification times can be compared; empty where there are none.
+        notes: what a report says of the source.
     """
 
     kind: str
+    items: Sequence[Any]
     count: int | None
     classes: list[str] | None = None
     problems: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     restarts = True
+    lists = True
     hides = False
+    place: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def tasks(self) -> Iterator[Any]:
         """Yield one picklable task for each item, in order."""
-        raise NotImplementedError
+        return iter(self.items)
 
     def load(self, task: Any) -> Loaded:
         """Read the item of a task; runs in workers."""
@@ -69,27 +84,42 @@ class Source:
         """Return what a message calls the item."""
         raise NotImplementedError
 
-    def identity(self, task: Any) -> bytes:
-        """Return the identity, also of an item that cannot be loaded."""
+    def key(self, task: Any) -> str:
+        """Return the key that :meth:`load` would give, where it is known before."""
+        raise NotImplementedError
+
+    def stamp(self, task: Any) -> Stamp:
+        """Return the stamp, also of an item that cannot be loaded."""
+        raise NotImplementedError
+
+    def probes(self) -> list[Any]:
+        """Return the tasks whose :meth:`content` is looked at, none where stamps say all."""
+        return []
+
+    def content(self, task: Any) -> bytes:
+        """Load an item that is known by its content alone, and return a digest; never fails."""
         raise NotImplementedError
 
 
 def open_source(source: Any) -> Source:
-    """Return the items of an image folder, a map-style dataset or an iterable of triples.
+    """Return the items of an image folder, a database, a map-style dataset or an iterable of
+    triples; of wrapped datasets those inside.
 
     Raises:
         TypeError: it is none of them.
         FileNotFoundError, NotADirectoryError: there is no such folder.
     """
+    from dlhelpers.lmdb_io.wrappers import look_through
+
     if isinstance(source, (str, os.PathLike)):
         return _Folder.scan(Path(source).expanduser())
-    if is_plain_folder(source):
-        return _Folder.of_image_folder(source)  # its files, instead of what it decodes of them
     if isinstance(source, (list, tuple)):
         return _Triples(source)
+    if (found := look_through(source, _open_dataset)) is not None:
+        return found
     if not isinstance(source, (bytes, bytearray, Mapping)):
         if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-            return _Dataset(source)
+            return _open_dataset(source)
         if isinstance(source, Iterable):
             return _Triples(source)
     raise TypeError(
@@ -98,13 +128,19 @@ def open_source(source: Any) -> Source:
     )
 
 
+def _open_dataset(source: Any) -> Source:
+    if is_plain_folder(source):
+        return _Folder.of_image_folder(source)  # its files, instead of what it decodes of them
+    return _Dataset(source)
+
+
 class _Folder(Source):
     kind = "folder"
 
     def __init__(
         self, samples: Sequence[tuple[str, str, int]], classes: list[str], **facts: Any
     ) -> None:
-        self._samples = samples  # (path, key, target)
+        self.items = samples  # (path, key, target)
         self.count, self.classes = len(samples), classes
         self.__dict__.update(facts)
 
@@ -112,10 +148,12 @@ class _Folder(Source):
     def scan(cls, root: Path) -> _Folder:
         """Find the images in the order of torchvision's ImageFolder."""
         if not root.exists():
-            raise FileNotFoundError(f"{root} does not exist: give a folder of class folders")
+            raise FileNotFoundError(
+                printable(f"{root} does not exist: give a folder of class folders")
+            )
         if not root.is_dir():
             raise NotADirectoryError(
-                f"{root} is a file, expected a folder with one folder of images for each class"
+                printable(f"{root} is a file, expected a folder of class folders")
             )
         classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if not classes:
@@ -147,6 +185,7 @@ class _Folder(Source):
         return cls(
             samples,
             classes,
+            place=_place(root),
             problems=tuple(problems),
             ignored=tuple(sorted([*ignored, *loose])),
         )
@@ -158,10 +197,7 @@ class _Folder(Source):
         samples = [
             (path, key, target) for (path, target), key in zip(dataset.samples, keys, strict=True)
         ]
-        return cls(samples, list(dataset.classes))
-
-    def tasks(self) -> Iterator[Any]:
-        return iter(self._samples)
+        return cls(samples, list(dataset.classes), place=_place(root))
 
     def load(self, task: Any) -> Loaded:
         path, key, target = task
@@ -173,24 +209,34 @@ class _Folder(Source):
                 data += more  # one read gives at most 2 GiB
         finally:
             os.close(file)
-        return Loaded(key, target, data, _file_identity(key, target, stat))
+        return Loaded(key, target, data, _file_stamp(key, target, stat))
 
     def name(self, task: Any) -> str:
         return task[1]
 
-    def identity(self, task: Any) -> bytes:
+    key = name
+
+    def stamp(self, task: Any) -> Stamp:
         path, key, target = task
         try:
-            return _file_identity(key, target, os.stat(path))
+            return _file_stamp(key, target, os.stat(path))
         except OSError:
-            return b"gone"
+            return _file_stamp(key, target, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_samples": ()}  # a worker gets its tasks one by one
+        return {}  # a worker gets its tasks one by one
 
 
-def _file_identity(key: str, target: int, stat: os.stat_result) -> bytes:
-    return f"{key}|{target}|{stat.st_size}|{stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
+def _file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
+    size, time = (-1, 0) if stat is None else (stat.st_size, stat.st_mtime_ns)
+    return Stamp(f"{key}|{target}".encode("utf-8", "surrogateescape"), size, time)
+
+
+def _place(root: str | Path) -> tuple[str, ...]:
+    try:
+        return place_of(os.stat(root).st_ino)
+    except OSError:  # a list of files from elsewhere
+        return place_of(0)[:1]
 
 
 class _Dataset(Source):
@@ -198,30 +244,47 @@ class _Dataset(Source):
     hides = True
 
     def __init__(self, dataset: Any) -> None:
+        from dlhelpers.lmdb_io.wrappers import inner_datasets
+
         self._dataset = dataset
         self.count = len(dataset)
-        classes = getattr(dataset, "classes", None)
+        self.items = range(self.count)
+        found = [getattr(inner, "classes", None) for inner in inner_datasets(dataset)]
+        classes = found[0] if all(other == found[0] for other in found) else None
         if isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes):
             self.classes = list(classes)
-
-    def tasks(self) -> Iterator[Any]:
-        return iter(range(self.count))
+        if any(hasattr(inner, "samples") for inner in inner_datasets(dataset)):
+            self.notes = (
+                "keys are item numbers, since the dataset transforms or reads images in a way of "
+                "its own",
+            )
 
     def load(self, task: Any) -> Loaded:
         item = self._dataset[task]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise ValueError(f"a dataset must give (image, target), got {_shown(item)}")
-        return Loaded(str(task), item[1], item[0], self.identity(task))
+        return Loaded(str(task), item[1], item[0], self.stamp(task))
 
     def name(self, task: Any) -> str:
         return f"item {task}"
 
-    def identity(self, task: Any) -> bytes:
-        return b"%d" % task
+    def stamp(self, task: Any) -> Stamp:
+        return Stamp(b"%d" % task, 0)
+
+    def probes(self) -> list[Any]:
+        return spread(self.count, PROBES)
+
+    def content(self, task: Any) -> bytes:
+        try:
+            _, target, image, _ = self.load(task)
+            return b"%d|%s" % (_checksum(image), encode_target(target))
+        except Exception as error:  # the dataset's own code
+            return type(error).__name__.encode()
 
 
 class _Triples(Source):
     kind = "iterable"
+    lists = False
 
     def __init__(self, items: Iterable[Any]) -> None:
         self._items = items
@@ -237,33 +300,32 @@ class _Triples(Source):
             raise ValueError(f"an item must be (key, bytes, target), got {_shown(item)}")
         key, image, target = item
         encode_key(key)
-        return Loaded(key, target, image, _content_identity(key, image, target))
+        return Loaded(key, target, image, Stamp(f"{key!r}|{target!r}".encode(), _checksum(image)))
 
     def name(self, task: Any) -> str:
         number, item = task
         is_triple = isinstance(item, (tuple, list)) and len(item) == 3
         return f"item {number}" + (f", key {item[0]!r}" if is_triple else "")
 
-    def identity(self, task: Any) -> bytes:
+    def stamp(self, task: Any) -> Stamp:
         try:
-            return self.load(task).identity
+            return self.load(task).stamp
         except ValueError:
-            return b"no item"
+            return Stamp(b"no item", -1)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_items": ()}
 
 
-def _content_identity(key: str, image: Any, target: Any) -> bytes:
-    import zlib
-
+def _checksum(image: Any) -> int:
+    """Return the CRC-32 of encoded bytes, or of the pixels of an array, tensor or PIL image."""
     if hasattr(image, "detach"):  # a tensor
         image = image.detach().cpu().numpy()
-    # pixels of an array or PIL image; what is neither will be refused
+    # what is neither will be refused
     content = image.tobytes() if hasattr(image, "tobytes") else image
     if not isinstance(content, (bytes, bytearray, memoryview)):
         content = type(content).__name__.encode()
-    return f"{key!r}|{zlib.crc32(content)}|{target!r}".encode()
+    return zlib.crc32(content)
 
 
 def _shown(item: Any) -> str:

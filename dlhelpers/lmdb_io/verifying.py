@@ -22,6 +22,7 @@ from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
+from dlhelpers.printable import printable
 from dlhelpers.progress import bar
 
 __all__ = [
@@ -53,7 +54,7 @@ class VerifyReport:
     image_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.path}: all {self.count} records are as they were written"
+        return printable(f"{self.path}: all {self.count} records are as they were written")
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,7 +95,7 @@ class DatabaseInfo:
             f"  written   by {self.library}",
             f"  skipped   {len(self.skipped)}",
         ]
-        return "\n".join(lines + [f"    {what}: {why}" for what, why in self.skipped])
+        return printable("\n".join(lines + [f"    {what}: {why}" for what, why in self.skipped]))
 
 
 def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -> VerifyReport:
@@ -128,7 +129,7 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -
             count, image_bytes = count + facts["count"], image_bytes + facts["image_bytes"]
             seen.append(facts)
     if not problems:
-        check_shards(path, seen)
+        check_shards(path, files, seen)
         problems += _keys_in_two_shards(files)
     if problems:
         shown = "\n  ".join(problems[:_MOST])
@@ -166,7 +167,7 @@ def info_lmdb(path: str | os.PathLike[str]) -> DatabaseInfo:
         environment = open_environment(file)
         metas.append(schema.unpack_meta(environment.get_entry(schema.META), file))
         skipped += [tuple(json.loads(v)) for _, v in environment.items(environment.skipped)]
-    check_shards(path, metas)
+    check_shards(path, files, metas)
     classes = metas[0]["classes"]
     return DatabaseInfo(
         path=path,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from dlhelpers.arguments import shard_of, whole_number
 from dlhelpers.extras import need
@@ -18,8 +14,11 @@ from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
+from dlhelpers.lmdb_io.failures import clear_errors
 from dlhelpers.lmdb_io.locking import only_writer
+from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sources import SourceError, open_source
+from dlhelpers.printable import printable
 
 __all__ = ["WriteReport", "write_lmdb"]
 
@@ -36,6 +35,7 @@ class WriteReport:
         image_bytes: what their images take.
         skipped: (what, why) of all that was left out.
         ignored: files of the source folder that are no images by their name.
+        notes: what else is worth knowing of the source.
         resumed_from: records that an earlier, interrupted conversion had stored.
         seconds: that this conversion took.
     """
@@ -45,24 +45,27 @@ class WriteReport:
     image_bytes: int
     skipped: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
+    notes: tuple[str, ...]
     resumed_from: int
     seconds: float
 
     def __str__(self) -> str:
         speed = (self.count - self.resumed_from) / max(self.seconds, 1e-9)
         lines = [
-            f"{self.count} images, {self.image_bytes / 1e6:.1f} MB, in {self.path} "
-            f"({self.seconds:.1f} s, {speed:.0f} images/s)"
+            f"{self.count} image{'s' * (self.count != 1)}, {self.image_bytes / 1e6:.1f} MB, in "
+            f"{self.path} ({self.seconds:.1f} s, {speed:.0f} images/s)"
         ]
         if self.resumed_from:
             lines.append(f"the first {self.resumed_from} were there from an interrupted conversion")
+        lines += self.notes
         if self.ignored:
-            lines.append(f"{len(self.ignored)} files are no images by name: {_some(self.ignored)}")
+            what = "file is no image" if len(self.ignored) == 1 else "files are no images"
+            lines.append(f"{len(self.ignored)} {what} by name: {_some(self.ignored)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} skipped:")
             lines += [f"  {what}: {why}" for what, why in self.skipped[:20]]
             lines += [f"  and {len(self.skipped) - 20} more"] * (len(self.skipped) > 20)
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
     __repr__ = __str__
 
@@ -79,6 +82,7 @@ def write_lmdb(
     resume: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     shard: tuple[int, int] | None = None,
+    lock: bool = True,
     progress: bool | None = None,
 ) -> WriteReport:
     """Convert images into one LMDB file for :class:`LMDBDataset`.
@@ -86,7 +90,9 @@ def write_lmdb(
     Args:
         source: an image folder (one folder for each class, the order of torchvision's
             ImageFolder), a map-style dataset of (image or bytes, target), or an iterable of
-            (key, bytes, target). Targets are ints, or what JSON can hold.
+            (key, bytes, target). Targets are ints, or what JSON can hold. Of an ImageFolder or
+            LMDBDataset without a transform, and of Subset and ConcatDataset around them, however
+            nested, the stored bytes, keys and classes are taken.
         path: the file; appears whole, or not at all. An older database there stays in use until
             then, and stays for good if this conversion fails.
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
@@ -95,17 +101,24 @@ def write_lmdb(
             is resized. Pixels that come without one are stored as RGB or grey PNG. What is kept
             is looked at (format, end), not decoded.
         resize: the shorter side in pixels, as torchvision's Resize does it, or (height, width).
-            An image of that size already is kept as it is.
+            An image of that size already is kept as it is. Both mean the pixels as they are
+            stored; the EXIF orientation is kept beside them, in every encoding.
         quality: of JPEG and WebP, 90 where None.
         map_size: bytes of the first memory map; it grows by itself all the same.
-        resume: goes on behind an interrupted conversion of the same source and settings; where
-            they differ it starts afresh and warns. Of a dataset, which has to be loaded to be
-            compared, it looks at the last item that was done.
+        resume: goes on after an interrupted conversion of the same source and settings; where
+            they differ it starts afresh and warns. Names and sizes of the files that are done are
+            compared, and contents where modification times differ. Of a dataset, which has to be
+            loaded to be compared, it looks at up to 64 of the items that are done.
         on_error: ``raise`` stops at the first image that cannot be stored, what was converted
             stays for ``resume``; ``skip`` leaves it out and lists it.
         shard: (rank, world) writes this rank's part into the folder ``path``, which
             LMDBDataset opens as one. Parts are contiguous; of an iterable without length, rank
-            takes each world-th item.
+            takes each world-th item. Each shard carries the identity of the whole source, and
+            only shards of one identity are opened: names, targets and sizes of all files (and
+            contents, where modification times differ on one machine), all items of an iterable,
+            up to 1024 of a dataset.
+        lock: keeps two processes from converting into one file. False goes without, for a mount
+            that has no locks; then see to it that nobody else converts into this file.
         progress: a bar with images/s and MB/s; None draws it in a terminal only.
 
     Returns:
@@ -115,6 +128,7 @@ def write_lmdb(
         SourceError: an image, key or class of the source cannot be stored; names it.
         FileExistsError: path holds something that write_lmdb has not written.
         OSError: the disk is full or not writable; what was converted stays for ``resume``.
+            The folder's file system has no locks.
         BlockingIOError: another process is converting into this path.
         ValueError, TypeError: an argument is out of range.
 
@@ -139,7 +153,7 @@ def write_lmdb(
     target.parent.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(target)
     conversion = Conversion(opened, target, encoding, workers, on_error, shard)
-    with only_writer(target), _translated_errors(conversion):
+    with clear_errors(conversion), only_writer(target, lock):
         conversion.open(resume, map_size or _FIRST_MAP)
         try:
             conversion.run(progress)
@@ -152,6 +166,7 @@ def write_lmdb(
         conversion.image_bytes,
         (*opened.problems, *conversion.skipped),
         opened.ignored,
+        opened.notes,
         conversion.resumed_from,
         time.perf_counter() - start,
     )
@@ -161,19 +176,24 @@ def _target(path: Path, shard: tuple[int, int] | None) -> Path:
     if shard is None:
         if path.is_dir():
             raise IsADirectoryError(
-                f"{path} is a folder, expected the path of a file such as {path / 'images.lmdb'}"
+                printable(
+                    f"{path} is a folder, expected the path of a file such as "
+                    f"{path / 'images.lmdb'}"
+                )
             )
         return path
     if path.is_file():
-        raise FileExistsError(f"{path} is a file, expected the folder of all shards")
+        raise FileExistsError(printable(f"{path} is a file, expected the folder of all shards"))
     rank, world = shard
     others = {p.name.split("-of-")[-1] for p in path.glob("shard-*-of-*.lmdb")}
     if others - {f"{world:05d}.lmdb"}:
         raise FileExistsError(
-            f"{path} holds shards of another world size ({', '.join(sorted(others))}): remove "
-            "them or give another folder"
+            printable(
+                f"{path} holds shards of another world size ({', '.join(sorted(others))}): remove "
+                "them or give another folder"
+            )
         )
-    return path / f"shard-{rank:05d}-of-{world:05d}.lmdb"
+    return path / shard_name(rank, world)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -183,52 +203,11 @@ def _refuse_foreign(target: Path) -> None:
         schema.unpack_meta(open_environment(target).get_entry(schema.META), target)
     except (schema.DatabaseError, OSError) as error:
         raise FileExistsError(
-            f"{target} exists and is no whole database of write_lmdb ({error}): nothing was "
-            "touched; remove it or give another path"
+            printable(
+                f"{target} exists and is no whole database of write_lmdb ({error}): nothing was "
+                "touched; remove it or give another path"
+            )
         ) from None
-
-
-@contextmanager
-def _translated_errors(conversion: Conversion) -> Iterator[None]:
-    import lmdb
-
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        error.add_note(f"{conversion.kept} images are kept: resume=True (--resume) goes on")
-        raise
-    except (lmdb.Error, OSError) as error:
-        _raise_clearly(error, conversion)
-
-
-def _raise_clearly(error: Exception, conversion: Conversion) -> NoReturn:
-    kept = f"{conversion.kept} images are kept: resume=True goes on behind them"
-    code, text = getattr(error, "errno", None), str(error)
-    if code is None:  # LMDB's own errors have only a text
-        known = (errno.ENOSPC, errno.EFBIG)
-        code = next((number for number in known if os.strerror(number) in text), errno.EIO)
-        if code == errno.EIO:  # also what LMDB makes of a page that fitted only in part
-            code = _reason_of_short_write(conversion)
-    elif code not in (errno.ENOSPC, errno.EFBIG):
-        raise error
-    what = {
-        errno.ENOSPC: "the disk is full: free some space",
-        errno.EFBIG: "the file is larger than the limit for files here: raise it (ulimit -f)",
-    }.get(code, text)
-    raise OSError(code, f"{conversion.partial}: {what}. {kept}") from error
-
-
-def _reason_of_short_write(conversion: Conversion) -> int:
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits
-        limit = -1
-    else:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if 0 <= limit < conversion.partial.stat().st_size + conversion.pending_bytes:
-        return errno.EFBIG
-    free = shutil.disk_usage(conversion.partial.parent).free
-    return errno.ENOSPC if free < conversion.pending_bytes else errno.EIO
 
 
 def _validate(map_size: int | None, on_error: str) -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Store:
         """Return the encoded image of an index.
 
         Raises:
+            IndexError: there is no such image.
             TypeError: the container can only be read in order.
         """
         return self.read(self.open(index))
@@ -62,7 +64,9 @@ class Store:
         """Return whatever :meth:`read` needs; the first of the four stages."""
         if self.only_in_order:
             raise TypeError(f"{self.name} can only be read in order: iterate over the store")
-        return index
+        if not -self._count <= index < self._count:
+            raise IndexError(f"index {index} is out of range, {self.name} has {self._count} images")
+        return index % self._count
 
     def read(self, opened: Any) -> bytes:
         """Return the encoded image; the second stage."""
@@ -123,11 +127,18 @@ def make_store(
         ) from None
 
 
+_FILES = f"*/{'[0-9]' * 7}.jpg"  # what the store of files has written, and nothing else
+
+
 class _Files(Store):
     name, suffix = "files", ""
 
     @classmethod
     def write(cls, path: Path, images: Sequence[bytes], targets: Sequence[int]) -> None:
+        for old in sorted(path.glob(_FILES)):
+            old.unlink()
+            with suppress(OSError):  # the class has more files
+                old.parent.rmdir()
         for number, (image, target) in enumerate(zip(images, targets, strict=True)):
             folder = path / f"{target}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -135,10 +146,10 @@ class _Files(Store):
 
     def __init__(self, path: Path, count: int) -> None:
         super().__init__(path, count)
-        self._paths = sorted(map(str, path.glob("*/*.jpg")), key=os.path.basename)
+        self._paths = sorted(map(str, path.glob(_FILES)), key=os.path.basename)
 
     def open(self, index: int) -> Any:
-        return open(self._paths[index], "rb")
+        return open(self._paths[super().open(index)], "rb")
 
     def read(self, opened: Any) -> bytes:
         with opened:

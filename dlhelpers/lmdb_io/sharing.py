@@ -1,0 +1,61 @@
+"""Which items of a source does one rank convert, and what do all ranks know of the others'?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from dlhelpers.lmdb_io.comparing import identity_of
+from dlhelpers.lmdb_io.identity import Whole
+from dlhelpers.lmdb_io.shards import part
+from dlhelpers.lmdb_io.sources import Source
+
+__all__ = ["Share"]
+
+
+class Share:
+    """The items of one shard; all of them without one."""
+
+    def __init__(self, source: Source, shard: tuple[int, int] | None) -> None:
+        self._source, self._shard = source, shard
+        self._whole: Whole | None = None
+        self._identity: dict[str, Any] | None = None
+
+    @property
+    def count(self) -> int | None:
+        """Number of the items; None where the source does not know its own."""
+        if self._source.count is None or self._shard is None:
+            return self._source.count
+        return len(part(self._source.count, *self._shard))
+
+    def tasks(self) -> Iterator[Any]:
+        """Return the tasks in order, those of a part or each ``world``-th of a source without
+        length."""
+        tasks = self._source.tasks()
+        if self._shard is None:
+            return tasks
+        rank, world = self._shard
+        if self._source.count is None:
+            return self._watched(tasks, lambda number: number % world == rank)
+        own = part(self._source.count, rank, world)
+        if self._source.lists:
+            return islice(tasks, own.start, own.stop)
+        return self._watched(tasks, own.__contains__)
+
+    def _watched(self, tasks: Iterator[Any], is_own: Callable[[int], bool]) -> Iterator[Any]:
+        """Yield own tasks; those of the other ranks are looked at as they pass."""
+        self._whole = Whole()
+        for number, task in enumerate(tasks):
+            self._whole.add(self._source.stamp(task))
+            if is_own(number):
+                yield task
+
+    def look(self, workers: int) -> None:
+        """Take down the identity of a source that can be listed, before any of it is read."""
+        if self._shard is not None and self._source.lists:
+            self._identity = identity_of(self._source, None, workers)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the identity of the whole source, once all tasks were taken."""
+        return self._identity or identity_of(self._source, self._whole, 0)

@@ -1,0 +1,30 @@
+"""How is a name shown that no terminal can print?"""
+
+from __future__ import annotations
+
+__all__ = ["printable"]
+
+
+def printable(text: str) -> str:
+    r"""Return text with what cannot be printed escaped.
+
+    File names are bytes: Python hands on those that are no UTF-8 as lone surrogates, which no
+    strict stream writes. Lines and tabs stay.
+
+    >>> print(printable(b"caf\xe9.jpg".decode("utf-8", "surrogateescape")))
+    caf\xe9.jpg
+    """
+    if text.isprintable():
+        return text
+    return "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    if 0xD800 <= code <= 0xDFFF:
+        return f"\\u{code:04x}"
+    if (code < 0x20 and character not in "\n\t") or code == 0x7F:
+        return f"\\x{code:02x}"
+    return character

@@ -1,0 +1,410 @@
+"""Two versions of a source are never taken for one: shards, interrupted conversions, workers."""
+
+import itertools
+import os
+import shutil
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+
+from dlhelpers.lmdb_io import (
+    DatabaseError,
+    LMDBDataset,
+    comparing,
+    converting,
+    identity,
+    info_lmdb,
+    schema,
+    verify_lmdb,
+    write_lmdb,
+)
+
+
+def write(source, path, **options):
+    return write_lmdb(source, path, **{"progress": False} | options)
+
+
+def convert(source, folder, *ranks, world=2, **options):
+    for rank in ranks:
+        write(source, folder, shard=(rank, world), **options)
+
+
+def pixels(number, changed=()):
+    rng = np.random.default_rng(number + 1000 * (number in changed))
+    return rng.integers(0, 256, (8, 8, 3), np.uint8)
+
+
+def bitmaps(root, *, count=12, changed=(), time=1_000_000_000):
+    """A folder of images that have one size in bytes, whatever they show."""
+    for number in range(count):
+        path = root / f"c{2 * number // count}" / f"{number:03d}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(number, changed)).save(path)
+        os.utime(path, (time, time))
+    return root
+
+
+def touch(root, time=2_000_000_000):
+    for path in root.glob("*/*"):
+        os.utime(path, (time, time))
+
+
+def refuses(folder, message):
+    for opened in (LMDBDataset, info_lmdb):
+        with pytest.raises(DatabaseError, match=message):
+            opened(folder)
+
+
+def shows(folder, source):
+    """Whether a folder of shards holds just what ImageFolder reads."""
+    found, expected = LMDBDataset(folder, decode="pil"), ImageFolder(source)
+    return found.targets == expected.targets and all(
+        np.array_equal(np.asarray(found[i][0]), np.asarray(expected[i][0]))
+        for i in range(len(expected))
+    )
+
+
+# ---- shards of a folder ----
+
+
+def rename(root):
+    (root / "c0" / "001.bmp").rename(root / "c0" / "x.bmp")
+
+
+def move(root):
+    (root / "c0" / "001.bmp").rename(root / "c1" / "000.bmp")
+
+
+def resize(root):
+    Image.new("RGB", (9, 9)).save(root / "c0" / "001.bmp")
+
+
+def rewrite(root):
+    path = root / "c0" / "001.bmp"
+    Image.fromarray(pixels(77)).save(path)
+    os.utime(path, (3_000_000_000, 3_000_000_000))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [(rename, "names"), (move, "names or targets"), (resize, "sizes"), (rewrite, "contents")],
+)
+@pytest.mark.parametrize("options", [{}, {"resize": 4, "encode": "png"}])
+def test_a_shard_of_the_source_before_it_changed_is_refused_by_name(
+    tmp_path, change, what, options
+):
+    source = bitmaps(tmp_path / "source")
+    convert(source, tmp_path / "out", 0, 1, **options)
+    change(source)  # in the part of rank 0, which does not run again
+    convert(source, tmp_path / "out", 1, **options)
+    said = rf"differ in the {what}.*shard-00000-of-00002.lmdb is of another.*Run rank 0 again"
+    refuses(tmp_path / "out", said)
+    convert(source, tmp_path / "out", 0, **options)
+    assert options or shows(tmp_path / "out", source)
+    assert len(LMDBDataset(tmp_path / "out")) == 12
+
+
+def test_the_folder_is_whole_again_once_the_last_rank_has_run(tmp_path):
+    source = bitmaps(tmp_path / "source", count=16)
+    convert(source, tmp_path / "out", *range(4), world=4)
+    bitmaps(source, count=16, changed=(9, 14), time=2_000_000_000)
+    for rank in (3, 0, 2):
+        convert(source, tmp_path / "out", rank, world=4)
+        refuses(tmp_path / "out", "shard-00001-of-00004.lmdb.* of another conversion")
+    with pytest.raises(DatabaseError, match=r"shard-00001-of-00004\.lmdb is of another"):
+        verify_lmdb(tmp_path / "out", progress=False)
+    convert(source, tmp_path / "out", 1, world=4)
+    assert shows(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_local_copies_with_other_times_are_one_source(tmp_path, order):
+    copies = [
+        bitmaps(tmp_path / f"copy {n}", time=1_000_000_000 + 10_000_000 * n) for n in range(3)
+    ]
+    for rank in order:
+        convert(copies[rank], tmp_path / "out", rank, world=3)
+    assert shows(tmp_path / "out", copies[0])
+
+
+def test_local_copies_that_show_something_else_are_two_sources(tmp_path):
+    first = bitmaps(tmp_path / "first")
+    second = bitmaps(tmp_path / "second", changed=(1,), time=2_000_000_000)
+    convert(first, tmp_path / "out", 0)
+    convert(second, tmp_path / "out", 1)
+    refuses(tmp_path / "out", "contents of the source's images: shard-00000.*Run rank 0 again")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_files_are_only_read_again_where_their_times_differ(tmp_path, monkeypatch, workers):
+    compared = []
+    load = comparing.load_chunks
+
+    def counted(loader, tasks, workers):
+        tasks = list(tasks)
+        compared.append(len(tasks))
+        return load(loader, iter(tasks), workers)
+
+    monkeypatch.setattr(comparing, "load_chunks", counted)
+    source = bitmaps(tmp_path / "source")
+    convert(source, tmp_path / "out", 0, 1, 0)
+    assert compared == []
+    touch(source)
+    convert(source, tmp_path / "out", 0, workers=workers)
+    assert compared == [6]  # the part of the other rank
+    assert shows(tmp_path / "out", source)
+
+
+def test_times_of_another_machine_and_another_folder_say_nothing():
+    def meta(rank, version, place):
+        whole = {"names": "n", "sizes": "s", "contents": "", "version": version, "place": place}
+        facts = {"classes": None, "settings": {}, "total": 2, "source": "folder"}
+        return facts | {"shard": [rank, 2], "identity": whole}
+
+    here = meta(0, "monday", ["machine a", "folder 1"])
+    for place, odd in (
+        (["machine b", "folder 2"], []),  # a local copy
+        (["machine a", "folder 2"], [1]),
+        (["machine b", "folder 1"], [1]),  # mounted on both
+    ):
+        assert identity.odd_shards([here, meta(1, "tuesday", place)], 0)[1] == odd
+        assert identity.odd_shards([here, meta(1, "monday", place)], 0)[1] == []
+
+
+def test_a_shard_that_is_being_written_again_vouches_for_nothing(tmp_path):
+    source = bitmaps(tmp_path / "source", count=6)
+    convert(source, tmp_path / "out", 0, 1, 2, world=3)
+    touch(source)
+    (tmp_path / "out" / ".shard-00001-of-00003.lmdb.part").write_bytes(b"")
+    convert(source, tmp_path / "out", 0, world=3)
+    refuses(tmp_path / "out", "Run the ranks 1, 2 again")
+
+
+def test_shards_that_were_mixed_up_are_named(tmp_path):
+    source = bitmaps(tmp_path / "source")
+    out = tmp_path / "out"
+    convert(source, out, 0, 2, world=3)
+    refuses(out, r"missing are the ranks \[1\].*shard=\(1, 3\)")
+    names = [f"shard-{rank:05d}-of-00003.lmdb" for rank in range(3)]
+    shutil.copy(out / names[0], out / names[1])
+    refuses(out, f"{names[1]} was renamed or copied, it holds shard 0 of 3")
+    write(source, tmp_path / "whole")
+    shutil.copy(tmp_path / "whole", out / names[1])
+    refuses(out, f"{names[1]} was renamed or copied, it holds a whole database")
+    convert(source, out, 1, world=3)
+    shutil.copy(out / names[0], out / "shard-00000-of-00002.lmdb")
+    refuses(out, r"different numbers of shards \(shard-\*-of-00002.lmdb, shard-\*-of-00003.lmdb\)")
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    lmdb.open(str(tmp_path / "py-lmdb")).close()
+    refuses(tmp_path / "py-lmdb", r"is a database of LMDB in a folder \(data.mdb\)")
+    (tmp_path / "started").mkdir()
+    (tmp_path / "started" / ".shard-00000-of-00002.lmdb.part").write_bytes(b"")
+    refuses(tmp_path / "started", "holds no finished shard yet.*resume=True")
+    (tmp_path / "empty").mkdir()
+    refuses(tmp_path / "empty", "is a folder without shards")
+
+
+# ---- shards of what has no listing ----
+
+
+class Pixels:
+    def __init__(self, *, count=12, changed=(), is_random=False):
+        self.count, self.changed, self.is_random = count, changed, is_random
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        array = pixels(index, self.changed)
+        return (np.roll(array, np.random.randint(8)) if self.is_random else array), index % 3
+
+
+def triples(changed=()):
+    return [(f"k{n}", Image.fromarray(pixels(n, changed)), n) for n in range(9)]
+
+
+def tensors(changed=False):
+    images = torch.from_numpy(np.stack([pixels(n) for n in range(10)])).permute(0, 3, 1, 2)
+    images = images.contiguous()
+    images[1, 0, 0, 0] += changed
+    return TensorDataset(images, torch.arange(10))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Pixels(), Pixels(changed=(2,))),
+        (Pixels(count=1100), Pixels(count=1100, changed=range(1100))),
+        (tensors(), tensors(changed=True)),
+        (triples(), triples((0,))),
+        (lambda: iter(triples()), lambda: iter(triples((2,)))),
+        (Subset(Pixels(), [5, 1, 3, 0]), Subset(Pixels(changed=(5,)), [5, 1, 3, 0])),
+    ],
+    ids=["dataset", "large dataset", "tensors", "list", "iterator", "subset"],
+)
+def test_shards_of_a_source_without_a_listing_know_its_contents(tmp_path, before, after):
+    def make(source):
+        return source() if callable(source) else source
+
+    for rank in range(2):
+        convert(make(before), tmp_path / "out", rank)
+    count = len(LMDBDataset(tmp_path / "out"))
+    convert(make(after), tmp_path / "out", 1)  # what changed is in the part of rank 0
+    refuses(tmp_path / "out", "contents.*shard-00000.*Run rank 0 again")
+    convert(make(after), tmp_path / "out", 0)
+    assert len(LMDBDataset(tmp_path / "out")) == count
+
+
+def test_a_dataset_that_never_repeats_itself_can_be_sharded(tmp_path):
+    for rank in range(2):
+        convert(Pixels(is_random=True, count=40), tmp_path / "out", rank)
+    assert len(LMDBDataset(tmp_path / "out")) == 40
+
+
+def test_shards_of_a_database_know_which_one(tmp_path):
+    for name, changed in (("a", ()), ("b", (2,))):
+        write(bitmaps(tmp_path / f"source {name}", changed=changed), tmp_path / name)
+    convert(LMDBDataset(tmp_path / "a"), tmp_path / "out", 0, 1)
+    assert shows(tmp_path / "out", tmp_path / "source a")
+    convert(LMDBDataset(tmp_path / "b"), tmp_path / "out", 1)
+    refuses(tmp_path / "out", "Run rank 0 again")
+
+
+# ---- an interrupted conversion ----
+
+
+def interrupted(source, path, monkeypatch, **options):
+    """Stop a conversion at its first commit, which holds 16 images."""
+    commit = converting.Conversion._commit
+
+    def stops(self, batch):
+        commit(self, batch)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converting, "_COMMIT_BYTES", 1)
+        patch.setattr(converting.Conversion, "_commit", stops)
+        with pytest.raises(KeyboardInterrupt):
+            write(source, path, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"resize": 4, "encode": "png"}, {"shard": (0, 2)}])
+def test_resume_goes_by_contents_where_times_differ(tmp_path, monkeypatch, options):
+    source = bitmaps(tmp_path / "source", count=40)
+    interrupted(source, tmp_path / "out", monkeypatch, **options)
+    touch(source)
+    assert write(source, tmp_path / "out", resume=True, **options).resumed_from == 16
+
+    interrupted(source, tmp_path / "out", monkeypatch, **options)
+    bitmaps(source, count=40, changed=(3,), time=3_000_000_000)
+    with pytest.warns(UserWarning, match="the source has changed: starting afresh"):
+        report = write(source, tmp_path / "out", resume=True, **options)
+    assert report.resumed_from == 0
+    again = write(source, tmp_path / "again", **options)
+    assert contents(report.path) == contents(again.path)
+
+
+def contents(path):
+    dataset = LMDBDataset(path, decode=None)
+    return [(key, *dataset[i]) for i, (key, _) in enumerate(dataset.samples)]
+
+
+def test_resume_looks_at_more_than_the_last_item_of_a_dataset(tmp_path, monkeypatch):
+    interrupted(Pixels(count=40), tmp_path / "out", monkeypatch)
+    with pytest.warns(UserWarning, match="gives other images now: starting afresh"):
+        write(Pixels(count=40, changed=(2,)), tmp_path / "out", resume=True)
+    interrupted(Pixels(count=40), tmp_path / "out", monkeypatch)
+    assert write(Pixels(count=40), tmp_path / "out", resume=True).resumed_from == 16
+
+
+# ---- a file that is replaced ----
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda root, changed: Pixels(changed=changed),
+        lambda root, changed: bitmaps(root, changed=changed),
+        lambda root, changed: triples(changed),
+    ],
+    ids=["dataset", "folder", "triples"],
+)
+def test_a_worker_that_finds_another_database_of_equal_sizes_refuses_it(tmp_path, source):
+    write(source(tmp_path / "source", ()), tmp_path / "db")
+    dataset = LMDBDataset(tmp_path / "db")
+    dataset[0]  # the parent holds the old one open
+    size = os.path.getsize(tmp_path / "db")
+    write(source(tmp_path / "source", (1,)), tmp_path / "db")
+    assert os.path.getsize(tmp_path / "db") == size
+    with pytest.raises(DatabaseError, match="was replaced after this dataset was made"):
+        list(DataLoader(dataset, num_workers=1))
+
+
+# ---- files of earlier versions ----
+
+
+def as_before(path, entry=schema.META):
+    """Take from a file what earlier versions did not write."""
+    env = lmdb.open(str(path), subdir=False, max_dbs=4, lock=False)
+    with env.begin(write=True) as txn:
+        meta = schema.unpack_meta(txn.get(entry), path)
+        old = {k: v for k, v in meta.items() if k not in ("identity", "contents", "times")}
+        txn.put(entry, schema.pack_meta(old))
+    env.close()
+
+
+def test_databases_and_shards_of_earlier_versions_are_read(tmp_path):
+    source = bitmaps(tmp_path / "source")
+    write(source, tmp_path / "db", encode="raw")
+    as_before(tmp_path / "db")
+    assert shows(tmp_path / "db", source)
+    assert verify_lmdb(tmp_path / "db", progress=False).count == 12
+    convert(source, tmp_path / "out", 0, 1)
+    for path in (tmp_path / "out").iterdir():
+        as_before(path)
+    assert shows(tmp_path / "out", source)
+    convert(source, tmp_path / "out", 1)
+    refuses(tmp_path / "out", "version of dlhelpers.*shard-00000.*Run rank 0 again")
+    convert(source, tmp_path / "out", 0)
+    assert shows(tmp_path / "out", source)
+
+
+def test_a_conversion_that_an_earlier_version_began_starts_afresh(tmp_path, monkeypatch):
+    source = bitmaps(tmp_path / "source", count=40)
+    interrupted(source, tmp_path / "db", monkeypatch)
+    as_before(tmp_path / ".db.part", schema.STATE)
+    with pytest.warns(UserWarning, match="begun by an earlier version of dlhelpers: starting"):
+        assert write(source, tmp_path / "db", resume=True).resumed_from == 0
+    assert shows(tmp_path / "db", source)
+
+
+class OpensLate:
+    """Opens its file with the first image, as readers of HDF5 do."""
+
+    def __init__(self):
+        self.pid = None
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        self.pid = self.pid or os.getpid()
+        if self.pid != os.getpid():
+            raise RuntimeError("opened before a fork")
+        return pixels(index), 0
+
+
+def test_what_a_dataset_opens_is_opened_in_the_workers_alone(tmp_path, monkeypatch):
+    convert(OpensLate(), tmp_path / "out", 0, 1, workers=1)
+    assert len(LMDBDataset(tmp_path / "out")) == 40
+    source = OpensLate()
+    interrupted(source, tmp_path / "db", monkeypatch, workers=1)
+    assert write(source, tmp_path / "db", workers=1, resume=True).resumed_from == 16
+    assert source.pid is None
