@@ -130,6 +130,7 @@ LEAVE_ALONE = {
     "memory.estimate": lambda model: memory.estimate(model, X, torch.optim.AdamW),
     "models.copied": models.copied,
     "models.need_model": lambda model: models.need_model(model, "run"),
+    "models.need_module": lambda model: models.need_module(model, "run"),
     "models.plain_copy": models.plain_copy,
     "models.unwrapped": models.unwrapped,
     "pairing.check": lambda model: pairing.check(model, nn.CrossEntropyLoss(), TARGETS, X),
