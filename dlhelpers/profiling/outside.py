@@ -28,6 +28,7 @@ _DENSER = 1.005  # than the step on average: a part with more events is slowed d
 _LEAST_TURNS = 8  # of a loop over operators
 _ITEMS = {"aten::item", "aten::is_nonzero", "aten::_local_scalar_dense"}
 _VIEWS = {"aten::select", "aten::slice", "aten::squeeze", "aten::view", "aten::unbind"}
+_OF_ONE_TURN = _OF_LOOPS | _VIEWS | {"aten::add", "aten::add_"}  # one call needs none of them
 _ALIKE = 0.1  # by which the events of two equal steps may differ
 _OFTEN = 0.1  # of the calls that most operators have: what a loop does in some of its turns
 
@@ -46,6 +47,7 @@ class Outside:
             before them, and the nodes that they made.
         loop_backward_ms: of these, in backward.
         turns: how often a step goes through the loop: the count that most of its operators have.
+        working: share of a turn's operators that neither take a sample out nor add up.
         loop_gpu_ms: milliseconds of the GPU in the kernels that these operators launched.
         others_ms: milliseconds of the shortest step outside, in all that is no loop.
         updates_ms: the same in the optimizer.
@@ -61,6 +63,7 @@ class Outside:
     loop_ms: float = 0.0
     loop_backward_ms: float = 0.0
     turns: float = 0.0
+    working: float = 1.0
     loop_gpu_ms: float = 0.0
     others_ms: float = 0.0
     updates_ms: float = 0.0
@@ -154,6 +157,7 @@ def outside_of_models(trace: Trace, step_ms: float, least_ms: float = 0.0) -> Ou
         items=sum(event.name == "aten::_local_scalar_dense" for event in operators) / n,
         loop_ms=loop_ms,
         turns=_turns(often, counts) / n,
+        working=sum(e.name not in _OF_ONE_TURN for e in loop) / len(loop) if loop else 1.0,
         loop_backward_ms=loop_ms * of_backward,
         loop_gpu_ms=gpu_us / n / 1e3,
         others_ms=others_ms,

@@ -170,7 +170,8 @@ def _beside_models_alone(seen: Seen, saves_ms: float, stays_ms: float) -> float:
     others = elsewhere * in_thread / least + waits * least
     share = saves_ms / seen.step_ms
     saved = min(share * least, in_thread)
-    alone += saved / max(seen.outside.turns, seen.outside.items, 1.0)  # calls as many as a turn's
+    turn = saved / max(seen.outside.turns, seen.outside.items, 1.0)
+    alone += turn * seen.outside.working  # the calls of one turn stay
     rest = (1 - share) * least
     left = min(rest, alone + others)
     saved = min(saved + share * (rest - left), in_thread)
