@@ -174,7 +174,7 @@ def copied(model: Any, memo: dict[int, Any] | None = None) -> Any:
     """
     memo = {} if memo is None else memo
     holders = model.modules() if isinstance(model, nn.Module) else ()
-    tensors = tensors_in([model, *map(vars, holders)])
+    tensors = tensors_in([model, *map(vars, holders)], once=True)
     computed = [t for t in tensors if not t.is_leaf and id(t) not in memo]
     with torch.inference_mode(False):
         while True:

@@ -13,11 +13,14 @@ import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dlhelpers.trees import MAPPINGS
 
 __all__ = [
     "CACHED",
@@ -84,10 +87,10 @@ def generators_in(roots: Iterable[Any]) -> Iterator[Any]:
 
 
 def _reached(value: Any) -> list[Any]:
-    if isinstance(value, Mapping) and not isinstance(value, nn.Module):
-        return list(value.values())[:_MOST_OBJECTS]
+    if isinstance(value, MAPPINGS) and not isinstance(value, nn.Module):
+        return list(islice(value.values(), _MOST_OBJECTS))
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return list(value)[:_MOST_OBJECTS]
+        return list(islice(value, _MOST_OBJECTS))
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, CACHED):

@@ -2,23 +2,36 @@
 
 Opened are mappings, sequences, named tuples, dataclasses and classes of attrs, each with its
 subclasses (the outputs of Hugging Face's models, ``PackedSequence``), and what is registered with
-``torch.utils._pytree``. Anything else is a leaf: a tensor, a number, None, a module, a string.
+``torch.utils._pytree``. Anything else is a leaf: a tensor, a number, None, a module, a string; a
+mapping that makes its values when they are asked for, such as a file of HDF5; and a container
+where it stands inside itself, such as the parent of a node.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import deque
+from collections import ChainMap, OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-__all__ = ["entries", "flatten", "is_record", "map_leaves", "rebuilt", "tensors_in"]
+__all__ = [
+    "MAPPINGS",
+    "entries",
+    "flatten",
+    "is_record",
+    "map_leaves",
+    "rebuilt",
+    "tensors_in",
+]
+
+MAPPINGS = (dict, UserDict, MappingProxyType, ChainMap)
+"""Classes of mappings that hold their values; others may compute or load each one."""
 
 _LEAVES = (Tensor, nn.Module, str, bytes, int, float, complex, type(None), type)
 _Rebuild = Callable[[list[Any]], Any]
@@ -35,18 +48,21 @@ def flatten(value: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     ([1, 2, None], {'a': (3, [4]), 'b': 5})
     """
     leaves: list[Any] = []
-    place = _flatten_into(leaves, value)
+    place = _flatten_into(leaves, value, set())
     return leaves, lambda others: place(iter(others))
 
 
-def _flatten_into(leaves: list[Any], value: Any) -> Callable[[Iterator[Any]], Any]:
-    opened = _opened(value)
+def _flatten_into(
+    leaves: list[Any], value: Any, around: set[int]
+) -> Callable[[Iterator[Any]], Any]:
+    opened = None if id(value) in around else _opened(value)
     if opened is None:
         leaves.append(value)
         return next
     _, values, rebuilding = opened
     rebuild = rebuilding()
-    places = [_flatten_into(leaves, inner) for inner in values]
+    inside = around | {id(value)}
+    places = [_flatten_into(leaves, inner, inside) for inner in values]
     return lambda others: rebuild([place(others) for place in places])
 
 
@@ -56,22 +72,45 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     >>> map_leaves(float, (1, {"a": 2}))
     (1.0, {'a': 2.0})
     """
-    opened = _opened(value)
+    return _mapped(function, value, set())
+
+
+def _mapped(function: Callable[[Any], Any], value: Any, around: set[int]) -> Any:
+    opened = None if id(value) in around else _opened(value)
     if opened is None:
         return function(value)
-    return opened[2]()([map_leaves(function, inner) for inner in opened[1]])
+    inside = around | {id(value)}
+    return opened[2]()([_mapped(function, inner, inside) for inner in opened[1]])
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Give every tensor among the leaves, in order."""
+def tensors_in(value: Any, *, once: bool = False) -> Iterator[Tensor]:
+    """Yield every tensor among the leaves, in order.
+
+    Args:
+        value: anything.
+        once: enter no container twice. Objects that all refer to each other, such as the nodes of
+            a graph, are then read in the time that one copy of them takes.
+    """
+    yield from _tensors_in(value, {}, once)
+
+
+def _tensors_in(value: Any, around: dict[int, Any], once: bool) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif type(value) in (tuple, list):
-        for inner in value:
-            yield from tensors_in(inner)
+        return
+    if id(value) in around:
+        return
+    if type(value) in (tuple, list):
+        inside = value
     elif (opened := _opened(value)) is not None:
-        for inner in opened[1]:
-            yield from tensors_in(inner)
+        inside = opened[1]
+    else:
+        return
+    around[id(value)] = value
+    for inner in inside:
+        yield from _tensors_in(inner, around, once)
+    if not once:
+        del around[id(value)]
 
 
 def entries(value: Any) -> list[tuple[Any, Any]] | None:
@@ -133,15 +172,25 @@ def _opened(value: Any) -> _Opened | None:
             inner,
             lambda: lambda new: registered.unflatten_fn(new, context),
         )
-    if isinstance(value, Mapping):
+    if isinstance(value, MAPPINGS):
         return list(value.keys()), list(value.values()), partial(_mapping, value)
+    if isinstance(value, Mapping) and (name := _name_of_dict(value)) is not None:
+        held = getattr(value, name)
+        return list(held), list(held.values()), partial(_wrapped, value, name)
     if (names := _names_of(value)) is not None:
         return list(names), [getattr(value, name) for name in names], partial(_record, value, names)
     return None
 
 
-def _unflattened(unflatten: Callable[..., Any], context: Any, inner: list[Any]) -> Any:
-    return unflatten(inner, context)
+def _name_of_dict(value: Mapping[Any, Any]) -> str | None:
+    """Return the attribute in which a mapping of another class holds its entries as a dict."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
+    for name in (*getattr(value, "__dict__", ()), *names):
+        held = getattr(value, name, None)
+        if type(held) in (dict, OrderedDict) and list(held) == list(value):
+            return name
+    return None
 
 
 def _sequence(value: Any) -> _Rebuild:
@@ -154,17 +203,26 @@ def _sequence(value: Any) -> _Rebuild:
         def tuple_of(inner: list[Any]) -> Any:
             try:
                 return make(inner)
-            except TypeError:  # a constructor of its own, or a torch.Size of no numbers
+            except Exception:  # a constructor of its own, or a torch.Size of no numbers
                 return tuple(inner)
 
         return tuple_of
-    bare = copy.copy(value)
-    bare.clear()
+    bare: Any = []
+    try:
+        emptied = copy.copy(value)
+        if emptied is not value:
+            emptied.clear()
+            bare = emptied
+    except Exception:  # cannot be written to
+        pass
 
     def extended(inner: list[Any]) -> Any:
-        made = copy.copy(bare)
-        made.extend(inner)
-        return made
+        try:
+            made = copy.copy(bare)
+            made.extend(inner)
+            return made
+        except Exception:  # it takes no such entries
+            return list(inner)
 
     return extended
 
@@ -174,21 +232,51 @@ def _mapping(value: Mapping[Any, Any]) -> _Rebuild:
     if type(value) is dict:
         return lambda inner: dict(zip(keys, inner, strict=True))
     bare: Any = {}
-    try:
-        emptied = copy.copy(value)
-        for key in keys:
-            emptied[key] = None  # type: ignore[index]
-        bare = emptied
-    except (TypeError, AttributeError):  # cannot be written to
-        pass
+    for emptied in (_with_nothing, _cleared):
+        try:
+            copied = copy.copy(value)
+            if copied is not value:
+                bare = emptied(copied, keys)
+                break
+        except Exception:  # cannot be written to, or not with None
+            continue
 
     def mapping_of(inner: list[Any]) -> Any:
-        made = copy.copy(bare)
-        for key, one in zip(keys, inner, strict=True):
-            made[key] = one
-        return made
+        try:
+            made = copy.copy(bare)
+            for key, one in zip(keys, inner, strict=True):
+                made[key] = one
+            return made
+        except Exception:  # it takes no such entries
+            return dict(zip(keys, inner, strict=True))
 
     return mapping_of
+
+
+def _with_nothing(emptied: Any, keys: list[Any]) -> Any:
+    for key in keys:
+        emptied[key] = None
+    return emptied
+
+
+def _cleared(emptied: Any, keys: list[Any]) -> Any:
+    emptied.clear()
+    return emptied
+
+
+def _wrapped(value: Any, name: str) -> _Rebuild:
+    """Return the copies of a mapping that holds its entries in a dict of its own."""
+    bare, dicts = copy.copy(value), _mapping(getattr(value, name))
+    if bare is value:
+        return dicts
+    object.__setattr__(bare, name, {})
+
+    def wrapped(inner: list[Any]) -> Any:
+        made = copy.copy(bare)
+        object.__setattr__(made, name, dicts(inner))
+        return made
+
+    return wrapped
 
 
 def _record(value: Any, names: list[str]) -> _Rebuild:

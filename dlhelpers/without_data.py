@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dlhelpers.fakes import fake_of, tensors_in
+from dlhelpers.fakes import fake_of
 from dlhelpers.models import copied
 from dlhelpers.reached import generators_in, objects_in
+from dlhelpers.trees import MAPPINGS, tensors_in
 from dlhelpers.untouched import untouched
 
 __all__ = ["Fakes"]
@@ -92,7 +93,7 @@ class Fakes:
         for tensor in (*model.parameters(), *model.buffers()):
             self.tensor(tensor)
         for module in model.modules():
-            for tensor in tensors_in(list(vars(module).values())):
+            for tensor in tensors_in(list(vars(module).values()), once=True):
                 self.tensor(tensor)
         return self._copy(model)
 
@@ -111,7 +112,9 @@ class Fakes:
             if not isinstance(made, Optimizer):
                 raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {made!r}")
             return made
-        for tensor in tensors_in(list(vars(optimizer).values())):  # a learning rate can be one
+        for tensor in tensors_in(
+            list(vars(optimizer).values()), once=True
+        ):  # a learning rate can be one
             self.tensor(tensor)
         return self._copy(optimizer)
 
@@ -135,7 +138,7 @@ class Fakes:
 def _tensors_of(value: Any) -> list[Tensor]:
     """Return the tensors in a container or in the attributes of an object, not of a class."""
     held: list[Any] = []
-    if isinstance(value, Mapping):
+    if isinstance(value, MAPPINGS):
         held = [*value.values()]
     elif isinstance(value, (list, tuple, set, deque)):
         held = [*value]

@@ -3,7 +3,8 @@
 import dataclasses
 import gc
 import weakref
-from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections.abc import Mapping
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from dlhelpers import trees
+from dlhelpers.memory import estimate
+from dlhelpers.models import copied
+from dlhelpers.quantization.batches import named_leaves
+from dlhelpers.reached import objects_in
 
 
 @dataclasses.dataclass
@@ -72,6 +77,7 @@ CONTAINERS = {
     "namespace": SimpleNamespace(a=ONE, b=(TWO, None)),
     "nested": [{"a": (Plain(ONE), [Pair(TWO, 3)])}, None, "text"],
     "torch's own": torch.max(torch.rand(3, 4), dim=1),
+    "chain": ChainMap({"a": ONE}, {"b": TWO}),
     "packed": pack_sequence([torch.rand(3), torch.rand(2)]),
 }
 
@@ -153,3 +159,179 @@ def test_a_record_of_which_there_is_one_stays_as_it_is():
     only = Only(ONE)
     assert torch.equal(trees.map_leaves(torch.neg, only).tensor, -ONE)
     assert only.tensor is ONE
+
+
+class Tensors(dict):
+    """Takes tensors alone."""
+
+    def __setitem__(self, key, value):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{key} must be a tensor")
+        super().__setitem__(key, value)
+
+
+class Kept(Mapping):
+    """Holds its entries in a dict of its own, and says what is read through it."""
+
+    def __init__(self, **entries):
+        self._entries, self.name = entries, "kept"
+
+    def __getitem__(self, key):
+        raise AssertionError("the values need not be computed")
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self):
+        return len(self._entries)
+
+
+class Lazy(Mapping):
+    """As a file of HDF5: reads a value when it is asked for."""
+
+    def __init__(self, count):
+        self.count, self.reads = count, 0
+
+    def __getitem__(self, key):
+        self.reads += 1
+        return torch.zeros(2)
+
+    def __iter__(self):
+        return iter(range(self.count))
+
+    def __len__(self):
+        return self.count
+
+
+class Strict(list):
+    def extend(self, values):
+        for value in values:
+            if not isinstance(value, Tensor):
+                raise ValueError("tensors alone")
+        super().extend(values)
+
+
+class Positive(namedtuple("Positive", "first second")):
+    @classmethod
+    def _make(cls, values):
+        first, second = values
+        if not isinstance(first, Tensor):
+            raise ValueError("tensors alone")
+        return cls(first, second)
+
+
+def _node(kind):
+    """Return a container that holds a tensor, itself, and the tensor once more."""
+    if kind == "list":
+        value = [ONE]
+        value.append(value)
+        value.append(ONE)
+    elif kind == "dict":
+        value = {"first": ONE}
+        value["inner"] = {"up": [value]}
+        value["last"] = ONE
+    elif kind == "namespace":
+        value = SimpleNamespace(first=ONE)
+        value.me = value
+        value.last = ONE
+    elif kind == "dataclass":
+        value = Plain(ONE)
+        value.size = value
+        value.more = ONE
+    elif kind == "user dict":
+        value = UserDict(first=ONE)
+        value["me"] = (value,)
+        value["last"] = ONE
+    else:
+        value = deque([ONE])
+        value.append({"up": value})
+        value.append(ONE)
+    return value
+
+
+CYCLES = ["list", "dict", "namespace", "dataclass", "user dict", "deque"]
+
+
+@pytest.mark.parametrize("kind", CYCLES)
+def test_a_container_inside_itself_is_a_leaf(kind):
+    value = _node(kind)
+    assert [t is ONE for t in trees.tensors_in(value)] == [True, True]
+    leaves, rebuild = trees.flatten(value)
+    assert [leaf is value for leaf in leaves] == [False, True, False]
+    made = rebuild(leaves)
+    assert type(made) is type(value)
+    assert made is not value
+    mapped = trees.map_leaves(lambda leaf: TWO if leaf is ONE else leaf, value)
+    found = list(trees.tensors_in(mapped))
+    assert (found[0] is TWO, found[-1] is TWO) == (True, True)
+    assert len(named_leaves((value,))) == 3
+
+
+def test_what_stands_twice_side_by_side_is_given_twice_and_once_where_once_is_enough():
+    pair = [ONE]
+    assert len(list(trees.tensors_in((pair, {"again": pair})))) == 2
+    assert len(list(trees.tensors_in((pair, {"again": pair}), once=True))) == 1
+    assert trees.flatten((pair, pair))[0] == [ONE, ONE]
+
+
+def test_nodes_that_all_know_each_other_are_read_once():
+    nodes = [SimpleNamespace(weight=torch.rand(1)) for _ in range(30)]
+    for node in nodes:
+        node.others = nodes  # on as many ways as 30 nodes can be put in a row
+        node.next = [other for other in nodes if other is not node]
+    found = list(trees.tensors_in(nodes[0], once=True))
+    assert {id(t) for t in found} == {id(node.weight) for node in nodes}
+
+
+@pytest.mark.parametrize("kind", CYCLES)
+def test_a_model_may_hold_what_holds_itself(kind):
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.tree, model.graph = _node(kind), (torch.ones(2, requires_grad=True) * 2)
+    made = copied(model)
+    assert torch.equal(made[0].weight, model[0].weight)
+    assert made.tree is not model.tree
+    assert torch.equal(made.graph, model.graph)
+
+
+def test_a_mapping_that_makes_its_values_is_a_leaf_and_not_read():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.words = lazy = Lazy(20)
+    assert trees.flatten({"a": lazy})[0] == [lazy]
+    assert list(trees.tensors_in([lazy])) == []
+    assert isinstance(copied(model).words, Lazy)
+    assert lazy in list(objects_in([model]))
+    estimate(model, torch.rand(2, 4), torch.optim.SGD)
+    assert lazy.reads == 0
+
+
+def test_a_mapping_with_a_dict_of_its_own_is_opened_there():
+    value = Kept(a=ONE, b=[TWO])
+    made = trees.map_leaves(torch.neg, value)
+    assert type(made) is Kept
+    assert made.name == "kept"
+    assert torch.equal(made._entries["b"][0], -TWO)
+    assert value._entries == {"a": ONE, "b": [TWO]}
+
+
+def test_a_container_that_checks_its_entries_keeps_its_class_or_becomes_a_plain_one():
+    named = Tensors()
+    named["a"] = ONE
+    made = trees.map_leaves(torch.neg, named)
+    assert type(made) is Tensors
+    assert torch.equal(made["a"], -ONE)
+    assert trees.map_leaves(str, named) == {"a": str(ONE)}
+    assert torch.equal(trees.map_leaves(torch.neg, Strict([ONE]))[0], -ONE)
+    assert trees.map_leaves(str, Strict([ONE])) == [str(ONE)]
+    assert trees.map_leaves(str, Positive(ONE, TWO)) == (str(ONE), str(TWO))
+    assert list(named) == ["a"]
+    assert named["a"] is ONE
+
+
+def test_a_mapping_whose_copy_is_itself_is_not_written_to():
+    class Single(dict):
+        def __copy__(self):
+            return self
+
+    value = Single(a=ONE)
+    assert torch.equal(trees.map_leaves(torch.neg, value)["a"], -ONE)
+    assert value["a"] is ONE

@@ -251,7 +251,7 @@ def _estimated_peak(model: nn.Module, inputs: Any, optimizer: Any, loss: Any, k:
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
     """Copy the modules, not the tensors and generators, and take away an earlier plan."""
-    held = tensors_in([vars(module) for module in model.modules()])
+    held = tensors_in([vars(module) for module in model.modules()], once=True)
     shared = [*held, *generators_in([model])]
     made = copied(model, {id(value): value for value in shared})
     for module in made.modules():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dlhelpers.memory.accounting import Accounting
 from dlhelpers.memory.allocator import record_of
 from dlhelpers.memory.report import MemoryReport, by_kind, report_of
+from dlhelpers.trees import MAPPINGS
 
 __all__ = ["measure_peak"]
 
@@ -118,7 +119,7 @@ def _inside(thing: Any) -> Iterator[Any]:
         for name in _globals_of(thing.__code__):
             if name in thing.__globals__:
                 yield thing.__globals__[name]
-    elif isinstance(thing, Mapping) and len(thing) <= 1000:
+    elif isinstance(thing, MAPPINGS) and len(thing) <= 1000:
         yield from thing.values()
     elif isinstance(thing, tuple | list) and len(thing) <= 1000:
         yield from thing

@@ -87,19 +87,22 @@ class Tensors(list[Tensor]):
         self.structure = structure
 
 
-def named_leaves(inputs: Any, name: str = "") -> list[tuple[str, Any]]:
+def named_leaves(
+    inputs: Any, name: str = "", around: frozenset[int] = frozenset()
+) -> list[tuple[str, Any]]:
     """Return (name, value) of everything in a model's positional inputs, however nested.
 
     >>> named_leaves((1, ({"a": 2}, 3)))
     [('input 0', 1), ("input 1[0]['a']", 2), ('input 1[1]', 3)]
     """
-    inner = entries(inputs)
+    inner = None if id(inputs) in around else entries(inputs)
     if inner is None:
         return [(name, inputs)]
+    inside = around | {id(inputs)}
     return [
         leaf
         for key, value in inner
-        for leaf in named_leaves(value, f"{name}[{key!r}]" if name else f"input {key}")
+        for leaf in named_leaves(value, f"{name}[{key!r}]" if name else f"input {key}", inside)
     ]
 
 
