@@ -9,7 +9,8 @@ def printable(text: str) -> str:
     r"""Return text with what cannot be printed escaped.
 
     File names are bytes: Python hands on those that are no UTF-8 as lone surrogates, which no
-    strict stream writes. Lines and tabs stay.
+    strict stream writes. Characters that move the cursor, reverse the text, break a line or
+    are invisible are escaped as well. Newlines and tabs stay.
 
     >>> print(printable(b"caf\xe9.jpg".decode("utf-8", "surrogateescape")))
     caf\xe9.jpg
@@ -23,8 +24,6 @@ def _escaped(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:
         return f"\\x{code - 0xDC00:02x}"
-    if 0xD800 <= code <= 0xDFFF:
-        return f"\\u{code:04x}"
-    if (code < 0x20 and character not in "\n\t") or code == 0x7F:
-        return f"\\x{code:02x}"
-    return character
+    if character.isprintable() or character in "\n\t":
+        return character
+    return character.encode("unicode_escape").decode()

@@ -811,6 +811,14 @@ def test_reports_and_errors_can_be_printed_whatever_names_they_hold(photos, tmp_
 def test_what_cannot_be_printed_is_escaped_and_the_rest_stays():
     assert printable("line\n\tné 東") == "line\n\tné 東"
     assert printable("a\udce9b\ud800c\x1b[2Jd\x7f") == "a\\xe9b\\ud800c\\x1b[2Jd\\x7f"
+    assert printable("a\x9b31mb\x85") == "a\\x9b31mb\\x85"
+    assert printable("gpj\u202egnp.exe\u2066") == "gpj\\u202egnp.exe\\u2066"
+    assert printable("a\rb\u2028c\u2029d") == "a\\rb\\u2028c\\u2029d"
+    assert printable("a\u200bb\ufeffc\U000e0001d") == "a\\u200bb\\ufeffc\\U000e0001d"
+    assert all(
+        printable(chr(code)).replace("\n", "").replace("\t", "").isprintable()
+        for code in range(0x11000)
+    )
 
 
 def test_the_command_line_skips_and_shards(photos, tmp_path, capsys):

@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -338,27 +339,65 @@ def test_a_backend_that_is_dropped_writes_nothing(tmp_path):
 
 def test_only_the_thread_that_quantizes_is_quiet_and_all_is_restored(capsys, caplog):
     logger = logging.getLogger("torch.export")
-    kept = logger.level, logging.getLogger("torch").level, sys.stderr, list(warnings.filters)
-    loud = threading.Thread(
-        target=lambda: (print("other thread", file=sys.stderr), logging.warning("other log"))
-    )
-    with quiet(), quiet():
-        print("own thread", file=sys.stderr)
-        logging.warning("own log")
-        logger.error("own error")
-        loud.start()
-        loud.join()
-    print("after", file=sys.stderr)
-    assert capsys.readouterr().err.split("\n")[:2] == ["other thread", "after"]
-    assert [record.message for record in caplog.records] == ["other log"]
-    assert kept == (
-        *(logger.level, logging.getLogger("torch").level),
-        *(sys.stderr, list(warnings.filters)),
-    )
+    handlers = [*logging.root.handlers, logging.lastResort]
+
+    def state():
+        return (
+            [one.filters[:] for one in (logger, logger.parent, logging.root, *handlers)],
+            [one.level for one in (logger, logger.parent, logging.root, *handlers)],
+            (sys.stderr, list(warnings.filters), warnings.showwarning),
+        )
+
+    def say(who):
+        print(f"{who} print", file=sys.stderr)
+        logging.warning(f"{who} root")
+        logging.getLogger("torch").error(f"{who} error")
+        logging.getLogger("torch.export.of_later").critical(f"{who} later")
+        logging.getLogger("somebody").warning(f"{who} somebody's")
+        warnings.warn(f"{who} warning", UserWarning, stacklevel=1)
+        warnings.warn(f"{who} deprecation", DeprecationWarning, stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        kept = state()
+        loud = threading.Thread(target=say, args=("other",))
+        with quiet(), quiet():
+            say("own")
+            loud.start()
+            loud.join()
+        assert kept == state()
+        print("after", file=sys.stderr)
+    lines = capsys.readouterr().err.split("\n")
+    assert (lines[0], lines[-2]) == ("other print", "after")
+    assert not any("own" in line for line in lines)
+    assert [record.message for record in caplog.records] == [
+        "own somebody's",
+        *("other root", "other error", "other later", "other somebody's"),
+    ]
+    assert [str(one.message) for one in shown] == ["other warning", "other deprecation"]
+
+
+def test_a_warning_that_is_kept_back_raises_nothing_and_is_shown_after():
+    def warn():
+        warnings.warn("said in one place", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with quiet():
+            warn()
+        with pytest.raises(UserWarning):
+            warn()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        with quiet():
+            warn()
+        assert not shown
+        warn()
+        assert len(shown) == 1
 
 
 def test_blocks_of_two_threads_may_overlap():
-    level, stream = logging.getLogger("torch").level, sys.stderr
+    filters, stream = logging.getLogger("torch").filters[:], sys.stderr
     inside, leave = threading.Event(), threading.Event()
 
     def other():
@@ -374,4 +413,55 @@ def test_blocks_of_two_threads_may_overlap():
     leave.set()
     thread.join()
     assert sys.stderr is stream
-    assert logging.getLogger("torch").level == level
+    assert logging.getLogger("torch").filters == filters
+
+
+@pytest.mark.parametrize(
+    "dims", [None, 1.0, "all", True, (2, None), (2.0,), ["N"], (True,), torch.tensor([2, 3])]
+)
+def test_dimensions_that_are_no_numbers_are_one_error_that_shows_the_form(dims):
+    with pytest.raises(TypeError, match=r"dynamic must be .* such as \{0: \(2, 3\)\}, got \{0: "):
+        quantize_static(nn.Linear(4, 2), [torch.rand(4, 4)], dynamic={0: dims}, engine="qnnpack")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "said"),
+    [
+        (np.zeros((4, 4), np.float32), np.zeros(4, np.int64), r"inputs .* ndarray: .*from_numpy"),
+        (torch.zeros(4, 4), np.zeros(4, np.int64), r"class numbers .* ndarray: .*from_numpy"),
+        (torch.zeros(4, 4), [0, 1, 0, 1], r"class numbers .* list: .*as_tensor"),
+        ([torch.zeros(4)], torch.zeros(4).long(), r"inputs .* list: .*as_tensor"),
+        (torch.zeros(4, 4), None, r"class numbers .* NoneType"),
+    ],
+)
+def test_a_test_set_of_anything_but_tensors_is_named(inputs, targets, said):
+    with pytest.raises(TypeError, match=said):
+        quantize_static(
+            nn.Linear(4, 2), [torch.rand(4, 4)], test=(inputs, targets), engine="qnnpack"
+        )
+
+
+def test_a_test_function_may_leave_its_model_in_training_mode():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Flatten(), nn.Linear(8 * 36, 10)),
+    ).eval()
+    net[1].running_mean.normal_()
+
+    def left_in_training(model):
+        model.eval()
+        model.train()
+        with torch.no_grad():
+            model(torch.rand(8, 3, 8, 8))  # changes what BatchNorm keeps
+        for parameter in model.parameters():
+            parameter.data.mul_(2)
+        return 1.0
+
+    batches = [torch.rand(16, 3, 8, 8) for _ in range(4)]
+    options = {"engine": "eager", "budget_s": 0.05, "progress": False}
+    ends = (lambda model: 1.0), left_in_training
+    found = [quantize_static(net, batches, test=end, **options).report() for end in ends]
+    plain, trained = ([row.sqnr_db for row in one.rows] for one in found)
+    assert trained == pytest.approx(plain, abs=1e-6, nan_ok=True)
+    assert found[0].notes[:-1] == found[1].notes[:-1]

@@ -53,7 +53,7 @@ def accuracy_of(model: nn.Module, test: Test, batch: Batch, max_drop: float) -> 
         max_drop: what a road may lose of it.
 
     Raises:
-        TypeError: test is neither.
+        TypeError: test is neither, or inputs and class numbers are no tensors.
         ValueError: inputs and targets are not equally many, targets are not [N], the output is no
             tensor [N, C], or the function returns no finite number.
     """
@@ -67,6 +67,13 @@ def accuracy_of(model: nn.Module, test: Test, batch: Batch, max_drop: float) -> 
             "test must be (inputs, class numbers), two tensors, or a function that takes a model "
             f"and returns its accuracy, got {type(test).__name__}"
         )
+    for name, part in zip(("inputs", "class numbers"), test, strict=True):
+        if not isinstance(part, Tensor):
+            cure = "from_numpy" if type(part).__module__ == "numpy" else "as_tensor"
+            raise TypeError(
+                f"test's {name} must be a tensor, got {type(part).__name__}: "
+                f"torch.{cure}(...) makes one of it"
+            )
     measured = partial(accuracy_in_batches, test=test, batch=batch)
     return Accuracy(measured, measured(model), max_drop)
 

@@ -1,8 +1,9 @@
 """How is a backend that fails kept from writing to the terminal? Its error says what is needed.
 
-By the loggers' own levels; and since torch.export prints a failed graph to ``sys.stderr``, without
-a switch, what this thread writes there is dropped as well. No file descriptor is redirected: a
-crash can still say where it happened.
+By filters on the loggers and their handlers; and since torch.export prints a failed graph to
+``sys.stderr``, without a switch, what this thread writes there is dropped as well. Warnings and
+messages of other threads pass. No file descriptor is redirected: a crash can still say where it
+happened.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 __all__ = ["quiet"]
@@ -28,8 +30,8 @@ _UNDO = ExitStack()
 def quiet() -> Iterator[None]:
     """Keep back what exporters, compilers and deprecated modules say while they work.
 
-    Blocks of several threads may overlap: the first one to begin changes the levels, the last one
-    to end restores them.
+    Of other threads nothing is kept back. Blocks of several threads may overlap: the first one to
+    begin adds the filters, the last one to end removes them.
     """
     me = threading.get_ident()
     with _LOCK:
@@ -48,33 +50,48 @@ def quiet() -> Iterator[None]:
 
 
 def _begin(undo: ExitStack) -> None:
-    undo.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
-    for logger in _loggers():
-        undo.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL + 1)
-    logging.root.addFilter(_is_loud)  # ONNX Runtime's quantizer logs there
-    undo.callback(logging.root.removeFilter, _is_loud)
-    undo.callback(_give_back, sys.stderr, silent := _Silent(sys.stderr))
-    sys.stderr = silent
+    for one in {*_loggers(), *_handlers()}:  # a handler also gets what loggers below its own say
+        one.addFilter(_is_loud)
+        undo.callback(one.removeFilter, _is_loud)
+    undo.enter_context(warnings.catch_warnings())  # what was kept back may be shown again after
+    warnings.filters[:] = [
+        ("always" if action == "error" else action, *rest) for action, *rest in warnings.filters
+    ]
+    shown = warnings.showwarning
+    warnings.showwarning = loud = partial(_show_if_loud, shown)
+    undo.callback(_give_back, warnings, "showwarning", shown, loud)
+    stream = sys.stderr
+    sys.stderr = silent = _Silent(stream)
+    undo.callback(_give_back, sys, "stderr", stream, silent)
 
 
 def _is_loud(record: logging.LogRecord) -> bool:
-    return threading.get_ident() not in _THREADS
+    is_own = record.name.partition(".")[0] in (*_TALKATIVE, logging.root.name)
+    return not is_own or threading.get_ident() not in _THREADS
 
 
-def _give_back(stream: Any, silent: _Silent) -> None:
-    if sys.stderr is silent:  # else somebody has replaced it since
-        sys.stderr = stream
+def _show_if_loud(shown: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    if threading.get_ident() not in _THREADS:
+        shown(*args, **kwargs)
+
+
+def _give_back(owner: Any, name: str, before: Any, ours: Any) -> None:
+    if getattr(owner, name) is ours:  # else somebody has replaced it since
+        setattr(owner, name, before)
 
 
 def _loggers() -> list[logging.Logger]:
-    """Return the packages' loggers, and those below them with a level of their own."""
-    found = [logging.getLogger(name) for name in _TALKATIVE]
+    """Return the root, the packages' loggers and those below them."""
+    found = [logging.root, *map(logging.getLogger, _TALKATIVE)]
     for name, logger in list(logging.root.manager.loggerDict.items()):
         if name.partition(".")[0] in _TALKATIVE and isinstance(logger, logging.Logger):
             found.append(logger)
-    return list(dict.fromkeys(found))
+    return found
+
+
+def _handlers() -> list[logging.Handler]:
+    found = [handler for logger in _loggers() for handler in logger.handlers]
+    return [*found, *filter(None, [logging.lastResort])]
 
 
 class _Silent:

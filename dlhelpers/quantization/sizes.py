@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -161,18 +162,21 @@ def _asked(dynamic: Any, batch: Batch) -> set[Place]:
     tensors = list(tensors_in(batch))
     places: set[Place] = set()
     for key, dims in dynamic.items():
-        if not isinstance(key, int) or isinstance(key, bool) or not 0 <= key < len(batch):
+        if not _is_whole(key) or not 0 <= key < len(batch):
             raise ValueError(
                 f"dynamic names input {key!r}, the inputs are 0 to {len(batch) - 1}: give {form}"
             )
-        dims = (dims,) if isinstance(dims, int) else tuple(dims)
+        given = dims
+        dims = tuple(dims) if isinstance(dims, tuple | list | set | frozenset | range) else (dims,)
+        if not all(map(_is_whole, dims)):
+            raise TypeError(f"dynamic must be {form}, got {{{key}: {given!r}}}")
         first = sum(counts[:key])
         numbers = range(first, first + counts[key])
         for dim in dims:
             known = [
                 (number, dim % tensors[number].dim())
                 for number in numbers
-                if isinstance(dim, int) and -tensors[number].dim() <= dim < tensors[number].dim()
+                if -tensors[number].dim() <= dim < tensors[number].dim()
             ]
             if not known:
                 shapes = ", ".join(str(list(tensors[number].shape)) for number in numbers)
@@ -182,6 +186,10 @@ def _asked(dynamic: Any, batch: Batch) -> set[Place]:
                 )
             places.update(known)
     return places
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _varied(

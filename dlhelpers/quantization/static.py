@@ -151,7 +151,7 @@ def _quantized(
     outputs = run_float(original, batches)
     calibrated, judge, told = held_out(original, batches, outputs)
     if test is not None:  # what is wrong with it is said at once
-        judge.accuracy = accuracy_of(original, test, batches[0], max_drop)
+        judge.accuracy = accuracy_of(copied(original), test, batches[0], max_drop)
     folded, notes = _folded(original, batches[0])
     notes = [*notes, *told]
     threads = torch.get_num_threads()
