@@ -1,4 +1,4 @@
-"""Tensors inside of anything, and stand-ins for them that have shapes and no memory."""
+"""Stand-ins for tensors, with a shape and no memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlhelpers.trees import tensors_in
-
-__all__ = ["dense_parts", "fake_of", "tensors_in"]
+__all__ = ["dense_parts", "fake_of"]
 
 
 def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:

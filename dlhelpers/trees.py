@@ -66,21 +66,28 @@ def _flatten_into(
     return lambda others: rebuild([place(others) for place in places])
 
 
-def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+def map_leaves(
+    function: Callable[[Any], Any], value: Any, *, leaves: type | tuple[type, ...] = ()
+) -> Any:
     """Return a copy of the structure with ``function`` of each leaf in its place.
+
+    Args:
+        function: a leaf -> what stands in its place.
+        value: anything.
+        leaves: classes of containers that are leaves here.
 
     >>> map_leaves(float, (1, {"a": 2}))
     (1.0, {'a': 2.0})
     """
-    return _mapped(function, value, set())
 
+    def mapped(value: Any, around: frozenset[int]) -> Any:
+        is_leaf = id(value) in around or isinstance(value, leaves)
+        if is_leaf or (opened := _opened(value)) is None:
+            return function(value)
+        inside = around | {id(value)}
+        return opened[2]()([mapped(inner, inside) for inner in opened[1]])
 
-def _mapped(function: Callable[[Any], Any], value: Any, around: set[int]) -> Any:
-    opened = None if id(value) in around else _opened(value)
-    if opened is None:
-        return function(value)
-    inside = around | {id(value)}
-    return opened[2]()([_mapped(function, inner, inside) for inner in opened[1]])
+    return mapped(value, frozenset())
 
 
 def tensors_in(value: Any, *, once: bool = False) -> Iterator[Tensor]:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from dlhelpers.fakes import fake_of, tensors_in
+from dlhelpers.fakes import fake_of
 from dlhelpers.tables import duration, figures, html_table, text_table
+from dlhelpers.trees import tensors_in
 
 
 @dataclasses.dataclass

@@ -8,8 +8,8 @@ from test_fusion import conv, image, lived, norm
 from torch import nn
 from torch.nn import functional as F
 
-from dlhelpers.fakes import tensors_in
 from dlhelpers.fusion import fuse_conv_bn
+from dlhelpers.trees import tensors_in
 
 
 @pytest.fixture(autouse=True)

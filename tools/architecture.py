@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- made by tools/architecture.py -->\n", "<!-- end -->\n"
 # what nearly every module may use is left out of the picture
-EVERYWHERE = {"extras", "fakes", "machine", "measure", "tables"}
+EVERYWHERE = {"extras", "fakes", "machine", "measure", "tables", "trees"}
 EVERYWHERE |= {f"course.{name}" for name in ("data", "notebook", "plots", "training")}
 
 

@@ -7,7 +7,8 @@ from pkgutil import iter_modules
 
 ROOT = Path(__file__).parent.parent
 INTERNAL = {"arguments", "drawing", "extras", "fakes", "files", "patching", "progress", "recording"}
-INTERNAL |= {"stderr_filter", "tables"}
+INTERNAL |= {"stderr_filter", "tables", "classes", "models", "printable", "reached", "trees"}
+INTERNAL |= {"untouched", "without_data"}
 
 
 def public(folder: str = "dlhelpers") -> list[str]:

@@ -28,8 +28,9 @@ from torch.optim.optimizer import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from dlhelpers.fakes import dense_parts, tensors_in
+from dlhelpers.fakes import dense_parts
 from dlhelpers.memory.sparse import is_coo, like_coo
+from dlhelpers.trees import tensors_in
 
 __all__ = ["BEFORE", "Accounting", "Op", "Storage", "user_code"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import tensors_in
 
 __all__ = ["Term", "terms_of"]
 

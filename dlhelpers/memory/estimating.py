@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dlhelpers.arguments import model_inputs, whole_number
-from dlhelpers.fakes import tensors_in
 from dlhelpers.memory.accounting import BEFORE, Accounting, Op, Storage
 from dlhelpers.memory.allocator import CpuRecord, CudaRecord
 from dlhelpers.memory.calls import call_of
@@ -30,7 +29,7 @@ from dlhelpers.memory.scratch import Scratch, whole_of
 from dlhelpers.memory.sparse import SparseOps, is_coo
 from dlhelpers.memory.values import Numbers, explained
 from dlhelpers.models import need_model
-from dlhelpers.trees import map_leaves
+from dlhelpers.trees import map_leaves, tensors_in
 from dlhelpers.without_data import Fakes
 
 __all__ = ["estimate"]

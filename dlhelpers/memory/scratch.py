@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dlhelpers.fakes import dense_parts, tensors_in
+from dlhelpers.fakes import dense_parts
 from dlhelpers.files import cache_dir, write_whole
 from dlhelpers.memory.allocator import record_of
 from dlhelpers.memory.calls import Call, Shape
+from dlhelpers.trees import tensors_in
 
 __all__ = ["Scratch", "whole_of"]
 

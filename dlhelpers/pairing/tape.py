@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import tensors_in
 
 from .calls import NAME_OF, Inside
 from .values import Values

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import tensors_in
 
 from .calls import NAME_OF, Inside
 from .catalog import Hit

@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from dlhelpers.fakes import dense_parts, tensors_in
+from dlhelpers.fakes import dense_parts
 from dlhelpers.patching import patched
 from dlhelpers.profiling.dataflow import (
     CellCall,
@@ -42,6 +42,7 @@ from dlhelpers.profiling.program_lines import is_own
 from dlhelpers.profiling.sampling import Line
 from dlhelpers.profiling.turns import OperatorCall, form_of
 from dlhelpers.profiling.watching import living
+from dlhelpers.trees import tensors_in
 
 __all__ = ["follow"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import tensors_in
 
 __all__ = ["extent", "written_by"]
 

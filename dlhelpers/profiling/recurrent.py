@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.fakes import tensors_in
 from dlhelpers.profiling.code_report import place_of
 from dlhelpers.profiling.dataflow import CellCall
 from dlhelpers.profiling.seen import Bottleneck, Seen, Speedup
+from dlhelpers.trees import tensors_in
 
 __all__ = ["recurrent_cells"]
 

@@ -17,13 +17,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from dlhelpers.fakes import tensors_in
 from dlhelpers.models import copied
 from dlhelpers.pairing.probe import restored
 from dlhelpers.patching import patched
 from dlhelpers.profiling.repeats import Repeat, is_in_backward
 from dlhelpers.profiling.seen import Trial
 from dlhelpers.profiling.trials import without_hooks
+from dlhelpers.trees import tensors_in
 
 __all__ = ["confirmed", "without_anomaly"]
 

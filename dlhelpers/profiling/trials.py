@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.fakes import tensors_in
 from dlhelpers.models import copied
 from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.seen import Speedup, Trial
 from dlhelpers.profiling.watching import ModelCalls
+from dlhelpers.trees import tensors_in
 
 __all__ = [
     "alone_ms",

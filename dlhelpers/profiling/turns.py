@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import map_leaves, tensors_in
 
 __all__ = ["Form", "OperatorCall", "form_of", "kernels_ms"]
 
@@ -76,10 +76,13 @@ class Run:
 
 
 def form_of(value: Any) -> Any:
-    """Return a value with a form in place of each tensor, in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return Form(tuple(value.shape), value.stride(), value.dtype)
-    return _mapped(value, form_of)
+    """Return a value with a form in place of each tensor, however nested."""
+    return map_leaves(_form_of_leaf, value)
+
+
+def _form_of_leaf(leaf: Any) -> Any:
+    is_tensor = isinstance(leaf, Tensor)
+    return Form(tuple(leaf.shape), leaf.stride(), leaf.dtype) if is_tensor else leaf
 
 
 def kernels_ms(calls: Sequence[OperatorCall]) -> float:
@@ -117,14 +120,7 @@ def _longer_s(call: OperatorCall) -> float:
 
 
 def _filled(value: Any, *, tiny: bool) -> Any:
-    if isinstance(value, Form):
-        return value.tensor(tiny=tiny)
-    return _mapped(value, lambda inner: _filled(inner, tiny=tiny))
+    def filled(leaf: Any) -> Any:
+        return leaf.tensor(tiny=tiny) if isinstance(leaf, Form) else leaf
 
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: change(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(change(inner) for inner in value)
-    return value
+    return map_leaves(filled, value, leaves=Form)

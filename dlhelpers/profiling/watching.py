@@ -299,7 +299,7 @@ def _note(
 
 
 def _tensors_of(output: Any) -> list[Tensor]:
-    from dlhelpers.fakes import tensors_in
+    from dlhelpers.trees import tensors_in
 
     return list(tensors_in(output))
 

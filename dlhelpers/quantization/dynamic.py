@@ -18,8 +18,9 @@ from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import read_batches, run_float
 from dlhelpers.quantization.dynamic_layers import converted, has_layers, kinds
+from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
-from dlhelpers.quantization.roads import Road, Task, quiet, saturates
+from dlhelpers.quantization.roads import Road, Task, saturates
 from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dlhelpers.models import copied
-from dlhelpers.quantization.roads import quiet
+from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.torch_roads import engine_set, torch_ao_module
 
 __all__ = ["converted", "has_layers", "kinds"]

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dlhelpers.quantization.batches import Batch, first_line
 from dlhelpers.quantization.calibrate import Calibrator
-from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed, quiet
+from dlhelpers.quantization.quiet import quiet
+from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed
 from dlhelpers.quantization.sizes import Flat, Place, Sizes, exported_with
 from dlhelpers.trees import tensors_in
 

@@ -20,7 +20,7 @@ from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import Group, Sizes
 from dlhelpers.trees import map_leaves, tensors_in
 
-__all__ = ["Road", "RoadError", "Task", "in_single", "needed", "quiet", "saturates"]
+__all__ = ["Road", "RoadError", "Task", "in_single", "in_type", "needed", "saturates"]
 
 
 class RoadError(RuntimeError):
@@ -120,12 +120,17 @@ def _sizes(batch: Batch) -> list[Any]:
 
 def in_single(batch: Batch) -> Batch:
     """Return inputs whose floating-point tensors are float32."""
-    return map_leaves(_in_single, batch)
+    return in_type(batch, torch.float32)
 
 
-def _in_single(leaf: Any) -> Any:
-    is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return leaf.float() if is_float else leaf
+def in_type(batch: Batch, dtype: torch.dtype) -> Batch:
+    """Return inputs whose floating-point tensors are of this type; others are left as they are."""
+
+    def turned(leaf: Any) -> Any:
+        is_float = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if is_float else leaf
+
+    return map_leaves(turned, batch)
 
 
 def needed(*modules: str) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dlhelpers import machine
 from dlhelpers.quantization.batches import Batch, Outputs, Tensors
-from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed, quiet
+from dlhelpers.quantization.quiet import quiet
+from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, in_type, needed
 from dlhelpers.quantization.sizes import Flat, Place, exported_with
 from dlhelpers.trees import map_leaves, tensors_in
 
@@ -87,12 +88,8 @@ def cast(task: Task, dtype: torch.dtype) -> Road:
     model = copy.deepcopy(task.model).to(dtype)
     plainly = runner(model)
 
-    def turned(leaf: Any) -> Any:
-        is_float = isinstance(leaf, Tensor) and leaf.dtype.is_floating_point
-        return leaf.to(dtype) if is_float else leaf
-
     def run(batch: Batch) -> list[Tensor]:
-        found = plainly(map_leaves(turned, batch))
+        found = plainly(in_type(batch, dtype))
         back = [t.to(types[min(i, len(types) - 1)]) for i, t in enumerate(found)]
         return Tensors(back, found.structure)
 

@@ -21,13 +21,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
-from dlhelpers.fakes import tensors_in
 from dlhelpers.models import need_model, unwrapped
 from dlhelpers.patching import PATCHING
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
 from dlhelpers.shufflenet.moving import Moved, moved_by
 from dlhelpers.tables import html_table, text_table
+from dlhelpers.trees import tensors_in
 from dlhelpers.without_data import Fakes
 
 __all__ = ["LayerCost", "LayerCosts", "layer_costs"]

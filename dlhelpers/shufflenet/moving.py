@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlhelpers.fakes import tensors_in
+from dlhelpers.trees import tensors_in
 
 __all__ = ["Moved", "moved_by", "storage_of"]
 
