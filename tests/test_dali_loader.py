@@ -11,6 +11,7 @@ import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from torchvision.datasets import ImageFolder
 
 from dlhelpers.course import data
 from dlhelpers.dali_io import DALILoader, ImageError, has_dali, image_pipeline
+from dlhelpers.dali_io.plan import Plan
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
 
 pytestmark = pytest.mark.skipif(not has_dali(), reason="DALI (extra dali) is for Linux only")
@@ -249,6 +251,18 @@ def test_peek_where_no_batch_is_says_so(samples):
     with pytest.raises(StopIteration):
         loader_of(samples, 3, drop_last=True).peek()
     assert numbers(loader_of(samples, 3, drop_last=True)) == []
+
+
+def test_no_two_batches_of_ranks_epochs_and_seeds_draw_the_same_crops():
+    order = np.arange(3 * BATCH)
+    pipeline = SimpleNamespace(batch_size=BATCH, train=True)
+    drawn = {}
+    for seed, rank, epoch in itertools.product(range(2), range(2), range(2)):
+        plan = Plan(pipeline, seed, (rank, 2), skips=False)
+        for job in plan.jobs(epoch, order, range(3), 0):
+            numbers = tuple(np.random.default_rng(job.seed).random(4))
+            drawn[numbers] = seed, rank, epoch, job.number
+    assert len(drawn) == 2 * 2 * 2 * 3
 
 
 # ---- order: epochs, seeds, shards ----

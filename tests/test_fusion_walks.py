@@ -518,3 +518,28 @@ def test_without_float64_the_bound_is_what_one_last_place_does(raises):
     _, report = fuse_conv_bn(lived(InSingle(1e-3, raises)), image(4))
     assert report.rows[0].into == "conv"
     assert "fuse(): not used, since with it the fused model's outputs differ" in report.notes[-1]
+
+
+class Counts(nn.Module):
+    """A forward that writes to buffers, as an observer or a moving average does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(), norm()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.table.mul_(2)
+        return self.norm(self.conv(x))
+
+
+def test_buffers_that_a_forward_writes_to_are_as_they_were():
+    model = lived(Counts()).eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    folded, report = fuse_conv_bn(model, image(4))
+    assert report.folded == 1
+    for made in (model, folded):
+        for name in ("calls", "table"):
+            assert torch.equal(getattr(made, name), before[name])

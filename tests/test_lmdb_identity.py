@@ -211,6 +211,15 @@ def test_a_folder_of_something_else_is_named(tmp_path):
     refuses(tmp_path / "empty", "is a folder without shards")
 
 
+def test_shards_of_two_kinds_of_source_are_told_apart(tmp_path):
+    root = bitmaps(tmp_path / "files")
+    convert(root, tmp_path / "out", 0)
+    other = Pixels()
+    other.classes = ["c0", "c1"]
+    convert(other, tmp_path / "out", 1)
+    refuses(tmp_path / "out", r"the kind of source \((folder and \w+|\w+ and folder)\)")
+
+
 # ---- shards of what has no listing ----
 
 

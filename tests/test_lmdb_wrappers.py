@@ -14,6 +14,7 @@ from torchvision.transforms import Resize
 
 from dlhelpers.course import data
 from dlhelpers.lmdb_io import LMDBDataset, verify_lmdb, write_lmdb
+from dlhelpers.lmdb_io.wrappers import inner_datasets
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,31 @@ def test_what_reads_in_a_way_of_its_own_gives_what_it_gives(photos, database, tm
         assert found[index][1] == target
     assert found.classes == ["china", "flower"]
     assert "keys are item numbers" in str(report)
+
+
+class InBatches(Subset):
+    """Reads in a way of its own only where a DataLoader asks for a batch."""
+
+    def __getitems__(self, indices):
+        return [(image, 7) for image, _ in super().__getitems__(indices)]
+
+
+class Shorter(Subset):
+    def __len__(self):
+        return 2
+
+
+class Named(Subset):
+    name = "a Subset that reads as Subset does"
+
+
+def test_a_wrapper_with_a_way_of_its_own_to_read_is_no_plain_one(photos):
+    files = ImageFolder(photos)
+    for kind in (Relabelled, InBatches, Shorter):
+        source = kind(files, ORDER)
+        assert inner_datasets(source) == [source]
+        assert inner_datasets(ConcatDataset([source, files])) == [source, files]
+    assert inner_datasets(Named(files, ORDER)) == [files]
 
 
 def test_a_wrapper_that_changes_targets_is_no_plain_one(photos, tmp_path):

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from dlhelpers import machine
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.memory import estimate
-from dlhelpers.models import copied
+from dlhelpers.models import copied, plain_copy
 from dlhelpers.quantization import (
     affine,
     dynamic,
@@ -223,6 +223,20 @@ def test_opened_attention_computes_the_same_and_closes(options):
         assert torch.equal(finished.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 12, "vdim": 10}])
+def test_attentions_that_share_projections_share_them_once_closed(sizes):
+    first, second = (nn.MultiheadAttention(16, 4, **sizes) for _ in range(2))
+    names = [name for name, _ in first.named_parameters(recurse=False)]
+    for name in names:
+        setattr(second, name, getattr(first, name))
+    alone = nn.MultiheadAttention(16, 4, **sizes)
+    closed = close_attention_(open_attention_(copied(nn.ModuleList([first, second, alone]))))
+    for name in names:
+        assert getattr(closed[0], name) is getattr(closed[1], name)
+        assert getattr(closed[0], name) is not getattr(closed[2], name)
+        assert torch.equal(getattr(closed[0], name), getattr(first, name))
+
+
 def rounded_by_hand(weight):
     grid = affine.choose_affine(weight, bits=4, symmetric=True, axis=0)
     return affine.dequantize(affine.quantize(weight, grid), grid)
@@ -354,3 +368,18 @@ def test_seven_bits_are_what_the_engine_is_asked_for():
     assert left == []
     assert "quantized.dynamic" in type(made[0]).__module__
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_plain_copy_computes_the_weights_of_old_norms_for_good(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(8, 6)), nn.ReLU(), norm(nn.Conv1d(6, 3, 1), "weight"))
+    model[0](torch.randn(5, 8))
+    model.eval()
+    made = plain_copy(model)
+    assert not any(module._forward_pre_hooks for module in made.modules())
+    assert set(dict(made.named_parameters())) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    x = torch.randn(5, 8)
+    assert torch.allclose(made[0](x), model[0](x), atol=1e-6)
+    assert all(model[place]._forward_pre_hooks for place in (0, 2))
