@@ -1,5 +1,7 @@
 """What of a loop stays where its turns are one call: the work of its kernels."""
 
+from collections import namedtuple
+
 import pytest
 import torch
 from test_profiling_bounds import Steps
@@ -31,6 +33,16 @@ def test_an_operator_whose_arguments_fit_no_form_counts_as_no_work():
         raise RuntimeError
 
     assert kernels_ms([call_of(refuses, torch.ones(9))]) == 0
+
+
+def test_named_tuples_among_the_arguments_stay_what_they_are():
+    pair = namedtuple("pair", "first rest")
+    given = form_of((pair(torch.ones(3), [torch.ones(2, 2), 1]), {"dim": 0}))
+    assert (given[0].first.shape, given[0].rest[0].shape, given[0].rest[1]) == ((3,), (2, 2), 1)
+    run = OperatorCall(print, given, {}, 1).ready(tiny=False)
+    assert type(run.args[0]) is pair
+    assert run.args[0].rest[0].shape == (2, 2)
+    assert run.args[1] == {"dim": 0}
 
 
 def test_the_forms_of_a_loops_operators_are_known_and_no_others():
