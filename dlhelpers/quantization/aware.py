@@ -36,7 +36,7 @@ from dlhelpers.quantization.fake import (
     with_input,
 )
 
-__all__ = ["AwareModel", "quantize_aware", "simulate"]
+__all__ = ["AwareModel", "finished_copy", "quantize_aware", "simulate"]
 
 
 class _RoundedWeight(nn.Module):
@@ -143,6 +143,22 @@ class AwareModel(nn.Module):
             if getattr(vars(module).get("train"), "__func__", None) is _stays:
                 del module.train
         return close_attention_(model).eval()
+
+
+def finished_copy(model: nn.Module) -> nn.Module:
+    """Return a float copy in eval mode, every :class:`AwareModel` in it finished.
+
+    Also one inside of torch.compile, DataParallel or ``swa_utils.AveragedModel``.
+    """
+    if not any(isinstance(module, AwareModel) for module in model.modules()):
+        return plain_copy(model)
+    made: dict[nn.Module, nn.Module] = {}
+    holder = nn.ModuleList([uncompiled_(copied(unwrapped(model)))])
+    for module in list(holder.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, AwareModel):
+                module._modules[name] = made.setdefault(child, child.finish())
+    return plain_copy(holder[0])
 
 
 def _stays(module: nn.Module, mode: bool = True) -> nn.Module:

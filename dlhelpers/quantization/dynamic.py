@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from dlhelpers.arguments import need_seconds
-from dlhelpers.models import copied, need_model, plain_copy
+from dlhelpers.models import copied, need_model
 from dlhelpers.quantization import onnx_roads, torch_roads
-from dlhelpers.quantization.aware import AwareModel
-from dlhelpers.quantization.batches import read_batches, run_float
+from dlhelpers.quantization.attention import run_reference
+from dlhelpers.quantization.aware import finished_copy
+from dlhelpers.quantization.batches import read_batches
 from dlhelpers.quantization.dynamic_layers import converted, has_layers, kinds
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, Task, quiet, saturates
@@ -70,8 +71,7 @@ def quantize_dynamic(
             "quantize_static and a calibration set"
         )
     with torch.inference_mode(False):
-        finished = model.finish() if isinstance(model, AwareModel) else model
-        original = plain_copy(finished)
+        original = finished_copy(model)
         if example_inputs is None:
             return _unmeasured(original)
         return _measured(original, example_inputs, min_sqnr_db, budget_s, dynamic, progress)
@@ -86,7 +86,7 @@ def _measured(
     progress: bool | None,
 ) -> QuantizedModel:
     batches = read_batches([example_inputs])
-    outputs = run_float(original, batches)
+    outputs, notes = run_reference(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
     task.free = free_groups(copied(original), batches, outputs, dynamic)
     own = task.precision
@@ -108,7 +108,7 @@ def _measured(
         roads,
         min_sqnr_db=min_sqnr_db,
         budget_s=budget_s,
-        notes=[],
+        notes=notes,
         start=start,
         progress=progress,
     )

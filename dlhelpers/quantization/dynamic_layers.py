@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from dlhelpers.models import copied
+from dlhelpers.quantization.attention import take_slow_paths_
 from dlhelpers.quantization.roads import quiet
 from dlhelpers.quantization.torch_roads import engine_set, torch_ao_module
 
@@ -53,7 +54,7 @@ def converted(model: nn.Module, engine: str, *, reduce_range: bool) -> tuple[nn.
     reasons = _reasons(model)
     names = [n for n, m in model.named_modules() if type(m) in _KINDS and n not in reasons]
     made = copied(model)
-    _take_slow_paths(made)
+    take_slow_paths_(made)
     holder = nn.ModuleList([made])  # torch.ao replaces children alone
     with engine_set(engine), quiet():
         wanted = {f"0.{name}".removesuffix("."): config for name in names}
@@ -154,12 +155,3 @@ def _source_of(module: nn.Module) -> str:
             found[name] = ""
         waiting += re.findall(r"\bself\.(\w+)", found[name])
     return "\n".join(found.values())
-
-
-def _take_slow_paths(model: nn.Module) -> None:
-    """Let torch's transformers call their layers: their fast path reads weights."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
