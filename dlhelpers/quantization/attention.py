@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dlhelpers.quantization.batches import Batch, Outputs, run_float
 
 __all__ = [
+    "PADDING",
     "close_attention_",
     "open_attention_",
     "part_of_attention",
@@ -28,6 +29,11 @@ __all__ = [
     "take_slow_paths_",
 ]
 
+PADDING = (
+    "where src_key_padding_mask is True, nn.TransformerEncoder gives what it gives in training "
+    "mode, not the zeros of its fast path: ignore those positions, or set them to zero"
+)
+"""What the report says of encoders that were given a padding mask."""
 _PLACES = ("q", "k", "v")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -179,11 +185,7 @@ def run_reference(model: nn.Module, batches: list[Batch]) -> tuple[list[Outputs]
     finally:
         for hook in hooks:
             hook.remove()
-    note = (
-        "where src_key_padding_mask is True, nn.TransformerEncoder gives what it gives in training "
-        "mode, not the zeros of its fast path: ignore those positions, or set them to zero"
-    )
-    return outputs, [note] if any(padded) else []
+    return outputs, [PADDING] if any(padded) else []
 
 
 def part_of_attention(model: nn.Module, name: str) -> str:

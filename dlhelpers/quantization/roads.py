@@ -103,15 +103,16 @@ class Task:
         return [batch for batch in self.batches if _sizes(batch) == _sizes(self.batches[0])]
 
 
-def own_type(model: nn.Module, outputs: Outputs) -> str:
+def own_type(model: nn.Module, outputs: Outputs | None = None) -> str:
     """Return the type of most of a model's weights; of its output where there are none."""
     count: Counter[torch.dtype] = Counter()
     for weight in (*model.parameters(), *model.buffers()):
         if weight.is_floating_point():
             count[weight.dtype] += weight.numel()
-    if not count:
+    if not count and outputs is not None:
         count.update(t.dtype for t in outputs.tensors if t.is_floating_point())
-    return str(count.most_common(1)[0][0]).removeprefix("torch.")
+    dtype = count.most_common(1)[0][0] if count else torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def _sizes(batch: Batch) -> list[Any]:
