@@ -127,7 +127,7 @@ def sensitivity(
 
     Raises:
         TypeError, ValueError: as ``quantize_static``; a model without convolutions and linear
-            layers, or with parametrized ones; targets of another length.
+            layers; bits that are no whole number from 2 to 16; targets of another length.
 
     Cost: three forward passes over all batches for each layer.
 

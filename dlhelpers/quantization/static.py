@@ -155,6 +155,10 @@ def _quantized(
         judge.accuracy = accuracy_of(original, test, batches[0], max_drop)
     folded, notes = _folded(original, batches[0])
     notes = [*notes, *padding, *told]
+    try:
+        need_model(original, "quantize", but=("scripted",))
+    except TypeError as error:
+        notes.append(f"{error}, for engines that cannot take TorchScript")
     threads = torch.get_num_threads()
     free = free_groups(copied(original), batches, outputs, dynamic)
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
