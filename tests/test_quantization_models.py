@@ -101,11 +101,13 @@ def test_backends_are_compared_with_what_an_exported_graph_computes():
     assert run_reference(plain_copy(model), [batch[:1]])[1] == []
 
 
-@needs_onnx
 @pytest.mark.filterwarnings("ignore")
 def test_a_mask_does_not_condemn_an_exported_graph():
-    report = quantize_static(Masked(), [masked_batch()], engine="onnxruntime", **FAST).report()
-    assert report["ONNX Runtime float32"].sqnr_db > 60
+    model, batch = plain_copy(Masked()), masked_batch()
+    (wanted,), _ = run_reference(model, [batch])
+    exported = torch.export.export(model, batch).module()
+    with torch.no_grad():
+        assert sqnr_db([wanted.tensors], [[exported(*batch)]]) > 60
 
 
 # ---- what a model keeps, and what wraps it ----
@@ -357,8 +359,8 @@ def test_a_test_function_may_ask_for_the_device_and_give_names():
     report = quantize_static(
         model, [x], engine=("eager", *ENGINES[:1]), test=accuracy, **FAST
     ).report()
-    assert all(row.accuracy is not None for row in report.rows if row.sqnr_db is not None)
-    assert not any("StopIteration" in row.dropped for row in report.rows)
+    assert all(row.accuracy is not None for row in report.rows if not row.dropped)
+    assert not any("on the test data" in row.dropped for row in report.rows)
 
 
 # ---- parametrizations, and arguments that are wrong ----
