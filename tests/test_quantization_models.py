@@ -1,6 +1,7 @@
 """Models that engines find hard: masks, wrappers, kept tensors, readers of weights, names."""
 
 import importlib
+import inspect
 import warnings
 
 import pytest
@@ -19,6 +20,7 @@ from dlhelpers.quantization import (
 )
 from dlhelpers.quantization.attention import run_reference
 from dlhelpers.quantization.aware import finished_copy
+from dlhelpers.quantization.calling import by_place
 from dlhelpers.quantization.noise import sqnr_db
 from dlhelpers.quantization.weight_reads import weight_reads
 
@@ -345,6 +347,22 @@ def test_inputs_by_name_find_their_places(measured):
             fast(x, **options)
     with pytest.raises(TypeError, match="input x is missing, which stands before shift"):
         fast(shift=shift)
+
+
+def test_inputs_that_are_by_position_alone_come_first():
+    def forward(x, /, y=None, z=None):
+        return x
+
+    takes = inspect.signature(forward)
+    assert by_place(takes, (1,), {"z": 3}) == (1, None, 3)
+    for given, options, says in (
+        ((), {"z": 3}, "input x is missing"),
+        ((1,), {"x": 1}, r"input x has no place among the model's inputs \(y, z\)"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            by_place(takes, given, options)
+    with pytest.raises(TypeError, match="give inputs by position"):
+        by_place(None, (1,), {"x": 1})
 
 
 def test_a_test_function_may_ask_for_the_device_and_give_names():

@@ -45,6 +45,8 @@ def by_place(
             + ": give inputs by position, as in calibration; one that is by name alone needs a "
             "module around the model whose forward takes it by position"
         )
+    if len(inputs) < before:
+        raise TypeError(f"input {[*named][len(inputs)]} is missing, which is given by position")
     found = list(inputs)
     last = max(places.index(name) for name in options)
     for place in range(last + 1):
