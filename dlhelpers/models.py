@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
-from torch.nn.utils import prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 
 from dlhelpers.classes import own_classes
 from dlhelpers.trees import entries, tensors_in
@@ -120,10 +120,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
     """Return a copy in eval mode, for inference: of the module inside of wrappers.
 
     What is compiled in it is the module that was compiled; weights that a pruning mask, the old
-    ``weight_norm`` or the old ``spectral_norm`` computes at each call are computed for good.
+    ``weight_norm``, the old ``spectral_norm`` or a parametrization computes at each call are
+    computed for good.
     """
     made = in_eval_(uncompiled_(copied(unwrapped(model))))
-    for module in made.modules():
+    for module in list(made.modules()):
+        if parametrize.is_parametrized(module) and not isinstance(module, nn.RNNBase):
+            _unparametrize(module)
         for hook in list(module._forward_pre_hooks.values()):
             _compute_for_good(module, hook)
     return made
@@ -145,6 +148,19 @@ def _compute_for_good(module: nn.Module, hook: Any) -> None:
         remove_weight_norm(module, name)
     elif kind == "SpectralNorm" and not module.training:  # else each call changes it
         remove_spectral_norm(module, name)
+
+
+def _unparametrize(module: nn.Module) -> None:
+    """Put what the parametrizations compute in the places of the parametrized tensors."""
+    for name, parts in list(module.parametrizations.items()):
+        with torch.no_grad():
+            value = getattr(module, name).detach().clone()
+        if parts.is_tensor:  # torch writes into it, and another module may share it
+            parts.original = nn.Parameter(value, parts.original.requires_grad)
+        is_frozen = not any(tensor.requires_grad for tensor in parts.parameters(recurse=False))
+        parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        delattr(module, name)
+        module.register_parameter(name, nn.Parameter(value, not is_frozen))
 
 
 def in_eval_(model: nn.Module) -> nn.Module:

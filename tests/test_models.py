@@ -340,6 +340,7 @@ def test_cells_count_as_int8(cell):
 
 def test_a_call_that_an_unmeasured_engine_refuses_is_a_sentence():
     fast = quantize_dynamic(nn.Sequential(nn.Linear(16, 4)))
+    fast(SEQUENCES)
     with pytest.raises(ValueError, match=r"dynamic int8 raises on inputs torch.float32 \[16\]"):
         fast(SEQUENCES[0, 0])
 

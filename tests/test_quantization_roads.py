@@ -1037,11 +1037,10 @@ def test_bad_models_and_targets_are_named():
         sensitivity(nn.ReLU(), [images()])
     with pytest.raises(ValueError, match="neither convolutions nor linear layers"):
         quantize_aware(nn.ReLU())
-    with pytest.raises(ValueError, match="bits must lie between 2 and 16, got 1"):
+    with pytest.raises(ValueError, match="bits must be a whole number from 2 to 16, got 1"):
         quantize_aware(network(), bits=1)
     with pytest.raises(ValueError, match=r"targets must be \[8\].* got \[3\]"):
         sensitivity(network(), [images()], targets=torch.zeros(3))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-    for call in (quantize_aware, lambda model: sensitivity(model, [torch.rand(4, 3)])):
-        with pytest.raises(ValueError, match="the weight of 0 has a parametrization already"):
-            call(normed)
+    with pytest.raises(ValueError, match="the weight of 0 has a parametrization already"):
+        quantize_aware(normed)

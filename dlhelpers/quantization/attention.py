@@ -18,8 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["close_attention_", "open_attention_", "part_of_attention"]
+from dlhelpers.quantization.batches import Batch, Outputs, run_float
 
+__all__ = [
+    "PADDING",
+    "close_attention_",
+    "open_attention_",
+    "part_of_attention",
+    "run_reference",
+    "take_slow_paths_",
+]
+
+PADDING = (
+    "where src_key_padding_mask is True, nn.TransformerEncoder gives what it gives in training "
+    "mode, not the zeros of its fast path: ignore those positions, or set them to zero"
+)
+"""What the report says of encoders that were given a padding mask."""
 _PLACES = ("q", "k", "v")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -84,6 +98,10 @@ def open_attention_(model: nn.Module) -> nn.Module:
         for name in ("in_proj_weight", "in_proj_bias", *_SEPARATE):
             setattr(module, name, None)
         module.__class__ = _OpenAttention
+    for module in model.modules():  # an encoder's fast path reads these weights
+        if isinstance(module, nn.TransformerEncoder) and "_nested_before" not in vars(module):
+            module._nested_before = getattr(module, "use_nested_tensor", False)
+            module.use_nested_tensor = False
     return model
 
 
@@ -122,7 +140,52 @@ def close_attention_(model: nn.Module) -> nn.Module:
                 setattr(module, name, weight)
         del module.in_proj
         module.__class__ = nn.MultiheadAttention
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and "_nested_before" in vars(module):
+            module.use_nested_tensor = vars(module).pop("_nested_before")
     return model
+
+
+def take_slow_paths_(model: nn.Module) -> list[nn.Module]:
+    """Let torch's transformers call their layers, in place: their fast path reads weights.
+
+    Returns:
+        The encoders that used nested tensors, which hold nothing where a padding mask is True.
+    """
+    nested = []
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder):
+            if getattr(module, "use_nested_tensor", False):
+                nested.append(module)
+            module.use_nested_tensor = False
+    return nested
+
+
+def run_reference(model: nn.Module, batches: list[Batch]) -> tuple[list[Outputs], list[str]]:
+    """Return what backends are compared with, and notes on it; the model takes the slow paths.
+
+    An exported graph holds those, and they differ from the fast ones at padded positions.
+
+    Raises:
+        ValueError: as ``run_float``.
+    """
+    padded: list[bool] = []
+
+    def watch(_: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        names = ("src", "mask", "src_key_padding_mask")
+        named = {**dict(zip(names, given, strict=False)), **options}
+        padded.append(named.get("mask") is None and named.get(names[2]) is not None)
+
+    encoders = take_slow_paths_(model)
+    hooks = [one.register_forward_pre_hook(watch, with_kwargs=True) for one in encoders]
+    try:
+        outputs = run_float(model, batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs, [PADDING] if any(padded) else []
 
 
 def part_of_attention(model: nn.Module, name: str) -> str:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dlhelpers.arguments import whole_number
 from dlhelpers.models import copied, need_model, plain_copy, uncompiled_, unwrapped
 from dlhelpers.quantization.affine import choose_affine
 from dlhelpers.quantization.attention import close_attention_, open_attention_
 from dlhelpers.quantization.batches import read_batches
+from dlhelpers.quantization.calibrate import Calibrator
 from dlhelpers.quantization.fake import (
     fake_quantize,
     input_of,
@@ -36,7 +38,7 @@ from dlhelpers.quantization.fake import (
     with_input,
 )
 
-__all__ = ["AwareModel", "quantize_aware", "simulate"]
+__all__ = ["AwareModel", "finished_copy", "quantize_aware", "simulate"]
 
 
 class _RoundedWeight(nn.Module):
@@ -145,6 +147,22 @@ class AwareModel(nn.Module):
         return close_attention_(model).eval()
 
 
+def finished_copy(model: nn.Module) -> nn.Module:
+    """Return a float copy in eval mode, every :class:`AwareModel` in it finished.
+
+    Also one inside of torch.compile, DataParallel or ``swa_utils.AveragedModel``.
+    """
+    if not any(isinstance(module, AwareModel) for module in model.modules()):
+        return plain_copy(model)
+    made: dict[nn.Module, nn.Module] = {}
+    holder = nn.ModuleList([uncompiled_(copied(unwrapped(model)))])
+    for module in list(holder.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, AwareModel):
+                module._modules[name] = made.setdefault(child, child.finish())
+    return plain_copy(holder[0])
+
+
 def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
     """Be a frozen module's ``train``; a bound method, so that a copy's returns the copy."""
     return module
@@ -176,8 +194,7 @@ def quantize_aware(
     >>> type(aware.finish()[0]).__name__
     'Linear'
     """
-    if not 2 <= bits <= 16:
-        raise ValueError(f"bits must lie between 2 and 16, got {bits}")
+    bits = whole_number("bits", bits, 2, 16)
     need_model(model, "round", but=("scripted", "exported", "meta"))
     with torch.inference_mode(False):
         return AwareModel(model, bits, per_channel, momentum)
@@ -208,6 +225,8 @@ def simulate(
     >>> simulate(net, [torch.rand(8, 4)], bits=8)(torch.rand(2, 4)).shape
     torch.Size([2, 3])
     """
+    bits = whole_number("bits", bits, 2, 16)
+    Calibrator(calibrator, bits=bits)  # an unknown one is named
     need_model(model, "round", but=("scripted", "exported", "meta"))
     with torch.inference_mode(False):
         batches = read_batches(calibration)

@@ -58,6 +58,12 @@ class Structure:
         """Whole and other numbers among the leaves, which an engine does not compute anew."""
         return [x for x in self._leaves if isinstance(x, int | float) and not isinstance(x, bool)]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first floating-point tensor; float32 where there is none."""
+        types = (leaf.dtype for leaf in self._leaves if isinstance(leaf, _Place))
+        return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
+
     def restore(self, tensors: Iterable[Tensor], *, as_were: bool = False) -> Any:
         """Return tensors in this structure.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 from torch import nn
 
 from dlhelpers.arguments import need_seconds
-from dlhelpers.models import copied, need_model, plain_copy
+from dlhelpers.models import copied, need_model
 from dlhelpers.quantization import onnx_roads, torch_roads
-from dlhelpers.quantization.aware import AwareModel
-from dlhelpers.quantization.batches import read_batches, run_float
+from dlhelpers.quantization.attention import PADDING, run_reference, take_slow_paths_
+from dlhelpers.quantization.aware import finished_copy
+from dlhelpers.quantization.batches import first_line, read_batches
+from dlhelpers.quantization.calling import by_place, signature_of
 from dlhelpers.quantization.dynamic_layers import converted, has_layers, kinds
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.report import QuantizationReport, RoadRow
-from dlhelpers.quantization.roads import Road, Task, saturates
+from dlhelpers.quantization.roads import Road, Task, own_type, saturates
 from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 
@@ -31,6 +34,7 @@ _INT8_OPERATORS = (
     *("DynamicQuantizeLSTM", "ConvInteger"),
 )
 _NAMED = 4  # layers
+_NOT_MEASURED = "not measured: give example_inputs"
 
 
 @torch.random.fork_rng(devices=[])  # modules that are made draw weights
@@ -71,8 +75,7 @@ def quantize_dynamic(
             "quantize_static and a calibration set"
         )
     with torch.inference_mode(False):
-        finished = model.finish() if isinstance(model, AwareModel) else model
-        original = plain_copy(finished)
+        original = finished_copy(model)
         if example_inputs is None:
             return _unmeasured(original)
         return _measured(original, example_inputs, min_sqnr_db, budget_s, dynamic, progress)
@@ -87,7 +90,7 @@ def _measured(
     progress: bool | None,
 ) -> QuantizedModel:
     batches = read_batches([example_inputs])
-    outputs = run_float(original, batches)
+    outputs, notes = run_reference(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
     task.free = free_groups(copied(original), batches, outputs, dynamic)
     own = task.precision
@@ -109,7 +112,7 @@ def _measured(
         roads,
         min_sqnr_db=min_sqnr_db,
         budget_s=budget_s,
-        notes=[],
+        notes=notes,
         start=start,
         progress=progress,
     )
@@ -155,21 +158,67 @@ def _onnxruntime(task: Task, *, reduce_range: bool = False) -> Road:
     )  # fmt: skip
 
 
+class _Unmeasured(QuantizedModel):
+    """On torch.ao's engine, unless the first call shows that the model cannot run there."""
+
+    def __init__(self, road: Road, report: QuantizationReport, model: nn.Module) -> None:
+        super().__init__(road, None, report, takes=signature_of(model))
+        self._spare = [model]  # until the engine ran once; no submodule
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Return what the model returns."""
+        if options and self._takes is not None:
+            inputs = by_place(self._takes, inputs, options)
+        try:
+            found = super().forward(*inputs)
+        except Exception as error:
+            if not self._spare:
+                raise
+            spare = self._spare[0]
+            try:
+                found = _call(spare, inputs)
+            except Exception:  # the model itself does not take that
+                raise error  # noqa: B904
+            self._stay_float(spare, error)
+        self._spare.clear()
+        return found
+
+    def _stay_float(self, model: nn.Module, error: Exception) -> None:
+        why = first_line(error.__cause__ or error)
+        note = f"{self._road.name} raised in the first call ({why}): the model stays float"
+        warnings.warn(f"{note}. Give example_inputs to see that at once", stacklevel=5)
+        self._road, row = _float_road(model)
+        notes = (*self._report.notes, note)
+        self._report = QuantizationReport(
+            (row,), row.name, row.name, 0.0, f"{row.name}: {note}.", notes
+        )
+
+
+def _float_road(model: nn.Module) -> tuple[Road, RoadRow]:
+    precision = own_type(model)
+    name, size = f"eager {precision}", torch_roads.bytes_of(model)
+    road = Road(name, precision, partial(_call, model), size)
+    return road, RoadRow(name, precision, nbytes=size, note=_NOT_MEASURED)
+
+
 def _unmeasured(model: nn.Module) -> QuantizedModel:
     engine = torch.backends.quantized.engine
+    encoders = take_slow_paths_(model)
     made, left = converted(model, engine, reduce_range=_is_reduced(engine))
-    name, precision = f"torch.ao {engine} dynamic int8", "int8"
-    kernels = torch_roads.quantized_layers(made)
-    if not kernels:
-        made, name, precision = model, "eager float32", "float32"
-    call = torch_roads.with_engine(partial(_call, made), engine)
-    size = torch_roads.bytes_of(made)
-    road = Road(name, precision, call, size, kernels)
-    note = "not measured: give example_inputs"
-    row = RoadRow(name, precision, nbytes=size, int8_kernels=kernels, note=note)
-    why = f"{name}: taken without measuring."
-    notes = tuple(filter(None, [_said(left)]))
-    return QuantizedModel(road, None, QuantizationReport((row,), name, name, 0.0, why, notes))
+    name = f"torch.ao {engine} dynamic int8"
+    kernels, size = torch_roads.quantized_layers(made), torch_roads.bytes_of(made)
+    if kernels:
+        call = torch_roads.with_engine(partial(_call, made), engine)
+        road = Road(name, "int8", call, size, kernels)
+        row = RoadRow(name, "int8", nbytes=size, int8_kernels=kernels, note=_NOT_MEASURED)
+    else:
+        road, row = _float_road(model)
+    why = f"{road.name}: taken without measuring."
+    notes = tuple(filter(None, [_said(left), PADDING * bool(encoders)]))
+    report = QuantizationReport((row,), road.name, road.name, 0.0, why, notes)
+    if kernels:
+        return _Unmeasured(road, report, model)
+    return QuantizedModel(road, None, report, takes=signature_of(model))
 
 
 def _call(model: nn.Module, batch: tuple[Any, ...]) -> Any:

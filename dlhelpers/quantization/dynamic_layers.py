@@ -7,24 +7,21 @@ layers of options that torch.ao's have not, and those whose weight is read by a 
 
 from __future__ import annotations
 
-import inspect
-import re
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from dlhelpers.models import copied
+from dlhelpers.quantization.attention import take_slow_paths_
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.torch_roads import engine_set, torch_ao_module
+from dlhelpers.quantization.weight_reads import weight_reads
 
 __all__ = ["converted", "has_layers", "kinds"]
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _LAYERS = (nn.Linear, *_RECURRENT, nn.MultiheadAttention)
 _KINDS = (nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-_TENSORS = r"weight\w*|bias\w*|all_weights|_flat_weights"
-_READS = re.compile(rf"(\w+)(?:\[[^\]]*\])?\.(?:{_TENSORS})\b(?!\s*=[^=])")
 
 
 def kinds() -> str:
@@ -50,10 +47,11 @@ def converted(model: nn.Module, engine: str, *, reduce_range: bool) -> tuple[nn.
         dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True, reduce_range=reduce_range
     )
     config = ao.QConfig(activation=observer, weight=ao.default_weight_observer)
-    reasons = _reasons(model)
+    reads = weight_reads(model)
+    reasons = _reasons(model, reads.read)
     names = [n for n, m in model.named_modules() if type(m) in _KINDS and n not in reasons]
     made = copied(model)
-    _take_slow_paths(made)
+    take_slow_paths_(made)
     holder = nn.ModuleList([made])  # torch.ao replaces children alone
     with engine_set(engine), quiet():
         wanted = {f"0.{name}".removesuffix("."): config for name in names}
@@ -64,10 +62,10 @@ def converted(model: nn.Module, engine: str, *, reduce_range: bool) -> tuple[nn.
         layer = made.get_submodule(name)
         if hasattr(model.get_submodule(name), "flatten_parameters"):
             layer.flatten_parameters = _nothing  # forwards call it
-    for module in made.modules():
-        if "parameters" in _source_of(module) and next(module.parameters(), None) is None:
-            empty = torch.empty(0, dtype=torch.float32)  # tells device and type
-            module.register_parameter("_float", nn.Parameter(empty, requires_grad=False))
+    for name, module in model.named_modules():
+        asked = made.get_submodule(name) if id(module) in reads.asked else None
+        if asked is not None and next(asked.parameters(), None) is None:
+            asked.register_parameter("_float", empty_parameter())
     left = [
         f"{n or 'the model'} ({type(model.get_submodule(n)).__name__}): {why}"
         for n, why in reasons.items()
@@ -96,9 +94,13 @@ def _nothing() -> None:
     """Be ``flatten_parameters`` of a layer that has none to flatten."""
 
 
-def _reasons(model: nn.Module) -> dict[str, str]:
-    """Return name of a layer -> why it stays float."""
-    read = _read_by_forwards(model)
+def empty_parameter(dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """Return a parameter that tells device and type, and holds nothing."""
+    return nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+
+
+def _reasons(model: nn.Module, read: dict[int, str]) -> dict[str, str]:
+    """Return name of a layer -> why it stays float, the readers of weights given."""
     parts = {name: _reason(module) for name, module in model.named_modules()}
     found = {name: why for name, why in parts.items() if why}
     for name, module in model.named_modules():
@@ -125,41 +127,3 @@ def _reason(module: nn.Module) -> str:
         return "bias=False"
     types = {p.dtype for p in module.parameters()} - {torch.float32}
     return f"it is {str(types.pop()).removeprefix('torch.')}" if types else ""
-
-
-def _read_by_forwards(model: nn.Module) -> dict[int, str]:
-    """Return id of a layer -> type of the module whose forward reads the layer's weight."""
-    read: dict[int, str] = {}
-    for module in model.modules():
-        for name in set(_READS.findall(_source_of(module))) - {"self"}:
-            own = [one for path, one in module.named_modules() if path.split(".")[-1] == name]
-            inside = [one for child in own for one in child.modules()] or module.modules()
-            read.update((id(one), type(module).__name__) for one in inside if one is not module)
-    return read
-
-
-def _source_of(module: nn.Module) -> str:
-    """Return the source of a forward and of what it calls of its class; of torch's own nothing."""
-    kind, found, waiting = type(module), {}, ["forward"]
-    while waiting:
-        name = waiting.pop()
-        function = getattr(kind, name, None)
-        function = function.fget if isinstance(function, property) else function
-        where = getattr(function, "__module__", None) or ""
-        if name in found or not inspect.isfunction(function) or where.split(".")[0] == "torch":
-            continue
-        try:
-            found[name] = inspect.getsource(function)
-        except OSError:  # typed in, or made
-            found[name] = ""
-        waiting += re.findall(r"\bself\.(\w+)", found[name])
-    return "\n".join(found.values())
-
-
-def _take_slow_paths(model: nn.Module) -> None:
-    """Let torch's transformers call their layers: their fast path reads weights."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dlhelpers.models import copied
 from dlhelpers.quantization.accuracy import Accuracy
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.noise import FEW, sample_sqnr_db, sqnr_db
@@ -91,7 +91,7 @@ def judge_of(model: Callable[..., Any], batches: list[Batch], outputs: list[Outp
     """Return the judge on all samples of the batches that are alike."""
     chosen = _alike(batches)
     alike, wanted = [batches[i] for i in chosen], [outputs[i].tensors for i in chosen]
-    tried = copy.deepcopy(model)  # it may keep something of its last input
+    tried = copied(model)  # it may keep something of its last input
     return Judge(alike, wanted, layout_of(tried, alike, wanted))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +13,17 @@ from torch import Tensor, nn
 
 from dlhelpers import machine
 from dlhelpers.extras import need
+from dlhelpers.models import copied
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.judging import Judge, judge_of
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import Group, Sizes
 from dlhelpers.trees import map_leaves, tensors_in
 
-__all__ = ["Road", "RoadError", "Task", "in_single", "in_type", "needed", "saturates"]
+__all__ = [
+    *("Road", "RoadError", "Task", "in_single", "in_type", "needed"),
+    *("own_type", "saturates"),
+]
 
 
 class RoadError(RuntimeError):
@@ -86,7 +89,7 @@ class Task:
         if self.judge is None:
             self.judge = judge_of(self.model, self.batches, self.outputs)
         if self.precision is None:
-            self.precision = _own_type(self.model, self.outputs[0])
+            self.precision = own_type(self.model, self.outputs[0])
 
     @cached_property
     def single(self) -> nn.Module:
@@ -95,7 +98,7 @@ class Task:
             tensor.is_floating_point() and tensor.dtype != torch.float32
             for tensor in (*self.model.parameters(), *self.model.buffers())
         )
-        return copy.deepcopy(self.model).float() if is_other else self.model
+        return copied(self.model).float() if is_other else self.model
 
     @property
     def alike(self) -> list[Batch]:
@@ -103,15 +106,16 @@ class Task:
         return [batch for batch in self.batches if _sizes(batch) == _sizes(self.batches[0])]
 
 
-def _own_type(model: nn.Module, outputs: Outputs) -> str:
+def own_type(model: nn.Module, outputs: Outputs | None = None) -> str:
     """Return the type of most of a model's weights; of its output where there are none."""
     count: Counter[torch.dtype] = Counter()
     for weight in (*model.parameters(), *model.buffers()):
         if weight.is_floating_point():
             count[weight.dtype] += weight.numel()
-    if not count:
+    if not count and outputs is not None:
         count.update(t.dtype for t in outputs.tensors if t.is_floating_point())
-    return str(count.most_common(1)[0][0]).removeprefix("torch.")
+    dtype = count.most_common(1)[0][0] if count else torch.float32
+    return str(dtype).removeprefix("torch.")
 
 
 def _sizes(batch: Batch) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.arguments import whole_number
 from dlhelpers.models import need_model, plain_copy
 from dlhelpers.progress import bar
 from dlhelpers.quantization.affine import Affine, choose_affine
@@ -23,6 +24,7 @@ from dlhelpers.quantization.batches import (
     read_batches,
     run_float,
 )
+from dlhelpers.quantization.calibrate import Calibrator
 from dlhelpers.quantization.fake import (
     input_ranges,
     layers_of,
@@ -125,7 +127,7 @@ def sensitivity(
 
     Raises:
         TypeError, ValueError: as ``quantize_static``; a model without convolutions and linear
-            layers, or with parametrized ones; targets of another length.
+            layers; bits that are no whole number from 2 to 16; targets of another length.
 
     Cost: three forward passes over all batches for each layer.
 
@@ -133,6 +135,8 @@ def sensitivity(
     >>> [row.kind for row in sensitivity(net, [torch.rand(16, 4)], bits=4).rows]
     ['Linear', 'Linear']
     """
+    bits = whole_number("bits", bits, 2, 16)
+    Calibrator(calibrator, bits=bits)  # an unknown one is named
     need_model(model, "round", but=("scripted", "exported", "meta"))
     with torch.inference_mode(False):
         return _report(

@@ -19,11 +19,12 @@ from torch import nn
 
 from dlhelpers.arguments import need_seconds
 from dlhelpers.fusion import fuse_conv_bn
-from dlhelpers.models import copied, need_model, plain_copy
+from dlhelpers.models import copied, need_model
 from dlhelpers.quantization import onnx_roads, openvino_roads, torch_roads
 from dlhelpers.quantization.accuracy import Test, accuracy_of
-from dlhelpers.quantization.aware import AwareModel
-from dlhelpers.quantization.batches import first_line, read_batches, run_float
+from dlhelpers.quantization.attention import run_reference
+from dlhelpers.quantization.aware import finished_copy
+from dlhelpers.quantization.batches import first_line, read_batches
 from dlhelpers.quantization.calibrate import CALIBRATORS
 from dlhelpers.quantization.judging import held_out
 from dlhelpers.quantization.report import RoadRow
@@ -147,13 +148,17 @@ def _quantized(
     progress: bool | None,
 ) -> QuantizedModel:
     batches = read_batches(calibration)
-    original = model.finish() if isinstance(model, AwareModel) else plain_copy(model)
-    outputs = run_float(original, batches)
+    original = finished_copy(model)
+    outputs, padding = run_reference(original, batches)
     calibrated, judge, told = held_out(original, batches, outputs)
     if test is not None:  # what is wrong with it is said at once
         judge.accuracy = accuracy_of(copied(original), test, batches[0], max_drop)
     folded, notes = _folded(original, batches[0])
-    notes = [*notes, *told]
+    notes = [*notes, *padding, *told]
+    try:
+        need_model(original, "quantize", but=("scripted",))
+    except TypeError as error:
+        notes.append(f"{error}, for engines that cannot take TorchScript")
     threads = torch.get_num_threads()
     free = free_groups(copied(original), batches, outputs, dynamic)
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)

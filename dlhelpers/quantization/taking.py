@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dlhelpers.files import write_whole
@@ -20,6 +22,7 @@ from dlhelpers.quantization.batches import (
     is_same,
     named_leaves,
 )
+from dlhelpers.quantization.calling import by_place, signature_of
 from dlhelpers.quantization.judging import Judge
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.racing import Pace, fastest, raced
@@ -44,7 +47,8 @@ class _Fixed:
 class QuantizedModel(nn.Module):
     """The model on the road that was taken; called as the model was, for inference alone.
 
-    Not differentiable, and without parameters: what it computes with lives in the engine.
+    Not differentiable: what it computes with lives in the engine. Its one parameter is empty, and
+    tells the device and type of the model.
     """
 
     def __init__(
@@ -54,8 +58,13 @@ class QuantizedModel(nn.Module):
         report: QuantizationReport,
         roads: dict[str, Road] | None = None,
         example: Batch = (),
+        takes: inspect.Signature | None = None,
     ) -> None:
         super().__init__()
+        own = "float32" if road.precision == "int8" else road.precision
+        dtype = getattr(torch, own) if structure is None else structure.dtype
+        self._float = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self._takes = takes
         self._road, self._structure, self._report = road, structure, report
         self._roads = roads or {}
         self._leaves = [
@@ -64,16 +73,20 @@ class QuantizedModel(nn.Module):
         ]
         self.eval()
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """Return what the model returns, in its structure.
 
         Args:
             inputs: the model's positional inputs, on the CPU, nested as when it was quantized.
+            options: inputs by name, of those that have a place in the model's forward.
 
         Raises:
+            TypeError: an input by name has no place.
             ValueError: an input that is no tensor is another one than when it was quantized, or
                 the backend was built for tensors of other sizes or types.
         """
+        if options:
+            inputs = by_place(self._takes, inputs, options)
         if self._leaves:
             self._check(inputs)
         try:
@@ -134,7 +147,9 @@ class QuantizedModel(nn.Module):
                 f"{name!r} is not among the roads that were kept, {list(self._roads)}: quantize "
                 "with keep_roads=True, and look at report() for those that were built"
             )
-        other = QuantizedModel(self._roads[name], self._structure, self._report, self._roads)
+        other = QuantizedModel(
+            self._roads[name], self._structure, self._report, self._roads, takes=self._takes
+        )
         other._leaves = self._leaves
         return other
 
@@ -241,7 +256,8 @@ def _tested(row: RoadRow, road: Road, task: Task) -> RoadRow:
         return row
     is_reference = row.name == f"eager {task.precision}"  # the model itself
     try:
-        found = test.of(QuantizedModel(road, task.outputs[0].structure, None))
+        takes = signature_of(task.model)
+        found = test.of(QuantizedModel(road, task.outputs[0].structure, None, takes=takes))
     except Exception as error:
         if is_reference:
             return row
@@ -289,7 +305,8 @@ def take(
     notes = [*notes, *_fixed_sizes(roads), took]
     why = _why(roads[chosen], rows, right | slower.keys(), task.judge, min_sqnr_db)
     report = QuantizationReport(tuple(rows), chosen, baseline, min_sqnr_db, why, tuple(notes))
-    return QuantizedModel(roads[chosen], structure, report, kept, batch)
+    takes = signature_of(task.model)
+    return QuantizedModel(roads[chosen], structure, report, kept, batch, takes)
 
 
 def _fixed_sizes(roads: dict[str, Road]) -> list[str]:

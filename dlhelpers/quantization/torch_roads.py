@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers import machine
+from dlhelpers.models import copied
 from dlhelpers.quantization.batches import Batch, Outputs, Tensors
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, in_type, needed
@@ -68,7 +68,7 @@ def eager(task: Task, *, channels_last: bool = False) -> Road:
         return Road(f"eager {own}", own, runner(task.model), bytes_of(task.model))
     if not any(t.dim() == 4 for t in tensors_in(task.batches[0])):
         raise RoadError("no input has four dimensions")
-    model = copy.deepcopy(task.model).to(memory_format=torch.channels_last)
+    model = copied(task.model).to(memory_format=torch.channels_last)
     plainly = runner(model)
 
     def turned(leaf: Any) -> Any:
@@ -85,7 +85,7 @@ def cast(task: Task, dtype: torch.dtype) -> Road:
     """Return the model in eager mode with weights and inputs in another floating-point type."""
     name = str(dtype).removeprefix("torch.")
     types = [t.dtype for t in task.outputs[0].tensors]
-    model = copy.deepcopy(task.model).to(dtype)
+    model = copied(task.model).to(dtype)
     plainly = runner(model)
 
     def run(batch: Batch) -> list[Tensor]:
@@ -125,7 +125,7 @@ def compiled(task: Task) -> Road:
     if machine.describe().compiler is None:
         raise RoadError("no C++ compiler was found: torch.compile needs one")
     own, before = task.precision, _compiled_graphs()
-    run = _frozen(copy.deepcopy(task.model))
+    run = _frozen(copied(task.model))
     run(task.batches[0])
     graphs = None if before is None else _compiled_graphs() - before
     if graphs == 0:
@@ -201,7 +201,7 @@ def torch_ao(task: Task, engine: str) -> Road:
     with engine_set(engine), quiet(), torch.no_grad():
         mapping = ao.get_default_qconfig_mapping(engine)
         given = [in_single(batch) for batch in task.batches]
-        observed = fx.prepare_fx(copy.deepcopy(task.single), mapping, given[0])
+        observed = fx.prepare_fx(copied(task.single), mapping, given[0])
         for batch in given:
             observed(*batch)
         model = fx.convert_fx(observed)
