@@ -39,8 +39,9 @@ def by_numpy(y, z):
     """The rule again, for one output [N, ...]."""
     y, z = (np.asarray(t, dtype=np.float64).reshape(len(t), -1) for t in (y, z))
     power, noise = (y**2).mean(1), ((y - z) ** 2).mean(1)
-    with np.errstate(divide="ignore"):
-        ratios = 10 * np.log10(np.maximum(power, 0.01 * np.median(power)) / noise)
+    floor = 0.01 * np.median(power[power > 0]) if power.any() else 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(noise == 0, np.inf, 10 * np.log10(np.maximum(power, floor) / noise))
     return np.quantile(ratios, 0.1) if len(ratios) >= 20 else ratios.min()
 
 
@@ -85,6 +86,17 @@ def test_a_quiet_sample_does_not_condemn_and_one_in_ten_may_be_bad():
     z[3] = 5.0
     assert sample_sqnr_db([[y]], [[z]]) == pytest.approx(40)
     assert sample_sqnr_db([[y[:19]]], [[z[:19]]]) < 0  # few samples: the worst
+
+
+@pytest.mark.parametrize(("zero", "n"), [(11, 21), (16, 30), (20, 21), (3, 5), (1, 1), (0, 7)])
+def test_samples_that_are_zero_throughout_are_no_part_of_the_median(zero, n):
+    """As after a ReLU: a rounding error in one of them condemns no more than in a quiet one."""
+    y = randn(n, 4)
+    y[:zero] = 0
+    z = y + 1e-3 * randn(n, 4, seed=1) * (torch.arange(n)[:, None] >= zero // 2)
+    found = sample_sqnr_db([[y]], [[z]])
+    assert found == pytest.approx(by_numpy(y, z), abs=1e-3)
+    assert (found > 20) == (zero < n)
 
 
 def test_the_worst_output_counts_and_nonsense_is_minus_infinite():
@@ -458,6 +470,18 @@ def test_the_drop_is_allowed_up_to_its_bound_exactly(trained, two_roads):
 def test_max_drop_is_checked(value):
     with pytest.raises(ValueError, match="max_drop must be a number from 0 to 1"):
         quantize_static(nn.Linear(2, 2), [torch.rand(4, 2)], max_drop=value, **FAST)
+
+
+@pytest.mark.parametrize("value", [math.nan, np.float32("nan"), "20", None, True, [20.0]])
+def test_min_sqnr_db_is_checked(value):
+    model, x = nn.Linear(2, 2), torch.rand(4, 2)
+    for quantize, given in (
+        (quantize_static, [x]),
+        (quantize_dynamic, x),
+        (quantize_dynamic, None),
+    ):
+        with pytest.raises(ValueError, match="min_sqnr_db must be a number of decibels"):
+            quantize(model, given, min_sqnr_db=value, **FAST)
 
 
 def test_a_test_may_be_a_function_and_must_return_a_number(trained):

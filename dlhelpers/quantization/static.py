@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlhelpers.arguments import need_seconds
+from dlhelpers.arguments import need_decibels, need_seconds
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.models import copied, need_model, plain_copy
 from dlhelpers.quantization import onnx_roads, openvino_roads, torch_roads
@@ -106,7 +106,7 @@ def quantize_static(
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
             model raises on it, or with other sizes of a dimension in ``dynamic``; an unknown
             calibrator or engine; a model that is not on the CPU; a budget_s that is not positive,
-            or a max_drop that is no number from 0 to 1.
+            a min_sqnr_db that is no number, or a max_drop that is none from 0 to 1.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
@@ -115,6 +115,7 @@ def quantize_static(
     """
     engines = _engines(engine)
     need_seconds("budget_s", budget_s)
+    need_decibels("min_sqnr_db", min_sqnr_db)
     if not isinstance(max_drop, Real) or not 0 <= max_drop <= 1:
         raise ValueError(
             "max_drop must be a number from 0 to 1, the accuracy that may be lost, got "
