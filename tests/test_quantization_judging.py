@@ -154,33 +154,33 @@ def attending():
 @pytest.mark.parametrize(
     ("model", "inputs", "axes", "outputs"),
     [
-        (nn.Linear(10, 10), (randn(10, 10),), (10, (0,)), [(0, 1)]),
-        (nn.Linear(4, 10), (randn(1, 4),), (1, (0,)), [(0, 1)]),
-        (Of(lambda m, x: x.transpose(0, 1) * 2), (randn(6, 6, 4),), (6, (0,)), [(1, 1)]),
-        (recurrent(), (randn(5, 5, 4),), (5, (1,)), [(1, 1)] * 3),
+        (nn.Linear(10, 10), (randn(10, 10),), (10, (0,)), [0]),
+        (nn.Linear(4, 10), (randn(1, 4),), (1, (0,)), [0]),
+        (Of(lambda m, x: x.transpose(0, 1) * 2), (randn(6, 6, 4),), (6, (0,)), [1]),
+        (recurrent(), (randn(5, 5, 4),), (5, (1,)), [1] * 3),
         (
             Of(lambda m, x, h, c: m.rnn(x, (h, c)), rnn=recurrent(batch_first=True)),
             (randn(5, 7, 4), randn(1, 5, 4, seed=1), randn(1, 5, 4, seed=2)),
             (5, (0, 1, 1)),
-            [(0, 1), (1, 1), (1, 1)],
+            [0, 1, 1],
         ),
         (
             Of(masked, layer=attending()),
             (randn(10, 10, 16), torch.zeros(10, 10)),
             (10, (0, None)),
-            [(0, 1)],
+            [0],
         ),
-        (Of(lambda m, x: (2 * x).view(-1, 9)), (randn(4, 6, 9),), (4, (0,)), [(0, 6)]),
-        (Of(lambda m, x: (2 * x).mean()), (randn(6, 4),), (None, (None,)), [(None, 1)]),
-        (Of(lambda m, x: x.view(6, 4) * 2), (randn(6, 4),), (None, (None,)), [(None, 1)]),
-        (Of(lambda m, x: (x * 2, x @ x.T)), (randn(6, 4),), (6, (0,)), [(0, 1), (0, 1)]),
-        (nn.Conv2d(3, 8, 3), (randn(3, 9, 9),), (None, (None,)), [(None, 1)]),
+        (Of(lambda m, x: (2 * x).view(-1, 9)), (randn(4, 6, 9),), (4, (0,)), [0]),
+        (Of(lambda m, x: (2 * x).mean()), (randn(6, 4),), (None, (None,)), [None]),
+        (Of(lambda m, x: x.view(6, 4) * 2), (randn(6, 4),), (None, (None,)), [None]),
+        (Of(lambda m, x: (x * 2, x @ x.T)), (randn(6, 4),), (6, (0,)), [0, 0]),
+        (nn.Conv2d(3, 8, 3), (randn(3, 9, 9),), (None, (None,)), [None]),
     ],
 )
 def test_samples_are_found_by_running_with_another_number(model, inputs, axes, outputs):
     found = layout(model, *inputs)
     assert (found.size, found.inputs) == axes
-    assert [(place.axis, place.rows) for place in found.outputs] == outputs
+    assert [place.axis for place in found.outputs] == outputs
     assert not any(place.is_open for place in found.outputs)
 
 
@@ -238,7 +238,7 @@ def rows_of(batches):
         (
             [3],
             3,
-            "same data: ranges were chosen and judged on the same samples (fewer than four",
+            "same data: ranges were chosen and judged on the same samples (there are fewer",
         ),
         ([1, 1], 2, "same data"),
     ],
@@ -475,13 +475,13 @@ def test_max_drop_is_checked(value):
 @pytest.mark.parametrize("value", [math.nan, np.float32("nan"), "20", None, True, [20.0]])
 def test_min_sqnr_db_is_checked(value):
     model, x = nn.Linear(2, 2), torch.rand(4, 2)
-    for quantize, given in (
+    for quantize, inputs in (
         (quantize_static, [x]),
         (quantize_dynamic, x),
         (quantize_dynamic, None),
     ):
         with pytest.raises(ValueError, match="min_sqnr_db must be a number of decibels"):
-            quantize(model, given, min_sqnr_db=value, **FAST)
+            quantize(model, inputs, min_sqnr_db=value, **FAST)
 
 
 def test_a_test_may_be_a_function_and_must_return_a_number(trained):

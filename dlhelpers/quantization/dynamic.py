@@ -89,7 +89,8 @@ def _measured(
     batches = read_batches([example_inputs])
     outputs = run_float(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
-    task.free = free_groups(copied(original), batches, outputs, dynamic)
+    samples = task.judge.layout.inputs
+    task.free = free_groups(copied(original), batches, outputs, dynamic, samples)
     own = task.precision
     plan: dict[str, tuple[str, Builder]] = {
         f"eager {own}": (own, torch_roads.eager),

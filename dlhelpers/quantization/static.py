@@ -25,7 +25,7 @@ from dlhelpers.quantization.accuracy import Test, accuracy_of
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import first_line, read_batches, run_float
 from dlhelpers.quantization.calibrate import CALIBRATORS
-from dlhelpers.quantization.judging import held_out
+from dlhelpers.quantization.judging import held_out, most_common_first
 from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.roads import Road, Task, saturates
 from dlhelpers.quantization.sensitivity import ranked_layers
@@ -76,7 +76,8 @@ def quantize_static(
         model: float32, on the CPU; it is copied, and taken in eval mode. One that
             ``quantize_aware`` has trained is finished first.
         calibration: an iterable of tensors, or of tuples of positional inputs; real inputs, a
-            hundred samples or so, all held in memory. Speed is measured on the first batch.
+            hundred samples or so, all held in memory. Speed is measured on the first batch of
+            the most common size.
         calibrator: one of ``calibrate.CALIBRATORS`` for ONNX Runtime's and OpenVINO's roads, or
             ``auto``: the best in SQNR of min-max, percentile and MSE. torch's roads have observers
             of their own.
@@ -149,14 +150,14 @@ def _quantized(
 ) -> QuantizedModel:
     batches = read_batches(calibration)
     original = model.finish() if isinstance(model, AwareModel) else plain_copy(model)
-    outputs = run_float(original, batches)
-    calibrated, judge, told = held_out(original, batches, outputs)
+    batches, outputs, numbers = most_common_first(batches, run_float(original, batches))
+    calibrated, judge, told = held_out(original, batches, outputs, numbers)
     if test is not None:  # what is wrong with it is said at once
         judge.accuracy = accuracy_of(original, test, batches[0], max_drop)
     folded, notes = _folded(original, batches[0])
     notes = [*notes, *told]
     threads = torch.get_num_threads()
-    free = free_groups(copied(original), batches, outputs, dynamic)
+    free = free_groups(copied(original), batches, outputs, dynamic, judge.layout.inputs)
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
         notes.append(
