@@ -268,7 +268,7 @@ def test_where_nothing_counts_samples_whole_batches_are_held_out():
     assert notes == ["1 of 2 batches was held out of the calibration, to judge on"]
     _, judge, notes = divided([randn(6, 4)], fixed)
     assert not judge.samples
-    assert "no axis of the inputs counts samples" in notes[0]
+    assert "no axis of the inputs was found that counts samples" in notes[0]
 
 
 def test_engines_calibrate_on_the_others_alone(monkeypatch):

@@ -199,7 +199,7 @@ def held_out(
     units = [(i, s) for i in chosen for s in ([None] if by_batch else range(counts[i] or 0))]
     if len(units) < _SHARE and not by_batch:
         why = (
-            "no axis of the inputs counts samples"
+            "no axis of the inputs was found that counts samples"
             if layout.size is None
             else "there are fewer than four"
         )

@@ -147,7 +147,7 @@ def layout_of(
     inputs = list(tensors_in(batch))
     layout = Layout(None, (None,) * len(inputs), (Place(),) * len(ys))
     is_suspect = any(_shapes(zs) != _shapes(ys) for zs in wanted)
-    is_found, listed = False, None
+    is_found, is_right, listed = False, False, None
     for size, axes in itertools.islice(_candidates(inputs), _TRIALS):
         count = size // 2 if size >= 4 else 2 * size
         last = (torch.arange(count) - count) % size  # the last half, or all of them twice
@@ -167,9 +167,12 @@ def layout_of(
             place is not None and _is_same(y, z, place, size, count)
             for y, z, place in zip(ys, zs, places, strict=True)
         ):
-            layout, is_found = found, True
-            break
-        if not is_found and len(set(axes)) == 1:
+            is_in_front = any(place.axis == 0 for place in found.outputs)
+            if is_in_front or not is_right:
+                layout, is_found, is_right = found, True, True
+            if is_in_front or len(inputs) == 1:
+                break  # else it may be prototypes that are compared with samples
+        elif not is_found and len(set(axes)) == 1:
             layout, is_found = found, True
     if not is_found and listed is not None:
         layout = listed
