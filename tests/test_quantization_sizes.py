@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dlhelpers.quantization import quantize_dynamic, quantize_static, sqnr_db
 from dlhelpers.quantization.batches import Outputs, named_leaves, read_batches, run_float
+from dlhelpers.quantization.judging import judge_of
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import exported_with, free_groups
 
@@ -31,6 +32,15 @@ class WithState(nn.Module):
 
     def forward(self, x, state):
         return self.cell(x, state)
+
+
+class OfState(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x, h, c):
+        return self.cell(x, (h, c))
 
 
 class WithMask(nn.Module):
@@ -110,6 +120,43 @@ def right(model, fast, *inputs, least=60):
 def test_a_first_dimension_is_free_where_the_model_runs_with_another_size(model, batch, free):
     torch.manual_seed(0)
     assert found(model, batch) == free
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "samples"),
+    [
+        (nn.LSTM(6, 4), (torch.rand(7, 8, 6),), {(0, 1)}),
+        (nn.GRU(6, 4), (torch.rand(7, 1, 6),), {(0, 1)}),
+        (nn.LSTM(6, 4), (torch.rand(8, 8, 6),), {(0, 1)}),
+        (
+            OfState(nn.LSTM(6, 4)),
+            (torch.rand(7, 8, 6), torch.rand(1, 8, 4), torch.rand(1, 8, 4)),
+            {(0, 1), (1, 1), (2, 1)},
+        ),
+        (nn.TransformerEncoderLayer(16, 2, 32), (torch.rand(7, 8, 16),), {(0, 1)}),
+        (Table(), (torch.rand(6, 8), torch.rand(4, 8)), {(0, 0)}),
+        (nn.Linear(6, 4), (torch.rand(8, 6),), {(0, 0)}),
+    ],
+)
+def test_the_dimension_that_counts_samples_is_the_first_to_be_free(model, batch, samples):
+    """An exporter that fixes time as well as a first dimension leaves the samples free."""
+    torch.manual_seed(0)
+    model = model.eval()
+    batches = read_batches([batch])
+    outputs = run_float(model, batches)
+    layout = judge_of(model, batches, outputs).layout
+    groups = free_groups(model, batches, outputs, samples=layout.inputs)
+    assert groups[0].places == samples
+
+    def export(batch, shapes):
+        free = {(i, dim) for i, dims in enumerate(shapes) for dim in dims or ()}
+        if free - samples:
+            raise ValueError("it takes no other size there")
+        return None, lambda given: list(Outputs(model(*given)).tensors)
+
+    made = exported_with(batches[0], groups, export, lambda *_: True)[1]
+    free = {(i, d) for i, dims in enumerate(made.dimensions) for d, n in enumerate(dims) if not n}
+    assert free == samples
 
 
 def test_what_batches_vary_and_what_dynamic_names_is_free():
