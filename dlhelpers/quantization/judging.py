@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlhelpers.models import copied
 from dlhelpers.quantization.accuracy import Accuracy
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.noise import FEW, sample_sqnr_db, sqnr_db
@@ -127,7 +127,7 @@ def judge_of(model: Callable[..., Any], batches: list[Batch], outputs: list[Outp
 
     One whose output holds more or fewer tensors than the first one's lets expect is left out.
     """
-    tried = copy.deepcopy(model)  # it may keep something of its last input
+    tried = copied(model)  # it may keep something of its last input
     alike = _alike(batches)
     layout = layout_of(tried, [batches[i] for i in alike], [outputs[i].tensors for i in alike])
     fitting = _fitting(batches, outputs, layout)
