@@ -576,7 +576,11 @@ def trained():
 
 
 ENGINES = [
-    *(e for e in ("x86", "qnnpack") if e in torch.backends.quantized.supported_engines),
+    *(
+        pytest.param(e, marks=marks)
+        for e, marks in (("x86", ()), ("qnnpack", pytest.mark.slow))
+        if e in torch.backends.quantized.supported_engines
+    ),
     pytest.param("onnxruntime", marks=needs_onnx),
 ]
 
