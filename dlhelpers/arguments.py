@@ -9,7 +9,14 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
-__all__ = ["model_inputs", "need_callable", "need_seconds", "shard_of", "whole_number"]
+__all__ = [
+    "model_inputs",
+    "need_callable",
+    "need_decibels",
+    "need_seconds",
+    "shard_of",
+    "whole_number",
+]
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
@@ -32,6 +39,12 @@ def need_seconds(name: str, value: Any) -> None:
     """Raise ValueError where a budget is not a positive, finite number of seconds."""
     if not (isinstance(value, Real) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a positive number of seconds, got {value!r}")
+
+
+def need_decibels(name: str, value: Any) -> None:
+    """Raise ValueError where a bound is no number: NaN would let everything pass."""
+    if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
+        raise ValueError(f"{name} must be a number of decibels, such as 20.0, got {value!r}")
 
 
 def shard_of(value: Any) -> tuple[int, int]:

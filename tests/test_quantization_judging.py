@@ -17,6 +17,7 @@ from dlhelpers.quantization import (
     openvino_roads,
     quantize_dynamic,
     quantize_static,
+    racing,
     roads,
     sample_sqnr_db,
     sqnr_db,
@@ -27,6 +28,7 @@ from dlhelpers.quantization.batches import Outputs, read_batches, run_float
 from dlhelpers.quantization.judging import held_out, judge_of
 from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.samples import layout_of, outliers
+from dlhelpers.quantization.sizes import Sizes
 
 FAST = {"budget_s": 0.05, "progress": False}
 has_onnx = all(importlib.util.find_spec(n) for n in ("onnx", "onnxruntime", "onnxscript"))
@@ -39,8 +41,9 @@ def by_numpy(y, z):
     """The rule again, for one output [N, ...]."""
     y, z = (np.asarray(t, dtype=np.float64).reshape(len(t), -1) for t in (y, z))
     power, noise = (y**2).mean(1), ((y - z) ** 2).mean(1)
-    with np.errstate(divide="ignore"):
-        ratios = 10 * np.log10(np.maximum(power, 0.01 * np.median(power)) / noise)
+    floor = 0.01 * np.median(power[power > 0]) if power.any() else 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(noise == 0, np.inf, 10 * np.log10(np.maximum(power, floor) / noise))
     return np.quantile(ratios, 0.1) if len(ratios) >= 20 else ratios.min()
 
 
@@ -85,6 +88,17 @@ def test_a_quiet_sample_does_not_condemn_and_one_in_ten_may_be_bad():
     z[3] = 5.0
     assert sample_sqnr_db([[y]], [[z]]) == pytest.approx(40)
     assert sample_sqnr_db([[y[:19]]], [[z[:19]]]) < 0  # few samples: the worst
+
+
+@pytest.mark.parametrize(("zero", "n"), [(11, 21), (16, 30), (20, 21), (3, 5), (1, 1), (0, 7)])
+def test_samples_that_are_zero_throughout_are_no_part_of_the_median(zero, n):
+    """As after a ReLU: a rounding error in one of them condemns no more than in a quiet one."""
+    y = randn(n, 4)
+    y[:zero] = 0
+    z = y + 1e-3 * randn(n, 4, seed=1) * (torch.arange(n)[:, None] >= zero // 2)
+    found = sample_sqnr_db([[y]], [[z]])
+    assert found == pytest.approx(by_numpy(y, z), abs=1e-3)
+    assert (found > 20) == (zero < n)
 
 
 def test_the_worst_output_counts_and_nonsense_is_minus_infinite():
@@ -142,34 +156,135 @@ def attending():
 @pytest.mark.parametrize(
     ("model", "inputs", "axes", "outputs"),
     [
-        (nn.Linear(10, 10), (randn(10, 10),), (10, (0,)), [(0, 1)]),
-        (nn.Linear(4, 10), (randn(1, 4),), (1, (0,)), [(0, 1)]),
-        (Of(lambda m, x: x.transpose(0, 1) * 2), (randn(6, 6, 4),), (6, (0,)), [(1, 1)]),
-        (recurrent(), (randn(5, 5, 4),), (5, (1,)), [(1, 1)] * 3),
+        (nn.Linear(10, 10), (randn(10, 10),), (10, (0,)), [0]),
+        (nn.Linear(4, 10), (randn(1, 4),), (1, (0,)), [0]),
+        (Of(lambda m, x: x.transpose(0, 1) * 2), (randn(6, 6, 4),), (6, (0,)), [1]),
+        (recurrent(), (randn(5, 5, 4),), (5, (1,)), [1] * 3),
         (
             Of(lambda m, x, h, c: m.rnn(x, (h, c)), rnn=recurrent(batch_first=True)),
             (randn(5, 7, 4), randn(1, 5, 4, seed=1), randn(1, 5, 4, seed=2)),
             (5, (0, 1, 1)),
-            [(0, 1), (1, 1), (1, 1)],
+            [0, 1, 1],
         ),
         (
             Of(masked, layer=attending()),
             (randn(10, 10, 16), torch.zeros(10, 10)),
             (10, (0, None)),
-            [(0, 1)],
+            [0],
         ),
-        (Of(lambda m, x: (2 * x).view(-1, 9)), (randn(4, 6, 9),), (4, (0,)), [(0, 6)]),
-        (Of(lambda m, x: (2 * x).mean()), (randn(6, 4),), (None, (None,)), [(None, 1)]),
-        (Of(lambda m, x: x.view(6, 4) * 2), (randn(6, 4),), (None, (None,)), [(None, 1)]),
-        (Of(lambda m, x: (x * 2, x @ x.T)), (randn(6, 4),), (6, (0,)), [(0, 1), (0, 1)]),
-        (nn.Conv2d(3, 8, 3), (randn(3, 9, 9),), (None, (None,)), [(None, 1)]),
+        (Of(lambda m, x: (2 * x).view(-1, 9)), (randn(4, 6, 9),), (4, (0,)), [0]),
+        (Of(lambda m, x: (2 * x).mean()), (randn(6, 4),), (None, (None,)), [None]),
+        (Of(lambda m, x: x.view(6, 4) * 2), (randn(6, 4),), (None, (None,)), [None]),
+        (Of(lambda m, x: (x * 2, x @ x.T)), (randn(6, 4),), (6, (0,)), [0, 0]),
+        (nn.Conv2d(3, 8, 3), (randn(3, 9, 9),), (None, (None,)), [None]),
     ],
 )
 def test_samples_are_found_by_running_with_another_number(model, inputs, axes, outputs):
     found = layout(model, *inputs)
     assert (found.size, found.inputs) == axes
-    assert [(place.axis, place.rows) for place in found.outputs] == outputs
+    assert [place.axis for place in found.outputs] == outputs
     assert not any(place.is_open for place in found.outputs)
+
+
+def scaled_layer(module, *inputs):
+    """A layer on the last input, times or after the others."""
+    *others, x = inputs
+    y = module.layer(x)
+    for other in others:
+        y = other @ y if other.dim() == 2 else y * other
+    return y.mean(1) if y.dim() == 3 else y
+
+
+def six_to_three():
+    torch.manual_seed(0)
+    return nn.Linear(6, 3)
+
+
+GRAPH = Of(scaled_layer, layer=six_to_three())
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "size", "axes"),
+    [
+        (GRAPH, (randn(5, 5), randn(24, 5, 6)), 24, (None, 0)),
+        (GRAPH, (randn(5, 5), randn(5, 5, seed=1), randn(24, 5, 6)), 24, (None, None, 0)),
+        (GRAPH, (randn(5, 5), randn(5, 5, 6)), 5, (None, 0)),
+        (GRAPH, (torch.tensor([1.5]), randn(24, 6)), 24, (None, 0)),
+        (GRAPH, (torch.tensor(1.5), randn(24, 6)), 24, (None, 0)),
+        (Of(lambda m, p, x: x @ p.T), (randn(10, 8), randn(24, 8)), 24, (None, 0)),
+        (Of(lambda m, p, x: 2 * (x + p)), (randn(7, 6), randn(4, 7, 6)), 4, (None, 0)),
+        (Of(lambda m, p, x: 2 * (x + p)), (randn(4, 6), randn(4, 4, 6)), 4, (None, 0)),
+        (
+            Of(lambda m, k, x: m.layer(x, src_mask=k), layer=attending()),
+            (torch.zeros(10, 10), randn(10, 10, 16)),
+            10,
+            (None, 0),
+        ),
+        (
+            Of(lambda m, h, x: m.rnn(x, h)[0], rnn=nn.GRU(4, 4)),
+            (randn(1, 5, 4), randn(7, 5, 4)),
+            5,
+            (1, 1),
+        ),
+    ],
+)
+def test_samples_may_stand_in_another_input_than_the_first(model, inputs, size, axes):
+    found = layout(model, *inputs)
+    assert (found.size, found.inputs) == (size, axes)
+    turned = Of(lambda m, *given: m.inner(*given[::-1]), inner=model)
+    found = layout(turned, *inputs[::-1])
+    assert (found.size, found.inputs) == (size, axes[::-1])
+
+
+def entries_of(y):
+    return [{"a": one, "b": 2 * one.sum() + 1} for one in y]
+
+
+def lists_of(y):
+    return {"a": list(y), "b": [2 * one.sum() + 1 for one in y]}
+
+
+def alike_entries_of(y):
+    return [(one, one.flip(0) + 1) for one in y]
+
+
+def alike_lists_of(y):
+    return list(y), [one.flip(0) + 1 for one in y]
+
+
+@pytest.mark.parametrize("as_given", [entries_of, lists_of, alike_entries_of, alike_lists_of])
+@pytest.mark.parametrize("sizes", [(8,), (1,), (24,), (6, 5), (3, 8, 1, 5)])
+def test_an_output_with_an_entry_for_each_sample_is_judged_by_them(as_given, sizes):
+    """Against NumPy, of the same outputs as one tensor for each kind."""
+    model = Of(lambda m, x: as_given(m.layer(x)), layer=six_to_three()).eval()
+    batches = [(randn(n, 6, seed=n),) for n in sizes]
+    outputs = run_float(model, batches)
+    judge = judge_of(model, batches, outputs)
+    assert judge.layout.size == sizes[0]
+    noisy = [[t + 0.1 * (t + i).sin() for i, t in enumerate(o.tensors)] for o in outputs]
+    # a kind is known by its place: every other one, or the first half
+    each = []
+    for kind in range(2):
+        pairs = []
+        for output, found in zip(outputs, noisy, strict=True):
+            half = len(found) // 2
+            chosen = slice(kind, None, 2)
+            if as_given in (lists_of, alike_lists_of):
+                chosen = slice(kind * half, (kind + 1) * half)
+            pairs += zip(output.tensors[chosen], found[chosen], strict=True)
+        each.append(by_numpy(*(torch.stack([pair[i] for pair in pairs]) for i in (0, 1))))
+    ratio, _ = judge.ratios(noisy)
+    assert ratio == pytest.approx(min(each), abs=1e-3)
+
+
+def test_an_outlier_is_named_where_the_output_is_a_list():
+    x = randn(16, 6)
+    x[5] *= 300
+    model = Of(lambda m, x: entries_of(m.layer(x)), layer=six_to_three())
+    _, judge, notes = divided([x], model)
+    assert "batch 0, sample 5 (" in notes[0]
+    assert notes[1] == "4 of 16 samples were held out of the calibration, to judge on"
+    assert judge.is_bounded
 
 
 def test_shapes_that_follow_from_the_data_are_told_from_those_of_the_batch():
@@ -226,7 +341,7 @@ def rows_of(batches):
         (
             [3],
             3,
-            "same data: ranges were chosen and judged on the same samples (fewer than four",
+            "same data: ranges were chosen and judged on the same samples (there are fewer",
         ),
         ([1, 1], 2, "same data"),
     ],
@@ -256,7 +371,130 @@ def test_where_nothing_counts_samples_whole_batches_are_held_out():
     assert notes == ["1 of 2 batches was held out of the calibration, to judge on"]
     _, judge, notes = divided([randn(6, 4)], fixed)
     assert not judge.samples
-    assert "no axis of the inputs counts samples" in notes[0]
+    assert "no axis of the inputs was found that counts samples" in notes[0]
+
+
+def unlike_images(count, channels=1):
+    return [randn(1, channels, 8 + i % 7, 9 + i % 5, seed=i) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("model", "batches"),
+    [
+        (nn.Conv2d(1, 2, 3), unlike_images(30)),
+        (nn.Conv2d(1, 2, 3), [randn(2, 1, 8, 8), *(randn(8, 1, 8, 8, seed=i) for i in range(4))]),
+        (nn.Conv2d(1, 2, 3), [randn(1, 1, 8, 8), randn(25, 1, 9, 8)]),
+        (Of(lambda m, x: m.r(x)[0], r=recurrent()), [randn(5 + i, 6, 4, seed=i) for i in range(5)]),
+        (
+            Of(lambda m, x: (2 * x).view(-1, 4)),
+            [randn(6, 5 + i, 4, seed=i) for i in range(5)],
+        ),
+        (Of(lambda m, a, x: a @ x), [(randn(n, n), randn(7, n, 3, seed=n)) for n in (5, 6, 7, 8)]),
+    ],
+)
+def test_batches_of_other_sizes_decide_as_well(model, batches):
+    """Against NumPy over the samples that were held out, whatever their sizes."""
+    model = model.eval()
+    batches = read_batches(batches)
+    rest, judge, notes = held_out(model, batches, run_float(model, batches))
+    assert any("held out of the calibration" in note for note in notes)
+    assert rest[0][0].shape == batches[0][0].shape
+    noisy = [
+        [t + 0.1 * (1 + i) * randn(*t.shape, seed=i) for t in wanted]
+        for i, wanted in enumerate(judge.wanted)
+    ]
+    ratios = []
+    axis = next(a for a in judge.layout.inputs if a is not None)
+    place = judge.layout.outputs[0]
+    for i, batch in enumerate(judge.batches):
+        size = batch[-1].shape[axis]
+        y, z = (
+            t[i][0].unflatten(place.axis, (size, -1)).movedim(place.axis, 0)
+            for t in (judge.wanted, noisy)
+        )
+        for sample in range(size) if judge.samples[i] is None else judge.samples[i]:
+            error = y[sample] - z[sample]
+            ratios.append((y[sample].square().mean(), error.square().mean()))
+    power, noise = np.array(ratios).T
+    each = 10 * np.log10(np.maximum(power, 0.01 * np.median(power)) / noise)
+    expected = np.quantile(each, 0.1) if len(each) >= 20 else each.min()
+    assert judge.ratios(noisy)[0] == pytest.approx(expected, abs=1e-3)
+
+
+def of_eights():
+    """Inputs that a backend takes, of the sizes of the first."""
+    dimensions = ((None, 8),)
+    return Sizes(("input 0",), (torch.float32,), dimensions)
+
+
+def test_a_backend_is_judged_on_the_batches_that_it_takes_and_its_row_says_so(monkeypatch):
+    ran = []
+
+    def build(task):
+        def run(batch):
+            ran.append(batch[0].shape[1])
+            return torch_roads.runner(task.model)(batch)
+
+        return roads.Road("X", "int8", run, 1, int8_kernels=1, sizes=of_eights())
+
+    plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", build)}
+    monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
+    model = Of(lambda m, x: 2 * x)
+    sizes = [5, 8, 6, 8, 8, 7, 8, 8, 4, 8, 3, 8]
+    report = quantize_static(model, [randn(4, n) for n in sizes], **FAST).report()
+    assert set(ran) == {8}
+    assert "batches of [[4, 8]]" in str(report)  # the most common size, not the first
+    assert "3 of 12 batches were held out" in str(report)
+    assert "judged on 2 of 3 batches, those of its sizes" in report["X"].note
+    # it takes none that was held out
+    report = quantize_static(model, [randn(4, n) for n in (8, 5, 6, 7, 3)], **FAST).report()
+    assert "judged on batches that it was calibrated on" in report["X"].note
+    assert not report["eager float32"].note
+    report = quantize_static(model, [randn(4, 8) for n in range(5)], **FAST).report()
+    assert not report["X"].note
+
+
+def test_the_first_batch_is_no_way_around_the_bound(monkeypatch):
+    """A backend that is right for the sizes of the first alone."""
+
+    def build(task):
+        def run(batch):
+            (y,) = torch_roads.runner(task.model)(batch)
+            return [y if len(y) == 2 else y + 1]
+
+        return roads.Road("X", "int8", run, 1, int8_kernels=1)
+
+    plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", build)}
+    monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
+    monkeypatch.setattr(static, "_mixed", lambda *given: ([], {}))
+    batches = [100 * randn(2, 4), *(randn(8, 4, seed=i) for i in range(4))]
+    report = quantize_static(nn.Linear(4, 3), batches, **FAST).report()
+    assert "lies below 20 dB" in report["X"].dropped
+    assert "batch 0, sample 0" in str(report)  # by the number that was given
+    assert "same data" not in str(report)
+
+
+def test_only_calls_of_the_examples_size_are_timed(monkeypatch):
+    """In others an engine may compile first."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr(racing, "perf_counter", lambda: next(clock) * 0.001)
+    slow = iter(range(0, 10**6, 100))
+
+    def run(batch):
+        if len(batch[0]) != 4:
+            monkeypatch.setattr(racing, "perf_counter", lambda: next(slow))
+        else:
+            monkeypatch.setattr(racing, "perf_counter", lambda: next(clock) * 0.001)
+        return [batch[0]]
+
+    pace = racing.Pace()
+    usual = roads.Road("usual", "float32", lambda batch: [batch[0]], 1)
+    other = roads.Road("other", "int8", run, 1)
+    four, two = (torch.ones(4, 2),), (torch.ones(2, 2),)
+    assert pace.outputs(usual, [four], four)[1] == ""
+    for batches in ([four, two, four], [two, two]):
+        found, why = pace.outputs(other, batches, four)
+        assert (len(found), why) == (len(batches), "")
 
 
 def test_engines_calibrate_on_the_others_alone(monkeypatch):
@@ -338,7 +576,11 @@ def trained():
 
 
 ENGINES = [
-    *(e for e in ("x86", "qnnpack") if e in torch.backends.quantized.supported_engines),
+    *(
+        pytest.param(e, marks=marks)
+        for e, marks in (("x86", ()), ("qnnpack", pytest.mark.slow))
+        if e in torch.backends.quantized.supported_engines
+    ),
     pytest.param("onnxruntime", marks=needs_onnx),
 ]
 
@@ -460,6 +702,18 @@ def test_max_drop_is_checked(value):
         quantize_static(nn.Linear(2, 2), [torch.rand(4, 2)], max_drop=value, **FAST)
 
 
+@pytest.mark.parametrize("value", [math.nan, np.float32("nan"), "20", None, True, [20.0]])
+def test_min_sqnr_db_is_checked(value):
+    model, x = nn.Linear(2, 2), torch.rand(4, 2)
+    for quantize, inputs in (
+        (quantize_static, [x]),
+        (quantize_dynamic, x),
+        (quantize_dynamic, None),
+    ):
+        with pytest.raises(ValueError, match="min_sqnr_db must be a number of decibels"):
+            quantize(model, inputs, min_sqnr_db=value, **FAST)
+
+
 def test_a_test_may_be_a_function_and_must_return_a_number(trained):
     x, _ = bands(8, seed=3)
     report = quantize_static(trained, [x], engine="eager", test=lambda m: 0.5, **FAST).report()
@@ -521,6 +775,31 @@ def test_a_detector_is_judged_by_its_heads_else_by_the_test_else_not_at_all(monk
     assert not report(False, test=lambda m: 1.0)["X"].dropped
     scores = iter([1.0, 1.0, 0.9])
     assert "max_drop" in report(False, test=lambda m: next(scores))["X"].dropped
+
+
+@pytest.mark.parametrize("samples", [1, 16])
+def test_a_detector_that_gives_a_list_of_images_is_judged_by_the_test(samples, monkeypatch):
+    def forward(module, x):
+        heads = module.layer(x)
+        return [{"boxes": one[one > 0], "scores": one[one > 0].exp()} for one in heads]
+
+    plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", moved(0.1))}
+    monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
+    monkeypatch.setattr(static, "_mixed", lambda *given: ([], {}))
+    x = randn(samples, 6, seed=1)
+    torch.manual_seed(0)
+    model = Of(forward, layer=nn.Linear(6, 8))
+
+    def report(**options):
+        return quantize_static(model, [x], engine="eager", **options, **FAST).report()
+
+    found = report()
+    assert found["X"].dropped == "the shapes of its outputs depend on the data: give test="
+    assert "no axis of the inputs" not in str(found)
+    assert "same data" not in str(found)
+    assert not report(test=lambda m: 1.0)["X"].dropped
+    scores = iter([1.0, 1.0, 0.9])
+    assert "max_drop" in report(test=lambda m: next(scores))["X"].dropped
 
 
 def test_an_output_of_another_shape_is_named(monkeypatch):

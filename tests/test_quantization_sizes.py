@@ -13,8 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.quantization import quantize_dynamic, quantize_static, sqnr_db
+from dlhelpers.quantization import (
+    onnx_roads,
+    quantize_dynamic,
+    quantize_static,
+    sqnr_db,
+    static,
+    torch_roads,
+)
 from dlhelpers.quantization.batches import Outputs, named_leaves, read_batches, run_float
+from dlhelpers.quantization.judging import judge_of
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import exported_with, free_groups
 
@@ -32,6 +40,15 @@ class WithState(nn.Module):
 
     def forward(self, x, state):
         return self.cell(x, state)
+
+
+class OfState(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x, h, c):
+        return self.cell(x, (h, c))
 
 
 class WithMask(nn.Module):
@@ -113,6 +130,43 @@ def test_a_first_dimension_is_free_where_the_model_runs_with_another_size(model,
     assert found(model, batch) == free
 
 
+@pytest.mark.parametrize(
+    ("model", "batch", "samples"),
+    [
+        (nn.LSTM(6, 4), (torch.rand(7, 8, 6),), {(0, 1)}),
+        (nn.GRU(6, 4), (torch.rand(7, 1, 6),), {(0, 1)}),
+        (nn.LSTM(6, 4), (torch.rand(8, 8, 6),), {(0, 1)}),
+        (
+            OfState(nn.LSTM(6, 4)),
+            (torch.rand(7, 8, 6), torch.rand(1, 8, 4), torch.rand(1, 8, 4)),
+            {(0, 1), (1, 1), (2, 1)},
+        ),
+        (nn.TransformerEncoderLayer(16, 2, 32), (torch.rand(7, 8, 16),), {(0, 1)}),
+        (Table(), (torch.rand(6, 8), torch.rand(4, 8)), {(0, 0)}),
+        (nn.Linear(6, 4), (torch.rand(8, 6),), {(0, 0)}),
+    ],
+)
+def test_the_dimension_that_counts_samples_is_the_first_to_be_free(model, batch, samples):
+    """An exporter that fixes time as well as a first dimension leaves the samples free."""
+    torch.manual_seed(0)
+    model = model.eval()
+    batches = read_batches([batch])
+    outputs = run_float(model, batches)
+    layout = judge_of(model, batches, outputs).layout
+    groups = free_groups(model, batches, outputs, samples=layout.inputs)
+    assert groups[0].places == samples
+
+    def export(batch, shapes):
+        free = {(i, dim) for i, dims in enumerate(shapes) for dim in dims or ()}
+        if free - samples:
+            raise ValueError("it takes no other size there")
+        return None, lambda given: list(Outputs(model(*given)).tensors)
+
+    made = exported_with(batches[0], groups, export, lambda *_: True)[1]
+    free = {(i, d) for i, dims in enumerate(made.dimensions) for d, n in enumerate(dims) if not n}
+    assert free == samples
+
+
 def test_what_batches_vary_and_what_dynamic_names_is_free():
     torch.manual_seed(0)
     image, wide = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 12)
@@ -168,7 +222,18 @@ def test_what_an_exporter_fixes_without_a_word_is_found_by_running_it():
     assert "torch.float64, it takes torch.float32" in from_two.why_not((torch.rand(2, 8).double(),))
 
 
+@pytest.fixture
+def float_alone(monkeypatch):
+    """Two backends, where sizes are what is asked for."""
+    plan = {
+        "eager float32": ("float32", torch_roads.eager),
+        "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
+    }
+    monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
+
+
 @needs_onnx
+@pytest.mark.usefixtures("float_alone")
 def test_an_engine_takes_states_of_other_batches_and_says_what_it_does_not_take():
     torch.manual_seed(0)
     model = WithState().eval()
@@ -232,6 +297,7 @@ def test_constants_in_nested_inputs_are_part_of_the_model():
 
 
 @needs_onnx
+@pytest.mark.usefixtures("float_alone")
 def test_an_exported_model_has_nested_inputs_and_outputs():
     model = Nested().eval()
     given = {"x": torch.rand(4, 8), "scale": 2.0}
@@ -284,11 +350,10 @@ def test_a_model_of_another_type_is_quantized_and_gives_that_type(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).to(dtype)
     x = torch.rand(8, 32).to(dtype)
-    fast = quantize_static(model, [x], engine="onnxruntime", keep_roads=True, **FAST)
+    options = {"engine": "onnxruntime", "calibrator": "min-max", "keep_roads": True, **FAST}
+    fast = quantize_static(model, [x], **options)
     row = fast.report()["ONNX Runtime int8"]
     assert row.int8_kernels == 2
-    name = str(dtype).removeprefix("torch.")
-    assert quantize_dynamic(model, x, **FAST).report().rows[0].name == f"eager {name}"
     given = fast.on("ONNX Runtime int8")(x[:3])
     assert given.dtype == dtype
     assert sqnr_db([[model(x[:3]).detach()]], [[given]]) > 20
@@ -301,7 +366,11 @@ import torch
 from torch import nn
 from dlhelpers.quantization import quantize_static
 
-class Flows(nn.Linear):
+class Fixed(nn.Linear):  # in its sizes, so that each is exported once
+    def forward(self, x):
+        return super().forward(x.view(4, 8))
+
+class Flows(Fixed):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else super().forward(-x)
 
@@ -310,14 +379,14 @@ class Square(torch.autograd.Function):
     def forward(ctx, x):
         return torch.from_numpy(x.detach().numpy() ** 2).clone()
 
-class Own(nn.Linear):
+class Own(Fixed):
     def forward(self, x):
         y = super().forward(x)
         if torch.compiler.is_compiling():
             raise RuntimeError("first line\\nsecond line")
         return Square.apply(y)
 
-class Unsupported(nn.Linear):
+class Unsupported(Fixed):
     def forward(self, x):
         return torch.special.bessel_j0(super().forward(x))
 

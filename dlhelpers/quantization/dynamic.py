@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlhelpers.arguments import need_seconds
+from dlhelpers.arguments import need_decibels, need_seconds
 from dlhelpers.models import copied, need_model
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.attention import PADDING, run_reference, take_slow_paths_
@@ -60,13 +60,14 @@ def quantize_dynamic(
     Raises:
         TypeError: not a module, TorchScript or a graph of torch.export, or it cannot be copied.
         ValueError: the model has no linear or recurrent layer, or raises on the inputs; or
-            budget_s is not positive.
+            budget_s is not positive, or min_sqnr_db no number.
 
     >>> fast = quantize_dynamic(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)))
     >>> fast(torch.rand(2, 64)).shape
     torch.Size([2, 4])
     """
     need_seconds("budget_s", budget_s)
+    need_decibels("min_sqnr_db", min_sqnr_db)
     need_model(model, "quantize", but=("meta",))
     if not has_layers(model):
         need_model(model, "quantize", but=("scripted", "exported"))
@@ -92,7 +93,8 @@ def _measured(
     batches = read_batches([example_inputs])
     outputs, notes = run_reference(original, batches)
     task = Task(original, batches, outputs, "min-max", torch.get_num_threads())
-    task.free = free_groups(copied(original), batches, outputs, dynamic)
+    samples = task.judge.layout.inputs
+    task.free = free_groups(copied(original), batches, outputs, dynamic, samples)
     own = task.precision
     plan: dict[str, tuple[str, Builder]] = {
         f"eager {own}": (own, torch_roads.eager),

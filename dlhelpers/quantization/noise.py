@@ -54,8 +54,9 @@ def sample_sqnr_db(wanted: Tensors, found: Tensors) -> float:
 
         SQNR_i = 10 log10(max(P_i, 0.01 median P) / N_i)
 
-    with P_i and N_i the means of y^2 and of (y - y')^2 over sample i. The 10 % quantile of SQNR_i
-    is returned from 20 samples up, else the minimum.
+    with P_i and N_i the means of y^2 and of (y - y')^2 over sample i; the median is taken over the
+    samples that are not zero throughout. The 10 % quantile of SQNR_i is returned from 20 samples
+    up, else the minimum.
 
     Args:
         wanted, found: for each batch the output's tensors [N, ...], the samples along the first
@@ -79,7 +80,8 @@ def sample_sqnr_db(wanted: Tensors, found: Tensors) -> float:
         signal, noise = torch.cat(signal), torch.cat(noise)
         if not signal.numel():
             continue
-        floored = signal.clamp(min=FLOOR * float(signal.quantile(0.5)))
+        heard = signal[signal > 0]  # after a ReLU most samples may be zero
+        floored = signal.clamp(min=FLOOR * float(heard.quantile(0.5))) if len(heard) else signal
         pairs = zip(floored.tolist(), noise.tolist(), strict=True)
         worst = min(worst, _low(sorted(_db(s, n) for s, n in pairs)))
     return worst

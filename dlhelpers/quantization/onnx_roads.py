@@ -297,6 +297,7 @@ def onnxruntime_int8(
         products_alone: quantize convolutions and matrix products, nothing else.
     """
     graph = graph_of(task)
+    judge = task.judge.of_sizes(graph.sizes)
     operators = _PRODUCTS if products_alone else ()
     best: tuple[tuple[float, ...], str, bytes, Any, int] | None = None
     for method in graph.calibrators:
@@ -308,7 +309,7 @@ def onnxruntime_int8(
         )
         session, counts = graph.session(data)
         run = runner(session)
-        found = task.judge.ratios([run(batch) for batch in task.judge.batches])
+        found = judge.ratios([run(batch) for batch in judge.batches])
         ratio = found or (-math.inf,)  # where nothing can be compared the first method stays
         if best is None or ratio > best[0]:
             kernels = sum(counts[name] for name in _INT8_OPERATORS)

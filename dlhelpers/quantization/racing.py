@@ -15,6 +15,7 @@ from dlhelpers.measure.intervals import min_pairs
 from dlhelpers.quantization.batches import Batch, batch_size, first_samples
 from dlhelpers.quantization.roads import Road
 from dlhelpers.tables import duration
+from dlhelpers.trees import tensors_in
 
 __all__ = ["Pace", "fastest", "raced"]
 
@@ -35,21 +36,31 @@ class Pace:
         self._best_s = math.inf
         self.is_hopeless = False  # of the last road: it will hardly win
 
-    def outputs(self, road: Road, batches: list[Batch]) -> tuple[list[list[Tensor]], str]:
+    def outputs(
+        self, road: Road, batches: list[Batch], example: Batch | None = None
+    ) -> tuple[list[list[Tensor]], str]:
         """Run a road on the batches.
+
+        Args:
+            road: that was built.
+            batches: of any sizes.
+            example: of the size that counts, as in others something may be compiled first; by
+                default the first of the batches. Where none has that size, one more call is timed.
 
         Returns:
             The outputs' tensors for each batch, of those that it was run on; and why it was not
             run on the rest and should not be raced, empty where it should.
         """
-        if why := self._from_one_sample(road, batches[0]):
+        example = batches[0] if example is None else example
+        if why := self._from_one_sample(road, example):
             return [], why
         found: list[list[Tensor]] = []
-        best_s = math.inf
-        for batch in batches:
+        counts = [_sizes(batch) == _sizes(example) for batch in batches]
+        best_s = math.inf if any(counts) else _timed(partial(road.run, example))
+        for batch, is_timed in zip(batches, counts, strict=True):
             seconds = _timed(lambda batch=batch: found.append(road.run(batch)))
-            best_s = min(best_s, seconds)
-            if best_s > max(_LOOK_S, _HOPELESS * self._best_s):
+            best_s = min(best_s, seconds) if is_timed else best_s
+            if is_timed and best_s > max(_LOOK_S, _HOPELESS * self._best_s):
                 told = self._told(best_s / self._best_s)
                 return found, f"one call took {duration(best_s)}, {told}"
         self.is_hopeless = best_s > _HOPELESS * self._best_s
@@ -123,6 +134,10 @@ def _looked_at(call: Callable[[], Any]) -> float:
     while len(times) < 5 and sum(times) < _LOOK_S:
         times.append(_timed(call))
     return min(times)
+
+
+def _sizes(batch: Batch) -> list[Any]:
+    return [tensor.shape for tensor in tensors_in(batch)]
 
 
 def _timed(call: Callable[[], Any]) -> float:

@@ -70,7 +70,7 @@ class Task:
         float_layers: names of layers that shall stay float.
         free: dimensions of the inputs that shall take any size.
         shared: what roads build once for all of them.
-        judge: what a road's outputs are compared with; by default those of all batches alike.
+        judge: what a road's outputs are compared with; by default those of all batches.
         precision: the model's own type, such as ``float32``; None takes it from the model.
     """
 

@@ -2,7 +2,8 @@
 
 Sizes that merely coincide tell nothing: ten classes beside ten images, a square mask, time first.
 An axis of the inputs counts samples if the model takes another size there, and what it gives for
-the last of them does not depend on how many stood before them.
+the last of them does not depend on how many stood before them. An output may also hold a list with
+an entry for each sample, as detectors give one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.trees import flatten, map_leaves, tensors_in
 
 __all__ = ["Layout", "Outlier", "layout_of", "outliers"]
 
-_TRIALS = 8
+_TRIALS = 12
 _SAME = 1e-3  # noise over signal, 30 dB: another batch size rounds otherwise, half types most
 _APART, _DEVIATIONS = 4.0, 6.0  # times the median; robust standard deviations of the logarithm
 _FEW = 0.2  # of the samples, else they are no outliers
@@ -33,50 +35,89 @@ class Place:
     """Where an output's samples stand.
 
     Attributes:
-        axis: None where there are none: the batch is one sample.
-        rows: along it for each sample, as where [N, T, C] is given as [N * T, C].
+        axis: None where there are none: the batch is one sample. Of size N k for N samples, as
+            where [N, T, C] is given as [N * T, C].
         is_open: whether another shape follows from other data, as after non-maximum suppression.
     """
 
     axis: int | None = None
-    rows: int = 1
     is_open: bool = False
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The samples of batches that are alike.
+    """The samples of batches, which may have different sizes.
 
     Attributes:
-        size: samples in a batch; None where no axis counts them.
+        size: samples in the first batch; None where no axis counts them.
         inputs: for each tensor of the inputs its axis of samples, None for one without.
-        outputs: for each tensor of the output.
+        outputs: for each tensor of the output, or for each kind where ``lists`` says so.
+        lists: how the output's tensors stand where each belongs to one sample alone: "samples" for
+            all kinds of the first one, then of the second ([{boxes, scores}, {boxes, scores}]);
+            "kinds" for one kind of all samples, then the next ({boxes: [...], scores: [...]}).
     """
 
     size: int | None
     inputs: tuple[int | None, ...]
     outputs: tuple[Place, ...]
+    lists: str = ""
+
+    def size_of(self, batch: Batch) -> int | None:
+        """Return the number of samples in a batch; None where no axis counts them."""
+        pairs = zip(tensors_in(batch), self.inputs, strict=True)
+        return next((t.shape[axis] for t, axis in pairs if axis is not None), None)
+
+    def fits(self, batch: Batch, tensors: list[Tensor]) -> bool:
+        """Whether an output has the number of tensors that the batch lets expect."""
+        return len(tensors) == len(self.outputs) * (self.size_of(batch) if self.lists else 1)
+
+    def places(self, batch: Batch) -> list[Place]:
+        """Return the place of each tensor of the output for a batch."""
+        if not self.lists:
+            return list(self.outputs)
+        size = self.size_of(batch)
+        if self.lists == "samples":
+            return list(self.outputs) * size
+        return [place for place in self.outputs for _ in range(size)]
 
     def picked(self, batch: Batch, samples: Sequence[int]) -> Batch:
         """Return the batch of these samples of a batch."""
         index = torch.tensor(samples)
         return _mapped(batch, self.inputs, lambda t, axis: t.index_select(axis, index))
 
-    def samples_first(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Return an output's tensors with the samples along the first axis.
+    def samples_first(self, batch: Batch, tensors: list[Tensor]) -> list[Tensor]:
+        """Return the tensors of the output for a batch with the samples along the first axis.
 
-        One whose shape depends on the data is left out: an empty whole number stands for it.
+        One whose shape depends on the data is left out: an empty whole number stands for it. Of
+        lists each kind is one tensor, filled up with zeros where samples have different shapes.
         """
+        size = self.size_of(batch)
+        found: list[Tensor | list[Tensor]] = list(tensors)
+        if self.lists:
+            found = _kinds(tensors, size, self.lists)
         return [
-            torch.empty(0, dtype=torch.int64) if place.is_open else _first(tensor, place)
-            for tensor, place in zip(tensors, self.outputs, strict=False)
+            torch.empty(0, dtype=torch.int64)
+            if place.is_open
+            else _first(given, place, size)
+            if isinstance(given, Tensor)
+            else pad_sequence([tensor.flatten() for tensor in given], batch_first=True)
+            for given, place in zip(found, self.outputs, strict=True)
         ]
 
 
-def _first(tensor: Tensor, place: Place) -> Tensor:
-    if place.axis is None or tensor.dim() <= place.axis or tensor.shape[place.axis] % place.rows:
+def _kinds(tensors: list[Any], size: int, lists: str) -> list[list[Any]]:
+    """Return for each kind what belongs to the samples, one after the other."""
+    count = len(tensors) // size
+    if lists == "samples":
+        return [tensors[kind::count] for kind in range(count)]
+    return [tensors[kind * size : (kind + 1) * size] for kind in range(count)]
+
+
+def _first(tensor: Tensor, place: Place, size: int | None) -> Tensor:
+    axis = place.axis
+    if axis is None or tensor.dim() <= axis or not size or tensor.shape[axis] % size:
         return tensor[None]
-    return tensor.unflatten(place.axis, (-1, place.rows)).movedim(place.axis, 0)
+    return tensor.unflatten(axis, (size, -1)).movedim(axis, 0)
 
 
 def _mapped(
@@ -106,12 +147,16 @@ def layout_of(
     inputs = list(tensors_in(batch))
     layout = Layout(None, (None,) * len(inputs), (Place(),) * len(ys))
     is_suspect = any(_shapes(zs) != _shapes(ys) for zs in wanted)
-    is_found = False
+    is_found, is_right, listed = False, False, None
     for size, axes in itertools.islice(_candidates(inputs), _TRIALS):
         count = size // 2 if size >= 4 else 2 * size
         last = (torch.arange(count) - count) % size  # the last half, or all of them twice
         zs = _run(model, _mapped(batch, axes, lambda t, axis, i=last: t.index_select(axis, i)))
-        if zs is None or len(zs) != len(ys):  # the model does not take another size there
+        if zs is None:  # the model does not take another size there
+            continue
+        if len(zs) != len(ys):
+            is_suspect = True
+            listed = listed or _listed(ys, zs, size, count, axes)
             continue
         places = [_place(y, z, size, count) for y, z in zip(ys, zs, strict=True)]
         is_suspect |= None in places
@@ -119,18 +164,51 @@ def layout_of(
             continue
         found = Layout(size, axes, tuple(place or Place() for place in places))
         if all(
-            place is not None and _is_same(y, z, place, min(size, count))
+            place is not None and _is_same(y, z, place, size, count)
             for y, z, place in zip(ys, zs, places, strict=True)
         ):
-            layout = found
-            break
-        if not is_found and len(set(axes)) == 1:
+            is_in_front = any(place.axis == 0 for place in found.outputs)
+            if is_in_front or not is_right:
+                layout, is_found, is_right = found, True, True
+            if is_in_front or len(inputs) == 1:
+                break  # else it may be prototypes that are compared with samples
+        elif not is_found and len(set(axes)) == 1:
             layout, is_found = found, True
+    if not is_found and listed is not None:
+        layout = listed
     if is_suspect:
         open_ = _open_places(model, batch, wanted)
-        marked = (Place(is_open=True) if i in open_ else p for i, p in enumerate(layout.outputs))
+        marked = layout.outputs
+        if layout.lists:
+            kinds = _kinds(list(range(len(ys))), layout.size, layout.lists)
+            is_open = [
+                not open_.isdisjoint(kind) or len({ys[i].shape for i in kind}) > 1 for kind in kinds
+            ]
+        else:
+            is_open = [i in open_ for i in range(len(ys))]
+        marked = (Place(is_open=True) if o else p for o, p in zip(is_open, marked, strict=True))
         layout = replace(layout, outputs=tuple(marked))
     return layout
+
+
+def _listed(
+    ys: list[Tensor], zs: list[Tensor], size: int, count: int, axes: tuple[int | None, ...]
+) -> Layout | None:
+    """Return the layout of an output that holds a list of samples; None where it does not."""
+    if len(ys) % size or len(ys) * count != len(zs) * size:
+        return None
+    last = min(size, count)
+    for lists in ("samples", "kinds"):
+        kinds = _kinds(ys, size, lists)
+        pairs = [
+            pair
+            for ours, theirs in zip(kinds, _kinds(zs, count, lists), strict=True)
+            for pair in zip(ours[-last:], theirs[-last:], strict=True)
+        ]
+        is_of_one_kind = all(len({(t.dim(), t.dtype) for t in kind}) == 1 for kind in kinds)
+        if is_of_one_kind and all(_is_same(y[None], z[None], Place(0), 1, 1) for y, z in pairs):
+            return Layout(size, axes, (Place(0),) * len(kinds), lists)
+    return None
 
 
 def _run(model: Callable[..., Any], batch: Batch) -> list[Tensor] | None:
@@ -166,18 +244,35 @@ def _open_places(
 
 
 def _candidates(tensors: list[Tensor]) -> Iterator[tuple[int, tuple[int | None, ...]]]:
-    """Give (size, axis of each input), the likely ones first: one axis for all, the first."""
-    first, *others = [t for t in tensors if t.dim()] or [torch.empty(())]
-    for axis, size in enumerate(first.shape[:2]):
-        choices = [
-            [a for a in range(min(t.dim(), 2)) if t.shape[a] == size] + [None] for t in others
-        ]
-        for rest in sorted(
-            itertools.product(*choices),
-            key=lambda rest: ([a is None for a in rest].count(True), [a != axis for a in rest]),
-        ):
-            chosen = iter((axis, *rest))
-            yield size, tuple(next(chosen) if t.dim() else None for t in tensors)
+    """Give (size, axis of each input), the likely ones first: one axis for all, the first.
+
+    Each tensor leads in turn, as the first one may hold no samples, such as a graph beside nodes.
+    """
+    shaped = [t for t in tensors if t.dim()]
+    seen: set[tuple[int | None, ...]] = set()
+    leads = [_led(shaped, lead, axis) for axis in range(2) for lead in range(len(shaped))]
+    for places in filter(None, itertools.chain(*itertools.zip_longest(*leads))):
+        chosen = iter(places)
+        axes = tuple(next(chosen) if t.dim() else None for t in tensors)
+        if axes not in seen:
+            seen.add(axes)
+            pairs = zip(tensors, axes, strict=True)
+            yield next(t.shape[axis] for t, axis in pairs if axis is not None), axes
+
+
+def _led(tensors: list[Tensor], lead: int, axis: int) -> Iterator[tuple[int | None, ...]]:
+    """Give the axes of each tensor whose size is that of one axis of one of them."""
+    if tensors[lead].dim() <= axis:
+        return
+    size = tensors[lead].shape[axis]
+    choices = [
+        [axis] if i == lead else [a for a in range(min(t.dim(), 2)) if t.shape[a] == size] + [None]
+        for i, t in enumerate(tensors)
+    ]
+    yield from sorted(
+        itertools.islice(itertools.product(*choices), 4096),
+        key=lambda places: (places.count(None), [a != axis for a in places]),
+    )
 
 
 def _place(y: Tensor, z: Tensor, size: int, count: int) -> Place | None:
@@ -192,14 +287,15 @@ def _place(y: Tensor, z: Tensor, size: int, count: int) -> Place | None:
     follows = [axis for axis in range(y.dim()) if y.shape[axis] != z.shape[axis]]
     if any(y.shape[a] * count != z.shape[a] * size or y.shape[a] % size for a in follows):
         return None
-    return Place(follows[0], y.shape[follows[0]] // size) if follows else Place()
+    return Place(follows[0]) if follows else Place()
 
 
-def _is_same(y: Tensor, z: Tensor, place: Place, last: int) -> bool:
+def _is_same(y: Tensor, z: Tensor, place: Place, size: int, count: int) -> bool:
     """Whether the last samples of both come out the same; not asked where each sees all others."""
     if place.axis is None or not y.is_floating_point():
         return True
-    ours, theirs = (_first(t, place)[-last:].double() for t in (y, z))
+    last = min(size, count)
+    ours, theirs = (_first(t, place, n)[-last:].double() for t, n in ((y, size), (z, count)))
     if ours.shape != theirs.shape:
         return True
     ours, theirs = ours.flatten(1), theirs.flatten(1)

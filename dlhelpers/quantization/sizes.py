@@ -1,8 +1,9 @@
 """Which sizes of a model's inputs may change once it is built for an engine?
 
-Free is what the calibration batches vary, what ``dynamic`` names, and a first dimension with which
-the model itself runs at another size. An exporter may still fix a size without a word: so what it
-wrote is run on inputs of other sizes, and a dimension with which it is wrong there is fixed.
+Free is what the calibration batches vary, what ``dynamic`` names, the dimension that counts
+samples, and a first dimension with which the model itself runs at another size. An exporter may
+still fix a size without a word: so what it wrote is run on inputs of other sizes, and a dimension
+with which it is wrong there is fixed.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def free_groups(
     batches: list[Batch],
     outputs: list[Outputs],
     dynamic: Mapping[int, int | Sequence[int]] | None = None,
+    samples: Sequence[int | None] = (),
 ) -> list[Group]:
     """Return the dimensions that are free, found by running the model with other sizes.
 
@@ -120,6 +122,8 @@ def free_groups(
         model: as it was given; it is called a few times.
         batches, outputs: of the calibration set, and what the model gives for each.
         dynamic: input's place -> its dimensions that are free as well; of every tensor in it.
+        samples: for each tensor of the inputs the dimension that counts samples, tried first: an
+            exporter that cannot free it and the first dimensions together frees it alone.
 
     Raises:
         TypeError, ValueError: ``dynamic`` is no such mapping, names what is not there, or the model
@@ -128,6 +132,9 @@ def free_groups(
     finder = _Finder(model, batches[0], outputs[0])
     asked = _asked(dynamic, batches[0])
     groups: list[Group] = []
+    places = frozenset((i, dim) for i, dim in enumerate(samples) if dim is not None)
+    if places and (found := finder.first_that_runs([places])):
+        groups.append(found)
     for seed in [(i, 0) for i, tensor in enumerate(finder.tensors) if tensor.dim()]:
         if any(seed in group.places for group in groups):
             continue

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dlhelpers.arguments import need_seconds
+from dlhelpers.arguments import need_decibels, need_seconds
 from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.models import copied, need_model
 from dlhelpers.quantization import onnx_roads, openvino_roads, torch_roads
@@ -26,7 +26,7 @@ from dlhelpers.quantization.attention import run_reference
 from dlhelpers.quantization.aware import finished_copy
 from dlhelpers.quantization.batches import first_line, read_batches
 from dlhelpers.quantization.calibrate import CALIBRATORS
-from dlhelpers.quantization.judging import held_out
+from dlhelpers.quantization.judging import held_out, most_common_first
 from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.roads import Road, Task, saturates
 from dlhelpers.quantization.sensitivity import ranked_layers
@@ -77,7 +77,8 @@ def quantize_static(
         model: float32, on the CPU; it is copied, and taken in eval mode. One that
             ``quantize_aware`` has trained is finished first.
         calibration: an iterable of tensors, or of tuples of positional inputs; real inputs, a
-            hundred samples or so, all held in memory. Speed is measured on the first batch.
+            hundred samples or so, all held in memory. Speed is measured on the first batch of
+            the most common size.
         calibrator: one of ``calibrate.CALIBRATORS`` for ONNX Runtime's and OpenVINO's roads, or
             ``auto``: the best in SQNR of min-max, percentile and MSE. torch's roads have observers
             of their own.
@@ -107,7 +108,7 @@ def quantize_static(
         TypeError, ValueError: the calibration set is empty, of the wrong shape or not finite; the
             model raises on it, or with other sizes of a dimension in ``dynamic``; an unknown
             calibrator or engine; a model that is not on the CPU; a budget_s that is not positive,
-            or a max_drop that is no number from 0 to 1.
+            a min_sqnr_db that is no number, or a max_drop that is none from 0 to 1.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
     >>> fast = quantize_static(net, [torch.rand(4, 3, 8, 8)], engine="qnnpack", budget_s=0.1)
@@ -116,6 +117,7 @@ def quantize_static(
     """
     engines = _engines(engine)
     need_seconds("budget_s", budget_s)
+    need_decibels("min_sqnr_db", min_sqnr_db)
     if not isinstance(max_drop, Real) or not 0 <= max_drop <= 1:
         raise ValueError(
             "max_drop must be a number from 0 to 1, the accuracy that may be lost, got "
@@ -150,7 +152,8 @@ def _quantized(
     batches = read_batches(calibration)
     original = finished_copy(model)
     outputs, padding = run_reference(original, batches)
-    calibrated, judge, told = held_out(original, batches, outputs)
+    batches, outputs, numbers = most_common_first(batches, outputs)
+    calibrated, judge, told = held_out(original, batches, outputs, numbers)
     if test is not None:  # what is wrong with it is said at once
         judge.accuracy = accuracy_of(copied(original), test, batches[0], max_drop)
     folded, notes = _folded(original, batches[0])
@@ -160,7 +163,7 @@ def _quantized(
     except TypeError as error:
         notes.append(f"{error}, for engines that cannot take TorchScript")
     threads = torch.get_num_threads()
-    free = free_groups(copied(original), batches, outputs, dynamic)
+    free = free_groups(copied(original), batches, outputs, dynamic, judge.layout.inputs)
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
         notes.append(

@@ -214,7 +214,8 @@ def tried(
     try:
         with quiet():
             road = build(task)
-            found, too_slow = pace.outputs(road, judge.batches)
+            judge = judge.of_sizes(road.sizes)
+            found, too_slow = pace.outputs(road, judge.batches, task.batches[0])
         ratios = judge.ratios(found) if found else None
     except RoadError as error:
         return replace(row, dropped=str(error)), None
@@ -229,7 +230,7 @@ def tried(
         total_sqnr_db=total,
         nbytes=road.nbytes,
         int8_kernels=road.int8_kernels,
-        note=road.note,
+        note=", ".join(filter(None, (road.note, judge.share_of(task.judge)))),
     )
     if precision == "int8" and not road.int8_kernels:
         return replace(row, dropped="its graph holds no int8 kernel"), None
