@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
 from dlhelpers.fakes import tensors_in
 from dlhelpers.models import need_model, unwrapped
-from dlhelpers.patching import PATCHING
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
 from dlhelpers.shufflenet.moving import Moved, moved_by
@@ -339,7 +338,7 @@ class _Counter(TorchDispatchMode):
             register_module_forward_hook(leave, always_call=True),
         )
         try:
-            with torch.no_grad(), _without_fast_path(), fakes.running(*given), self:
+            with torch.no_grad(), _NoFastPath(), fakes.running(*given), self:
                 model(*args, **kwargs)
         except (
             DataDependentOutputException,
@@ -363,14 +362,13 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Keep torch from computing a whole attention layer as one operator."""
-    mha = torch.backends.mha
-    with PATCHING:  # the switch is the process's
-        fast = mha.get_fastpath_enabled()
-        mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            mha.set_fastpath_enabled(fast)
+class _NoFastPath(TorchFunctionMode):
+    """Keep torch from computing a whole attention layer as one operator, in this thread alone.
+
+    It does not where a function mode is on.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
