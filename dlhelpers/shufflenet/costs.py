@@ -9,10 +9,12 @@ Source: Williams et al. 2009 (roofline), doi:10.1145/1498765.1498785.
 from __future__ import annotations
 
 import html
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,7 +29,7 @@ from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
 from dlhelpers.shufflenet.moving import Moved, moved_by
 from dlhelpers.tables import html_table, text_table
-from dlhelpers.without_data import Fakes
+from dlhelpers.without_data import Fakes, user_code
 
 __all__ = ["LayerCost", "LayerCosts", "layer_costs"]
 
@@ -224,7 +226,8 @@ def layer_costs(
 
     Raises:
         TypeError: the inputs hold no tensor.
-        ValueError: another policy, or a size or a choice in the model depends on data.
+        ValueError: another policy, or a size or a choice in the model depends on data, or it computes in
+            threads of its own.
 
     >>> costs = layer_costs(nn.Conv2d(16, 32, 1, bias=False), torch.zeros(1, 16, 8, 8))
     >>> costs.multiply_adds, costs.flops, costs.layers[0].elements
@@ -300,13 +303,13 @@ class _Counter(TorchDispatchMode):
         self._model = model
         self._names = {id(module): name for name, module in model.named_modules()}
         self._at: list[str] = []
+        self._refused = ""
         self.calls: list[tuple[Any, ...]] = []
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from torch._subclasses.fake_tensor import (
             DataDependentOutputException,
             DynamicOutputShapeException,
-            FakeTensorMode,
             UnsupportedFakeTensorException,
         )
         from torch.nn.modules.module import (
@@ -317,7 +320,7 @@ class _Counter(TorchDispatchMode):
         if next(tensors_in((args, kwargs)), None) is None:
             kinds = [type(value).__name__ for value in (*args, *kwargs.values())]
             raise TypeError(f"inputs must hold a tensor, got {kinds}")
-        fakes = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
+        fakes = Fakes()
         given = (self._model, args, kwargs)
         model, (args, kwargs) = fakes.model(self._model), fakes.value((args, kwargs))
         # a method that was put into the place of another may call the original
@@ -345,7 +348,11 @@ class _Counter(TorchDispatchMode):
             DynamicOutputShapeException,
             UnsupportedFakeTensorException,
         ) as error:
-            raise ValueError(f"a size or choice in this model depends on data: {error}") from error
+            raise ValueError(
+                f"a size or choice in this model depends on data: {self._refused or error}; give "
+                "forward that number as an argument, or count the modules before and after by "
+                "themselves"
+            ) from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -354,7 +361,18 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        if func.namespace == "aten" and torch.is_inference_mode_enabled():
+            with self:  # nothing has taken it apart yet
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            file, line = user_code(sys._getframe(1))
+            at = f"module {self._at[-1]!r}" if self._at and self._at[-1] else "the model itself"
+            self._refused = f"{at} calls {func} at {Path(file).name}:{line}"
+            raise
         moved = moved_by(func, args, kwargs, out)
         if moved.written:
             at = self._at[-1] if self._at else ""
