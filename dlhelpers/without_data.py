@@ -47,8 +47,11 @@ class _OneThread(FakeTensorMode):
         if threading.get_ident() != self._thread and not self.elsewhere:
             task = getattr(torch._C, "_current_graph_task_id", None)
             if task is None or task() == -1:
-                file, line = user_code(sys._getframe(1))
-                self.elsewhere = f"{Path(file).name}:{line} ({func})"
+                frame: FrameType | None = sys._getframe(1)
+                while frame and not isinstance(frame.f_locals.get("self"), nn.Module):
+                    frame = frame.f_back
+                owner = "" if frame is None else f" in a {type(frame.f_locals['self']).__name__}"
+                self.elsewhere = f"{func}{owner}"
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -94,8 +97,8 @@ class Fakes:
             problem = error
         if self._mode.elsewhere:
             raise ValueError(
-                "the model computes in a thread of its own, whose operators are not seen: "
-                f"{self._mode.elsewhere}; let its forward call all its layers in one thread"
+                f"the model computes {self._mode.elsewhere} in a thread of its own, whose "
+                "operators are not seen: let its forward call all its layers in one thread"
             ) from problem
 
     def tensor(self, real: Tensor) -> Tensor:
