@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from dlhelpers.memory import estimate
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet import audit, layer_costs
+from dlhelpers.untouched import untouched
 
 X = torch.rand(4, 8)
 PEAKS = Roofline(10.0, {"fp32": 100.0}, 1)
@@ -422,21 +423,12 @@ def test_a_thread_that_computes_nothing_is_no_matter(run):
 
 
 def test_threads_that_a_run_starts_are_still_known_to_python():
-    """A pool's thread leads to Thread, and its functions to the list of all threads."""
-
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.pool = nn.Linear(4, 2), ThreadPoolExecutor(2)
-            self.pool.submit(int).result()
-
-        def forward(self, x):
-            waits = threading.Event()
-            asked = [self.pool.submit(waits.wait) for _ in range(2)]
-            waits.set()
-            return self.layer(x) * len([one.result() for one in asked])
-
-    model = Pooled()
-    layer_costs(model, torch.zeros(3, 4))
-    assert model.pool._threads <= set(threading.enumerate())
-    model.pool.shutdown()
+    """A model's thread leads to Thread, and its functions to the list of all threads."""
+    model, goes = nn.Linear(4, 2), threading.Event()
+    model.worker = threading.Thread(target=int)
+    other = threading.Thread(target=goes.wait)
+    with untouched(model):
+        other.start()
+    assert other in threading.enumerate()
+    goes.set()
+    other.join()
