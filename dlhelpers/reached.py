@@ -102,16 +102,17 @@ def _reached(value: Any) -> list[Any]:
     if isinstance(value, property):
         return [value.fget]
     if isinstance(value, FunctionType):
-        return [] if is_foreign(value) else _reached_by(value)
+        return [] if is_foreign(value) or _is_pythons(value) else _reached_by(value)
     if isinstance(value, type):
-        return [] if is_foreign(value) else list(vars(value).values())
+        return [] if is_foreign(value) or _is_pythons(value) else list(vars(value).values())
     if isinstance(value, nn.Module) and is_foreign(type(value)):
         own = [v for n, v in vars(value).items() if n not in _OF_EVERY_MODULE]  # an activation
         hooks = (value._forward_hooks, value._forward_pre_hooks)
         return [value._modules, *own, *(hook for hook in hooks if hook)]
     if isinstance(value, ModuleType) or is_foreign(type(value)):
         return []
-    classes = [cls for cls in type(value).__mro__ if not is_foreign(cls)]
+    kinds = type(value).__mro__
+    classes = [cls for cls in kinds if not (is_foreign(cls) or _is_pythons(cls))]
     return [*getattr(value, "__dict__", {}).values(), *classes]
 
 
@@ -147,6 +148,11 @@ def is_foreign(value: Any) -> bool:
     """Whether a library wrote it that keeps no generator of its own in it."""
     module = getattr(value, "__module__", None) or "builtins"
     return module.partition(".")[0] in _FOREIGN
+
+
+def _is_pythons(value: Any) -> bool:
+    """Whether it is of Python's library, whose own variables, as those of threads, are its own."""
+    return str(value.__module__).partition(".")[0] in sys.stdlib_module_names
 
 
 def streams_of(roots: Iterable[Any]) -> Iterator[Access]:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
-from types import ModuleType
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.optim import Optimizer
 
 from dlhelpers.fakes import fake_of
@@ -26,22 +29,45 @@ from dlhelpers.reached import generators_in, objects_in
 from dlhelpers.trees import MAPPINGS, tensors_in
 from dlhelpers.untouched import untouched
 
-__all__ = ["Fakes"]
+__all__ = ["Fakes", "user_code"]
+
+_LIBRARIES = tuple(
+    str(Path(sys.modules[name].__file__ or "").parent) for name in ("torch", "dlhelpers")
+)
+
+
+class _OneThread(FakeTensorMode):
+    """Note where a thread computes that is neither the maker's nor autograd's."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._thread = threading.get_ident()
+        self.elsewhere = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if threading.get_ident() != self._thread and not self.elsewhere:
+            task = getattr(torch._C, "_current_graph_task_id", None)
+            if task is None or task() == -1:
+                frame: FrameType | None = sys._getframe(1)
+                while frame and not isinstance(frame.f_locals.get("self"), nn.Module):
+                    frame = frame.f_back
+                owner = "" if frame is None else f" in a {type(frame.f_locals['self']).__name__}"
+                self.elsewhere = f"{func}{owner}"
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class Fakes:
     """Copies of model, inputs and optimizer whose tensors have no memory.
 
-    >>> from torch._subclasses import FakeTensorMode
-    >>> fakes, layer = Fakes(FakeTensorMode()), nn.Linear(4, 3)
+    >>> fakes, layer = Fakes(), nn.Linear(4, 3)
     >>> twin, x = fakes.model(layer), fakes.value(torch.rand(2, 4))
     >>> with fakes.running(layer):
     ...     tuple(twin(x).shape)
     (2, 3)
     """
 
-    def __init__(self, mode: Any) -> None:
-        self._mode = mode
+    def __init__(self) -> None:
+        self._mode = _OneThread()
         self._memo: dict[int, Any] = {}
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: list[Any] = []  # an id in the memo is good while its owner lives
@@ -52,11 +78,29 @@ class Fakes:
 
         Args:
             originals: the models, losses and inputs whose copies run.
+
+        Raises:
+            ValueError: another thread computed with them, where whoever counts does not see it.
         """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=list(devices)):  # noqa: SIM117
-            with untouched(*originals, without_data=True), self._mode:
+            with untouched(*originals, without_data=True), self._one_thread(), self._mode:
                 yield
+
+    @contextlib.contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        problem = None
+        try:
+            yield
+        except Exception as error:  # of a call that waits for what the other thread gives
+            if not self._mode.elsewhere:
+                raise
+            problem = error
+        if self._mode.elsewhere:
+            raise ValueError(
+                f"the model computes {self._mode.elsewhere} in a thread of its own, whose "
+                "operators are not seen: let its forward call all its layers in one thread"
+            ) from problem
 
     def tensor(self, real: Tensor) -> Tensor:
         """Return the one stand-in of a tensor."""
@@ -163,3 +207,13 @@ def _is_never_copied(value: Any) -> bool:
     except Exception:  # whatever else a class of its own raises, copy.deepcopy says
         return False
     return False
+
+
+def user_code(frame: FrameType | None) -> tuple[str, int]:
+    """Return file and line of the innermost caller that is neither torch nor this package."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith(_LIBRARIES):
+            return file, frame.f_lineno
+        frame = frame.f_back
+    return "", 0

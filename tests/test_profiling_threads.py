@@ -10,13 +10,15 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from dlhelpers.fusion import fuse_conv_bn
-from dlhelpers.patching import PATCHING, patched
+from dlhelpers.memory import estimate
+from dlhelpers.patching import PATCHING, Tracer, patched
 from dlhelpers.profiling import diagnose, profile_torch
 from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.loader_marks import loaders_marked
 from dlhelpers.profiling.repeats import Repeat
 from dlhelpers.profiling.step_trials import confirmed, without_anomaly
 from dlhelpers.profiling.watching import watch
+from dlhelpers.shufflenet import layer_costs
 
 PATCHED = {
     (nn.Module, "__call__"): nn.Module.__call__,
@@ -142,7 +144,7 @@ def without_checks(step):
 
 
 @pytest.mark.parametrize("run", [watched, marked, follow, confirming, without_checks])
-def test_whatever_patches_torch_holds_the_lock_meanwhile(run):
+def test_no_lock_is_held_while_a_step_runs(run):
     seen = []
 
     def step():
@@ -154,7 +156,109 @@ def test_whatever_patches_torch_holds_the_lock_meanwhile(run):
         return is_free
 
     run(step)
-    assert set(seen) == {(False, False)}
+    assert set(seen) == {(False, True)}
+
+
+CNN, IMAGE = model_of(), torch.randn(2, 3, 8, 8)
+INSIDE = {
+    "model": lambda: CNN(IMAGE),
+    "fuse_conv_bn": lambda: fuse_conv_bn(CNN, IMAGE),
+    "layer_costs": lambda: layer_costs(CNN, IMAGE),
+    "symbolic_trace": lambda: torch.fx.symbolic_trace(CNN),
+    "estimate": lambda: estimate(CNN, IMAGE, None, training=False),
+}
+
+
+@pytest.mark.parametrize("run", [diagnose, profile_torch], ids=lambda run: run.__name__)
+def test_a_step_waits_for_a_thread_of_its_own(run):
+    train, faults, went_on = training_step(), [], []
+
+    def task():
+        for name, inside in INSIDE.items():
+            try:
+                inside()
+            except BaseException as fault:
+                faults.append((name, fault))
+
+    def step():
+        train()
+        if len(went_on) < 2:  # the others are as long as they were
+            thread = threading.Thread(target=task, daemon=True)
+            thread.start()
+            thread.join(60)
+            went_on.append(not thread.is_alive())
+
+    run(step)
+    assert went_on == [True, True]
+    assert faults == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_patches_of_two_threads_end_in_any_order(first):
+    class Own:
+        def name(self):
+            return "old"
+
+    name, seen = Own.name, []
+    begun, ends = threading.Barrier(3), [threading.Event(), threading.Event()]
+
+    def run(i):
+        with patched(Own, "name", lambda old, self: f"{i} of {old(self)}"):
+            begun.wait(60)
+            ends[i].wait(60)
+            seen.append((i, Own().name()))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    begun.wait(60)
+    assert Own().name() == "old"
+    for i in (first, 1 - first):
+        assert Own.name is not name
+        ends[i].set()
+        threads[i].join(60)
+    assert seen == [(first, f"{first} of old"), (1 - first, f"{1 - first} of old")]
+    assert Own.name is name
+
+
+def test_a_patch_ends_while_somebody_elses_is_over_it():
+    """As a plain torch.fx trace in another thread is, which puts back what it found."""
+
+    class Own:
+        def name(self):
+            return "old"
+
+    name = Own.name
+    with patched(Own, "name", lambda old, self: "new"):
+        found = Own.name
+        Own.name = lambda self: f"theirs of {found(self)}"
+        assert Own().name() == "theirs of new"
+    assert Own().name() == "theirs of old"
+    Own.name = found
+    assert Own().name() == "old"
+    assert Own.name is name
+
+
+def test_a_trace_beside_it_hides_no_call_of_a_model():
+    """torch.fx calls the function that was there when it was imported."""
+    model, tracing, seen_all = nn.Linear(4, 4), threading.Event(), threading.Event()
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            tracing.set()
+            seen_all.wait(60)
+            return x + 1
+
+    traced = []
+    thread = threading.Thread(target=lambda: traced.append(Tracer().trace(Waits())))
+    with watch() as seen:
+        thread.start()
+        tracing.wait(60)
+        model(torch.ones(2, 4))
+        seen_all.set()
+        thread.join(60)
+    assert [calls.count for calls in seen.calls.values()] == [1]
+    assert [node.op for node in traced[0].nodes] == ["placeholder", "call_function", "output"]
 
 
 @pytest.mark.parametrize("run", [diagnose, profile_torch, follow], ids=lambda run: run.__name__)

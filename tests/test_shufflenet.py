@@ -453,9 +453,77 @@ class Chooses(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-def test_a_choice_by_data_is_refused():
-    with pytest.raises(ValueError, match="depends on data"):
+class Holds(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, *inputs):
+        return self.head(*inputs)
+
+
+class Decorated(Holds):
+    forward = torch.inference_mode()(Holds.forward)
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x if x.sum() > 0 else -x,
+        lambda x: x * x.max().item(),
+        lambda x: x * float(x.mean().numpy()),
+        lambda x: x[: int(x.sum())],
+        lambda x: x.unique(),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_what_depends_on_data_is_named_with_its_module_and_line(ask):
+    line = ask.__code__.co_firstlineno
+    with pytest.raises(
+        ValueError, match=rf"depends on data: module 'head' .* {__name__}.py:{line}; compute it"
+    ):
+        costs_of(Holds(Calls(ask)), torch.zeros(3))
+    with pytest.raises(ValueError, match="the model itself calls"):
         costs_of(Chooses(), torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), [(2, 3, 8, 8)]),
+        (nn.ConvTranspose1d(5, 3, 3, stride=2), [(2, 5, 16)]),
+        (nn.Linear(16, 4, bias=False), [(2, 5, 16)]),
+        (nn.MultiheadAttention(16, 4), [(2, 5, 16)] * 3),
+        (nn.TransformerEncoderLayer(16, 4, 32), [(2, 5, 16)]),
+        (nn.LSTM(16, 8, 2, bidirectional=True), [(2, 5, 16)]),
+        (Calls(lambda a: torch.einsum("bij,bkj->bik", a, a)), [(2, 5, 16)]),
+        (nn.Sequential(nn.LayerNorm(16), nn.GELU(), nn.Softmax(-1)), [(2, 5, 16)]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_inference_mode_hides_nothing(model, shapes, mode):
+    getattr(model, mode)()
+    inputs = [torch.zeros(shape) for shape in shapes]
+    wanted = costs_of(Holds(model), *inputs, policy="all")
+    found = [costs_of(Decorated(model), *inputs, policy="all")]
+    with torch.inference_mode():
+        found.append(costs_of(Holds(model), *inputs, policy="all"))
+        found.append(costs_of(Holds(model), *[x.clone() for x in inputs], policy="all"))
+    for costs in found:
+        assert (costs.multiply_adds, costs.flops) == (wanted.multiply_adds, wanted.flops)
+        assert not costs.without_formula
+    if not isinstance(model, nn.MultiheadAttention | nn.TransformerEncoderLayer):  # a copy less
+        assert all(costs.layers == wanted.layers for costs in found)
 
 
 @pytest.mark.parametrize("given", [(-1, 10), (100, 0), (math.nan, 10), (10, math.nan)])

@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torch._subclasses import FakeTensor
 from dlhelpers.memory import estimate
 from dlhelpers.roofline import Roofline
 from dlhelpers.shufflenet import audit, layer_costs
+from dlhelpers.untouched import untouched
 
 X = torch.rand(4, 8)
 PEAKS = Roofline(10.0, {"fp32": 100.0}, 1)
@@ -364,3 +366,69 @@ def test_what_cannot_be_copied_or_has_no_graph_is_run_as_well(make, run):
     RUNS[run](model, X) if run != "estimate" else RUNS["estimate of inference"](model, X)
     with torch.inference_mode():
         assert torch.equal(model(X), wanted)
+
+
+def infers(model, x):
+    return estimate(model, x, None, training=False)
+
+
+def trains(model, x):
+    return estimate(model, x, None, loss=lambda y: y.sum())
+
+
+class InThreads(nn.Module):
+    """Computes its head in another thread, as ``by`` runs it."""
+
+    def __init__(self, by, head):
+        super().__init__()
+        self.body, self.head, self.by = nn.Linear(4, 4), head, by
+
+    def forward(self, x):
+        return self.by(self.head, self.body(x))
+
+
+def by_thread(head, x):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(head(x)))
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+def by_pool(head, x):
+    with ThreadPoolExecutor(2) as pool:
+        return sum(pool.map(head, [x, x]))
+
+
+def unawaited(head, x):
+    by_thread(head, x)
+    return x
+
+
+@pytest.mark.parametrize("head", [nn.Linear(4, 2), torch.relu], ids=["module", "function"])
+@pytest.mark.parametrize("by", [by_thread, by_pool, unawaited])
+@pytest.mark.parametrize("run", [layer_costs, audit, infers, trains])
+def test_a_model_that_computes_in_its_own_threads_is_named(run, by, head):
+    with pytest.raises(ValueError, match=r"in a thread of its own.*in one thread"):
+        run(InThreads(by, head), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("run", [layer_costs, audit, infers, trains])
+def test_a_thread_that_computes_nothing_is_no_matter(run):
+    def beside(head, x):
+        by_thread(lambda size: 2 * size[0], x.shape)
+        return head(x)
+
+    run(InThreads(beside, nn.Linear(4, 2)), torch.zeros(3, 4))
+
+
+def test_threads_that_a_run_starts_are_still_known_to_python():
+    """A model's thread leads to Thread, and its functions to the list of all threads."""
+    model, goes = nn.Linear(4, 2), threading.Event()
+    model.worker = threading.Thread(target=int)
+    other = threading.Thread(target=goes.wait)
+    with untouched(model):
+        other.start()
+    assert other in threading.enumerate()
+    goes.set()
+    other.join()

@@ -15,8 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,12 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from dlhelpers.fakes import dense_parts
 from dlhelpers.memory.sparse import is_coo, like_coo
 from dlhelpers.trees import tensors_in
+from dlhelpers.without_data import user_code
 
-__all__ = ["BEFORE", "Accounting", "Op", "Storage", "user_code"]
+__all__ = ["BEFORE", "Accounting", "Op", "Storage"]
 
-_LIBRARIES = tuple(
-    str(Path(sys.modules[name].__file__ or "").parent) for name in ("torch", "dlhelpers")
-)
 BEFORE = -1
 
 
@@ -338,13 +335,3 @@ def _address(whole: torch.UntypedStorage) -> int:
         return 0 if whole.device.type == "meta" else whole.data_ptr()
     except RuntimeError:
         return 0  # a fake tensor has no memory
-
-
-def user_code(frame: FrameType | None) -> tuple[str, int]:
-    """Return file and line of the innermost caller that is neither torch nor this package."""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(_LIBRARIES):
-            return file, frame.f_lineno
-        frame = frame.f_back
-    return "", 0

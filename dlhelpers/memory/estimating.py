@@ -100,8 +100,9 @@ def estimate(
         ``if x.mean() > 0`` does, and got one at random.
 
     Raises:
-        ValueError: the size of a tensor or the end of a loop depends on data, the optimizer holds
-            none of the model's parameters, or wants a closure; steps is not a whole number, splits
+        ValueError: the size of a tensor or the end of a loop depends on data, the model
+            computes in threads of its own, the optimizer holds none of the model's parameters, or
+            wants a closure; steps is not a whole number, splits
             no dimension 0 common to all inputs, or is given for inference; hold_outputs is none of
             the three; the model is a DistributedDataParallel one.
         TypeError: the inputs hold no tensor, or the optimizer is none.
@@ -115,8 +116,6 @@ def estimate(
     >>> report.at_peak["optimizer state"] == 2 * report.at_peak["parameters"] + 4 * 4
     True
     """
-    from torch._subclasses import FakeTensorMode
-
     need_model(model, "estimate")
     args, kwargs = model_inputs(inputs)
     if next(tensors_in((args, kwargs)), None) is None:
@@ -129,8 +128,7 @@ def estimate(
     if hold_outputs not in _HELD:
         raise ValueError(f"hold_outputs must be one of {[*_HELD]}, got {hold_outputs!r}")
     _check_optimizer(optimizer, model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes, numbers, sparse = Fakes(mode), Numbers(), SparseOps()
+    fakes, numbers, sparse = Fakes(), Numbers(), SparseOps()
     loop = _loop(model, training, hold_outputs, steps)
     original, model = model, fakes.model(model)
     args, kwargs = fakes.value(args), fakes.value(kwargs)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlhelpers.memory.accounting import user_code
+from dlhelpers.without_data import user_code
 
 __all__ = ["Numbers", "explained"]
 

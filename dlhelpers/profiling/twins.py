@@ -111,8 +111,6 @@ class TwinStep:
 
     @contextmanager
     def _in_its_turn(self) -> Iterator[None]:
-        self._give, self._begin_epoch = _BaseDataLoaderIter.__next__, DataLoader.__iter__
-
         def is_replaced(sampler: Any, dataset: Any) -> bool:
             return sampler is self.loader.sampler and dataset is self.loader.dataset
 
@@ -136,8 +134,8 @@ class TwinStep:
                 return begin_epoch(loader)
 
         with (
-            patched(_BaseDataLoaderIter, "__next__", next_batch),
-            patched(DataLoader, "__iter__", begin),
+            patched(_BaseDataLoaderIter, "__next__", next_batch) as self._give,
+            patched(DataLoader, "__iter__", begin) as self._begin_epoch,
         ):
             _Lent.turn = self
             if self._gate:

@@ -9,26 +9,22 @@ Source: Williams et al. 2009 (roofline), doi:10.1145/1498765.1498785.
 from __future__ import annotations
 
 import html
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.arguments import model_inputs
 from dlhelpers.models import need_model, unwrapped
-from dlhelpers.patching import PATCHING
 from dlhelpers.roofline import Roofline
+from dlhelpers.shufflenet.counting import Counter
 from dlhelpers.shufflenet.formulas import conv_linear_flops, flops_of
-from dlhelpers.shufflenet.moving import Moved, moved_by
+from dlhelpers.shufflenet.moving import Moved
 from dlhelpers.tables import html_table, text_table
 from dlhelpers.trees import tensors_in
-from dlhelpers.without_data import Fakes
 
 __all__ = ["LayerCost", "LayerCosts", "layer_costs"]
 
@@ -225,7 +221,8 @@ def layer_costs(
 
     Raises:
         TypeError: the inputs hold no tensor.
-        ValueError: another policy, or a size or a choice in the model depends on data.
+        ValueError: another policy; a size or a choice in the model depends on data, or it computes
+            in threads of its own.
 
     >>> costs = layer_costs(nn.Conv2d(16, 32, 1, bias=False), torch.zeros(1, 16, 8, 8))
     >>> costs.multiply_adds, costs.flops, costs.layers[0].elements
@@ -235,7 +232,7 @@ def layer_costs(
         raise ValueError(f'policy must be "conv+linear" or "all", got {policy!r}')
     need_model(model, "count")
     model = unwrapped(model)
-    counter = _Counter(model)
+    counter = Counter(model)
     counter.run(*model_inputs(inputs))
     layers, unknown, left_out, activations = [], {}, {}, 0
     for module, func, args, kwargs, out, moved in counter.calls:
@@ -291,86 +288,3 @@ def _computed_in(moved: Moved, is_product: bool) -> torch.dtype | None:
         if tensor.is_floating_point() or tensor.is_complex():
             return tensor.dtype.to_real()
     return moved.read[0].dtype if is_product else None
-
-
-class _Counter(TorchDispatchMode):
-    """Note each operator of a forward pass over fake tensors, and the module at work."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = model
-        self._names = {id(module): name for name, module in model.named_modules()}
-        self._at: list[str] = []
-        self.calls: list[tuple[Any, ...]] = []
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        from torch._subclasses.fake_tensor import (
-            DataDependentOutputException,
-            DynamicOutputShapeException,
-            FakeTensorMode,
-            UnsupportedFakeTensorException,
-        )
-        from torch.nn.modules.module import (
-            register_module_forward_hook,
-            register_module_forward_pre_hook,
-        )
-
-        if next(tensors_in((args, kwargs)), None) is None:
-            kinds = [type(value).__name__ for value in (*args, *kwargs.values())]
-            raise TypeError(f"inputs must hold a tensor, got {kinds}")
-        fakes = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
-        given = (self._model, args, kwargs)
-        model, (args, kwargs) = fakes.model(self._model), fakes.value((args, kwargs))
-        # a method that was put into the place of another may call the original
-        self._names |= {id(module): name for name, module in model.named_modules()}
-
-        me = threading.get_ident()
-
-        def enter(module: nn.Module, args: Any) -> None:
-            if threading.get_ident() == me:
-                self._at.append(self._names.get(id(module), type(module).__name__))
-
-        def leave(module: nn.Module, args: Any, out: Any) -> None:
-            if threading.get_ident() == me:
-                self._at.pop()
-
-        hooks = (
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),
-        )
-        try:
-            with torch.no_grad(), _without_fast_path(), fakes.running(*given), self:
-                model(*args, **kwargs)
-        except (
-            DataDependentOutputException,
-            DynamicOutputShapeException,
-            UnsupportedFakeTensorException,
-        ) as error:
-            raise ValueError(f"a size or choice in this model depends on data: {error}") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        moved = moved_by(func, args, kwargs, out)
-        if moved.written:
-            at = self._at[-1] if self._at else ""
-            self.calls.append((at, func, args, kwargs, out, moved))
-        return out
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Keep torch from computing a whole attention layer as one operator."""
-    mha = torch.backends.mha
-    with PATCHING:  # the switch is the process's
-        fast = mha.get_fastpath_enabled()
-        mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            mha.set_fastpath_enabled(fast)
