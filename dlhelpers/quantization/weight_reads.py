@@ -361,7 +361,9 @@ def _node_of(function: FunctionType) -> Any:
         body = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return None
-    return body[0] if body and isinstance(body[0], ast.FunctionDef) else None
+    node = body[0] if body and isinstance(body[0], ast.FunctionDef) else None
+    # a file that was edited since has another function there
+    return node if node is not None and node.name == function.__code__.co_name else None
 
 
 def _arguments(
