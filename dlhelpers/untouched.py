@@ -13,7 +13,7 @@ import dis
 import functools
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -33,7 +33,10 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def untouched(
-    *roots: Any, apart: Collection[int] = (), without_data: bool = False
+    *roots: Any,
+    apart: Collection[int] = (),
+    without_data: bool = False,
+    copies: Mapping[int, Any] | None = None,
 ) -> Iterator[None]:
     """Put back, after the block, what a call of these objects may have changed.
 
@@ -44,6 +47,9 @@ def untouched(
             none that has data, of which no copies are made; lists, dictionaries and sets that are
             reached, variables of closures, globals and attributes of classes are put back as well,
             and a cache of ``functools.cache`` that the block filled is emptied.
+        copies: memo of ``copy.deepcopy`` where a copy of the roots runs. What was copied is left
+            alone, as other threads may write to it, unless the copy reaches it, too, as by a
+            closure; lists and variables that the copy shares are put back as well.
 
     >>> center = torch.zeros(2)
     >>> with untouched(lambda: center.add_(1)):
@@ -53,14 +59,21 @@ def untouched(
     """
     undo: list[Callable[[], None]] = []
     tensors: dict[int, Any] = {}
+    is_everywhere = without_data or copies is not None
+    copies = copies or {}
+    roots = tuple(copies.get(id(root), root) for root in roots)
+    made = {id(copy) for key, copy in copies.items() if id(copy) != key}
     for value in objects_in(roots):
+        if id(value) in made:
+            continue
         with contextlib.suppress(Exception):  # objects of any kind
             undo.extend(_undo_of(value, tensors))
-            if without_data:
+            if is_everywhere:
                 undo.extend(_undo_elsewhere(value))
     if without_data:
         tensors = {key: array for key, array in tensors.items() if not isinstance(array, Tensor)}
-    undo.extend(_undo_of_numbers([held for key, held in tensors.items() if key not in apart]))
+    kept = {*apart, *made}
+    undo.extend(_undo_of_numbers([held for key, held in tensors.items() if key not in kept]))
     streams = [(give, get()) for get, give in streams_of(roots)]
     try:
         yield

@@ -54,7 +54,7 @@ class Fakes:
         """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=list(devices)):  # noqa: SIM117
-            with untouched(*originals, without_data=True), self._mode:
+            with untouched(*originals, without_data=True, copies=self._memo), self._mode:
                 yield
 
     def tensor(self, real: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dlhelpers.fusion.refusing import partner
 from dlhelpers.fusion.report import FusionReport, FusionRow
 from dlhelpers.fusion.tracing import is_batch_norm, is_layer, replace_module
 from dlhelpers.models import copied, in_eval_, need_model
+from dlhelpers.untouched import untouched
 
 __all__ = ["FusionError", "fuse_conv_bn"]
 
@@ -62,11 +63,14 @@ def fuse_conv_bn(
     """
     need_model(model, "fuse", but=("wrapped", "scripted", "meta"))
     inputs = None if example_inputs is None else model_inputs(example_inputs)
-    with torch.inference_mode(False), torch.random.fork_rng():
+    copies: dict[int, Any] = {}
+    made = copied(model, copies)
+    elsewhere = untouched(model, inputs, copies=copies)
+    with torch.inference_mode(False), torch.random.fork_rng(), elsewhere:
         try:
-            return _fused(model, inputs, verify, by_own=True)
+            return _fused(made, inputs, verify, by_own=True)
         except _OwnMethodError as problem:
-            fused, report = _fused(model, inputs, verify, by_own=False)
+            fused, report = _fused(made, inputs, verify, by_own=False)
             return fused, replace(report, notes=(*report.notes, str(problem)))
 
 
