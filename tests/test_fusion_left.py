@@ -1,8 +1,10 @@
 """Fusing leaves alone what a forward writes to outside of the model, and other threads' counts."""
 
+import contextvars
 import functools
 import random
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -118,6 +120,65 @@ def test_what_a_forward_keeps_outside_of_the_model_is_as_it_was(kind, verify):
     assert np.array_equal(np.random.get_state()[1], streams[2])
     found = model(x)
     assert (type(found), found.dtype) == (torch.Tensor, torch.float32)
+
+
+class AnyList(list):
+    """A list that does more when it is changed."""
+
+    def clear(self):
+        raise AssertionError("not to be called")
+
+
+class AnyDict(dict):
+    """A dictionary of the user's."""
+
+
+class Slots:
+    __slots__ = ("kept",)
+
+
+LISTED, NAMED, SLOTTED, SETTINGS = AnyList(), AnyDict(), Slots(), types.ModuleType("settings")
+CURRENT = contextvars.ContextVar("current", default=None)
+
+
+def attribute_of_a_function(y):
+    attribute_of_a_function.kept = y
+
+
+def variable_of_a_module(y):
+    SETTINGS.kept = y
+
+
+def slot_of_an_object(y):
+    SLOTTED.kept = y
+
+
+def by_name(y):
+    globals()["UNNAMED"] = y
+
+
+@pytest.mark.parametrize("run", [fuse_conv_bn, layer_costs])
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (lambda y: LISTED.append(y), lambda: LISTED),
+        (lambda y: NAMED.update(y=y), lambda: NAMED),
+        (lambda y: CURRENT.set(y), CURRENT.get),
+        (attribute_of_a_function, lambda: vars(attribute_of_a_function)),
+        (variable_of_a_module, lambda: hasattr(SETTINGS, "kept")),
+        (slot_of_an_object, lambda: hasattr(SLOTTED, "kept")),
+        (by_name, lambda: "UNNAMED" in globals()),
+    ],
+    ids=["list", "dict", "context", "function", "module", "slot", "globals"],
+)
+def test_what_holds_a_tensor_in_another_way_is_as_it_was(keep, kept, run):
+    class Keeps(Net):
+        def keep(self, y):
+            keep(y)
+            return y
+
+    run(Keeps().eval(), image(4))
+    assert not kept()
 
 
 class Counts(Net):
