@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.models import copied
 from dlhelpers.reached import CACHED, is_foreign, objects_in, streams_of
 
-__all__ = ["same_numbers", "untouched"]
+__all__ = ["same_numbers", "shared_untouched", "untouched"]
 
 _MAPPINGS = (OrderedDict, defaultdict, Counter, dict)  # dict last: the others are some
 _CONTAINERS = (*_MAPPINGS, list, set, deque)
@@ -86,6 +87,21 @@ def untouched(
                 put_back()
         for give, state in streams:
             give(state)
+
+
+@contextlib.contextmanager
+def shared_untouched(model: nn.Module) -> Iterator[None]:
+    """Put back, after the block, what a model shares with a copy of it that runs there.
+
+    The model itself is left alone, since copies of it run.
+
+    Raises:
+        TypeError: it cannot be copied.
+    """
+    copies: dict[int, Any] = {}
+    copied(model, copies)
+    with untouched(model, copies=copies):
+        yield
 
 
 def _undo_of(value: Any, tensors: dict[int, Any]) -> Iterator[Callable[[], None]]:

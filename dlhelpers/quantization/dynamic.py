@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dlhelpers.arguments import need_seconds
-from dlhelpers.models import copied, need_model, plain_copy
+from dlhelpers.models import copied, need_model, plain_copy, unwrapped
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.aware import AwareModel
 from dlhelpers.quantization.batches import read_batches, run_float
@@ -22,6 +22,7 @@ from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, Task, quiet, saturates
 from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
+from dlhelpers.untouched import shared_untouched
 
 __all__ = ["quantize_dynamic"]
 
@@ -69,7 +70,7 @@ def quantize_dynamic(
             f"the model has no layer to quantize dynamically ({kinds()}): convolutions need "
             "quantize_static and a calibration set"
         )
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), shared_untouched(unwrapped(model)):
         finished = model.finish() if isinstance(model, AwareModel) else model
         original = plain_copy(finished)
         if example_inputs is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dlhelpers.models import need_model, plain_copy
+from dlhelpers.models import need_model, plain_copy, unwrapped
 from dlhelpers.progress import bar
 from dlhelpers.quantization.affine import Affine, choose_affine
 from dlhelpers.quantization.attention import open_attention_, part_of_attention
@@ -34,6 +34,7 @@ from dlhelpers.quantization.fake import (
 from dlhelpers.quantization.judging import judge_of
 from dlhelpers.quantization.noise import sqnr_db
 from dlhelpers.tables import html_table, text_table
+from dlhelpers.untouched import shared_untouched
 
 __all__ = ["LayerRow", "SensitivityReport", "ranked_layers", "sensitivity"]
 
@@ -134,7 +135,7 @@ def sensitivity(
     ['Linear', 'Linear']
     """
     need_model(model, "round", but=("scripted", "exported", "meta"))
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), shared_untouched(unwrapped(model)):
         return _report(
             open_attention_(plain_copy(model)), data, bits, calibrator, targets, progress
         )
