@@ -38,7 +38,8 @@ def fuse_conv_bn(
     cannot trace are entered child by child, and their source tells what they do to layers past a
     call of their parent: what may be used elsewhere stays. Known re-parametrisations among a
     class's methods (RepVGG's ``switch_to_deploy()``, ``reparameterize()``, ``fuse()``) are tried
-    on a copy, and used where they fold BatchNorms. Of all that stays the report says why.
+    on a copy, and used where they fold BatchNorms. Of all that stays the report says why. Flags that the caller
+    sets on the model are taken as they are: after changing one, fuse again.
 
     Args:
         model: any; left as it is.
@@ -56,8 +57,7 @@ def fuse_conv_bn(
         ValueError: lazy parameters have no shape yet.
 
     Cost: some traces, with an example one run and, with verify, eleven more, two to four of them in
-    float64. A forward that a flag of the model steers is followed as the flag is: set it before
-    fusing, and fuse again after changing it.
+    float64.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> fused, report = fuse_conv_bn(model, torch.zeros(1, 3, 8, 8))
