@@ -93,7 +93,8 @@ def untouched(
 def shared_untouched(model: nn.Module) -> Iterator[None]:
     """Put back, after the block, what a model shares with a copy of it that runs there.
 
-    The model itself is left alone, since copies of it run.
+    The model itself is left alone, since copies of it run. Torch's default generators are the
+    caller's to put back.
 
     Raises:
         TypeError: it cannot be copied.

@@ -125,7 +125,7 @@ MODELS = {kind.__name__: kind for kind in (Caches, Parametrized, Recurrent, Brea
 
 # name -> what calls it; a function that refuses such a model leaves it alone as well
 def run_a_copy_of(model):
-    with untouched.shared_untouched(model):
+    with torch.random.fork_rng(), untouched.shared_untouched(model):
         models.copied(model)(X)
 
 

@@ -38,8 +38,8 @@ def fuse_conv_bn(
     cannot trace are entered child by child, and their source tells what they do to layers past a
     call of their parent: what may be used elsewhere stays. Known re-parametrisations among a
     class's methods (RepVGG's ``switch_to_deploy()``, ``reparameterize()``, ``fuse()``) are tried
-    on a copy, and used where they fold BatchNorms. Of all that stays the report says why. Flags that the caller
-    sets on the model are taken as they are: after changing one, fuse again.
+    on a copy, and used where they fold BatchNorms. Of all that stays the report says why. Flags
+    that the caller sets on the model are taken as they are: after changing one, fuse again.
 
     Args:
         model: any; left as it is.
