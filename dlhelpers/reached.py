@@ -59,11 +59,11 @@ def objects_in(roots: Iterable[Any]) -> Iterator[Any]:
     True
     """
     seen: dict[int, Any] = {}  # also keeps what was made on the way, so that no id comes twice
-    waiting = list(roots)
+    waiting = deque(roots)
     modules = sum(1 for root in waiting if isinstance(root, nn.Module) for _ in root.modules())
     most = _MOST_OBJECTS + _OBJECTS_PER_MODULE * modules
     while waiting and len(seen) < most:
-        value = waiting.pop()
+        value = waiting.popleft()  # the nearest first: a search may end before it has all
         if id(value) in seen or isinstance(value, (Tensor, str, bytes, int, float, type(None))):
             continue
         seen[id(value)] = value

@@ -13,7 +13,8 @@ import dis
 import functools
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import Context, ContextVar
 from functools import partial
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -21,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dlhelpers.models import copied
 from dlhelpers.reached import CACHED, is_foreign, objects_in, streams_of
 
-__all__ = ["same_numbers", "untouched"]
+__all__ = ["same_numbers", "shared_untouched", "untouched"]
 
-_MAPPINGS = (dict, OrderedDict, defaultdict, Counter)
+_MAPPINGS = (OrderedDict, defaultdict, Counter, dict)  # dict last: the others are some
 _CONTAINERS = (*_MAPPINGS, list, set, deque)
 _LARGEST = 2**26  # elements: of a larger tensor, a data set, no copy is made
 _MISSING = object()
@@ -33,7 +35,10 @@ _MISSING = object()
 
 @contextlib.contextmanager
 def untouched(
-    *roots: Any, apart: Collection[int] = (), without_data: bool = False
+    *roots: Any,
+    apart: Collection[int] = (),
+    without_data: bool = False,
+    copies: Mapping[int, Any] | None = None,
 ) -> Iterator[None]:
     """Put back, after the block, what a call of these objects may have changed.
 
@@ -42,8 +47,13 @@ def untouched(
         apart: the ``id`` of each tensor of which somebody else keeps a copy.
         without_data: whether the block runs on tensors without data. Those change the numbers of
             none that has data, of which no copies are made; lists, dictionaries and sets that are
-            reached, variables of closures, globals and attributes of classes are put back as well,
-            and a cache of ``functools.cache`` that the block filled is emptied.
+            reached, variables of closures, globals, context variables and attributes of classes and
+            functions are put back as well, and a cache of ``functools.cache`` that the block filled
+            is emptied. A generator's own variables are out of reach.
+        copies: memo of ``copy.deepcopy`` where a copy of the roots runs. What was copied is left
+            alone, as other threads may write to it, unless the copy reaches it, too, as by a
+            closure; lists and variables that the copy shares are put back as well, with what
+            other threads have written there meanwhile.
 
     >>> center = torch.zeros(2)
     >>> with untouched(lambda: center.add_(1)):
@@ -53,14 +63,21 @@ def untouched(
     """
     undo: list[Callable[[], None]] = []
     tensors: dict[int, Any] = {}
+    is_everywhere = without_data or copies is not None
+    copies = copies or {}
+    roots = tuple(copies.get(id(root), root) for root in roots)
+    made = {id(copy) for key, copy in copies.items() if id(copy) != key}
     for value in objects_in(roots):
+        if id(value) in made:
+            continue
         with contextlib.suppress(Exception):  # objects of any kind
             undo.extend(_undo_of(value, tensors))
-            if without_data:
+            if is_everywhere:
                 undo.extend(_undo_elsewhere(value))
     if without_data:
         tensors = {key: array for key, array in tensors.items() if not isinstance(array, Tensor)}
-    undo.extend(_undo_of_numbers([held for key, held in tensors.items() if key not in apart]))
+    kept = {*apart, *made}
+    undo.extend(_undo_of_numbers([held for key, held in tensors.items() if key not in kept]))
     streams = [(give, get()) for get, give in streams_of(roots)]
     try:
         yield
@@ -70,6 +87,22 @@ def untouched(
                 put_back()
         for give, state in streams:
             give(state)
+
+
+@contextlib.contextmanager
+def shared_untouched(model: nn.Module) -> Iterator[None]:
+    """Put back, after the block, what a model shares with a copy of it that runs there.
+
+    The model itself is left alone, since copies of it run. Torch's default generators are the
+    caller's to put back.
+
+    Raises:
+        TypeError: it cannot be copied.
+    """
+    copies: dict[int, Any] = {}
+    copied(model, copies)
+    with untouched(model, copies=copies):
+        yield
 
 
 def _undo_of(value: Any, tensors: dict[int, Any]) -> Iterator[Callable[[], None]]:
@@ -95,11 +128,11 @@ def _undo_of(value: Any, tensors: dict[int, Any]) -> Iterator[Callable[[], None]
 
 def _undo_elsewhere(value: Any) -> Iterator[Callable[[], None]]:
     """Yield what undoes a change of a container, a variable, a class or a cache."""
-    if type(value) in _CONTAINERS and value is not sys.modules:
+    if isinstance(value, _CONTAINERS) and value is not sys.modules:
         yield partial(_refill, value, _entries(value))
     elif isinstance(value, FunctionType):
-        for name in _globals_of(value.__code__, "STORE_GLOBAL"):
-            yield _undo_of_item(value.__globals__, name)
+        yield _undo_of_attributes(vars(value))
+        yield from _undo_of_variables(value)
         for cell in value.__closure__ or ():
             with contextlib.suppress(ValueError):
                 yield partial(setattr, cell, "cell_contents", cell.cell_contents)
@@ -111,6 +144,27 @@ def _undo_elsewhere(value: Any) -> Iterator[Callable[[], None]]:
                 yield partial(_undo_grad, parameter, parameter.grad)
     elif isinstance(value, CACHED):
         yield partial(_empty, value, value.cache_info().misses)
+    elif isinstance(value, ContextVar):
+        yield partial(_undo_context, value, value.get(_MISSING))
+    for cls in () if isinstance(value, type) or is_foreign(type(value)) else type(value).__mro__:
+        names = vars(cls).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            yield partial(_undo_slot, value, name, getattr(value, name, _MISSING))
+
+
+def _undo_of_variables(function: FunctionType) -> Iterator[Callable[[], None]]:
+    """Yield what undoes a change of a global, or of a variable of a module of the user's."""
+    space, code = function.__globals__, function.__code__
+    for name in _globals_of(code, "STORE_GLOBAL"):
+        yield _undo_of_item(space, name)
+    read = _globals_of(code, "LOAD_GLOBAL")
+    if "globals" in read:
+        yield partial(_undo_tensors, space, dict(space))
+    for module in [space[name] for name in read if isinstance(space.get(name), ModuleType)]:
+        package = module.__name__.partition(".")[0]
+        if package not in ("torch", "numpy") and package not in sys.stdlib_module_names:
+            for name in _globals_of(code, "STORE_ATTR"):
+                yield _undo_of_item(vars(module), name)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -143,15 +197,24 @@ def _collect(values: Any, tensors: dict[int, Any]) -> None:
 
 
 def _entries(container: Any) -> list[Any]:
-    return list(container.items() if type(container) in _MAPPINGS else container)
+    base = _base(container)
+    return list((base.items if base in _MAPPINGS else base.__iter__)(container))
+
+
+def _base(container: Any) -> Any:
+    """Return the one of Python's classes whose methods change it, and nothing else."""
+    return next(kind for kind in _CONTAINERS if isinstance(container, kind))
 
 
 def _refill(container: Any, kept: list[Any]) -> None:
-    is_mapping, now = type(container) in _MAPPINGS, _entries(container)
+    now = _entries(container)
     if len(now) == len(kept) and all(map(_is_same_entry, now, kept)):
         return
-    container.clear()
-    (container.update if is_mapping or isinstance(container, set) else container.extend)(kept)
+    base = _base(container)
+    base.clear(container)
+    if base is Counter:  # whose update() counts
+        base = dict
+    (base.update if base in (*_MAPPINGS, set) else base.extend)(container, kept)
 
 
 def _is_same_entry(now: Any, old: Any) -> bool:
@@ -178,6 +241,29 @@ def _undo_of_item(names: dict[str, Any], name: str) -> Callable[[], None]:
     if name not in names:
         return partial(names.pop, name, None)
     return partial(names.__setitem__, name, names[name])
+
+
+def _undo_tensors(space: dict[str, Any], before: dict[str, Any]) -> None:
+    """Put back the variables that hold a new tensor, whose names no code tells."""
+    for name in [name for name, new in space.items() if isinstance(new, Tensor)]:
+        if space[name] is not before.get(name):
+            if name in before:
+                space[name] = before[name]
+            else:
+                del space[name]
+
+
+def _undo_context(variable: ContextVar[Any], old: Any) -> None:
+    if variable.get(_MISSING) is not old:
+        variable.set(Context().run(variable.get) if old is _MISSING else old)
+
+
+def _undo_slot(owner: Any, name: str, old: Any) -> None:
+    if old is not _MISSING:
+        if getattr(owner, name, _MISSING) is not old:
+            setattr(owner, name, old)
+    elif hasattr(owner, name):
+        delattr(owner, name)
 
 
 def _undo_of_class(cls: type) -> Callable[[], None]:

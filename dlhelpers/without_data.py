@@ -84,7 +84,8 @@ class Fakes:
         """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=list(devices)):  # noqa: SIM117
-            with untouched(*originals, without_data=True), self._one_thread(), self._mode:
+            left_alone = untouched(*originals, without_data=True, copies=self._memo)
+            with left_alone, self._one_thread(), self._mode:
                 yield
 
     @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, parametrize
 
 import dlhelpers
-from dlhelpers import memory, models, pairing, profiling
+from dlhelpers import memory, models, pairing, profiling, untouched
 from dlhelpers.classes import own_classes
 from dlhelpers.fusion import fold_after, fold_before, fuse_conv_bn, reparameterize
 from dlhelpers.quantization import (
@@ -122,7 +122,13 @@ class Breaks(Caches):
 
 MODELS = {kind.__name__: kind for kind in (Caches, Parametrized, Recurrent, Breaks)}
 
+
 # name -> what calls it; a function that refuses such a model leaves it alone as well
+def run_a_copy_of(model):
+    with torch.random.fork_rng(), untouched.shared_untouched(model):
+        models.copied(model)(X)
+
+
 LEAVE_ALONE = {
     "fusion.fuse_conv_bn": lambda model: fuse_conv_bn(model, X),
     "memory.checkpoint_blocks": lambda model: memory.checkpoint_blocks(model, 1),
@@ -130,6 +136,7 @@ LEAVE_ALONE = {
     "memory.estimate": lambda model: memory.estimate(model, X, torch.optim.AdamW),
     "models.copied": models.copied,
     "models.need_model": lambda model: models.need_model(model, "run"),
+    "untouched.shared_untouched": lambda model: run_a_copy_of(model),
     "models.need_module": lambda model: models.need_module(model, "run"),
     "models.plain_copy": models.plain_copy,
     "models.unwrapped": models.unwrapped,

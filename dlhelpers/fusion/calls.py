@@ -196,7 +196,8 @@ class _Parts:
             return
         if next(module.children(), None) is None:
             return
-        if graphs := traces(module, self.leaves):
+        states: list[str] = []
+        if graphs := traces(module, self.leaves, why=states):
             yield from ((module, graph) for graph in graphs)
             called = {
                 id(module.get_submodule(str(node.target)))
@@ -207,14 +208,15 @@ class _Parts:
             yield from self._uncalled(module, name, called)
             return
         who = name or type(module).__name__
+        cannot = states[0] if states else "cannot be traced"
         reach = reached_by(module)
         for inner in filter(self._is_one_node, reach.called):
-            self.calls.opaque.setdefault(id(inner), f"{who} calls it, and cannot be traced")
+            self.calls.opaque.setdefault(id(inner), f"{who} calls it, and {cannot}")
         for inner in reach.unknown:
-            why = f"{who} may reach it past its parent, and cannot be traced"
+            why = f"{who} may reach it past its parent, and {cannot}"
             self.calls.opaque.setdefault(id(inner), why)
         for inner in reach.read:
-            why = f"{who} reads its tensors, and cannot be traced"
+            why = f"{who} reads its tensors, and {cannot}"
             self.calls.opaque.setdefault(id(inner), why)
         yield from self._children(module, name)
 

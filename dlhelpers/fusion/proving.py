@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from dlhelpers.fusion.report import FusionReport, FusionRow, said
 from dlhelpers.models import copied, in_eval_
 from dlhelpers.trees import map_leaves, tensors_in
+from dlhelpers.untouched import untouched
 
 __all__ = ["Errors", "FusionError", "Plan", "difference", "judged", "run", "verified"]
 
 _ALGEBRA = 1e-6  # relative, in float64: far above its rounding, far below any mistake
 _SELECTS = 1e-2  # more than rounding adds up to, but for a choice that it changes
+_CALLS, _LATER = 4, 1e-4  # in a row; a relative difference of float32's that is looked into
 _NUDGES, _TIMES = 10, 8  # runs whose weights are changed by a last place; allowed of the largest
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
@@ -121,15 +124,19 @@ def verified(
 
 def _errors(model: nn.Module, fused: nn.Module, inputs: Inputs, plan: Plan, fold: Any) -> Errors:
     """Run both models, in float64 too; a run may change a model's buffers, so copies run."""
-    wanted = run(in_eval_(copied(model)), inputs)
-    runs = copied(fused)
-    with _outputs(runs, plan.compared) as ours:
-        try:
-            own = difference(wanted, run(runs, inputs))
-        except Exception as problem:
-            raise FusionError(
-                f"the fused model raises {problem!r}, the model does not: it is not returned"
-            ) from problem
+    truly, ours = _in_a_row(model, inputs), {name: [] for name in plan.compared}
+    wanted = truly[0]
+    try:
+        found_in_a_row = _in_a_row(fused, inputs, ours)
+    except Exception as problem:
+        raise FusionError(
+            f"the fused model raises {problem!r}, the model does not: it is not returned"
+        ) from problem
+    own = difference(wanted, found_in_a_row[0])
+    bound = max(_LATER, _TIMES * (own or 0.0))
+    suspects = _later_ones_apart(truly, found_in_a_row, bound)
+    if suspects and not _later_ones_apart(truly, _in_a_row(model, inputs), bound):
+        _check_later_calls(model, inputs, fold, suspects)
     try:
         exact, doubled = in_eval_(copied(model)).double(), _copied(inputs, torch.float64)
         folded = fold(exact, doubled)
@@ -154,6 +161,53 @@ def _errors(model: nn.Module, fused: nn.Module, inputs: Inputs, plan: Plan, fold
         control = max(difference(wanted_exactly, one) or 0.0 for one in again)
         errors = replace(errors, control=control)
     return errors
+
+
+def _in_a_row(
+    model: nn.Module, inputs: Inputs, first: dict[str, list[Tensor]] | None = None
+) -> list[Any]:
+    """Return what a copy's calls give, one after the other; what it reaches is put back.
+
+    Args:
+        model: left as it is.
+        inputs: of each call.
+        first: is given the outputs of these modules in the first call.
+    """
+    memo: dict[int, Any] = {}
+    runs, outputs = in_eval_(copied(model, memo)), []
+    with untouched(model, copies=memo):
+        with _outputs(runs, first or ()) as seen:
+            outputs.append(run(runs, inputs))
+        if first is not None:
+            first.update(seen)
+        with contextlib.suppress(Exception):  # the model's own, or seen by the other one's length
+            outputs += [run(runs, inputs) for _ in range(_CALLS - 1)]
+    return outputs
+
+
+def _later_ones_apart(wanted: list[Any], found: list[Any], most: float) -> dict[int, float]:
+    """Return number of a call after the first -> difference, where it is more than ``most``."""
+    if len(wanted) != len(found):
+        return {min(len(wanted), len(found)) + 1: math.inf}
+    pairs = enumerate(zip(wanted, found, strict=True), start=1)
+    apart = {number: difference(*pair) or 0.0 for number, pair in pairs if number > 1}
+    return {number: error for number, error in apart.items() if not error <= most}
+
+
+def _check_later_calls(
+    model: nn.Module, inputs: Inputs, fold: Any, suspects: dict[int, float]
+) -> None:
+    """Raise where later calls differ in float64 as well, or it does not run in float64."""
+    with contextlib.suppress(Exception):
+        exact, doubled = in_eval_(copied(model)).double(), _copied(inputs, torch.float64)
+        folded = fold(copied(exact), doubled)
+        truly = _in_a_row(exact, doubled)
+        suspects = _later_ones_apart(truly, _in_a_row(folded, doubled), _ALGEBRA)
+    for number, error in suspects.items():
+        raise FusionError(
+            f"of calls in a row, number {number} of the fused model's differs {said(error)}: what "
+            "a call changes decides what later ones do. This model is not returned"
+        )
 
 
 def _floating(outputs: Any) -> list[Tensor]:

@@ -7,12 +7,10 @@ place where it is called, in every trace.
 
 from __future__ import annotations
 
-import copy
 import dis
 import inspect
 import sys
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
 from itertools import combinations, product
 from operator import attrgetter
 from types import CodeType, TracebackType
@@ -23,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from dlhelpers.fusion.states import Asks, State, as_it_was, is_same_state, names_read, set_state
 from dlhelpers.patching import Tracer
 
 __all__ = [
@@ -60,7 +59,8 @@ class _Input(fx.Proxy):
     ndim = property(dim)
 
 
-_MOST_TRACES, _MOST_BRANCHES = 64, 16
+_PLAIN = (bool, int, float, str)
+_MOST_TRACES, _MOST_BRANCHES, _MOST_STATES = 64, 16, 12
 
 
 class _Tracer(Tracer):
@@ -154,19 +154,21 @@ def traces(
     *,
     buffers: bool = False,
     dimensions: int | None = None,
+    why: list[str] | None = None,
 ) -> list[fx.Graph]:
     """Return graphs of a module's calls, none where torch.fx cannot follow its Python.
 
     One for each choice of optional arguments that are given or not, since a proxy in a trace is
     never None; of more than four all, one or none are tried. Where Python branches on a value, both
-    ways are followed, but for one that raises, and calls are traced again in the state that the
-    first ones leave. Where there would be too many, none is returned.
+    ways are followed, but for one that raises, and calls are traced again in each state that a call
+    leaves and a later one reads. Where there would be too many, none is returned.
 
     Args:
         module: any; left as it is.
         leaves: ids of modules whose calls are one node, besides layers and BatchNorms.
         buffers: whether what is computed of buffers alone is in the graph.
         dimensions: of the inputs, for code that asks for them.
+        why: is given the reason where states of the module forbid it.
     """
     if "forward" in vars(module):  # torch.fx would trace the class's
         return []
@@ -176,33 +178,45 @@ def traces(
         if parameter.default is not parameter.empty
     }
     choices = _choices(optional)
-    states: list[_State] = [{}]  # that calls begin in: the model's, and those that a call leaves
-    todo: list[tuple[_State, dict[str, Any], tuple[bool, ...]]] = [({}, one, ()) for one in choices]
-    graphs = []
+    read: set[str] | None = set()
+    states: list[State] = [{}]  # that calls begin in: the model's, and those that a call leaves
+    todo: list[tuple[State, dict[str, Any], tuple[bool, ...]]] = [({}, one, ()) for one in choices]
+    graphs: list[fx.Graph] = []
+    changed, asks = "", Asks()
     while todo:
-        if len(graphs) + len(todo) > _MOST_TRACES:
-            return []
+        is_lost = len(graphs) + len(todo) > _MOST_TRACES or len(states) > _MOST_STATES
         begin, given, path = todo.pop(0)
         tracer = _Tracer(leaves, buffers, dimensions, path)
         try:
-            with _as_it_was(module) as left:
-                for (owner, name), value in begin.items():
-                    vars(owner)[name] = value
-                graphs.append(tracer.trace(module, given or None))
+            if not is_lost:
+                with as_it_was(module) as left, asks:
+                    set_state(begin)
+                    graphs.append(tracer.trace(module, given or None))
         except Exception as problem:  # whatever Python cannot do with a proxy
-            if not tracer.is_refused(problem):
-                return []
-        if tracer.is_lost:
+            is_lost = not tracer.is_refused(problem)
+        if is_lost or tracer.is_lost:
+            if why is not None and changed:
+                why.append(f"changes {changed}, which later calls of it read")
             return []
         taken = tuple(tracer.taken)
         todo += [(begin, given, (*taken[:i], True)) for i in range(len(path), len(taken))]
-        if not begin and left not in states:
+        if left and not read:
+            read = names_read(module)
+        new = {
+            key: value
+            for key, value in left.items()
+            if _is_read(*key, read, asks.asked) or (not begin and isinstance(value, _PLAIN))
+        }
+        if not any(is_same_state(new, {k: v for k, v in s.items() if k in new}) for s in states):
+            changed = next(name for _, name in new)
             states.append(left)
             todo += [(left, one, ()) for one in choices]
     return graphs
 
 
-_State = dict[tuple[nn.Module, str], Any]  # attributes that a forward has changed
+def _is_read(owner: nn.Module, name: str, read: set[str] | None, is_asked: bool) -> bool:
+    """Whether what a call has changed may decide what later ones do."""
+    return (read is None or name in read) and (is_asked or name not in owner._buffers)
 
 
 def _choices(optional: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,50 +231,6 @@ def _choices(optional: dict[str, Any]) -> list[dict[str, Any]]:
         for name, default in optional.items()
     ]
     return [{k: v for one in parts for k, v in one.items()} for parts in product(*each)][::-1]
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[_State]:
-    """Take off hooks and checks, which want no proxies; undo what a forward did to the model.
-
-    What is given holds afterwards the flags, numbers and texts that the forward set.
-    """
-    left: _State = {}
-    states = [(m, {k: _kept(v) for k, v in vars(m).items()}) for m in model.modules()]
-    buffers = [(buffer, buffer.clone(), buffer._version) for buffer in model.buffers()]
-    for module, _ in states:
-        for key in ("_forward_hooks", "_forward_pre_hooks"):
-            vars(module)[key].clear()
-        if is_batch_norm(module):
-            for key in ("_check_input_dim", "_check_non_zero_input_channels"):
-                vars(module)[key] = lambda x: None
-    try:
-        yield left
-    finally:
-        for module, state in states:
-            for key, value in vars(module).items():
-                if key.startswith("_tensor_constant"):  # the graph's
-                    state.setdefault(key, value)
-                is_plain = isinstance(value, bool | int | float | str)
-                old = state.get(key)
-                if is_plain and (type(old) is not type(value) or old != value):
-                    left[module, key] = value
-            vars(module).clear()
-            vars(module).update(state)
-        for buffer, value, version in buffers:
-            if buffer._version != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
-
-
-def _kept(value: Any) -> Any:
-    """Return a copy of what a forward may change; methods and what has no copy are themselves."""
-    if callable(value):
-        return value
-    try:
-        return copy.copy(value)
-    except Exception:  # whatever an object's own copying does
-        return value
 
 
 def as_module(owner: nn.Module, graph: fx.Graph) -> fx.GraphModule:

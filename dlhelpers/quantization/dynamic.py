@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dlhelpers.arguments import need_decibels, need_seconds
-from dlhelpers.models import copied, need_model
+from dlhelpers.models import copied, need_model, unwrapped
 from dlhelpers.quantization import onnx_roads, torch_roads
 from dlhelpers.quantization.attention import PADDING, run_reference, take_slow_paths_
 from dlhelpers.quantization.aware import finished_copy
@@ -26,6 +26,7 @@ from dlhelpers.quantization.report import QuantizationReport, RoadRow
 from dlhelpers.quantization.roads import Road, Task, own_type, saturates
 from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
+from dlhelpers.untouched import shared_untouched
 
 __all__ = ["quantize_dynamic"]
 
@@ -75,7 +76,7 @@ def quantize_dynamic(
             f"the model has no layer to quantize dynamically ({kinds()}): convolutions need "
             "quantize_static and a calibration set"
         )
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), shared_untouched(unwrapped(model)):
         original = finished_copy(model)
         if example_inputs is None:
             return _unmeasured(original)

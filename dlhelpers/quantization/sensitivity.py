@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.arguments import whole_number
-from dlhelpers.models import need_model, plain_copy
+from dlhelpers.models import need_model, plain_copy, unwrapped
 from dlhelpers.progress import bar
 from dlhelpers.quantization.affine import Affine, choose_affine
 from dlhelpers.quantization.attention import open_attention_, part_of_attention
@@ -36,6 +36,7 @@ from dlhelpers.quantization.fake import (
 from dlhelpers.quantization.judging import judge_of
 from dlhelpers.quantization.noise import sqnr_db
 from dlhelpers.tables import html_table, text_table
+from dlhelpers.untouched import shared_untouched
 
 __all__ = ["LayerRow", "SensitivityReport", "ranked_layers", "sensitivity"]
 
@@ -138,7 +139,7 @@ def sensitivity(
     bits = whole_number("bits", bits, 2, 16)
     Calibrator(calibrator, bits=bits)  # an unknown one is named
     need_model(model, "round", but=("scripted", "exported", "meta"))
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), shared_untouched(unwrapped(model)):
         return _report(
             open_attention_(plain_copy(model)), data, bits, calibrator, targets, progress
         )

@@ -19,7 +19,7 @@ from torch import nn
 
 from dlhelpers.arguments import need_decibels, need_seconds
 from dlhelpers.fusion import fuse_conv_bn
-from dlhelpers.models import copied, need_model
+from dlhelpers.models import copied, need_model, unwrapped
 from dlhelpers.quantization import onnx_roads, openvino_roads, torch_roads
 from dlhelpers.quantization.accuracy import Test, accuracy_of
 from dlhelpers.quantization.attention import run_reference
@@ -38,6 +38,7 @@ from dlhelpers.quantization.taking import (
     take,
     tried,
 )
+from dlhelpers.untouched import shared_untouched
 
 __all__ = ["ENGINES", "quantize_static"]
 
@@ -132,7 +133,7 @@ def quantize_static(
         if tensor.device.type != "cpu":
             raise ValueError(f"the model is on {tensor.device}, these roads are the CPU's: .cpu()")
     options = test, max_drop, min_sqnr_db, budget_s, keep_roads, dynamic, progress
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), shared_untouched(unwrapped(model)):
         return _quantized(model, calibration, engines, calibrator, *options)
 
 
