@@ -17,6 +17,7 @@ from dlhelpers.extras import install_hint, need
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
 from dlhelpers.lmdb_io.encoding import image_format
 from dlhelpers.lmdb_io.plain import own_reading
+from dlhelpers.printable import printable
 
 __all__ = [
     "Files",
@@ -48,7 +49,9 @@ class ImageError(ValueError):
         advice = f'Fix or remove {them}, or skip {them} with DALILoader(..., on_error="skip")'
         if all_of_them:
             advice = "No image is left: check that the folder or database is there and readable"
-        super().__init__(f"{len(self.images)} {images_} cannot be read: {listed}{more}. {advice}")
+        super().__init__(
+            printable(f"{len(self.images)} {images_} cannot be read: {listed}{more}. {advice}")
+        )
 
 
 class Source:

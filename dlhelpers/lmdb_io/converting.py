@@ -331,6 +331,11 @@ class Conversion:
                 f"the source said that it has {expected} items and gave {self.done}: nothing was "
                 "replaced"
             )
+        if not self.share.was_listed_as(self.trace):
+            raise SourceError(
+                "the source changed while it was converted, so that this shard holds two versions "
+                "of it: run this rank again with resume=False once the source stays as it is"
+            )
         if not self.count and self.shard is None:
             reasons = f": {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             raise SourceError(f"the source holds no image that could be stored{reasons}")

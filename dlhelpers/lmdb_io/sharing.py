@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from dlhelpers.lmdb_io.comparing import identity_of
-from dlhelpers.lmdb_io.identity import Whole
+from dlhelpers.lmdb_io.identity import Trace, Whole
 from dlhelpers.lmdb_io.shards import part
 from dlhelpers.lmdb_io.sources import Source
 
@@ -21,6 +21,7 @@ class Share:
         self._source, self._shard = source, shard
         self._whole: Whole | None = None
         self._identity: dict[str, Any] | None = None
+        self._listed: Trace | None = None  # own items, as they were looked at
 
     @property
     def count(self) -> int | None:
@@ -53,8 +54,20 @@ class Share:
 
     def look(self, workers: int) -> None:
         """Take down the identity of a source that can be listed, before any of it is read."""
-        if self._shard is not None and self._source.lists:
-            self._identity = identity_of(self._source, None, workers)
+        if self._shard is None or not self._source.lists:
+            return
+        own, whole, self._listed = part(self._source.count, *self._shard), Whole(), Trace()
+        for number, task in enumerate(self._source.tasks()):
+            stamp = self._source.stamp(task)
+            whole.add(stamp)
+            if number in own:
+                self._listed.add(stamp)
+        self._identity = identity_of(self._source, whole, workers)
+
+    def was_listed_as(self, trace: Trace) -> bool:
+        """Whether what was converted is what was there when the source was looked at."""
+        listed = self._listed
+        return listed is None or (listed.items, listed.times) == (trace.items, trace.times)
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the whole source, once all tasks were taken."""
