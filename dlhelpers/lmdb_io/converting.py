@@ -20,16 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
-from dlhelpers.lmdb_io.comparing import (
-    content_of,
-    gives_the_same,
-    is_same_part,
-    version_of,
-)
+from dlhelpers.lmdb_io.comparing import Neighbours, content_of, gives_the_same, is_same_part
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
+from dlhelpers.lmdb_io.locking import in_turn
 from dlhelpers.lmdb_io.sharing import Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
 from dlhelpers.printable import printable
@@ -53,7 +49,9 @@ class Conversion:
         workers: int,
         on_error: str,
         shard: tuple[int, int] | None,
+        lock: bool,
     ) -> None:
+        self.lock = lock
         self.source, self.target, self.workers = source, target, workers
         self.partial = target.with_name(f".{target.name}.part")
         self.loader = Loader(source, encoding)
@@ -199,13 +197,15 @@ class Conversion:
         return ""
 
     def _facts(self) -> dict[str, Any]:
-        return {
+        """Return what must not change before a conversion goes on, as JSON gives it back."""
+        facts = {
             "source": self.source.kind,
             "settings": self.loader.encoding.as_dict(),
-            "shard": None if self.shard is None else list(self.shard),
+            "shard": self.shard,
             "classes": self.source.classes,
             "total": None if self.shard is None else self.source.count,
         }
+        return json.loads(json.dumps(facts))
 
     # ---- the records ----
 
@@ -332,10 +332,7 @@ class Conversion:
                 "replaced"
             )
         if not self.share.was_listed_as(self.trace):
-            raise SourceError(
-                "the source changed while it was converted, so that this shard holds two versions "
-                "of it: run this rank again with resume=False once the source stays as it is"
-            )
+            self._look_again()
         if not self.count and self.shard is None:
             reasons = f": {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
             raise SourceError(f"the source holds no image that could be stored{reasons}")
@@ -349,10 +346,36 @@ class Conversion:
             "contents": self.trace.contents.hex(),
             "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
         }
-        if self.shard is not None:
-            meta |= {"times": self.trace.times, "identity": self.share.identity()}
-            version = version_of(meta, self.target, self.loader, self.workers)
-            meta["identity"]["version"] = version
+        if self.shard is None:
+            self._publish(meta)
+            return
+        meta |= {"times": self.trace.times, "identity": self.share.identity()}
+        neighbours = Neighbours(self.target, self.shard, self.loader, self.workers)
+        neighbours.equal_versions(meta)  # what takes long is done before it is this rank's turn
+        self.env.sync(True)
+        with in_turn(self.target.parent, self.lock):
+            meta["identity"]["equal"] = neighbours.equal_versions(meta)
+            self._publish(meta)
+
+    def _look_again(self) -> None:
+        """Take the source as it is now, where it holds what was converted.
+
+        Raises:
+            SourceError: it does not.
+        """
+        self.share.look(self.workers)
+        tasks, trace = [*self.share.tasks()], self.trace
+        contents = trace.contents.hex()
+        if not self.share.was_listed_as(trace, times=False) or not is_same_part(
+            self.loader, tasks, trace.times, contents, self.workers
+        ):
+            raise SourceError(
+                "the source changed while it was converted, so that this shard would hold two "
+                "versions of it: run this rank again once the source stays as it is"
+            )
+        trace.times = self.share.listed_times
+
+    def _publish(self, meta: dict[str, Any]) -> None:
         with self.env.begin(write=True) as txn:
             for number, problem in enumerate(self.source.problems):
                 key = schema.position_key(self.done + number)

@@ -54,6 +54,7 @@ __all__ = [
     "encode_target",
     "index_entry",
     "index_key",
+    "is_same_record",
     "pack_meta",
     "pack_record",
     "position_key",
@@ -65,6 +66,7 @@ __all__ = [
 FORMAT, VERSION = "dlhelpers-lmdb", 1
 RECORDS, INDEX, SKIPPED, META, STATE = b"records", b"index", b"skipped", b"meta", b"state"
 _HEADER = struct.Struct("<IQHI")
+_BEHIND_POSITION = 12
 _LONGEST_KEY = 511  # LMDB's own limit
 _LONGEST_SOURCE_KEY = 65_535
 
@@ -154,6 +156,11 @@ def pack_record(position: int, key: bytes, target: bytes, image: bytes) -> bytes
     head = _HEADER.pack(0, position, len(key), len(target))[4:] + key + target
     checksum = zlib.crc32(image, zlib.crc32(head))
     return b"".join((checksum.to_bytes(4, "little"), head, image))
+
+
+def is_same_record(first: bytes | None, second: bytes) -> bool:
+    """Whether two records differ in nothing but their position."""
+    return first is not None and first[_BEHIND_POSITION:] == second[_BEHIND_POSITION:]
 
 
 def unpack_record(view: memoryview, position: int, check: bool = True) -> Record:

@@ -152,7 +152,7 @@ def write_lmdb(
     target = _target(Path(path).expanduser().resolve(), shard)
     target.parent.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(target)
-    conversion = Conversion(opened, target, encoding, workers, on_error, shard)
+    conversion = Conversion(opened, target, encoding, workers, on_error, shard, lock)
     with clear_errors(conversion), only_writer(target, lock):
         conversion.open(resume, map_size or _FIRST_MAP)
         try:
