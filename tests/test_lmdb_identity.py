@@ -578,3 +578,31 @@ def test_what_a_dataset_opens_is_opened_in_the_workers_alone(tmp_path, monkeypat
     interrupted(source, tmp_path / "db", monkeypatch, workers=1)
     assert write(source, tmp_path / "db", workers=1, resume=True).resumed_from == 16
     assert source.pid is None
+
+
+def test_a_conversion_that_was_stopped_at_once_says_so(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(converting.Conversion, "_commit", lambda self, batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(Pixels(), tmp_path / "db")
+    with pytest.warns(UserWarning, match="conversion, it was stopped before its first images"):
+        assert write(Pixels(), tmp_path / "db", resume=True).count == 12
+
+
+def test_an_old_database_that_is_written_again_is_another_source(tmp_path):
+    for rank, changed in ((0, ()), (1, (2,))):
+        write(Pixels(changed=changed), tmp_path / "old", encode="raw")
+        as_before(tmp_path / "old")
+        convert(LMDBDataset(tmp_path / "old"), tmp_path / "out", rank)
+    refuses(tmp_path / "out", "Run rank 0 again")
+    convert(LMDBDataset(tmp_path / "old"), tmp_path / "out", 0)
+    assert len(LMDBDataset(tmp_path / "out")) == 12
+
+
+def test_classes_with_several_names_resume_and_make_one_dataset(tmp_path, monkeypatch):
+    source = ImageFolder(bitmaps(tmp_path / "source", count=40))
+    source.classes = [("tench", "Tinca"), ("goldfish",)]  # as torchvision's ImageNet has them
+    convert(source, tmp_path / "out", 0, 1)
+    assert LMDBDataset(tmp_path / "out").class_to_idx == {"tench, Tinca": 0, "goldfish": 1}
+    interrupted(source, tmp_path / "db", monkeypatch)
+    assert write(source, tmp_path / "db", resume=True).resumed_from == 16

@@ -21,14 +21,14 @@ from typing import Any
 
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.comparing import Neighbours, content_of, gives_the_same, is_same_part
-from dlhelpers.lmdb_io.encoding import Encoding
+from dlhelpers.lmdb_io.encoding import Encoding, is_turned
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
 from dlhelpers.lmdb_io.locking import in_turn
 from dlhelpers.lmdb_io.sharing import Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
-from dlhelpers.printable import printable
+from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
 
 __all__ = ["Conversion"]
@@ -68,6 +68,7 @@ class Conversion:
         self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
         self.skipped: list[tuple[str, str]] = []
         self.trace = Trace()
+        self.version = schema.VERSION  # of the schema
 
     def advice(self) -> str:
         """Return how to go on after a stop, the end of a message; empty if nothing is kept."""
@@ -163,6 +164,7 @@ class Conversion:
         self._open_env(map_size)
         self.count, self.done = state["count"], state["done"]
         self.image_bytes, self.trace = state["image_bytes"], trace
+        self.version = state["version"]
         self.resumed_from = self.kept = self.count
         with self.env.begin(db=self.skips_db) as txn:
             # those behind it are the source's own problems, listed at the end
@@ -291,7 +293,7 @@ class Conversion:
         if why and not self.skips:
             self.kept = self.count  # this commit's among them
             advice = f'on_error="skip" leaves it out. {self.advice()}'.strip()
-            return SourceError(f"{item.name}: {why}; {advice}")
+            return SourceError(f"{one_line(item.name)}: {one_line(why)}; {advice}")
         if why:
             value = json.dumps([item.name, why]).encode()
             txn.put(schema.position_key(self.done), value, db=self.skips_db)
@@ -299,6 +301,8 @@ class Conversion:
         else:
             record = schema.pack_record(self.count, *item.parts)
             txn.put(schema.position_key(self.count), record, append=True, db=self.records)
+            if is_turned(item.image):
+                self.version = schema.TURNED
             self.count += 1
             self.image_bytes += len(item.image)
         self.done += 1
@@ -309,7 +313,7 @@ class Conversion:
         state = self._facts() | self.trace.as_dict()
         state |= {
             "format": schema.FORMAT,
-            "version": schema.VERSION,
+            "version": self.version,
             "count": self.count,
             "image_bytes": self.image_bytes,
             "done": self.done,
@@ -334,11 +338,11 @@ class Conversion:
         if not self.share.was_listed_as(self.trace):
             self._look_again()
         if not self.count and self.shard is None:
-            reasons = f": {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
+            reasons = ": ".join(["", *map(one_line, self.skipped[0])]) if self.skipped else ""
             raise SourceError(f"the source holds no image that could be stored{reasons}")
         meta = self._facts() | {
             "format": schema.FORMAT,
-            "version": schema.VERSION,
+            "version": self.version,
             "count": self.count,
             "image_bytes": self.image_bytes,
             "skipped": len(self.skipped) + len(self.source.problems),

@@ -46,6 +46,7 @@ __all__ = [
     "RECORDS",
     "SKIPPED",
     "STATE",
+    "TURNED",
     "VERSION",
     "DatabaseError",
     "Record",
@@ -63,7 +64,8 @@ __all__ = [
     "unpack_record",
 ]
 
-FORMAT, VERSION = "dlhelpers-lmdb", 1
+FORMAT = "dlhelpers-lmdb"
+VERSION, TURNED = 1, 2  # the second where a raw image has an orientation, and nowhere else
 RECORDS, INDEX, SKIPPED, META, STATE = b"records", b"index", b"skipped", b"meta", b"state"
 _HEADER = struct.Struct("<IQHI")
 _BEHIND_POSITION = 12
@@ -252,10 +254,10 @@ def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
         ) from None
     if meta.get("format") != FORMAT:
         raise DatabaseError(f"{path} has the format {meta.get('format')!r}, expected {FORMAT!r}")
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in (VERSION, TURNED):
         raise DatabaseError(
             f"{path} has version {meta.get('version')!r} of the schema, this package reads "
-            f"{VERSION}: convert the source again, or install the dlhelpers that wrote it "
-            f"({meta.get('library', 'not said')})"
+            f"{VERSION} and {TURNED}: convert the source again, or install the dlhelpers that "
+            f"wrote it ({meta.get('library', 'not said')})"
         )
     return meta

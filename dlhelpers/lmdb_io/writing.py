@@ -18,7 +18,7 @@ from dlhelpers.lmdb_io.failures import clear_errors
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sources import SourceError, open_source
-from dlhelpers.printable import printable
+from dlhelpers.printable import one_line, printable
 
 __all__ = ["WriteReport", "write_lmdb"]
 
@@ -53,7 +53,7 @@ class WriteReport:
         speed = (self.count - self.resumed_from) / max(self.seconds, 1e-9)
         lines = [
             f"{self.count} image{'s' * (self.count != 1)}, {self.image_bytes / 1e6:.1f} MB, in "
-            f"{self.path} ({self.seconds:.1f} s, {speed:.0f} images/s)"
+            f"{one_line(str(self.path))} ({self.seconds:.1f} s, {speed:.0f} images/s)"
         ]
         if self.resumed_from:
             lines.append(f"the first {self.resumed_from} were there from an interrupted conversion")
@@ -63,7 +63,7 @@ class WriteReport:
             lines.append(f"{len(self.ignored)} {what} by name: {_some(self.ignored)}")
         if self.skipped:
             lines.append(f"{len(self.skipped)} skipped:")
-            lines += [f"  {what}: {why}" for what, why in self.skipped[:20]]
+            lines += [f"  {one_line(what)}: {one_line(why)}" for what, why in self.skipped[:20]]
             lines += [f"  and {len(self.skipped) - 20} more"] * (len(self.skipped) > 20)
         return printable("\n".join(lines))
 
@@ -148,7 +148,9 @@ def write_lmdb(
     opened = open_source(source)
     if opened.problems and on_error == "raise":
         what, why = opened.problems[0]
-        raise SourceError(f'{what}: {why}; on_error="skip" keeps the class and goes on')
+        raise SourceError(
+            f'{one_line(what)}: {one_line(why)}; on_error="skip" keeps the class and goes on'
+        )
     target = _target(Path(path).expanduser().resolve(), shard)
     target.parent.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(target)
@@ -218,4 +220,4 @@ def _validate(map_size: int | None, on_error: str) -> None:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(one_line, names[:3])) + (", ..." if len(names) > 3 else "")
