@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import stat
 import struct
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import lmdb
