@@ -606,3 +606,60 @@ def test_classes_with_several_names_resume_and_make_one_dataset(tmp_path, monkey
     assert LMDBDataset(tmp_path / "out").class_to_idx == {"tench, Tinca": 0, "goldfish": 1}
     interrupted(source, tmp_path / "db", monkeypatch)
     assert write(source, tmp_path / "db", resume=True).resumed_from == 16
+
+
+@pytest.mark.parametrize("options", [{}, {"resize": 4, "encode": "png"}])
+@pytest.mark.parametrize("changed", [(), range(12)])
+def test_of_a_copy_with_other_times_some_files_of_each_part_are_read(
+    tmp_path, monkeypatch, options, changed
+):
+    monkeypatch.setattr(comparing, "_MARKS", 4)
+    source = bitmaps(tmp_path / "source", count=24)
+    (source / "c0" / "003.bmp").write_bytes(b"no image")
+    copy = bitmaps(tmp_path / "copy", count=24, changed=changed, time=2_000_000_000)
+    (copy / "c0" / "003.bmp").write_bytes(b"no image")
+    convert(source, tmp_path / "out", 0, on_error="skip", **options)
+    read = []
+    load = sources._Folder.load
+    monkeypatch.setattr(
+        sources._Folder, "load", lambda self, task: read.append(task[1]) or load(self, task)
+    )
+    convert(copy, tmp_path / "out", 1, on_error="skip", **options)
+    assert len(read) == 12 + 4
+    if changed:
+        refuses(tmp_path / "out", "contents.*Run rank 0 again")
+    else:
+        assert len(LMDBDataset(tmp_path / "out")) == 23
+
+
+def test_one_file_that_changed_is_found_among_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "_MARKS", 4)
+    source = bitmaps(tmp_path / "source", count=24)
+    convert(source, tmp_path / "out", 0, 1)
+    rewrite(source)  # none of the four
+    convert(source, tmp_path / "out", 1)
+    refuses(tmp_path / "out", "contents.*Run rank 0 again")
+
+
+def test_marks_outlive_an_interruption(tmp_path, monkeypatch):
+    source = bitmaps(tmp_path / "source", count=80)
+    interrupted(source, tmp_path / "out", monkeypatch, shard=(0, 2))
+    assert write(source, tmp_path / "out", shard=(0, 2), resume=True).resumed_from == 16
+    copy = bitmaps(tmp_path / "copy", count=80, time=2_000_000_000)
+    convert(copy, tmp_path / "out", 1)
+    assert shows(tmp_path / "out", source)
+
+
+class Counted(Pixels):
+    loads = 0
+
+    def __getitem__(self, index):
+        Counted.loads += 1
+        return super().__getitem__(index)
+
+
+def test_a_rank_looks_at_a_small_share_of_a_dataset(tmp_path):
+    for rank in range(2):
+        Counted.loads = 0
+        convert(Counted(count=1600), tmp_path / "out", rank)
+        assert Counted.loads <= 800 * 1.05

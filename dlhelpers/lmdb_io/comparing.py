@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,19 @@ from dlhelpers.lmdb_io.repeating import load_repeated
 from dlhelpers.lmdb_io.shards import part, shard_name
 from dlhelpers.lmdb_io.sources import Source
 
-__all__ = ["Neighbours", "content_of", "gives_the_same", "identity_of", "is_same_part"]
+__all__ = [
+    "Neighbours",
+    "content_of",
+    "gives_the_same",
+    "identity_of",
+    "is_same_part",
+    "mark_of",
+    "marked",
+]
 
+_MARKS = 32  # items of a shard that are compared in place of all, where every time differs
+_SHARE = 40  # of so many items that a rank converts, one is loaded twice to know the source again
+_LEAST = 16
 _RELOADED = 64  # items of a dataset that are loaded again before a conversion goes on after them
 
 
@@ -95,18 +106,40 @@ class _Recorder:
         return b"" if item.why else schema.pack_record(0, *item.parts)
 
 
-def identity_of(source: Source, whole: Whole | None, workers: int) -> dict[str, Any]:
-    """Return the identity of a whole source; ``whole`` where all of it has gone by already."""
+def marked(count: int) -> list[int]:
+    """Return the positions of a part whose contents its meta entry tells one by one."""
+    return spread(count, _MARKS)
+
+
+def mark_of(item: Item) -> int:
+    """Return the CRC-32 of an item's content, wherever it is stored; 0 if skipped."""
+    if item.why:
+        return 0
+    return zlib.crc32(item.image) if item.content is None else item.content
+
+
+def identity_of(source: Source, whole: Whole | None, workers: int, world: int) -> dict[str, Any]:
+    """Return the identity of a whole source.
+
+    Args:
+        source: to look at.
+        whole: where all of it has gone by already.
+        workers: processes that load what has to be.
+        world: number of shards; each rank looks at a small part of its own number of items.
+    """
     if whole is None:
         whole = Whole()
         for task in source.tasks():
             whole.add(source.stamp(task))
-    return whole.identity(_contents(source, workers), source.place)
+    return whole.identity(_contents(source, workers, world), source.place)
 
 
-def _contents(source: Source, workers: int) -> list[int | None]:
+def _contents(source: Source, workers: int, world: int) -> list[int | None]:
     """Return the CRC-32 of contents that stamps say nothing of; None of what does not repeat."""
-    found = load_repeated(source.content, source.probes(), workers)
+    probes = source.probes()
+    most = max(_LEAST, (source.count or 0) // world // _SHARE)
+    tasks = [probes[number] for number in spread(len(probes), most)]
+    found = load_repeated(source.content, tasks, workers)
     return [None if content is None else zlib.crc32(content) for content in found]
 
 
@@ -137,10 +170,22 @@ class Neighbours:
             source = self._loader.source
             own = part(source.count, *meta["shard"])
             tasks = [*islice(source.tasks(), own.start, own.stop)]
-            self._found[key] = is_same_part(
-                self._loader, tasks, meta["times"], meta["contents"], self._workers
-            )
+            self._found[key] = self._is_same_part(tasks, meta)
         return self._found[key]
+
+    def _is_same_part(self, tasks: Sequence[Any], meta: Mapping[str, Any]) -> bool:
+        numbers, marks = marked(len(tasks)), meta.get("marks", ())
+        stamps = [self._loader.source.stamp(tasks[number]) for number in numbers]
+        is_copy = len(marks) == len(numbers) < len(tasks) and all(
+            stamp.time != time for stamp, (time, _) in zip(stamps, marks, strict=True)
+        )
+        if not is_copy:  # where only some times differ, those files are what may have changed
+            times, contents = meta["times"], meta["contents"]
+            return is_same_part(self._loader, tasks, times, contents, self._workers)
+        reader = Loader(self._loader.source, Encoding(), self._loader.compares)
+        some = iter([tasks[number] for number in numbers])
+        found = chain.from_iterable(load_chunks(reader, some, self._workers))
+        return [mark_of(item) for item in found] == [mark for _, mark in marks]
 
     def _metas(self) -> Iterator[dict[str, Any]]:
         rank, world = self._shard

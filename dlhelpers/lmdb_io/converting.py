@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
-from dlhelpers.lmdb_io.comparing import Neighbours, content_of, gives_the_same, is_same_part
+from dlhelpers.lmdb_io.comparing import (
+    Neighbours,
+    content_of,
+    gives_the_same,
+    is_same_part,
+    mark_of,
+    marked,
+)
 from dlhelpers.lmdb_io.encoding import Encoding, is_turned
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
@@ -57,6 +64,7 @@ class Conversion:
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
         self.share = Share(source, shard)
+        self.marked = frozenset(marked(self.share.count or 0) if shard and source.place else ())
         self.reading = False  # whether an error comes from the source
         self.is_fresh = False  # whether the file was begun by this run
         self.pending_bytes = 0  # what the commit under way needs at most
@@ -68,6 +76,7 @@ class Conversion:
         self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
         self.skipped: list[tuple[str, str]] = []
         self.trace = Trace()
+        self.marks: dict[int, int] = {}  # position in a shard's part -> mark of what was there
         self.version = schema.VERSION  # of the schema
 
     def advice(self) -> str:
@@ -164,7 +173,7 @@ class Conversion:
         self._open_env(map_size)
         self.count, self.done = state["count"], state["done"]
         self.image_bytes, self.trace = state["image_bytes"], trace
-        self.version = state["version"]
+        self.version, self.marks = state["version"], dict(state.get("marks", ()))
         self.resumed_from = self.kept = self.count
         with self.env.begin(db=self.skips_db) as txn:
             # those behind it are the source's own problems, listed at the end
@@ -305,6 +314,8 @@ class Conversion:
                 self.version = schema.TURNED
             self.count += 1
             self.image_bytes += len(item.image)
+        if self.done in self.marked:
+            self.marks[self.done] = mark_of(item)
         self.done += 1
         self.trace.add(item.stamp, content_of(item, record))
         return None
@@ -317,6 +328,7 @@ class Conversion:
             "count": self.count,
             "image_bytes": self.image_bytes,
             "done": self.done,
+            "marks": [*self.marks.items()],
             "boot": _boot_id(),
         }
         txn.put(schema.STATE, schema.pack_meta(state))
@@ -354,12 +366,23 @@ class Conversion:
             self._publish(meta)
             return
         meta |= {"times": self.trace.times, "identity": self.share.identity()}
+        meta["marks"] = self._timed_marks()
         neighbours = Neighbours(self.target, self.shard, self.loader, self.workers)
         neighbours.equal_versions(meta)  # what takes long is done before it is this rank's turn
         self.env.sync(True)
         with in_turn(self.target.parent, self.lock):
             meta["identity"]["equal"] = neighbours.equal_versions(meta)
             self._publish(meta)
+
+    def _timed_marks(self) -> list[tuple[int, int]]:
+        """Return (modification time, mark) of the marked items."""
+        if not self.marks:
+            return []
+        tasks = [*self.share.tasks()]
+        return [
+            (self.source.stamp(tasks[number]).time, self.marks[number])
+            for number in sorted(self.marks)
+        ]
 
     def _look_again(self) -> None:
         """Take the source as it is now, where it holds what was converted.

@@ -62,7 +62,7 @@ class Share:
             whole.add(stamp)
             if number in own:
                 self._listed.add(stamp)
-        self._identity = identity_of(self._source, whole, workers)
+        self._identity = identity_of(self._source, whole, workers, self._shard[1])
 
     def was_listed_as(self, trace: Trace, times: bool = True) -> bool:
         """Whether what was converted is what was there when the source was looked at."""
@@ -78,4 +78,5 @@ class Share:
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the whole source, once all tasks were taken."""
-        return self._identity or identity_of(self._source, self._whole, 0)
+        world = self._shard[1] if self._shard else 1
+        return self._identity or identity_of(self._source, self._whole, 0, world)
