@@ -348,7 +348,7 @@ class Conversion:
                 "replaced"
             )
         if not self.share.was_listed_as(self.trace):
-            self._look_again()
+            self.trace.times = self.share.look_again(self.loader, self.trace, self.workers)
         if not self.count and self.shard is None:
             reasons = ": ".join(["", *map(one_line, self.skipped[0])]) if self.skipped else ""
             raise SourceError(f"the source holds no image that could be stored{reasons}")
@@ -366,41 +366,13 @@ class Conversion:
             self._publish(meta)
             return
         meta |= {"times": self.trace.times, "identity": self.share.identity()}
-        meta["marks"] = self._timed_marks()
+        meta["marks"] = self.share.timed(self.marks)
         neighbours = Neighbours(self.target, self.shard, self.loader, self.workers)
         neighbours.equal_versions(meta)  # what takes long is done before it is this rank's turn
         self.env.sync(True)
         with in_turn(self.target.parent, self.lock):
             meta["identity"]["equal"] = neighbours.equal_versions(meta)
             self._publish(meta)
-
-    def _timed_marks(self) -> list[tuple[int, int]]:
-        """Return (modification time, mark) of the marked items."""
-        if not self.marks:
-            return []
-        tasks = [*self.share.tasks()]
-        return [
-            (self.source.stamp(tasks[number]).time, self.marks[number])
-            for number in sorted(self.marks)
-        ]
-
-    def _look_again(self) -> None:
-        """Take the source as it is now, where it holds what was converted.
-
-        Raises:
-            SourceError: it does not.
-        """
-        self.share.look(self.workers)
-        tasks, trace = [*self.share.tasks()], self.trace
-        contents = trace.contents.hex()
-        if not self.share.was_listed_as(trace, times=False) or not is_same_part(
-            self.loader, tasks, trace.times, contents, self.workers
-        ):
-            raise SourceError(
-                "the source changed while it was converted, so that this shard would hold two "
-                "versions of it: run this rank again once the source stays as it is"
-            )
-        trace.times = self.share.listed_times
 
     def _publish(self, meta: dict[str, Any]) -> None:
         with self.env.begin(write=True) as txn:
