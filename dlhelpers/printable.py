@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
+__all__ = ["one_line", "printable"]
 
 
 def printable(text: str) -> str:
@@ -18,6 +18,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(map(_escaped, text))
+
+
+def one_line(text: str) -> str:
+    r"""Return text as :func:`printable` does, on one line: for a name within a message.
+
+    A name that holds a newline could be taken for a line of the report that lists it.
+
+    >>> print(one_line("cat\n2 skipped.jpg"))
+    cat\n2 skipped.jpg
+    """
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _escaped(character: str) -> str:

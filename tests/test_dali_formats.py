@@ -23,6 +23,7 @@ from dlhelpers.dali_io import (
     torchvision_transform,
 )
 from dlhelpers.dali_io.formats import by_pillow, dali_size
+from dlhelpers.dali_io.sources import open_source
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
 from dlhelpers.lmdb_io.plain import is_plain_folder, own_reading
 
@@ -470,3 +471,20 @@ def test_write_lmdb_stores_what_a_transform_gives_that_was_set_later(folder, tmp
     dataset.transform = lambda image: image.resize((5, 7))
     write_lmdb(dataset, tmp_path / "db", progress=False)
     assert LMDBDataset(tmp_path / "db")[0][0].shape == (3, 7, 5)
+
+
+def test_a_tiff_whose_tags_are_out_of_order_is_left_to_pillow():
+    data = bytearray(encoded(photo(), "TIFF"))
+    assert dali_size(bytes(data)) is not None
+    (at,) = struct.unpack_from("<I", data, 4)
+    first, second = slice(at + 2, at + 14), slice(at + 14, at + 26)
+    data[first], data[second] = data[second], data[first]
+    assert dali_size(bytes(data)) is None
+
+
+def test_a_name_forges_no_line_of_an_error(tmp_path):
+    message = str(ImageError([("a\nall is well\t.jpg", "no\nimage")]))
+    assert "\n" not in message
+    assert "\t" not in message
+    with pytest.raises(FileNotFoundError, match=r"^[^\n]*a\\nb is not there: give a folder"):
+        open_source(tmp_path / "a\nb")

@@ -2,7 +2,10 @@
 
 import itertools
 import os
+import random
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import numpy as np
@@ -15,11 +18,14 @@ from torchvision.datasets import ImageFolder
 from dlhelpers.lmdb_io import (
     DatabaseError,
     LMDBDataset,
+    SourceError,
     comparing,
     converting,
     identity,
     info_lmdb,
+    locking,
     schema,
+    sources,
     verify_lmdb,
     write_lmdb,
 )
@@ -113,11 +119,13 @@ def test_the_folder_is_whole_again_once_the_last_rank_has_run(tmp_path):
     source = bitmaps(tmp_path / "source", count=16)
     convert(source, tmp_path / "out", *range(4), world=4)
     bitmaps(source, count=16, changed=(9, 14), time=2_000_000_000)
-    for rank in (3, 0, 2):
+    for rank in (3, 0):
         convert(source, tmp_path / "out", rank, world=4)
         refuses(tmp_path / "out", "shard-00001-of-00004.lmdb.* of another conversion")
-    with pytest.raises(DatabaseError, match=r"shard-00001-of-00004\.lmdb is of another"):
+    with pytest.raises(DatabaseError, match=r"shard-00001-of-00004\.lmdb, shard-00002-of-00004"):
         verify_lmdb(tmp_path / "out", progress=False)
+    convert(source, tmp_path / "out", 2, world=4)  # the part of rank 1 is what it was
+    assert shows(tmp_path / "out", source)
     convert(source, tmp_path / "out", 1, world=4)
     assert shows(tmp_path / "out", source)
 
@@ -176,13 +184,98 @@ def test_times_of_another_machine_and_another_folder_say_nothing():
         assert identity.odd_shards([here, meta(1, "monday", place)], 0)[1] == []
 
 
-def test_a_shard_that_is_being_written_again_vouches_for_nothing(tmp_path):
+def test_ranks_that_run_again_all_at_once_find_their_old_shards_unchanged(tmp_path):
+    source = bitmaps(tmp_path / "source", count=6)
+    convert(source, tmp_path / "out", 0, 1, 2, world=3)
+    for rank in (1, 2):
+        (tmp_path / "out" / f".shard-{rank:05d}-of-00003.lmdb.part").write_bytes(b"")
+    for rank, copy in enumerate("abc"):
+        own = bitmaps(tmp_path / copy, count=6, time=(rank + 2) * 1_000_000_000)
+        convert(own, tmp_path / "out", rank, world=3)
+        assert shows(tmp_path / "out", source)
+
+
+def test_a_version_that_was_found_equal_once_does_not_vouch_for_a_later_one(tmp_path):
     source = bitmaps(tmp_path / "source", count=6)
     convert(source, tmp_path / "out", 0, 1, 2, world=3)
     touch(source)
-    (tmp_path / "out" / ".shard-00001-of-00003.lmdb.part").write_bytes(b"")
-    convert(source, tmp_path / "out", 0, world=3)
-    refuses(tmp_path / "out", "Run the ranks 1, 2 again")
+    convert(source, tmp_path / "out", 2, world=3)
+    assert shows(tmp_path / "out", source)
+    bitmaps(source, count=6, changed=(5,), time=3_000_000_000)  # in the part of rank 2
+    convert(source, tmp_path / "out", 1, world=3)
+    refuses(tmp_path / "out", "Run the ranks 0, 2 again")
+    convert(source, tmp_path / "out", 2, world=3)
+    assert shows(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_ranks_that_finish_at_the_same_moment_are_one_conversion(tmp_path, monkeypatch, lock):
+    together = threading.Barrier(3, timeout=30)
+    look, been = comparing.Neighbours.equal_versions, set()
+
+    def at_once(self, mine):
+        found = look(self, mine)
+        if self not in been:  # nobody has finished: none has seen another
+            been.add(self)
+            together.wait()
+        return found
+
+    monkeypatch.setattr(comparing.Neighbours, "equal_versions", at_once)
+    copies = [bitmaps(tmp_path / name, time=ord(name) * 1_000_000_000) for name in "abc"]
+    with ThreadPoolExecutor(3) as pool:
+        ranks = [
+            pool.submit(write, copies[rank], tmp_path / "out", shard=(rank, 3), lock=lock)
+            for rank in range(3)
+        ]
+    assert [rank.result().count for rank in ranks] == [4, 4, 4]
+    assert shows(tmp_path / "out", copies[0])
+    assert sorted(path.name[:6] for path in (tmp_path / "out").iterdir()) == ["shard-"] * 3
+
+
+def test_a_rank_that_was_killed_in_its_turn_holds_nobody_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(locking, "_PATIENCE_S", 0.05)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".shards.turn").write_bytes(b"")
+    source = bitmaps(tmp_path / "source")
+    convert(source, tmp_path / "out", 0, 1, lock=False)
+    assert shows(tmp_path / "out", source)
+    assert not (tmp_path / "out" / ".shards.turn").exists()
+
+
+def during_a_conversion(monkeypatch, key, change):
+    """Run ``change`` when the file of a key is about to be read."""
+    load = sources._Folder.load
+
+    def changing(self, task):
+        if task[1] == key:
+            change()
+        return load(self, task)
+
+    monkeypatch.setattr(sources._Folder, "load", changing)
+
+
+def test_a_source_that_changes_while_a_rank_runs_is_refused(tmp_path, monkeypatch):
+    source = bitmaps(tmp_path / "source")
+    convert(source, tmp_path / "out", 0)
+    with monkeypatch.context() as patch:
+
+        def change():
+            bitmaps(source, changed=range(12), time=2_000_000_000)
+
+        during_a_conversion(patch, "c1/008.bmp", change)
+        with pytest.raises(SourceError, match=r"changed while it was converted.*run this rank"):
+            convert(source, tmp_path / "out", 1)
+    convert(source, tmp_path / "out", 1)
+    refuses(tmp_path / "out", "Run rank 0 again")
+
+
+def test_files_that_are_only_touched_while_a_rank_runs_are_taken(tmp_path, monkeypatch):
+    source = bitmaps(tmp_path / "source")
+    convert(source, tmp_path / "out", 0)
+    with monkeypatch.context() as patch:
+        during_a_conversion(patch, "c1/008.bmp", lambda: touch(source))
+        convert(source, tmp_path / "out", 1)
+    assert shows(tmp_path / "out", source)
 
 
 def test_shards_that_were_mixed_up_are_named(tmp_path):
@@ -275,6 +368,83 @@ def test_a_dataset_that_never_repeats_itself_can_be_sharded(tmp_path):
     for rank in range(2):
         convert(Pixels(is_random=True, count=40), tmp_path / "out", rank)
     assert len(LMDBDataset(tmp_path / "out")) == 40
+
+
+class Flips(Pixels):
+    """Flips by a generator of its own, about every other time."""
+
+    draws = itertools.cycle([0, 1, 1, 0, 0, 0, 1])
+
+    def __getitem__(self, index):
+        return pixels(index)[:: 1 - 2 * next(self.draws)], 0
+
+
+def test_a_dataset_that_flips_by_a_generator_of_its_own_can_be_sharded(tmp_path):
+    for rank in range(2):
+        convert(Flips(count=40), tmp_path / "out", rank)
+    assert len(LMDBDataset(tmp_path / "out")) == 40
+
+
+class Replaces(Pixels):
+    """Gives another image in place of one that cannot be read, as many datasets do."""
+
+    def __init__(self, *, draw, broken=(2, 9, 20), **options):
+        super().__init__(count=40, **options)
+        self.draw, self.broken = draw, broken
+
+    def __getitem__(self, index):
+        return super().__getitem__(self.draw(40) if index in self.broken else index)
+
+
+NUMBERS = itertools.count()
+DRAWS = {
+    "python": random.randrange,
+    "numpy": np.random.randint,
+    "torch": lambda count: int(torch.randint(count, ())),
+    "what was drawn before": lambda count: next(NUMBERS) % count,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_items_that_are_others_each_time_refuse_nothing(tmp_path, monkeypatch, draw):
+    for rank in range(2):
+        convert(Replaces(draw=draw), tmp_path / "out", rank)
+    assert len(LMDBDataset(tmp_path / "out")) == 40
+    interrupted(Replaces(draw=draw), tmp_path / "db", monkeypatch)
+    assert write(Replaces(draw=draw), tmp_path / "db", resume=True).resumed_from == 16
+
+
+def test_the_other_items_of_such_a_dataset_still_tell_two_versions_apart(tmp_path, monkeypatch):
+    draw = random.randrange
+    convert(Replaces(draw=draw), tmp_path / "out", 0)
+    convert(Replaces(draw=draw, changed=(5,)), tmp_path / "out", 1)
+    refuses(tmp_path / "out", "contents.*shard-00000.*Run rank 0 again")
+    interrupted(Replaces(draw=draw), tmp_path / "db", monkeypatch)
+    with pytest.warns(UserWarning, match="gives other images now: starting afresh"):
+        write(Replaces(draw=draw, changed=(5,)), tmp_path / "db", resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_looking_at_a_dataset_leaves_the_random_numbers_as_they_were(tmp_path, workers):
+    def stored(**options):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(3)
+        report = write(Draws(), tmp_path / "out", workers=workers, **options)
+        return [image for _, image, _ in contents(report.path)]
+
+    whole = stored()
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    (tmp_path / "out").unlink(missing_ok=True)
+    assert stored(shard=(0, 1)) == whole
+
+
+class Draws:
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        drawn = random.randrange(256), np.random.randint(256), int(torch.randint(256, ()))
+        return np.full((4, 4, 3), drawn, np.uint8), 0
 
 
 def test_shards_of_a_database_know_which_one(tmp_path):
@@ -417,3 +587,88 @@ def test_what_a_dataset_opens_is_opened_in_the_workers_alone(tmp_path, monkeypat
     interrupted(source, tmp_path / "db", monkeypatch, workers=1)
     assert write(source, tmp_path / "db", workers=1, resume=True).resumed_from == 16
     assert source.pid is None
+
+
+def test_a_conversion_that_was_stopped_at_once_says_so(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(converting.Conversion, "_commit", lambda self, batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(Pixels(), tmp_path / "db")
+    with pytest.warns(UserWarning, match="conversion, it was stopped before its first images"):
+        assert write(Pixels(), tmp_path / "db", resume=True).count == 12
+
+
+def test_an_old_database_that_is_written_again_is_another_source(tmp_path):
+    for rank, changed in ((0, ()), (1, (2,))):
+        write(Pixels(changed=changed), tmp_path / "old", encode="raw")
+        as_before(tmp_path / "old")
+        convert(LMDBDataset(tmp_path / "old"), tmp_path / "out", rank)
+    refuses(tmp_path / "out", "Run rank 0 again")
+    convert(LMDBDataset(tmp_path / "old"), tmp_path / "out", 0)
+    assert len(LMDBDataset(tmp_path / "out")) == 12
+
+
+def test_classes_with_several_names_resume_and_make_one_dataset(tmp_path, monkeypatch):
+    source = ImageFolder(bitmaps(tmp_path / "source", count=40))
+    source.classes = [("tench", "Tinca"), ("goldfish",)]  # as torchvision's ImageNet has them
+    convert(source, tmp_path / "out", 0, 1)
+    assert LMDBDataset(tmp_path / "out").class_to_idx == {"tench, Tinca": 0, "goldfish": 1}
+    interrupted(source, tmp_path / "db", monkeypatch)
+    assert write(source, tmp_path / "db", resume=True).resumed_from == 16
+
+
+@pytest.mark.parametrize("options", [{}, {"resize": 4, "encode": "png"}])
+@pytest.mark.parametrize("changed", [(), range(12)])
+def test_of_a_copy_with_other_times_some_files_of_each_part_are_read(
+    tmp_path, monkeypatch, options, changed
+):
+    monkeypatch.setattr(comparing, "_MARKS", 4)
+    source = bitmaps(tmp_path / "source", count=24)
+    (source / "c0" / "003.bmp").write_bytes(b"no image")
+    copy = bitmaps(tmp_path / "copy", count=24, changed=changed, time=2_000_000_000)
+    (copy / "c0" / "003.bmp").write_bytes(b"no image")
+    convert(source, tmp_path / "out", 0, on_error="skip", **options)
+    read = []
+    load = sources._Folder.load
+    monkeypatch.setattr(
+        sources._Folder, "load", lambda self, task: read.append(task[1]) or load(self, task)
+    )
+    convert(copy, tmp_path / "out", 1, on_error="skip", **options)
+    assert len(read) == 12 + 4
+    if changed:
+        refuses(tmp_path / "out", "contents.*Run rank 0 again")
+    else:
+        assert len(LMDBDataset(tmp_path / "out")) == 23
+
+
+def test_one_file_that_changed_is_found_among_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing, "_MARKS", 4)
+    source = bitmaps(tmp_path / "source", count=24)
+    convert(source, tmp_path / "out", 0, 1)
+    rewrite(source)  # none of the four
+    convert(source, tmp_path / "out", 1)
+    refuses(tmp_path / "out", "contents.*Run rank 0 again")
+
+
+def test_marks_outlive_an_interruption(tmp_path, monkeypatch):
+    source = bitmaps(tmp_path / "source", count=80)
+    interrupted(source, tmp_path / "out", monkeypatch, shard=(0, 2))
+    assert write(source, tmp_path / "out", shard=(0, 2), resume=True).resumed_from == 16
+    copy = bitmaps(tmp_path / "copy", count=80, time=2_000_000_000)
+    convert(copy, tmp_path / "out", 1)
+    assert shows(tmp_path / "out", source)
+
+
+class Counted(Pixels):
+    loads = 0
+
+    def __getitem__(self, index):
+        Counted.loads += 1
+        return super().__getitem__(index)
+
+
+def test_a_rank_looks_at_a_small_share_of_a_dataset(tmp_path):
+    for rank in range(2):
+        Counted.loads = 0
+        convert(Counted(count=1600), tmp_path / "out", rank)
+        assert Counted.loads <= 800 * 1.05

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Subset, TensorDataset, random_split
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 
@@ -135,6 +135,60 @@ def test_datasets_that_give_pixels_stand_beside_files(photos, database, tmp_path
     assert [found[0], found[5]] == files(photos, [2, 9])
     assert [(key, target) for key, target, _ in found[1:5]] == [(str(i + 1), i) for i in range(4)]
     assert torch.equal(LMDBDataset(tmp_path / "db")[3][0], images[2])
+
+
+class NoLength(Dataset):
+    def __getitem__(self, key):
+        return np.full((8, 8, 3), key, np.uint8), int(key)
+
+
+class Named(NoLength):
+    def __getitem__(self, key):
+        return super().__getitem__({"one": 1, "two": 2}[key])
+
+    def __len__(self):
+        return 2
+
+
+class Endless(NoLength):
+    def __len__(self):
+        return 10**12
+
+
+@pytest.mark.parametrize(
+    ("source", "targets"),
+    [
+        (Subset(NoLength(), [3, 1]), [3, 1]),
+        (Subset(Named(), ["two", "one"]), [2, 1]),
+        (Subset(Endless(), [5, 6]), [5, 6]),
+        (Subset(Named(), ["two"]), [2]),
+        (ConcatDataset([Subset(NoLength(), [3]), Subset(Endless(), [7])]), [3, 7]),
+        (Subset(Subset(Named(), ["two", "one"]), [1]), [1]),
+    ],
+)
+def test_a_dataset_inside_a_wrapper_needs_what_the_wrapper_needs(tmp_path, source, targets):
+    write(source, tmp_path / "db")
+    assert LMDBDataset(tmp_path / "db").targets == targets
+
+
+def test_a_dataset_without_length_may_stand_beside_a_folder(photos, tmp_path):
+    folder = ImageFolder(photos)
+    write(ConcatDataset([folder, Subset(NoLength(), [3, 4])]), tmp_path / "db")
+    assert LMDBDataset(tmp_path / "db").targets == [*folder.targets, 3, 4]
+    assert [image for *_, image in stored(tmp_path / "db")[:2]] == [
+        image for *_, image in files(photos, [0, 1])
+    ]
+
+
+def test_many_small_datasets_are_looked_at_once_each(tmp_path):
+    from dlhelpers.lmdb_io import wrappers
+
+    looked = []
+    with pytest.MonkeyPatch.context() as patch:
+        wrapped = wrappers._wrapped
+        patch.setattr(wrappers, "_wrapped", lambda found: looked.append(found) or wrapped(found))
+        write(ConcatDataset([Subset(NoLength(), [n % 5]) for n in range(300)]), tmp_path / "db")
+    assert len(looked) < 10 * 300
 
 
 class Mirrored(ImageFolder):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import stat
 import struct
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import lmdb
@@ -688,6 +690,21 @@ def test_a_target_that_is_a_folder_or_of_something_else_is_not_touched(tmp_path,
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_name_forges_no_line_of_a_report(tmp_path):
+    name = "x\nall 3 records are as they were written\n\t.jpg"
+    (tmp_path / "src" / "a").mkdir(parents=True)
+    (tmp_path / "src" / "a" / name).write_bytes(b"no")
+    Image.new("RGB", (4, 4)).save(tmp_path / "src" / "a" / "ok.png")
+    with pytest.raises(SourceError) as error:
+        write(tmp_path / "src", tmp_path / "db")
+    report = write(tmp_path / "src", tmp_path / "db", on_error="skip")
+    for text in (str(error.value), str(report), str(info_lmdb(tmp_path / "db"))):
+        assert "\\nall 3 records" in text
+        assert "\nall 3 records" not in text
+        assert "\t" not in text
+    assert report.skipped[0][0] == f"a/{name}"
+
+
 def test_an_old_database_is_replaced_by_a_whole_one(tmp_path, photos):
     write(triples(3), tmp_path / "db")
     write(photos, tmp_path / "db")
@@ -714,6 +731,57 @@ def test_files_of_more_than_eight_bits_are_kept_or_refused_and_not_cut(tmp_path,
             write(tmp_path / "src", tmp_path / "db", **options)
     write(tmp_path / "src", tmp_path / "db")
     assert stored(tmp_path / "db")[0][2] == path.read_bytes()
+
+
+def png_16(channels):
+    """A PNG of 16 bits a channel, which PIL opens as one of 8."""
+    colour = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + bytes(range(16 * channels)) for _ in range(8))
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, colour, 0, 0, 0)),)
+    chunks += ((b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    "data",
+    [*map(png_16, (2, 3, 4)), b"P6\n# by hand\n8 8\n65535\n" + bytes(384)],
+    ids=["grey and alpha", "rgb", "rgba", "ppm"],
+)
+def test_colours_of_more_than_eight_bits_are_kept_or_refused_and_not_cut(tmp_path, data):
+    assert Image.open(io.BytesIO(data)).mode in ("LA", "RGB", "RGBA")
+    for options in ({"resize": 4}, {"encode": "png"}, {"encode": "raw"}):
+        with pytest.raises(SourceError, match="an image of 16 bits a channel would lose"):
+            write([("deep", data, 0)], tmp_path / "db", **options)
+    write([("deep", data, 0)], tmp_path / "db")
+    assert stored(tmp_path / "db")[0][2] == data
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm", "jpeg2000", "gif", "bmp", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1"])
+def test_colours_of_eight_bits_and_fewer_are_encoded(tmp_path, kind, mode):
+    buffer = io.BytesIO()
+    with contextlib.suppress(OSError):  # not every format has every mode
+        Image.new("RGB", (8, 8)).convert(mode).save(buffer, kind)
+        assert write([("a", buffer.getvalue(), 0)], tmp_path / "db", encode="raw").count == 1
+
+
+def test_only_raw_images_with_an_orientation_need_a_new_reader(tmp_path):
+    oriented(tmp_path / "a.png", 6)
+    upright = ("a", Image.new("RGB", (4, 4)), 0)
+    for source, encode, version in (
+        ([upright], "raw", 1),
+        ([upright, ("b", (tmp_path / "a.png").read_bytes(), 0)], "raw", 2),
+        ([("b", (tmp_path / "a.png").read_bytes(), 0)], "png", 1),
+    ):
+        write(source, tmp_path / "db", encode=encode)
+        env = lmdb.open(str(tmp_path / "db"), subdir=False, max_dbs=4, lock=False)
+        with env.begin() as txn:
+            assert json.loads(txn.get(b"meta").partition(b" ")[2])["version"] == version
+        env.close()
+        assert len(LMDBDataset(tmp_path / "db")) == len(source)
 
 
 def oriented(path, orientation, mode="RGB"):

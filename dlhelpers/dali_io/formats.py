@@ -133,10 +133,12 @@ def _tiff(data: bytes) -> tuple[int, int] | None:
     (at,) = struct.unpack_from(order + "I", data, 4)
     (count,) = struct.unpack_from(order + "H", data, at)
     seen: dict[int, int] = {}
+    before = 0
     for entry in range(at + 2, at + 2 + 12 * count, 12):
         tag, kind, number = struct.unpack_from(order + "HHI", data, entry)
-        if tag in _TIFF_OTHER:
+        if tag in _TIFF_OTHER or tag <= before:  # the order is the format's, some rely on it
             return None
+        before = tag
         if tag not in _TIFF_ALIKE and tag not in _TIFF_SIZE:
             continue
         if kind not in (3, 4) or not 1 <= number <= 4:

@@ -17,6 +17,7 @@ from dlhelpers.extras import install_hint, need
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
 from dlhelpers.lmdb_io.encoding import image_format
 from dlhelpers.lmdb_io.plain import own_reading
+from dlhelpers.printable import one_line
 
 __all__ = [
     "Files",
@@ -42,7 +43,7 @@ class ImageError(ValueError):
 
     def __init__(self, images: Sequence[tuple[str, str]], *, all_of_them: bool = False) -> None:
         self.images = tuple(images)
-        listed = "; ".join(f"{name} ({why})" for name, why in self.images[:5])
+        listed = "; ".join(f"{one_line(name)} ({one_line(why)})" for name, why in self.images[:5])
         more = f" and {len(self.images) - 5} more" if len(self.images) > 5 else ""
         images_, them = ("image", "it") if len(self.images) == 1 else ("images", "them")
         advice = f'Fix or remove {them}, or skip {them} with DALILoader(..., on_error="skip")'
@@ -184,11 +185,12 @@ def _folder(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
     if not root.is_dir():
         kind = "a file" if root.exists() else "not there"
         wanted = "LMDBDataset(PATH)" if root.suffix in (".lmdb", ".mdb") else "a folder of images"
-        raise FileNotFoundError(f"{root} is {kind}: give {wanted}")
+        raise FileNotFoundError(f"{one_line(str(root))} is {kind}: give {wanted}")
     try:
         folder = need("torchvision.datasets", "an image folder").ImageFolder(root)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}: give a folder with one folder for each class") from None
+        why = one_line(str(error))
+        raise FileNotFoundError(f"{why}: give a folder with one folder for each class") from None
     return folder.samples, folder.classes
 
 

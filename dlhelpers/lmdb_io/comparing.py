@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
-from dlhelpers.lmdb_io.identity import Trace, Whole, choose_version, spread
+from dlhelpers.lmdb_io.identity import Trace, Whole, equal_versions, spread
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
+from dlhelpers.lmdb_io.repeating import load_repeated
 from dlhelpers.lmdb_io.shards import part, shard_name
 from dlhelpers.lmdb_io.sources import Source
 
-__all__ = ["content_of", "gives_the_same", "identity_of", "is_same_part", "version_of"]
+__all__ = [
+    "Neighbours",
+    "content_of",
+    "gives_the_same",
+    "identity_of",
+    "is_same_part",
+    "mark_of",
+    "marked",
+]
 
-_TWICE = 16  # items that are loaded twice, to see whether a dataset repeats itself
+_MARKS = 32  # items of a shard that are compared in place of all, where every time differs
+_SHARE = 40  # of so many items that a rank converts, one is loaded twice to know the source again
+_LEAST = 16
 _RELOADED = 64  # items of a dataset that are loaded again before a conversion goes on after them
 
 
@@ -59,6 +69,8 @@ def gives_the_same(
 ) -> bool:
     """Whether items of a dataset, spread over those that are done, are what was stored of them.
 
+    Those that are another each time say nothing.
+
     Args:
         loader: of the conversion.
         tasks: those that are done.
@@ -66,89 +78,124 @@ def gives_the_same(
         workers: processes that load them.
     """
     numbers = spread(len(tasks), _RELOADED)
-    chunks = load_chunks(loader, iter([tasks[number] for number in numbers]), workers)
-    for number, item in zip(numbers, chain.from_iterable(chunks), strict=True):
-        if read["skipped"](schema.position_key(number)) is not None:
-            if not item.why:
+    found = load_repeated(_Recorder(loader), [tasks[number] for number in numbers], workers)
+    for number, record in zip(numbers, found, strict=True):
+        if record is None:  # it is another each time, whether the dataset has changed or not
+            continue
+        if not record or read["skipped"](schema.position_key(number)) is not None:
+            if record or read["skipped"](schema.position_key(number)) is None:
                 return False
             continue
-        entry = None if item.why else read["index"](schema.index_key(item.key))
-        if entry is None:
+        key = schema.encode_key(schema.unpack_record(memoryview(record), 0).key)
+        if (entry := read["index"](schema.index_key(key))) is None:
             return False
-        position = json.loads(entry)[0]
-        if read["records"](schema.position_key(position)) != schema.pack_record(
-            position, *item.parts
-        ):
+        position = schema.read_index(key, entry)[0]
+        if not schema.is_same_record(read["records"](schema.position_key(position)), record):
             return False
     return True
 
 
-def identity_of(source: Source, whole: Whole | None, workers: int) -> dict[str, Any]:
-    """Return the identity of a whole source; ``whole`` where all of it has gone by already."""
+class _Recorder:
+    """Gives the record of a task, as the first of a file; nothing where it cannot be stored."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __call__(self, task: Any) -> bytes:
+        item = self._loader[task]
+        return b"" if item.why else schema.pack_record(0, *item.parts)
+
+
+def marked(count: int) -> list[int]:
+    """Return the positions of a part whose contents its meta entry tells one by one."""
+    return spread(count, _MARKS)
+
+
+def mark_of(item: Item) -> int:
+    """Return the CRC-32 of an item's content, wherever it is stored; 0 if skipped."""
+    if item.why:
+        return 0
+    return zlib.crc32(item.image) if item.content is None else item.content
+
+
+def identity_of(source: Source, whole: Whole | None, workers: int, world: int) -> dict[str, Any]:
+    """Return the identity of a whole source.
+
+    Args:
+        source: to look at.
+        whole: where all of it has gone by already.
+        workers: processes that load what has to be.
+        world: number of shards; each rank looks at a small part of its own number of items.
+    """
     if whole is None:
         whole = Whole()
         for task in source.tasks():
             whole.add(source.stamp(task))
-    return whole.identity(_contents(source, workers), source.place)
+    return whole.identity(_contents(source, workers, world), source.place)
 
 
-class _Prober:
-    """Loads what is known by its content alone, here or in a worker."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def __getitems__(self, tasks: list[Any]) -> list[bytes]:
-        return [self._source.content(task) for task in tasks]
-
-
-def _contents(source: Source, workers: int) -> str:
-    """Return a digest of the contents that stamps say nothing of; empty where there are none, and
-    where a source does not repeat itself."""
-    if not (probes := source.probes()):
-        return ""
-    again = [probes[number] for number in spread(len(probes), _TWICE)]
-    # where the conversion loads them: what a dataset opens here would be open in the workers
-    found = [*chain.from_iterable(load_chunks(_Prober(source), iter([*probes, *again]), workers))]
-    first = [found[number] for number in spread(len(probes), _TWICE)]
-    if first != found[len(probes) :]:
-        return ""
-    digest = hashlib.blake2b(b"%d" % source.count, digest_size=16)
-    for content in found[: len(probes)]:
-        digest.update(b"%d:%s" % (len(content), content))
-    return digest.hexdigest()
+def _contents(source: Source, workers: int, world: int) -> list[int | None]:
+    """Return the CRC-32 of contents that stamps say nothing of; None of what does not repeat."""
+    probes = source.probes()
+    most = max(_LEAST, (source.count or 0) // world // _SHARE)
+    tasks = [probes[number] for number in spread(len(probes), most)]
+    found = load_repeated(source.content, tasks, workers)
+    return [None if content is None else zlib.crc32(content) for content in found]
 
 
-def version_of(mine: Mapping[str, Any], target: Path, loader: Loader, workers: int) -> str:
-    """Return the version that a finished shard shall bear, see :func:`choose_version`.
+class Neighbours:
+    """The other shards of a folder, compared once each with the source as it is now.
 
     Args:
-        mine: its meta entry.
-        target: its file.
+        target: file of this rank's shard.
+        shard: (rank, world) of it.
         loader: of the conversion.
         workers: processes that read.
     """
 
-    def is_unchanged(meta: Mapping[str, Any]) -> bool:
-        own = part(loader.source.count, *meta["shard"])
-        tasks = [task for number, task in enumerate(loader.source.tasks()) if number in own]
-        return is_same_part(loader, tasks, meta["times"], meta["contents"], workers)
+    def __init__(self, target: Path, shard: tuple[int, int], loader: Loader, workers: int) -> None:
+        self._target, self._shard = target, shard
+        self._loader, self._workers = loader, workers
+        self._found: dict[str, bool] = {}  # what was compared, by all that can change it
 
-    if not mine["identity"]["version"]:
-        return ""
-    return choose_version(mine, _others(mine["shard"], target), is_unchanged)
+    def equal_versions(self, mine: Mapping[str, Any]) -> list[str]:
+        """Return what :func:`identity.equal_versions` says of those that are there now."""
+        if not mine["identity"]["version"]:
+            return []
+        return equal_versions(mine, self._metas(), self._is_unchanged)
 
+    def _is_unchanged(self, meta: Mapping[str, Any]) -> bool:
+        key = repr([meta[name] for name in ("shard", "times", "contents")])
+        if key not in self._found:
+            source = self._loader.source
+            own = part(source.count, *meta["shard"])
+            tasks = [*islice(source.tasks(), own.start, own.stop)]
+            self._found[key] = self._is_same_part(tasks, meta)
+        return self._found[key]
 
-def _others(shard: Sequence[int], target: Path) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Yield (meta entry, whether it is written again right now) of the other shards."""
-    rank, world = shard
-    for other in range(world):
-        path = target.with_name(shard_name(other, world))
-        if other == rank or not path.exists():
-            continue
-        try:
-            meta = schema.unpack_meta(open_environment(path).get_entry(schema.META), path)
-        except (schema.DatabaseError, OSError):  # opening the folder will name it
-            continue
-        if meta.get("identity"):
-            yield meta, path.with_name(f".{path.name}.part").exists()
+    def _is_same_part(self, tasks: Sequence[Any], meta: Mapping[str, Any]) -> bool:
+        numbers, marks = marked(len(tasks)), meta.get("marks", ())
+        stamps = [self._loader.source.stamp(tasks[number]) for number in numbers]
+        is_copy = len(marks) == len(numbers) < len(tasks) and all(
+            stamp.time != time for stamp, (time, _) in zip(stamps, marks, strict=True)
+        )
+        if not is_copy:  # where only some times differ, those files are what may have changed
+            times, contents = meta["times"], meta["contents"]
+            return is_same_part(self._loader, tasks, times, contents, self._workers)
+        reader = Loader(self._loader.source, Encoding(), self._loader.compares)
+        some = iter([tasks[number] for number in numbers])
+        found = chain.from_iterable(load_chunks(reader, some, self._workers))
+        return [mark_of(item) for item in found] == [mark for _, mark in marks]
+
+    def _metas(self) -> Iterator[dict[str, Any]]:
+        rank, world = self._shard
+        for other in range(world):
+            path = self._target.with_name(shard_name(other, world))
+            if other == rank or not path.exists():
+                continue
+            try:
+                meta = schema.unpack_meta(open_environment(path).get_entry(schema.META), path)
+            except (schema.DatabaseError, OSError):  # opening the folder will name it
+                continue
+            if meta.get("identity") and meta["shard"] == [other, world]:
+                yield meta

@@ -21,18 +21,21 @@ from typing import Any
 
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.comparing import (
+    Neighbours,
     content_of,
     gives_the_same,
     is_same_part,
-    version_of,
+    mark_of,
+    marked,
 )
-from dlhelpers.lmdb_io.encoding import Encoding
+from dlhelpers.lmdb_io.encoding import Encoding, is_turned
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
+from dlhelpers.lmdb_io.locking import in_turn
 from dlhelpers.lmdb_io.sharing import Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
-from dlhelpers.printable import printable
+from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
 
 __all__ = ["Conversion"]
@@ -53,12 +56,15 @@ class Conversion:
         workers: int,
         on_error: str,
         shard: tuple[int, int] | None,
+        lock: bool,
     ) -> None:
+        self.lock = lock
         self.source, self.target, self.workers = source, target, workers
         self.partial = target.with_name(f".{target.name}.part")
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
         self.share = Share(source, shard)
+        self.marked = frozenset(marked(self.share.count or 0) if shard and source.place else ())
         self.reading = False  # whether an error comes from the source
         self.is_fresh = False  # whether the file was begun by this run
         self.pending_bytes = 0  # what the commit under way needs at most
@@ -70,6 +76,8 @@ class Conversion:
         self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
         self.skipped: list[tuple[str, str]] = []
         self.trace = Trace()
+        self.marks: dict[int, int] = {}  # position in a shard's part -> mark of what was there
+        self.version = schema.VERSION  # of the schema
 
     def advice(self) -> str:
         """Return how to go on after a stop, the end of a message; empty if nothing is kept."""
@@ -165,6 +173,7 @@ class Conversion:
         self._open_env(map_size)
         self.count, self.done = state["count"], state["done"]
         self.image_bytes, self.trace = state["image_bytes"], trace
+        self.version, self.marks = state["version"], dict(state.get("marks", ()))
         self.resumed_from = self.kept = self.count
         with self.env.begin(db=self.skips_db) as txn:
             # those behind it are the source's own problems, listed at the end
@@ -199,13 +208,15 @@ class Conversion:
         return ""
 
     def _facts(self) -> dict[str, Any]:
-        return {
+        """Return what must not change before a conversion goes on, as JSON gives it back."""
+        facts = {
             "source": self.source.kind,
             "settings": self.loader.encoding.as_dict(),
-            "shard": None if self.shard is None else list(self.shard),
+            "shard": self.shard,
             "classes": self.source.classes,
             "total": None if self.shard is None else self.source.count,
         }
+        return json.loads(json.dumps(facts))
 
     # ---- the records ----
 
@@ -291,7 +302,7 @@ class Conversion:
         if why and not self.skips:
             self.kept = self.count  # this commit's among them
             advice = f'on_error="skip" leaves it out. {self.advice()}'.strip()
-            return SourceError(f"{item.name}: {why}; {advice}")
+            return SourceError(f"{one_line(item.name)}: {one_line(why)}; {advice}")
         if why:
             value = json.dumps([item.name, why]).encode()
             txn.put(schema.position_key(self.done), value, db=self.skips_db)
@@ -299,8 +310,12 @@ class Conversion:
         else:
             record = schema.pack_record(self.count, *item.parts)
             txn.put(schema.position_key(self.count), record, append=True, db=self.records)
+            if is_turned(item.image):
+                self.version = schema.TURNED
             self.count += 1
             self.image_bytes += len(item.image)
+        if self.done in self.marked:
+            self.marks[self.done] = mark_of(item)
         self.done += 1
         self.trace.add(item.stamp, content_of(item, record))
         return None
@@ -309,10 +324,11 @@ class Conversion:
         state = self._facts() | self.trace.as_dict()
         state |= {
             "format": schema.FORMAT,
-            "version": schema.VERSION,
+            "version": self.version,
             "count": self.count,
             "image_bytes": self.image_bytes,
             "done": self.done,
+            "marks": [*self.marks.items()],
             "boot": _boot_id(),
         }
         txn.put(schema.STATE, schema.pack_meta(state))
@@ -331,12 +347,14 @@ class Conversion:
                 f"the source said that it has {expected} items and gave {self.done}: nothing was "
                 "replaced"
             )
+        if not self.share.was_listed_as(self.trace):
+            self.trace.times = self.share.look_again(self.loader, self.trace, self.workers)
         if not self.count and self.shard is None:
-            reasons = f": {self.skipped[0][0]}: {self.skipped[0][1]}" if self.skipped else ""
+            reasons = ": ".join(["", *map(one_line, self.skipped[0])]) if self.skipped else ""
             raise SourceError(f"the source holds no image that could be stored{reasons}")
         meta = self._facts() | {
             "format": schema.FORMAT,
-            "version": schema.VERSION,
+            "version": self.version,
             "count": self.count,
             "image_bytes": self.image_bytes,
             "skipped": len(self.skipped) + len(self.source.problems),
@@ -344,10 +362,19 @@ class Conversion:
             "contents": self.trace.contents.hex(),
             "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
         }
-        if self.shard is not None:
-            meta |= {"times": self.trace.times, "identity": self.share.identity()}
-            version = version_of(meta, self.target, self.loader, self.workers)
-            meta["identity"]["version"] = version
+        if self.shard is None:
+            self._publish(meta)
+            return
+        meta |= {"times": self.trace.times, "identity": self.share.identity()}
+        meta["marks"] = self.share.timed(self.marks)
+        neighbours = Neighbours(self.target, self.shard, self.loader, self.workers)
+        neighbours.equal_versions(meta)  # what takes long is done before it is this rank's turn
+        self.env.sync(True)
+        with in_turn(self.target.parent, self.lock):
+            meta["identity"]["equal"] = neighbours.equal_versions(meta)
+            self._publish(meta)
+
+    def _publish(self, meta: dict[str, Any]) -> None:
         with self.env.begin(write=True) as txn:
             for number, problem in enumerate(self.source.problems):
                 key = schema.position_key(self.done + number)

@@ -37,8 +37,9 @@ class LMDBDataset(Dataset):
 
     ``dataset[i]`` is ``(image, target)``: a uint8 RGB tensor [3, H, W] and an int. It opens its
     file when the first image is read, again in each worker, read-only and without a lock, so that
-    it can be pickled, forked and spawned, and lie in a read-only folder. One that was opened while
-    the file is replaced goes on with the old one.
+    it can be pickled, forked and spawned, and lie in a read-only folder. A process that
+    has the file open when it is replaced goes on with the old one; a worker that opens it later
+    raises DatabaseError, since its images are others.
 
     With ``decode="pil"`` it stands in for torchvision's ImageFolder: PIL images, ``classes``,
     ``class_to_idx``, ``targets``, and ``samples`` (with the source's keys in place of paths).
@@ -161,7 +162,7 @@ class LMDBDataset(Dataset):
     @property
     def identity(self) -> bytes:
         """What tells the content of this dataset apart from that of another one."""
-        return b"".join(file.stored_meta for file in self._files)
+        return b"".join(file.identity for file in self._files)
 
     @staticmethod
     def collate_fn(batch: Any) -> Any:
@@ -328,6 +329,15 @@ class _File:
             )
         self._environment = environment
         return environment
+
+    @property
+    def identity(self) -> bytes:
+        if "contents" in self.meta:
+            return self.stored_meta
+        # an earlier version wrote no digest of what it stored
+        environment = self.open()
+        checksums = (record[:4] for _, record in environment.items(environment.records))
+        return self.stored_meta + b"".join(checksums)
 
     def read(self, txn: Any, position: int, check: bool) -> schema.Record:
         try:

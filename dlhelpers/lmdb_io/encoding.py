@@ -10,6 +10,7 @@ a channel that would be cut are refused.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "Encoding",
     "decoded",
     "image_format",
+    "is_turned",
     "jpeg_segments",
 ]
 
@@ -32,6 +34,9 @@ ENCODINGS = ("jpeg", "png", "webp", "raw")
 RAW = struct.Struct("<3sBII")  # b"RAW", EXIF orientation or 0, height, width
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that tell the size
 _ORIENTATION = 274  # the tag in EXIF
+_TIFF_BITS = 258  # the tag
+_PNM = re.compile(rb"P[2356](?:\s+(?:#[^\n]*\n\s*)*\d+){2}\s+(?:#[^\n]*\n\s*)*(\d+)\s")
+_J2K_SIZE = b"\xff\x4f\xff\x51"  # begins the codestream
 _QUALITY = {"jpeg": 90, "webp": 90}
 
 
@@ -115,6 +120,11 @@ class Encoding:
                 "would be lost: scale it to 8 bits first, or give the bytes of its file without "
                 "resize= and encode="
             )
+        if (bits := _bits(image, data)) > 8:
+            raise ValueError(
+                f"an image of {bits} bits a channel would lose most of them: scale it to 8 bits "
+                "first, or give the bytes of its file without resize= and encode="
+            )
         orientation = _orientation(image)
         if image.mode not in ("L", "RGB"):  # before the resize, as after ImageFolder's loader
             image = image.convert("RGB")
@@ -153,6 +163,11 @@ def image_format(data: bytes | memoryview) -> str:
     if head.startswith(b"BM"):
         return "bmp"
     return "raw" if head.startswith(b"RAW") and head[3:4] <= b"\x08" else "unknown"
+
+
+def is_turned(image: bytes) -> bool:
+    """Whether it is a raw image with an orientation, which readers of version 1 do not know."""
+    return image[:3] == b"RAW" and image[3:4] not in (b"", b"\0")
 
 
 def _looks_whole(data: bytes, found: str) -> bool:
@@ -208,6 +223,21 @@ def _orientation(image: Any) -> int:
     except Exception:  # damaged metadata, of which nobody can make an orientation
         return 0
     return found if isinstance(found, int) and 2 <= found <= 8 else 0
+
+
+def _bits(image: Any, data: bytes | None) -> int:
+    """Return bits a channel as a file's header says, which PIL cuts to 8 where it knows no more."""
+    kind, data = image.format, data or b""
+    if kind == "PNG":
+        return data[24] if len(data) > 24 else 8
+    if kind == "TIFF":
+        return max(image.tag_v2.get(_TIFF_BITS, (8,)))
+    if kind == "PPM" and (header := _PNM.match(data)):
+        return int(header[1]).bit_length()
+    if kind == "JPEG2000" and (at := data.find(_J2K_SIZE)) >= 0:
+        channels = int.from_bytes(data[at + 40 : at + 42], "big")
+        return max((bits & 0x7F) + 1 for bits in data[at + 42 : at + 42 + 3 * channels : 3])
+    return 8
 
 
 def _exif(orientation: int) -> dict[str, Any]:

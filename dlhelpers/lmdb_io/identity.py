@@ -10,13 +10,14 @@ its contents.
 from __future__ import annotations
 
 import hashlib
+import operator
 import platform
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["Stamp", "Trace", "Whole", "choose_version", "odd_shards", "place_of", "spread"]
+__all__ = ["Stamp", "Trace", "Whole", "equal_versions", "odd_shards", "place_of", "spread"]
 
 _ASPECTS = {  # what a shard's identity says, and what a message calls it
     "names": "the names or targets of the source's images",
@@ -87,8 +88,8 @@ class Whole:
         self._sizes.update(b"%d|" % stamp.size)
         self._times.update(b"%d|" % stamp.time)
 
-    def identity(self, contents: str, place: Sequence[str]) -> dict[str, Any]:
-        """Return the identity; ``contents`` as the source gives it, ``place`` of its times."""
+    def identity(self, contents: list[int | None], place: Sequence[str]) -> dict[str, Any]:
+        """Return the identity; ``contents`` as the source gives them, ``place`` of its times."""
         return {
             "names": self._names.hexdigest(),
             "sizes": self._sizes.hexdigest(),
@@ -119,31 +120,35 @@ def spread(count: int, most: int) -> list[int]:
     return [number * (count - 1) // (most - 1) for number in range(most)]
 
 
-def choose_version(
+def equal_versions(
     mine: Mapping[str, Any],
-    others: Iterable[tuple[Mapping[str, Any], bool]],
+    others: Iterable[Mapping[str, Any]],
     is_unchanged: Callable[[Mapping[str, Any]], bool],
-) -> str:
-    """Return the version that a finished shard bears: that of the shards that it belongs to.
+) -> list[str]:
+    """Return the versions of the source that a finished shard's own is found to be equal to.
 
-    It is the digest of the source's modification times now; or, where the other shards of the same
-    source have an earlier one and their part is found to be unchanged, theirs.
+    A version is the digest of the source's modification times; equal are those whose shards' parts
+    hold now what was converted of them.
 
     Args:
         mine: meta entry of this shard.
-        others: (meta entry, whether it is written again right now) of the other shards.
+        others: of the other shards.
         is_unchanged: compares the part of such a shard with the source as it is now.
     """
-    now = mine["identity"]["version"]
     fitting = [
-        (meta, rewritten)
-        for meta, rewritten in others
+        meta
+        for meta in others
         if not _difference(mine, meta) and _shares_place(mine["identity"], meta["identity"])
     ]
-    versions = {meta["identity"]["version"] for meta, _ in fitting}
-    if len(versions) != 1 or now in versions or any(rewritten for _, rewritten in fitting):
-        return now
-    return versions.pop() if all(is_unchanged(meta) for meta, _ in fitting) else now
+    found: set[str] = set()
+    while fitting:
+        # what was found equal before stands or falls together
+        equal = _equal_to(fitting[0], fitting)
+        together = [meta for meta in fitting if _version(meta) in equal]
+        fitting = [meta for meta in fitting if _version(meta) not in equal]
+        if _version(mine) not in equal and all(map(is_unchanged, together)):
+            found |= equal
+    return sorted(found)
 
 
 def odd_shards(metas: Sequence[Mapping[str, Any]], newest: int) -> tuple[str, list[int]]:
@@ -158,11 +163,23 @@ def odd_shards(metas: Sequence[Mapping[str, Any]], newest: int) -> tuple[str, li
         return "", []
     for place in {place for meta in metas for place in meta["identity"]["place"]}:
         here = [n for n, meta in enumerate(metas) if place in meta["identity"]["place"]]
-        first = newest if newest in here else here[-1]
-        odd = [n for n in here if _version(metas[n]) != _version(metas[first])]
+        equal = _equal_to(metas[newest if newest in here else here[-1]], [metas[n] for n in here])
+        odd = [n for n in here if _version(metas[n]) not in equal]
         if odd:
             return _CONTENTS, odd
     return "", []
+
+
+def _equal_to(first: Mapping[str, Any], metas: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the versions that are equal to a shard's, whichever shard found that out."""
+    equal, before = {_version(first)}, 0
+    while len(equal) > before:
+        before = len(equal)
+        for meta in metas:
+            linked = {_version(meta), *meta["identity"].get("equal", ())}
+            if equal & linked:
+                equal |= linked
+    return equal
 
 
 def _version(meta: Mapping[str, Any]) -> str:
@@ -180,10 +197,18 @@ def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     if first["source"] != second["source"]:
         return f"the kind of source ({first['source']} and {second['source']})"
     for name, called in _ASPECTS.items():
-        if known[name] != other[name]:
+        differ = _contradict if name == "contents" else operator.ne
+        if differ(known[name], other[name]):
             # the CRC-32 of what was handed over stands where a file's size does
             return called if first["source"] == "folder" or name != "sizes" else _CONTENTS
     return ""
+
+
+def _contradict(first: Sequence[int | None], second: Sequence[int | None]) -> bool:
+    """Whether two lists of probes say different things of one item; None says nothing."""
+    return len(first) != len(second) or any(
+        one != two for one, two in zip(first, second, strict=True) if None not in (one, two)
+    )
 
 
 def _shares_place(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

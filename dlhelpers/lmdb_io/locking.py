@@ -10,13 +10,16 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dlhelpers.printable import printable
 
-__all__ = ["only_writer"]
+__all__ = ["in_turn", "only_writer"]
+
+_PATIENCE_S = 60.0  # a turn takes a moment: who holds it for so long is stopped, or dead
 
 _guard = threading.Lock()
 _held: set[tuple[int, str]] = set()  # (process, lock file): lockf does not tell threads apart
@@ -51,6 +54,38 @@ def only_writer(target: Path, lock: bool = True) -> Iterator[None]:
                 with suppress(OSError):
                     os.unlink(path)  # while it is held, so that nobody waits at a file that goes
                 os.close(handle)
+
+
+@contextmanager
+def in_turn(folder: Path, lock: bool = True) -> Iterator[None]:
+    """Wait until nobody else finishes a shard of this folder; after a minute go on all the same.
+
+    Args:
+        folder: of the shards.
+        lock: False uses a file that only one process can create in place of the system's locks.
+    """
+    target, until = folder / "shards", time.monotonic() + _PATIENCE_S
+    created = target.with_name(f".{target.name}.turn")
+    with ExitStack() as held:
+        while time.monotonic() < until:
+            try:
+                with ExitStack() as taken:
+                    taken.enter_context(only_writer(target, lock))
+                    if not lock:
+                        os.close(os.open(created, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                        taken.callback(_remove, created)
+                    held.push(taken.pop_all())
+                break
+            except (BlockingIOError, FileExistsError, PermissionError):  # Windows has the last
+                time.sleep(0.01)
+        else:
+            _remove(created)  # its owner was killed
+        yield
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        os.unlink(path)
 
 
 def _acquire(path: Path, target: Path) -> int:

@@ -46,6 +46,7 @@ __all__ = [
     "RECORDS",
     "SKIPPED",
     "STATE",
+    "TURNED",
     "VERSION",
     "DatabaseError",
     "Record",
@@ -54,6 +55,7 @@ __all__ = [
     "encode_target",
     "index_entry",
     "index_key",
+    "is_same_record",
     "pack_meta",
     "pack_record",
     "position_key",
@@ -62,9 +64,11 @@ __all__ = [
     "unpack_record",
 ]
 
-FORMAT, VERSION = "dlhelpers-lmdb", 1
+FORMAT = "dlhelpers-lmdb"
+VERSION, TURNED = 1, 2  # the second where a raw image has an orientation, and nowhere else
 RECORDS, INDEX, SKIPPED, META, STATE = b"records", b"index", b"skipped", b"meta", b"state"
 _HEADER = struct.Struct("<IQHI")
+_BEHIND_POSITION = 12
 _LONGEST_KEY = 511  # LMDB's own limit
 _LONGEST_SOURCE_KEY = 65_535
 
@@ -156,6 +160,11 @@ def pack_record(position: int, key: bytes, target: bytes, image: bytes) -> bytes
     return b"".join((checksum.to_bytes(4, "little"), head, image))
 
 
+def is_same_record(first: bytes | None, second: bytes) -> bool:
+    """Whether two records differ in nothing but their position."""
+    return first is not None and first[_BEHIND_POSITION:] == second[_BEHIND_POSITION:]
+
+
 def unpack_record(view: memoryview, position: int, check: bool = True) -> Record:
     """Return the parts of a record.
 
@@ -245,10 +254,10 @@ def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
         ) from None
     if meta.get("format") != FORMAT:
         raise DatabaseError(f"{path} has the format {meta.get('format')!r}, expected {FORMAT!r}")
-    if meta.get("version") != VERSION:
+    if meta.get("version") not in (VERSION, TURNED):
         raise DatabaseError(
             f"{path} has version {meta.get('version')!r} of the schema, this package reads "
-            f"{VERSION}: convert the source again, or install the dlhelpers that wrote it "
-            f"({meta.get('library', 'not said')})"
+            f"{VERSION} and {TURNED}: convert the source again, or install the dlhelpers that "
+            f"wrote it ({meta.get('library', 'not said')})"
         )
     return meta

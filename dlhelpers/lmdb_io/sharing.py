@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from dlhelpers.lmdb_io.comparing import identity_of
-from dlhelpers.lmdb_io.identity import Whole
+from dlhelpers.lmdb_io.comparing import identity_of, is_same_part
+from dlhelpers.lmdb_io.identity import Trace, Whole
+from dlhelpers.lmdb_io.loading import Loader
 from dlhelpers.lmdb_io.shards import part
-from dlhelpers.lmdb_io.sources import Source
+from dlhelpers.lmdb_io.sources import Source, SourceError
 
 __all__ = ["Share"]
 
@@ -21,6 +22,7 @@ class Share:
         self._source, self._shard = source, shard
         self._whole: Whole | None = None
         self._identity: dict[str, Any] | None = None
+        self._listed: Trace | None = None  # own items, as they were looked at
 
     @property
     def count(self) -> int | None:
@@ -53,9 +55,54 @@ class Share:
 
     def look(self, workers: int) -> None:
         """Take down the identity of a source that can be listed, before any of it is read."""
-        if self._shard is not None and self._source.lists:
-            self._identity = identity_of(self._source, None, workers)
+        if self._shard is None or not self._source.lists:
+            return
+        own, whole, self._listed = part(self._source.count, *self._shard), Whole(), Trace()
+        for number, task in enumerate(self._source.tasks()):
+            stamp = self._source.stamp(task)
+            whole.add(stamp)
+            if number in own:
+                self._listed.add(stamp)
+        self._identity = identity_of(self._source, whole, workers, self._shard[1])
+
+    def was_listed_as(self, trace: Trace) -> bool:
+        """Whether what was converted is what was there when the source was looked at."""
+        listed = self._listed
+        return listed is None or (listed.items, listed.times) == (trace.items, trace.times)
+
+    def look_again(self, loader: Loader, trace: Trace, workers: int) -> int:
+        """Take the source as it is now, where it holds what was converted.
+
+        Args:
+            loader: of the conversion.
+            trace: of what was converted.
+            workers: processes that read.
+
+        Returns:
+            The digest of own modification times as they are now.
+
+        Raises:
+            SourceError: it holds something else.
+        """
+        self.look(workers)
+        listed, contents = self._listed, trace.contents.hex()
+        if (
+            listed is None
+            or listed.items != trace.items
+            or not is_same_part(loader, [*self.tasks()], trace.times, contents, workers)
+        ):
+            raise SourceError(
+                "the source changed while it was converted, so that this shard would hold two "
+                "versions of it: run this rank again once the source stays as it is"
+            )
+        return listed.times
+
+    def timed(self, marks: Mapping[int, int]) -> list[tuple[int, int]]:
+        """Return (modification time, mark) of the items that a shard's meta entry tells."""
+        tasks = [*self.tasks()] if marks else []
+        return [(self._source.stamp(tasks[n]).time, marks[n]) for n in sorted(marks)]
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the whole source, once all tasks were taken."""
-        return self._identity or identity_of(self._source, self._whole, 0)
+        world = self._shard[1] if self._shard else 1
+        return self._identity or identity_of(self._source, self._whole, 0, world)

@@ -197,7 +197,8 @@ class _Folder(Source):
         samples = [
             (path, key, target) for (path, target), key in zip(dataset.samples, keys, strict=True)
         ]
-        return cls(samples, list(dataset.classes), place=_place(root))
+        classes = [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
+        return cls(samples, classes, place=_place(root))  # ImageNet's are tuples of names
 
     def load(self, task: Any) -> Loaded:
         path, key, target = task
@@ -310,7 +311,7 @@ class _Triples(Source):
     def stamp(self, task: Any) -> Stamp:
         try:
             return self.load(task).stamp
-        except ValueError:
+        except Exception:  # whatever a tensor or a target of others raises
             return Stamp(b"no item", -1)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
-from dlhelpers.printable import printable
+from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
 
 __all__ = [
@@ -54,7 +54,9 @@ class VerifyReport:
     image_bytes: int
 
     def __str__(self) -> str:
-        return printable(f"{self.path}: all {self.count} records are as they were written")
+        return printable(
+            f"{one_line(str(self.path))}: all {self.count} records are as they were written"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,12 +84,12 @@ class DatabaseInfo:
 
     def __repr__(self) -> str:
         classes = "none" if self.classes is None else f"{len(self.classes)}"
-        shown = ", ".join((self.classes or ())[:5]) + (
+        shown = ", ".join(map(one_line, (self.classes or ())[:5])) + (
             ", ..." if len(self.classes or ()) > 5 else ""
         )
         settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v is not None)
         lines = [
-            str(self.path),
+            one_line(str(self.path)),
             f"  images    {self.count}, {self.image_bytes / 1e6:.1f} MB in a file of "
             f"{self.file_bytes / 1e6:.1f} MB",
             f"  classes   {classes}" + (f": {shown}" if shown else ""),
@@ -95,7 +97,8 @@ class DatabaseInfo:
             f"  written   by {self.library}",
             f"  skipped   {len(self.skipped)}",
         ]
-        return printable("\n".join(lines + [f"    {what}: {why}" for what, why in self.skipped]))
+        lines += [f"    {one_line(what)}: {one_line(why)}" for what, why in self.skipped]
+        return printable("\n".join(lines))
 
 
 def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -> VerifyReport:
@@ -132,7 +135,7 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -
         check_shards(path, files, seen)
         problems += _keys_in_two_shards(files)
     if problems:
-        shown = "\n  ".join(problems[:_MOST])
+        shown = "\n  ".join(map(one_line, problems[:_MOST]))
         raise schema.DatabaseError(
             f"{path} is damaged, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}\n"
             "convert its source again, or copy the file again"
@@ -349,7 +352,10 @@ def _entry(record: schema.Record, position: int) -> tuple[bytes, bytes]:
 def _peek(path: Path, entry: bytes) -> Iterator[tuple[str, Any]]:
     try:
         stored = Environment(path, whole=False).get_entry(entry)
-        yield "meta", schema.unpack_meta(stored, path)
+        if stored is None:
+            yield "problem", "it was stopped before its first images were kept"
+        else:
+            yield "meta", schema.unpack_meta(stored, path)
     except (schema.DatabaseError, OSError) as error:
         yield "problem", str(error)
     yield "end", None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.lmdb_io.identity import Stamp, spread
+from dlhelpers.lmdb_io.plain import is_plain_folder
 from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source, SourceError
 
 __all__ = ["inner_datasets", "look_through"]
@@ -29,7 +30,7 @@ def look_through(source: Any, open_plain: Callable[[Any], Source]) -> Source | N
     """
     if _is_plain_database(source):
         return _Records(source)
-    if not _wrapped(source):
+    if not _wrapped(source) or not any(map(_is_plain, inner_datasets(source))):
         return None
     inner: list[Any] = []
     order = _flatten(source, inner)
@@ -37,8 +38,6 @@ def look_through(source: Any, open_plain: Callable[[Any], Source]) -> Source | N
     for number in np.unique(order[:, 0]).tolist():
         dataset = inner[number]
         opened[number] = _Records(dataset) if _is_plain_database(dataset) else open_plain(dataset)
-    if all(part.hides for part in opened.values()):
-        return None
     return _Selected(opened, order)
 
 
@@ -69,7 +68,8 @@ def _reads_as(kind: type, source: Any) -> bool:
 
 def _flatten(source: Any, inner: list[Any]) -> np.ndarray:
     """Return [N, 2], which dataset and which item of it each item is; appends to the datasets."""
-    wrapped = _wrapped(source)
+    # what holds nothing to be read where it lies stays as it is: it may have no length
+    wrapped = _wrapped(source) if any(map(_is_plain, inner_datasets(source))) else []
     if not wrapped:
         number = next((n for n, known in enumerate(inner) if known is source), len(inner))
         inner += [source] * (number == len(inner))
@@ -83,6 +83,10 @@ def _flatten(source: Any, inner: list[Any]) -> np.ndarray:
         return order[indices]
     except IndexError as error:
         raise SourceError(f"a Subset has an index that is out of range: {error}") from None
+
+
+def _is_plain(source: Any) -> bool:
+    return is_plain_folder(source) or _is_plain_database(source)
 
 
 def _is_plain_database(source: Any) -> bool:
