@@ -113,7 +113,7 @@ def loops_around(line: Line) -> Iterator[Loop]:
         tree = ast.parse("".join(linecache.getlines(file)))
     except (SyntaxError, ValueError):
         return
-    path = []
+    path, summed = [], set()
     scope: ast.AST = tree
     for node in ast.walk(tree):
         start, end = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
@@ -123,9 +123,13 @@ def loops_around(line: Line) -> Iterator[Loop]:
             scope = node
         elif isinstance(node, Loop):
             path.append(node)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "sum":
+            summed.update(map(id, node.args[:1]))
     inside = set(map(id, ast.walk(scope)))
-    _note_parents(tree)
-    yield from (node for node in path if id(node) in inside)
+    for node in path:
+        node.is_summed = id(node) in summed  # type: ignore[attr-defined]
+        if id(node) in inside:
+            yield node
 
 
 def turn_of(loops: list[Loop]) -> Turn | None:
@@ -143,7 +147,7 @@ def turn_of(loops: list[Loop]) -> Turn | None:
                 return None
             heads += [(part.target, part.iter) for part in loop.generators]
             if inner is None:
-                found.append((loop.elt, _is_summed(loop)))
+                found.append((loop.elt, getattr(loop, "is_summed", False)))
     if len(found) != 1:
         return None
     value, adds_up = found[0]
@@ -294,17 +298,6 @@ def _flat(node: ast.expr) -> tuple[ast.expr, list[ast.expr]]:
 
 def _elements(node: ast.expr) -> list[ast.expr]:
     return list(node.elts) if isinstance(node, ast.Tuple) else [node]
-
-
-def _is_summed(loop: Loop) -> bool:
-    parent = getattr(loop, "parent", None)
-    return isinstance(parent, ast.Call) and getattr(parent.func, "id", "") == "sum"
-
-
-def _note_parents(tree: ast.AST) -> None:
-    for node in ast.walk(tree):
-        for child in ast.iter_child_nodes(node):
-            child.parent = node  # type: ignore[attr-defined]
 
 
 def _uses(node: ast.AST, name: str) -> bool:
