@@ -108,6 +108,10 @@ WITH_CODE = {
     "pairs": "for i, j in itertools.combinations(range(9), 2):\n"
         "    l += F.relu(1 - e[i] @ e[j])  #!",
     "a generator": "l = sum(F.cross_entropy(o[i:i + 1], y[i:i + 1]) for i in range(14))  #!",
+    "sums in a loop": "for i in range(9):\n"
+        "    l = l + sum(F.mse_loss(e[i], e[j]) for j in range(9))  #!",
+    "sums in a sum": "l = sum(sum(F.mse_loss(e[i], e[j]) for j in range(9))"
+        " for i in range(9))  #!",
     "a list": "for i in range(14):\n    ls.append(F.mse_loss(o[i], t[i]))  #!",
     "a comprehension": "ls = [F.l1_loss(a, b) for a, b in zip(o, t)]  #!",
     "rows": "for a in boxes:\n    ls.append((a - a.mean()) / a.std())  #!",
@@ -150,6 +154,27 @@ def test_where_no_code_is_known_to_be_the_same_none_is_shown(tmp_path, source):
     remedy = remedy_of(tmp_path, source, names())
     assert remedy.startswith("one torch.sub on a tensor")
     assert GENERAL in remedy
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "for i in range(9):\n    l = l + sum(F.mse_loss(e[i], e[j]) for j in range(9)) / 9  #!",
+        "for i in range(9):\n    ls.append(sum(F.mse_loss(e[i], e[j]) for j in range(9)))  #!",
+        "l = sum(sum(F.mse_loss(e[i], e[j]) for j in range(9)) / 9 for i in range(9))  #!",
+        "for i in range(9):\n    s = 0\n    for j in range(9):\n"
+        "        s = s + F.mse_loss(e[i], e[j])  #!\n    l = l + s / 9",
+    ],
+    ids=["a divisor", "a list", "a divisor in a sum", "a sum on the way"],
+)
+def test_of_loops_that_do_more_the_inner_one_alone_is_told(tmp_path, source):
+    scope = names()
+    code = remedy_of(tmp_path, source, scope).partition("  # ")[0]
+    scope["i"] = 3
+    wanted = sum(F.mse_loss(scope["e"][3], scope["e"][j]) for j in range(9))
+    before, _, last = code.rpartition("; ")
+    exec(before, scope)
+    torch.testing.assert_close(eval(last, scope), wanted)
 
 
 def test_nothing_of_the_program_is_called_but_by_its_own_step(tmp_path):

@@ -67,7 +67,8 @@ def diagnose(
     with the whole step, that runs some dozens of times more, and computes what it always does. For
     remedies of a DataLoader the batches of these steps come from loaders of the same samples that
     are made for the trial: the program's own iterator stands still, and so do the random states.
-    The DataLoader, the model and the optimizer are found while they run.
+    Code in place of a loop is run beside it once, on tensors of one more step. The DataLoader, the
+    model and the optimizer are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an

@@ -146,8 +146,10 @@ def turn_of(loops: list[Loop]) -> Turn | None:
             if any(part.ifs or part.is_async for part in loop.generators):
                 return None
             heads += [(part.target, part.iter) for part in loop.generators]
+            if inner is not None and not (_is_sum_of(loop.elt, inner) and _is_summed(loop)):
+                return None  # a factor, or a sum for each turn of the outer one
             if inner is None:
-                found.append((loop.elt, getattr(loop, "is_summed", False)))
+                found.append((loop.elt, _is_summed(loop)))
     if len(found) != 1:
         return None
     value, adds_up = found[0]
@@ -191,7 +193,7 @@ def _read_body(
     """Read the statements of a loop; False where they are no single computation."""
     for statement in loop.body:
         if inner is not None and any(node is inner for node in ast.walk(statement)):
-            if not isinstance(inner, ast.For) or statement is inner:
+            if statement is inner or _is_sum_of(_added_by(statement), inner):
                 continue
             return False
         if any(isinstance(n, (*_BRANCHES, ast.For)) for n in ast.walk(statement)):
@@ -221,6 +223,23 @@ def _read_body(
         elif not isinstance(statement, ast.Pass):
             return False
     return not loop.orelse
+
+
+def _added_by(statement: ast.stmt) -> ast.expr | None:
+    """Return x of ``name += x`` and ``name = name + x``."""
+    if isinstance(statement, ast.AugAssign):
+        return statement.value if isinstance(statement.op, ast.Add) else None
+    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+        return _added(statement.targets[0].id, statement.value)
+    return None
+
+
+def _is_sum_of(node: ast.expr | None, inner: Loop) -> bool:
+    return _is_summed(inner) and isinstance(node, ast.Call) and node.args[:1] == [inner]
+
+
+def _is_summed(loop: Loop) -> bool:
+    return getattr(loop, "is_summed", False)
 
 
 def _added(name: str, value: ast.expr) -> ast.expr | None:
