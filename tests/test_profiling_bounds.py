@@ -15,7 +15,6 @@ from dlhelpers.profiling.dataflow import CellCall, Dataflow, Node, operators_at_
 from dlhelpers.profiling.decoders import decoders_shown, decodes
 from dlhelpers.profiling.diagnosing import rank
 from dlhelpers.profiling.following import follow
-from dlhelpers.profiling.loop_code import loop_remedy
 from dlhelpers.profiling.outside import _owned
 from dlhelpers.profiling.program_lines import ProgramLines, program_lines
 from dlhelpers.profiling.recurrent import recurrent_cells
@@ -593,48 +592,6 @@ def test_the_line_that_decodes_is_told_and_is_not_outside():
     assert lines.decoding == "me/a.py:3"
     assert lines.decoding_share == 0.25
     assert lines.outside_line == ("/me/a.py", 5, "f")
-
-
-# ---- the remedy fits the loop ----
-
-
-@pytest.mark.parametrize(
-    ("source", "parts"),
-    [
-        (
-            "for i in range(24):\n    for j in range(i):\n        d = (e[i] - e[j]).pow(2)  #!",
-            ["i, j = torch.tril_indices(len(e), len(e), -1)", "e[i] - e[j]"],
-        ),
-        (
-            "for i, j in itertools.combinations(range(n), 2):\n    l += relu(1 - z[i] @ z[j])  #!",
-            ["i, j = torch.triu_indices(len(z), len(z), 1)"],
-        ),
-        (
-            "for i in range(128):\n    l = l + F.cross_entropy(z[i:i + 1], y[i:i + 1])  #!",
-            ["F.cross_entropy(z, y, reduction='sum')"],
-        ),
-        (
-            "for a, b in zip(outputs, labels):\n    l += F.mse_loss(a, b)  #!",
-            ["F.mse_loss(outputs, labels, reduction='sum')"],
-        ),
-        (
-            "for image in images:\n    rows.append((image - image.mean()) / image.std())  #!",
-            ["(image - image.mean()) / image.std()", "all of images as one tensor"],
-        ),
-        (
-            "for a, b in zip(z, y):\n    l += criterion(a.unsqueeze(0), b.unsqueeze(0))  #!",
-            ["criterion(z, y)"],
-        ),
-        ("x = a + b  #!", ["torch.sub", "torch.vmap"]),
-        ("for :", ["torch.sub"]),
-    ],
-)
-def test_the_remedy_is_that_of_the_loop_that_was_found(tmp_path, source, parts):
-    file = tmp_path / "program.py"
-    file.write_text("def step():\n    " + source.replace("\n", "\n    "))
-    number = next((n for n, line in enumerate(source.splitlines(), 2) if "#!" in line), 2)
-    remedy = loop_remedy((str(file), number, "step"), "aten::sub")
-    assert all(part in remedy for part in parts), remedy
 
 
 # ---- what the bound of a loop rests on ----

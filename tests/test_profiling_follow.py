@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from dlhelpers.profiling import following
 from dlhelpers.profiling.diagnosing import _follow
 from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.watching import watch
@@ -150,3 +151,35 @@ def test_a_cell_that_needs_its_outputs_in_some_steps_is_needed(forced, needs, st
     assert len(cells) == 6
     assert any(call.needs_cell for call in cells) is needs
     assert 8 - len(list(model.forced)) == steps
+
+
+def test_where_a_step_is_slow_only_one_more_is_followed():
+    model, y = Decoder([True] * 8), torch.randint(0, 3, (2, 6))
+    _follow(lambda: model(y).sum(), 8, 0.0)
+    assert len(list(model.forced)) == 6
+
+
+def test_of_the_further_steps_the_forward_pass_alone_is_looked_at(monkeypatch):
+    """The first step is followed whole; what is noted of the others is no more than they need."""
+    noted, cell = [], nn.GRUCell(3, 4)
+    note = following._Graph._note_inputs
+    monkeypatch.setattr(
+        following._Graph, "_note_inputs", lambda me, *a: (noted.append(1), note(me, *a))[1]
+    )
+    optimizer = torch.optim.SGD(cell.parameters(), lr=0.1, foreach=False)
+
+    def forward():
+        state = None
+        for x in torch.ones(5, 2, 3):
+            state = cell(x, state)
+        return state.sum()
+
+    def step():
+        forward().backward()
+        optimizer.step()
+
+    following.cells_that_need(forward, {id(cell)}, 1, 0.0)
+    of_forward = len(noted)
+    noted.clear()
+    assert following.cells_that_need(step, {id(cell)}, 3, 60.0) == set()
+    assert 3 * of_forward <= len(noted) < 3 * (of_forward + 9)  # and the gradient that begins

@@ -24,7 +24,7 @@ from dlhelpers.arguments import need_callable, whole_number
 from dlhelpers.findings import Findings
 from dlhelpers.profiling.dataflow import Dataflow
 from dlhelpers.profiling.decoders import decoders_shown
-from dlhelpers.profiling.following import follow
+from dlhelpers.profiling.following import cells_that_need, follow
 from dlhelpers.profiling.kept import what_is_kept
 from dlhelpers.profiling.loader_trials import RACED_MS
 from dlhelpers.profiling.loaders import loader_costs
@@ -48,6 +48,7 @@ _STEPS_S = 8.0  # of steps to record, and as much without the profiler
 _LOOK_MS = 3000.0  # of long steps, whose stacks one of them tells as well
 _TRIED_S = 3.0  # for a remedy beside what is there
 _FOLLOWED = 8  # steps: what happens in half of them is in one of these, 255 times of 256
+_FOLLOWED_S, _FOLLOWED_STEPS = 1.0, 15.0  # seconds for them, and as long as so many steps take
 
 
 def diagnose(
@@ -66,7 +67,8 @@ def diagnose(
     with the whole step, that runs some dozens of times more, and computes what it always does. For
     remedies of a DataLoader the batches of these steps come from loaders of the same samples that
     are made for the trial: the program's own iterator stands still, and so do the random states.
-    The DataLoader, the model and the optimizer are found while they run.
+    Code in place of a loop is run beside it once, on tensors of one more step. The DataLoader, the
+    model and the optimizer are found while they run.
 
     Args:
         train_step: one step, which fetches its own batch, as in ``x, y = next(batches)``; from an
@@ -163,29 +165,26 @@ def observe(train_step: Callable[[], Any], steps: int, *, progress: bool | None 
     if not _may_loop(facts):
         return facts
     followed = min(_FOLLOWED, max(2, int(_STEPS_S / step_s)))
-    return dataclasses.replace(facts, flow=_follow(train_step, followed))
+    flow = _follow(train_step, followed, _FOLLOWED_S + _FOLLOWED_STEPS * step_ms / 1e3)
+    return dataclasses.replace(facts, flow=flow)
 
 
-def _follow(train_step: Callable[[], Any], steps: int) -> Dataflow:
+def _follow(train_step: Callable[[], Any], steps: int, seconds: float = float("inf")) -> Dataflow:
     """Follow a step; more of them where a cell's inputs might need its outputs in some, by chance.
 
-    A decoder that is given the true words for half of the batches is such a program.
+    A decoder that is given the true words for half of the batches is such a program. After some
+    seconds no other step is followed.
     """
     flow = follow(train_step)
-    known, needing = {id(call.cell) for call in flow.cells}, _needing(flow)
-    while known - needing and steps > 1:
-        needing |= _needing(follow(train_step))
-        steps -= 1
+    known = {id(call.cell) for call in flow.cells}
+    needing = {id(call.cell) for call in flow.cells if call.needs_cell}
+    if known - needing and steps > 1:
+        needing |= cells_that_need(train_step, known - needing, steps - 1, seconds)
     cells = (
         dataclasses.replace(call, needs_cell=call.needs_cell or id(call.cell) in needing)
         for call in flow.cells
     )
     return dataclasses.replace(flow, cells=tuple(cells))
-
-
-def _needing(flow: Dataflow) -> set[int]:
-    """Return the ids of the cells whose inputs need their outputs."""
-    return {id(call.cell) for call in flow.cells if call.needs_cell}
 
 
 def _may_loop(seen: Seen) -> bool:

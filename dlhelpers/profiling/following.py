@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from statistics import median, mode
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ from dlhelpers.profiling.turns import OperatorCall, form_of
 from dlhelpers.profiling.watching import living
 from dlhelpers.trees import tensors_in
 
-__all__ = ["follow"]
+__all__ = ["cells_that_need", "follow"]
 
 _OPERANDS = {"index", "start", "end", "value", "fill_value", "other", "s", "exponent", "min", "max"}
 _MOST_WRITES = 1024  # of one tensor's bytes that are told apart
@@ -64,22 +65,49 @@ def follow(step: Callable[[], Any]) -> Dataflow:
     return graph.result()
 
 
+def cells_that_need(
+    step: Callable[[], Any], known: set[int], steps: int, seconds: float
+) -> set[int]:
+    """Run up to some more steps and return the ids of cells whose inputs need their outputs.
+
+    It ends where all of those that are known do, or where the seconds are over; one step is run.
+    Only forward passes are looked at, so it costs a fraction of :func:`follow`.
+    """
+    graph, found = _Graph(cells_only=True), set()
+    ends = perf_counter() + seconds
+    with graph.watching():
+        for _ in range(steps):
+            graph.begin_anew()
+            step()
+            if graph.lost:
+                return known
+            found |= graph.cells_that_need()
+            if known <= found or perf_counter() > ends:
+                break
+    return found
+
+
 class _Graph(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, *, cells_only: bool = False) -> None:
         super().__init__()
-        self.nodes: list[Node] = []
-        self.calls: list[tuple[tuple[int, bool], Line]] = []
-        self.cells: list[tuple[int, nn.RNNCellBase, Tensor, Any, set[int], bool, Line]] = []
+        self._cells_only = cells_only
+        self.begin_anew()
         self.lost = False
-        self._writes: dict[int, list[tuple[int, int, frozenset[int]]]] = {}
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._open: list[int] = []  # calls that are under way
         self._aside = 0  # optimizers and loaders
         self._loading = 0
+        self._norms: set[int] = set()  # storages of running statistics
+
+    def begin_anew(self) -> None:
+        """Forget the step before; what it made is known, and nothing made it."""
+        self.nodes: list[Node] = []
+        self.calls: list[tuple[tuple[int, bool], Line]] = []
+        self.cells: list[tuple[int, nn.RNNCellBase, Tensor, Any, set[int], bool, Line]] = []
+        self._writes: dict[int, list[tuple[int, int, frozenset[int]]]] = {}
         self._read: int | None = None  # the node that last took numbers out
         self._numbers: tuple[float, ...] = ()
         self._by_number: list[tuple[int, int]] = []  # (given a number, where that was read)
-        self._norms: set[int] = set()  # storages of running statistics
         self._last_state: dict[int, tuple[int, ...]] = {}
         self._kept: list[Any] = []
         self._given: dict[Any, tuple[int, tuple[Any, Any, Any]]] = {}  # what operators are given
@@ -167,7 +195,8 @@ class _Graph(TorchDispatchMode):
             for part in module.modules():
                 if isinstance(part, nn.modules.batchnorm._NormBase):
                     self._norms |= {k for b in part.buffers() if (k := self._know(b)) is not None}
-        line, number = _own_line(), len(self.calls)
+        line = ("", 0, "") if self._cells_only else _own_line()
+        number = len(self.calls)
         self.calls.append(((id(module), module.training), line))
         if is_cell:
             self._note_cell(number, module, args, kwargs, line)
@@ -193,6 +222,8 @@ class _Graph(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs, note = kwargs or {}, None
+        if self._cells_only and (self._aside or torch._C._current_graph_task_id() != -1):
+            return func(*args, **kwargs)
         with self._noting():
             if not self.lost:
                 note = self._note_inputs(func, args, kwargs)
@@ -238,6 +269,7 @@ class _Graph(TorchDispatchMode):
         counts = works and not (self._open or self._aside or in_backward)
         if by_number:
             self._by_number.append((number, self._read or 0))
+        counts = counts and not self._cells_only
         given = self._number_of(*call) if counts else None
         size = max(((t.numel(), t.device.type) for t in [*made, *written]), default=(0, "cpu"))
         line = _own_line() if counts else ("", 0, "")
@@ -343,22 +375,15 @@ class _Graph(TorchDispatchMode):
     def result(self) -> Dataflow:
         if self.lost:
             return Dataflow(1.0, is_lost=True)
-        reads = sum(node.name == "read" for node in self.nodes)
-        if 2 * len(self._by_number) >= reads:  # else it is chance: two numbers that are alike
-            for number, read in self._by_number:
-                self.nodes[number].needs.add(read)
-        keys = {key for key, _ in self.calls}
+        self._need_what_was_read()
         at_once, lines = {}, dict(self.calls[::-1])
         of_cells: dict[int, list[int]] = {}
-        for key in keys:
-            mine = [number for number, (own, _) in enumerate(self.calls) if own == key]
+        for key, mine in self._calls_by_key().items():
             if len(mine) < 4 and not self.cells:
                 continue
             of_calls, of_nodes = levels(self.nodes, mine)
             at_once[key] = len(mine) / max(of_calls.values())
-            for number, cell, _, _, needs, _, _ in self.cells:
-                if (id(cell), cell.training) == key:
-                    of_cells[number] = [of_nodes[n] for n in needs]
+            of_cells |= self._levels_of_inputs(key, of_nodes)
         cells = tuple(
             CellCall(cell, x, state, any(of_cells.get(number, [1])), follows, line)
             for number, cell, x, state, _, follows, line in self.cells
@@ -376,6 +401,37 @@ class _Graph(TorchDispatchMode):
             loops=loop_lines(self.nodes),
             turns=tuple(OperatorCall(*given[n], calls) for n, calls in turns.items()),
         )
+
+    def cells_that_need(self) -> set[int]:
+        """Return the ids of the cells one of whose inputs needs an output of the same cell."""
+        self._need_what_was_read()
+        found: set[int] = set()
+        for key, mine in self._calls_by_key().items():
+            if any(id(cell) == key[0] for _, cell, *_ in self.cells):
+                _, of_nodes = levels(self.nodes, mine)
+                if any(map(any, self._levels_of_inputs(key, of_nodes).values())):
+                    found.add(key[0])
+        return found
+
+    def _need_what_was_read(self) -> None:
+        reads = sum(node.name == "read" for node in self.nodes)
+        if 2 * len(self._by_number) >= reads:  # else it is chance: two numbers that are alike
+            for number, read in self._by_number:
+                self.nodes[number].needs.add(read)
+
+    def _calls_by_key(self) -> dict[tuple[int, bool], list[int]]:
+        found: dict[tuple[int, bool], list[int]] = {}
+        for number, (key, _) in enumerate(self.calls):
+            found.setdefault(key, []).append(number)
+        return found
+
+    def _levels_of_inputs(self, key: tuple[int, bool], of_nodes: list[int]) -> dict[int, list[int]]:
+        """Return call of a cell -> levels of the nodes that made its input."""
+        return {
+            number: [of_nodes[n] for n in needs]
+            for number, cell, _, _, needs, _, _ in self.cells
+            if (id(cell), cell.training) == key
+        }
 
 
 def _is_plain(name: str) -> bool:

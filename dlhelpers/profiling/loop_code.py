@@ -1,38 +1,60 @@
-"""Which code takes the place of a loop? Its source tells, where there is one."""
+"""Which code takes the place of a loop? Its source tells, and it is run beside the loop.
+
+Three forms are tried: what one turn computes, written on whole tensors; the same with a loss or a
+last reduction taken turn by turn; and ``torch.vmap`` of the turn, which holds by definition. Code
+is shown only where it gives what the turns give, on the operands that the program has.
+"""
 
 from __future__ import annotations
 
 import ast
-import linecache
-import re
+import copy
+import string
 from collections.abc import Iterator
+from typing import Any
 
+from dlhelpers.profiling.loop_source import Loop, Turn, loops_around, turn_of
+from dlhelpers.profiling.loop_trial import agrees, rows_of, scope_of
 from dlhelpers.profiling.sampling import Line
+from dlhelpers.profiling.seen import Trial
 
 __all__ = ["list_remedy", "loop_remedy"]
 
 _LOSSES = {"cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss",
-           "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
-           "poisson_nll_loss", "gaussian_nll_loss"}  # fmt: skip
+           "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "soft_margin_loss",
+           "poisson_nll_loss", "gaussian_nll_loss", "hinge_embedding_loss"}  # fmt: skip
+_IGNORE = {"cross_entropy", "nll_loss"}
+# what a loss may be given where a call over the batch has the same meaning
+_OPTIONS = {"beta", "delta", "label_smoothing", "log_target", "full", "eps", "margin", "log_input"}
 _VIEWS = {"slice", "select", "unbind", "index", "view", "reshape", "item"}
-_PAIRS = {"combinations", "product", "permutations"}
-_LONGEST = 160  # characters of code that is shown
+_REDUCTIONS = {"mean", "sum", "prod", "amax", "amin", "logsumexp"}
+_LONGEST = 240  # characters of code that is shown: half of a formula is none
+_ADDED = "what the loop adds up, run here on its tensors"
+_ROWS = "a row for each turn of the loop, run here on its tensors"
 
-Loop = ast.For | ast.ListComp | ast.GeneratorExp | ast.SetComp
 
-
-def loop_remedy(line: Line, operator: str) -> str:
+def loop_remedy(line: Line, operator: str, step: Trial = None) -> str:
     """Return code for what a loop around a line does, without the loop.
 
     Args:
         line: file, line and function; a file without source gives the general form.
         operator: that is called again and again, such as ``aten::sub``.
+        step: of the program; it runs once, and code is shown only where one of its loops, run on
+            the tensors that it had, gives the same. Without it the general form is returned.
     """
-    loops = list(_loops_around(line))
-    if loops:
-        for form in (_pairs, _loss, _whole):
-            if found := form(loops):
-                return found
+    loops = list(loops_around(line))
+    turns = list(_turns(loops))
+    scope = scope_of(step, line[0], loops[-1]) if turns and step is not None else None
+    for turn in turns if scope is not None else ():
+        wanted = rows_of(turn, scope)
+        if wanted is None:
+            continue
+        for made, code in _forms(turn):
+            shown = f"{made}; {code}" if made else code
+            if len(shown) <= _LONGEST and agrees(wanted, made, code, scope):
+                if turn.adds_up:
+                    return f"{shown.removesuffix(code)}{_object(_parsed(code))}.sum()  # {_ADDED}"
+                return f"{shown}  # {_ROWS}"
     called = operator.partition("::")[2] or operator
     called = "" if called in _VIEWS else called
     return (
@@ -47,7 +69,7 @@ def list_remedy(line: Line) -> str:
     """Return code for a loop over tensors that differ in size, which no one tensor holds."""
     goes_through = " ".join(
         ast.unparse(part.iter)
-        for loop in _loops_around(line)
+        for loop in loops_around(line)
         for part in ([loop] if isinstance(loop, ast.For) else loop.generators)
     )
     if "parameters" in goes_through or "param_groups" in goes_through:
@@ -61,228 +83,166 @@ def list_remedy(line: Line) -> str:
     )
 
 
-def _pairs(loops: list[Loop]) -> str:
-    """Two numbers that index the same tensor: all pairs at once."""
-    names = [name for loop in loops for name in _targets(loop)]
-    for node in _expressions(loops):
-        if not isinstance(node, ast.BinOp | ast.Call) or not _computes(node):
-            continue
-        rows = [n for n in ast.walk(node) if isinstance(n, ast.Subscript)]
-        by_name = {n.slice.id: n for n in rows if isinstance(n.slice, ast.Name)}
-        pair = [name for name in names if name in by_name]
-        if len(pair) < 2 or ast.dump(by_name[pair[0]].value) != ast.dump(by_name[pair[1]].value):
-            continue
-        i, j = pair[:2]
-        if not any(_is_numbers(loop) for loop in loops):
-            continue
-        held = ast.unparse(by_name[i].value)
-        offset = ", -1" if _is_triangle(loops, i, j) else ""
-        made = (
-            f"torch.tril_indices(len({held}), len({held}){offset})"
-            if offset
-            else f"torch.cartesian_prod(*[torch.arange(len({held}))] * 2).T"
-        )
-        if any(_called(loop) in ("combinations", "permutations") for loop in loops):
-            made = f"torch.triu_indices(len({held}), len({held}), 1)"
-        code = _short(ast.unparse(node))
-        return f"{i}, {j} = {made}; {code} is then one tensor with a row for each pair"
-    return ""
+def _turns(loops: list[Loop]) -> Iterator[Turn]:
+    """Give the turn of all loops together first, then of the inner ones alone."""
+    for first in range(len(loops)):
+        if turn := turn_of(loops[first:]):
+            yield turn
 
 
-def _loss(loops: list[Loop]) -> str:
-    """A loss for each sample: one call over the batch."""
-    names = {name for loop in loops for name in _targets(loop)}
-    for node in _expressions(loops):
-        if not isinstance(node, ast.Call) or not _is_loss(_name(node.func)):
-            continue
-        whole = _without_index(node, names, loops)
-        if whole is None:
-            continue
-        has_reduction = any(keyword.arg == "reduction" for keyword in whole.keywords)
-        if _name(node.func) in _LOSSES and not has_reduction:
-            whole.keywords.append(ast.keyword("reduction", ast.Constant("sum")))
-        return f"{_short(ast.unparse(whole))}  # one call over the batch"
-    return ""
+def _forms(turn: Turn) -> Iterator[tuple[str, str]]:
+    """Give code for all turns, the simplest first: (what is made before it, the code)."""
+    for made, whole in _operands(turn):
+        node = _Whole(turn, whole).visit(copy.deepcopy(turn.value))
+        if _names(node) & turn.names - _names(_parsed(made, "exec")):
+            continue  # a number of the turn is left
+        yield from ((made, code) for code in _on_whole_tensors(node))
+        yield made, _vmapped(turn, whole)
 
 
-def _whole(loops: list[Loop]) -> str:
-    """A tensor that is gone through: the same on all of it."""
-    loop = loops[-1]
-    iterable = loop.iter if isinstance(loop, ast.For) else loop.generators[0].iter
-    names = set(_targets(loop))
-    for node in _expressions(loops[-1:]):
-        if isinstance(node, ast.BinOp | ast.Call) and _uses(node, names) and _computes(node):
-            of = _gone_through(iterable)
-            code = _short(ast.unparse(node))
-            if _called(loop) == "range":
-                return (
-                    f"{code} on whole tensors, without {' and '.join(_targets(loop))}; or "
-                    "torch.vmap over what it indexes"
-                )
-            return (
-                f"{code} once, on all of {_short(of)} as one tensor (dim= and keepdim=True keep "
-                "its rows apart), or torch.vmap"
-            )
-    return ""
-
-
-# reading the source
-
-
-def _loops_around(line: Line) -> Iterator[Loop]:
-    """Give the loops of a file that enclose a line, the outermost first; of one function."""
-    file, number, _ = line
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
+def _operands(turn: Turn) -> Iterator[tuple[str, dict[str, ast.expr]]]:
+    """Give ways to hold what all turns index: (what is made before, operand -> the whole of it)."""
+    parts, count = turn.parts, len(turn.numbers)
+    if all(part.names == turn.numbers or not part.names for part in parts.values()):
+        whole = {}
+        for key, part in parts.items():
+            base = ast.unparse(part.base)
+            base = base if isinstance(part.base, ast.Name | ast.Attribute) else f"({base})"
+            if part.axis:
+                base = f"{base}.movedim({part.axis}, 0)"
+            if part.names and count > 1:
+                base = f"{base}.flatten(0, {count - 1})"
+            whole[key] = _parsed(base)
+        yield "", whole
+    if not turn.numbers or any(part.axis or not part.names for part in parts.values()):
         return
-    path = []
-    scope: ast.AST = tree
-    for node in ast.walk(tree):
-        start, end = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
-        if not start <= number <= end:
-            continue
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            scope = node
-        elif isinstance(node, Loop):
-            path.append(node)
-    inside = set(map(id, ast.walk(scope)))
-    yield from (node for node in path if id(node) in inside)
+    names = ", ".join(turn.numbers)
+    whole = {
+        key: _parsed(f"{ast.unparse(part.base)}[{', '.join(part.names)}]")
+        for key, part in parts.items()
+    }
+    if count == 2:
+        held = ast.unparse(next(iter(parts.values())).base)
+        for made in ("tril_indices({0}, {0}, -1)", "triu_indices({0}, {0}, 1)",
+                     "tril_indices({0}, {0})"):  # fmt: skip
+            yield f"{names} = torch.{made.format(f'len({held})')}", whole
+    heads = " ".join(f"for {ast.unparse(t)} in {ast.unparse(i)}" for t, i in turn.heads)
+    of_numbers = f"torch.tensor([({names}) {heads}]).T"
+    if count == 1:
+        of_range = ast.unparse(turn.heads[0][1])
+        of_numbers = of_range.replace("range", "torch.arange", 1)
+        if not of_range.startswith("range("):
+            return
+    yield f"{names} = {of_numbers}", whole
 
 
-def _targets(loop: Loop) -> list[str]:
-    parts = [loop] if isinstance(loop, ast.For) else loop.generators
-    return [n.id for part in parts for n in ast.walk(part.target) if isinstance(n, ast.Name)]
+def _on_whole_tensors(node: ast.expr) -> Iterator[str]:
+    """Give the turn's expression on whole tensors, its losses and its last reduction by turns."""
+    losses = [n for n in ast.walk(node) if isinstance(n, ast.Call) and _name(n.func) in _LOSSES]
+    if not losses:
+        yield ast.unparse(node)
+        if _is_method(node, _REDUCTIONS) and not node.args and not node.keywords:
+            yield f"{_object(node.func.value)}.flatten(1).{node.func.attr}(1)"
+        return
+    for call in losses:
+        options = {keyword.arg for keyword in call.keywords} - {"reduction"}
+        if len(call.args) != 2 or options - _OPTIONS:
+            return  # a class weight, or something that reads it by its place
+    forms = ["", ".flatten(1).mean(1)", ".flatten(1).sum(1)"]
+    if any(_name(call.func) in _IGNORE for call in losses):
+        del forms[1]  # a mean over the labels that count, of which there may be fewer next time
+    for form in forms:
+        yield ast.unparse(_ByTurn(form).visit(copy.deepcopy(node)))
 
 
-def _expressions(loops: list[Loop]) -> Iterator[ast.expr]:
-    """Give what the innermost loop computes, whole expressions before their parts."""
-    loop = loops[-1]
-    body = loop.body if isinstance(loop, ast.For) else [loop.elt]
-    for statement in body:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.expr):
-                yield node
+def _vmapped(turn: Turn, whole: dict[str, ast.expr]) -> str:
+    taken = _names(turn.value) | _names(*whole.values())
+    free = iter([*string.ascii_lowercase, *(f"part_{n}" for n in range(99))])
+    chosen: dict[str, str] = {}
+    for key in whole:
+        own = turn.parts[key].item
+        chosen[key] = own or next(name for name in free if name not in taken)
+    one = {key: ast.Name(name) for key, name in chosen.items()}
+    body = _Whole(turn, one, of_one=True).visit(copy.deepcopy(turn.value))
+    arguments = ", ".join(chosen.values())
+    is_call = isinstance(body, ast.Call) and not body.keywords
+    if is_call and [ast.unparse(argument) for argument in body.args] == [*chosen.values()]:
+        function = ast.unparse(body.func)
+    else:
+        function = f"lambda {arguments}: {ast.unparse(body)}"
+    return f"torch.vmap({function})({', '.join(map(ast.unparse, whole.values()))})"
 
 
-def _called(loop: Loop) -> str:
-    iterable = loop.iter if isinstance(loop, ast.For) else loop.generators[0].iter
-    return _name(iterable.func) if isinstance(iterable, ast.Call) else ""
+class _Whole(ast.NodeTransformer):
+    """Put the operands of all turns, or with ``of_one`` of one, where a turn takes its own."""
+
+    def __init__(self, turn: Turn, operands: dict[str, ast.expr], *, of_one: bool = False) -> None:
+        self._turn, self._operands, self._of_one = turn, operands, of_one
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        found = self._turn.part_at(node)
+        if found is None:
+            # a sample with a batch dimension of one, of all of them, is the batch
+            inner = None if self._of_one else _without_batch(node)
+            if inner is not None and self._turn.part_at(inner) is not None:
+                return self.visit(inner)
+            return super().generic_visit(node)
+        key, rest, is_slice = found
+        operand = copy.deepcopy(self._operands[key])
+        if self._of_one:
+            index = [*([ast.Constant(None)] if is_slice else []), *map(self.visit, rest)]
+        else:
+            index = [*([ast.Slice()] if rest else []), *map(self.visit, rest)]
+        if not index:
+            return operand
+        return ast.Subscript(operand, index[0] if len(index) == 1 else ast.Tuple(index))
 
 
-def _is_numbers(loop: Loop) -> bool:
-    return _called(loop) in ({"range"} | _PAIRS)
+class _ByTurn(ast.NodeTransformer):
+    """Take losses without a reduction, and what is left of it turn by turn."""
+
+    def __init__(self, form: str) -> None:
+        self._form = form
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if _name(node.func) not in _LOSSES:
+            return node
+        kept = [keyword for keyword in node.keywords if keyword.arg != "reduction"]
+        none = ast.keyword("reduction", ast.Constant("none"))
+        whole = ast.Call(node.func, node.args, [*kept, none])
+        return _parsed(ast.unparse(whole) + self._form)
 
 
-def _is_triangle(loops: list[Loop], i: str, j: str) -> bool:
-    """Whether the inner loop goes up to, or on from, the number of the outer one."""
-    parts = [
-        part
-        for loop in loops
-        for part in ([loop] if isinstance(loop, ast.For) else loop.generators)
-    ]
-    return any(
-        isinstance(part.iter, ast.Call)
-        and any(
-            isinstance(n, ast.Name) and n.id in (i, j)
-            for argument in part.iter.args
-            for n in ast.walk(argument)
-        )
-        for part in parts
-    )
-
-
-def _without_index(node: ast.Call, names: set[str], loops: list[Loop]) -> ast.Call | None:
-    """Return a call with ``x[i]`` and ``x[i:i + 1]`` made ``x``, and items of zip their tensors."""
-    zipped = _zipped(loops)
-    indexed = False
-
-    class Whole(ast.NodeTransformer):
-        def visit_Subscript(self, part: ast.Subscript) -> ast.AST:
-            nonlocal indexed
-            first = part.slice.elts[0] if isinstance(part.slice, ast.Tuple) else part.slice
-            if isinstance(first, ast.Name | ast.Slice) and _uses(first, names):
-                indexed = True
-                return part.value
-            return self.generic_visit(part)
-
-        def visit_Call(self, part: ast.Call) -> ast.AST:
-            of = getattr(part.func, "value", None)
-            if _name(part.func) in ("unsqueeze", "view") and _name(of) in zipped:
-                return self.visit(of)
-            return self.generic_visit(part)
-
-        def visit_Name(self, part: ast.Name) -> ast.AST:
-            nonlocal indexed
-            if part.id in zipped:
-                indexed = True
-                return zipped[part.id]
-            return part
-
-    copied = ast.parse(ast.unparse(node), mode="eval").body
-    for part in ast.walk(copied):  # z[None] of one sample is z of all
-        if isinstance(part, ast.Call):
-            part.args = [_without_none(argument, names) for argument in part.args]
-    found = Whole().visit(copied)
-    if not isinstance(found, ast.Call) or not indexed:
-        return None
-    left = names - {n.id for value in zipped.values() for n in ast.walk(value) if
-                    isinstance(n, ast.Name)}  # fmt: skip
-    return None if _uses(found, left) else found
-
-
-def _without_none(node: ast.expr, names: set[str]) -> ast.expr:
-    is_row = isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
-    if is_row and node.slice.value is None and _uses(node.value, names):
+def _without_batch(node: ast.AST) -> ast.AST | None:
+    """Return ``x`` of ``x[None]`` and ``x.unsqueeze(0)``, else None."""
+    if isinstance(node, ast.Subscript) and ast.unparse(node.slice) == "None":
         return node.value
-    return node
+    if _is_method(node, {"unsqueeze"}) and [ast.unparse(a) for a in node.args] == ["0"]:
+        return node.func.value  # type: ignore[attr-defined]
+    return None
 
 
-def _is_loss(name: str) -> bool:
-    return name in _LOSSES or bool(re.search("loss|criterion|crit$|entropy", name, re.I))
+def _is_method(node: ast.AST, names: set[str]) -> bool:
+    called = getattr(node, "func", None)
+    return isinstance(node, ast.Call) and isinstance(called, ast.Attribute) and called.attr in names
 
 
-def _gone_through(iterable: ast.expr) -> str:
-    """Return what a loop goes through: without enumerate, and each part of a zip."""
-    if isinstance(iterable, ast.Call) and _name(iterable.func) in ("enumerate", "zip", "list"):
-        return " and ".join(_gone_through(argument) for argument in iterable.args[:3])
-    return ast.unparse(iterable)
+def _object(node: ast.expr) -> str:
+    """Return code of which a method can be called."""
+    code = ast.unparse(node)
+    is_one = isinstance(node, ast.Name | ast.Attribute | ast.Call | ast.Subscript)
+    return code if is_one else f"({code})"
 
 
-def _zipped(loops: list[Loop]) -> dict[str, ast.expr]:
-    """Return name -> what it is an item of, for ``for a, b in zip(x, y)`` and ``for a in x``."""
-    found: dict[str, ast.expr] = {}
-    for loop in loops:
-        for part in [loop] if isinstance(loop, ast.For) else loop.generators:
-            of, target = part.iter, part.target
-            is_counted = isinstance(of, ast.Call) and _name(of.func) == "enumerate"
-            if is_counted and isinstance(target, ast.Tuple):
-                of, target = of.args[0], target.elts[1]
-            if isinstance(of, ast.Call) and _name(of.func) == "zip":
-                if isinstance(target, ast.Tuple):
-                    for name, value in zip(target.elts, of.args, strict=False):
-                        if isinstance(name, ast.Name):
-                            found[name.id] = value
-            elif isinstance(target, ast.Name) and not isinstance(of, ast.Call):
-                found[target.id] = of
-    return found
-
-
-def _uses(node: ast.AST, names: set[str]) -> bool:
-    return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
-
-
-def _computes(node: ast.AST) -> bool:
-    """Whether it does more than append, count or take apart."""
-    if isinstance(node, ast.Call):
-        return _name(node.func) not in ("append", "extend", "range", "len", "int", "zip", "print")
-    return True
+def _names(*nodes: ast.AST) -> set[str]:
+    return {n.id for node in nodes for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 
 def _name(node: ast.AST | None) -> str:
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
-def _short(code: str) -> str:
-    code = " ".join(code.split())
-    return code if len(code) <= _LONGEST else code[: _LONGEST - 3] + "..."
+def _parsed(code: str, mode: str = "eval") -> Any:
+    parsed = ast.parse(code, mode=mode)
+    return parsed.body if mode == "eval" else parsed

@@ -128,7 +128,7 @@ def _loop_gain(seen: Seen, speedup: Speedup) -> tuple[float, float, str]:
         return seen.loop_ms * (1 - 1 / gain), seen.loop_ms / gain, list_remedy(line)
     turns = min(seen.outside.turns, seen.loop_at_once)
     stays = _kernels_of(seen, seen.loop_ms, turns, speedup)
-    return max(0.0, seen.loop_ms - stays), stays, loop_remedy(line, name)
+    return max(0.0, seen.loop_ms - stays), stays, loop_remedy(line, name, seen.step)
 
 
 def _kernels_of(seen: Seen, loop_ms: float, turns: float, speedup: Speedup) -> float:
