@@ -83,7 +83,7 @@ class Fakes:
             ValueError: another thread computed with them, where whoever counts does not see it.
         """
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices=list(devices)):  # noqa: SIM117
+        with torch.random.fork_rng(devices=list(devices)):
             left_alone = untouched(*originals, without_data=True, copies=self._memo)
             with left_alone, self._one_thread(), self._mode:
                 yield
