@@ -68,7 +68,7 @@ def need_model(model: Any, verb: str, *, but: Collection[str] = ()) -> None:
                 raise ValueError(f"{which} is lazy and has no shapes yet: run a batch, then {verb}")
             if "meta" in but and tensor is not None and tensor.is_meta:
                 raise ValueError(
-                    f"the {key} of {which} is on meta, a device without values: "
+                    f"the {key} of {which} is on the meta device, which holds no values: "
                     f'model.to_empty(device="cpu") and load_state_dict, then {verb}'
                 )
 
@@ -254,7 +254,7 @@ def _refusal(trace: list[tuple[str, Any]], error: Exception) -> TypeError:
     place = "".join(key for key, _ in trace)[1:]
     owner, name = trace[owners[-1]][1], trace[owners[-1] + 1][0][1:]
     return TypeError(
-        f"the model cannot be copied: its {place} is a {what} ({why}). Keep it outside of the "
-        f"model, take it off while this runs, or let {type(owner).__name__}.__getstate__ leave "
+        f"the model cannot be copied: its {place} is a {what} ({why}). Keep it outside the "
+        f"model, remove it during this call, or let {type(owner).__name__}.__getstate__ leave "
         f"{name} out"
     )

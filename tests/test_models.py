@@ -142,7 +142,7 @@ COMPILED = {"fuse": "fuse it first, then compile"}
 PARALLEL = {"fuse": r"fuse model\.module, then wrap it"}
 FUNCTIONS = dict.fromkeys(("dynamic", "aware", "simulate", "sensitivity"), "that it was made from")
 SCRIPTED = FUNCTIONS | {"fuse": "TorchScript: fuse the module that it was made from"}
-META = dict.fromkeys(COPY, "is on meta, a device without values")
+META = dict.fromkeys(COPY, "is on the meta device, which holds no values")
 ALL = dict.fromkeys(TAKE)
 KINDS = {
     "parallel": (lambda: nn.DataParallel(net()), PARALLEL),

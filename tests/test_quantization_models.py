@@ -340,7 +340,7 @@ def test_inputs_by_name_find_their_places(measured):
         assert sqnr_db([[wanted]], [[found]]) > 40
     for options, says in (
         ({"flag": True}, "input flag has no place among the model's inputs"),
-        ({"shfit": shift}, "input shfit has no place"),
+        ({"skift": shift}, "input skift has no place"),
         ({"x": x}, "input x is given twice"),
     ):
         with pytest.raises(TypeError, match=says):

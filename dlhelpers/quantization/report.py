@@ -95,10 +95,10 @@ class QuantizationReport:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(f"no road {name!r}, there are {', '.join(row.name for row in self.rows)}")
+        raise KeyError(f"no backend {name!r}, there are {', '.join(row.name for row in self.rows)}")
 
     _HEAD = (
-        *("road", "how, or why not"),
+        *("backend", "how, or why not"),
         *("speed", "SQNR (dB)", "SQNR, all samples together (dB)"),
         *("MiB", "int8 kernels", "accuracy"),
     )

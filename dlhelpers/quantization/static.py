@@ -131,7 +131,9 @@ def quantize_static(
     need_model(model, "quantize", but=("meta",))
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "cpu":
-            raise ValueError(f"the model is on {tensor.device}, these roads are the CPU's: .cpu()")
+            raise ValueError(
+                f"the model is on {tensor.device}, these backends run on the CPU: call model.cpu()"
+            )
     options = test, max_drop, min_sqnr_db, budget_s, keep_roads, dynamic, progress
     with torch.inference_mode(False), shared_untouched(unwrapped(model)):
         return _quantized(model, calibration, engines, calibrator, *options)
@@ -168,7 +170,7 @@ def _quantized(
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
         notes.append(
-            f"the model is {task.precision}, and speed is against roads of that type; those of "
+            f"the model is {task.precision}, and speed is relative to backends of that type; those of "
             "other engines start from its weights in float32"
         )
 

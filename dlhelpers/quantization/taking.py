@@ -144,7 +144,7 @@ class QuantizedModel(nn.Module):
         """
         if name not in self._roads:
             raise KeyError(
-                f"{name!r} is not among the roads that were kept, {list(self._roads)}: quantize "
+                f"{name!r} is not among the kept backends, {list(self._roads)}: quantize "
                 "with keep_roads=True, and look at report() for those that were built"
             )
         other = QuantizedModel(
@@ -331,12 +331,14 @@ def _why(
         bounds.append(f"an accuracy within {judge.accuracy.max_drop:g} of the model's")
     bound = " and ".join(bounds)
     if chosen.precision == "int8":
-        return f"{chosen.name}: the fastest road that reaches {bound}."
+        return f"{chosen.name}: the fastest backend that reaches {bound}."
     tried = [row for row in rows if row.precision == "int8"]
     if not tried:
-        return f"{chosen.name}: the fastest road; no int8 engine was asked for."
+        return f"{chosen.name}: the fastest backend; no int8 engine was asked for."
     if any(row.name in right for row in tried):
-        return f"{chosen.name}: no int8 road is faster."
+        return f"{chosen.name}: no int8 backend is faster."
     if not bound:
-        return f"{chosen.name}: nothing bounds the error of int8 roads, so the model stays float."
-    return f"{chosen.name}: no int8 road was built or reached {bound}, so the model stays float."
+        return f"{chosen.name}: no bound applies to the error of int8 backends, so the model stays float."
+    return (
+        f"{chosen.name}: no int8 backend was built, or none reached {bound}: the model stays float."
+    )
