@@ -170,8 +170,8 @@ def _quantized(
     task = Task(folded, calibrated, outputs, calibrator, threads, free=free, judge=judge)
     if task.precision != "float32":
         notes.append(
-            f"the model is {task.precision}, and speed is relative to backends of that type; those of "
-            "other engines start from its weights in float32"
+            f"the model is {task.precision}, and speed is relative to backends of that type; "
+            "those of other engines start from its weights in float32"
         )
 
     start = perf_counter()
