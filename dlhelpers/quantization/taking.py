@@ -338,7 +338,7 @@ def _why(
     if any(row.name in right for row in tried):
         return f"{chosen.name}: no int8 backend is faster."
     if not bound:
-        return f"{chosen.name}: no bound applies to the error of int8 backends, so the model stays float."
+        return f"{chosen.name}: no bound applies to int8 backends, so the model stays float."
     return (
         f"{chosen.name}: no int8 backend was built, or none reached {bound}: the model stays float."
     )
