@@ -679,7 +679,7 @@ def test_a_backend_that_loses_accuracy_is_refused_and_its_row_says_so(trained, t
         f"{fast.report()['eager float32'].accuracy:.1%}"
     )
     assert fast.report().chosen == "eager float32"
-    assert "within 0.01 of the model's, so the model stays float" in fast.report().why
+    assert "within 0.01 of the model's: the model stays float" in fast.report().why
     allowed = quantize_static(trained, [x], test=(x, y), max_drop=1.0, **options).report()
     assert not allowed["X"].dropped
     assert not quantize_static(trained, [x], **options).report()["X"].dropped  # no test

@@ -331,7 +331,7 @@ def test_bad_options_are_named():
         quantize_static(network(), [images()], engine="tensorrt")
     with pytest.raises(ValueError, match="calibrator='kl' is neither"):
         quantize_static(network(), [images()], calibrator="kl")
-    with pytest.raises(ValueError, match="on meta"):
+    with pytest.raises(ValueError, match="on the meta device"):
         quantize_static(network().to("meta"), [images()])
     with pytest.raises(ValueError, match="no floating-point tensor"):
         quantize_static(nn.Sequential(nn.Flatten(), Argmax()), [images()])

@@ -299,7 +299,7 @@ def test_a_mapping_that_makes_its_values_is_a_leaf_and_not_read():
     assert trees.flatten({"a": lazy})[0] == [lazy]
     assert list(trees.tensors_in([lazy])) == []
     assert isinstance(copied(model).words, Lazy)
-    assert lazy in list(objects_in([model]))
+    assert any(one is lazy for one in objects_in([model]))
     estimate(model, torch.rand(2, 4), torch.optim.SGD)
     assert lazy.reads == 0
 
