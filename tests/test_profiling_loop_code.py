@@ -103,6 +103,10 @@ WITH_CODE = {
         "        l = l + F.smooth_l1_loss(boxes[b][k], wanted[b][k], beta=0.5)  #!",
     "pairs below": "for i in range(9):\n    for j in range(i):\n"
         "        l = l + (e[i] - e[j]).pow(2).sum()  #!",
+    "pairs of one class or of two": "for i in range(9):\n    for j in range(i):\n"
+        "        d = (e[i] - e[j]).pow(2).sum()  #!\n"
+        "        l = l + (d if y[i] == y[j] else F.relu(9 - d))",
+    "a norm in a formula": over("i in range(14)", "1 / (1 + (o[i] - t[i]).square().sum())"),
     "pairs above": "for i in range(9):\n    for j in range(i + 1, 9):\n"
         "        l = l + F.mse_loss(e[i], e[j])  #!",
     "pairs": "for i, j in itertools.combinations(range(9), 2):\n"

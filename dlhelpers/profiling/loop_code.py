@@ -143,6 +143,7 @@ def _on_whole_tensors(node: ast.expr) -> Iterator[str]:
         yield ast.unparse(node)
         if _is_method(node, _REDUCTIONS) and not node.args and not node.keywords:
             yield f"{_object(node.func.value)}.flatten(1).{node.func.attr}(1)"
+        yield ast.unparse(_EachTurn().visit(copy.deepcopy(node)))
         return
     for call in losses:
         options = {keyword.arg for keyword in call.keywords} - {"reduction"}
@@ -212,6 +213,22 @@ class _ByTurn(ast.NodeTransformer):
         none = ast.keyword("reduction", ast.Constant("none"))
         whole = ast.Call(node.func, node.args, [*kept, none])
         return _parsed(ast.unparse(whole) + self._form)
+
+
+class _EachTurn(ast.NodeTransformer):
+    """Reduce turn by turn wherever a turn reduces, and choose turn by turn."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if not _is_method(node, _REDUCTIONS) or node.args or node.keywords:
+            return node
+        of = node.func.value  # type: ignore[attr-defined]
+        return _parsed(f"{_object(of)}.flatten(1).{_name(node.func)}(1)")
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        parts = (node.test, node.body, node.orelse)
+        return _parsed(f"torch.where({', '.join(map(ast.unparse, parts))})")
 
 
 def _without_batch(node: ast.AST) -> ast.AST | None:
