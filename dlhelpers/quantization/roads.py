@@ -18,7 +18,7 @@ from dlhelpers.quantization.batches import Batch, Outputs
 from dlhelpers.quantization.judging import Judge, judge_of
 from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import Group, Sizes
-from dlhelpers.trees import map_leaves, tensors_in
+from dlhelpers.trees import map_leaves
 
 __all__ = [
     *("Road", "RoadError", "Task", "in_single", "in_type", "needed"),
@@ -100,11 +100,6 @@ class Task:
         )
         return copied(self.model).float() if is_other else self.model
 
-    @property
-    def alike(self) -> list[Batch]:
-        """The batches of the first one's sizes, which every road can run."""
-        return [batch for batch in self.batches if _sizes(batch) == _sizes(self.batches[0])]
-
 
 def own_type(model: nn.Module, outputs: Outputs | None = None) -> str:
     """Return the type of most of a model's weights; of its output where there are none."""
@@ -116,10 +111,6 @@ def own_type(model: nn.Module, outputs: Outputs | None = None) -> str:
         count.update(t.dtype for t in outputs.tensors if t.is_floating_point())
     dtype = count.most_common(1)[0][0] if count else torch.float32
     return str(dtype).removeprefix("torch.")
-
-
-def _sizes(batch: Batch) -> list[Any]:
-    return [tensor.shape for tensor in tensors_in(batch)]
 
 
 def in_single(batch: Batch) -> Batch:
