@@ -52,6 +52,7 @@ def recurrent_cells(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[B
             yield seen.finding(
                 "recurrent-cell-loop",
                 saves_ms=saves,
+                is_of_part=True,
                 where=place_of(*longest[0].line[:2]),
                 what=f"{name} is called {sum(map(len, runs))} times a step, {len(longest)} times "
                 "in a row, on inputs that do not depend on its outputs",

@@ -45,6 +45,7 @@ def loops(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottleneck]
                 yield seen.finding(
                     "python-loop",
                     saves_ms=saves,
+                    is_of_part=True,
                     where=place_of(*line[:2]) or seen.lines.hottest,
                     what=f"{type(calls.module).__name__} is called {each:.0f} times a step, on "
                     "one sample each",

@@ -26,6 +26,7 @@ def batch_of_one(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
             yield seen.finding(
                 "batch-of-one",
                 saves_ms=saves,
+                is_of_part=True,
                 what=f"{type(calls.module).__name__} sees one sample a step",
                 why=f"16 samples at a time take {factor:.2g} times less each, tried here",
                 remedy="DataLoader(..., batch_size=16), with the learning rate tuned anew",
@@ -49,6 +50,7 @@ def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
                 "evaluation-without-no-grad",
                 severity="error",
                 saves_ms=seen.model_ms * (1 - 1 / gain),
+                is_of_part=True,
                 saves_bytes=graph_bytes(calls),
                 besides="no graph that is built for nothing",
                 what=f"{type(calls.module).__name__} is in eval mode, its outputs hang on a "
@@ -63,6 +65,7 @@ def evaluation(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
                 yield seen.finding(
                     "batchnorm-unfused",
                     saves_ms=saves,
+                    is_of_part=True,
                     what=f"{type(calls.module).__name__} is in eval mode and has BatchNorms beside "
                     "convolutions",
                     why=f"folded away it is {factor:.2f} times as fast, tried here",

@@ -70,6 +70,7 @@ def double_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[
     yield seen.finding(
         "double-precision",
         saves_ms=saves,
+        is_of_part=True,
         what=f"{', '.join(named)}: parameters or inputs are float64; in float32 the model is "
         f"{factor:.2f} times as fast, tried here",
         why="float64 takes twice the memory traffic and at least twice the arithmetic; NumPy's "

@@ -39,9 +39,11 @@ class Bottleneck(Finding):
             nothing is left.
         saves_bytes: of memory: a step, or its peak.
         notebook: of the course, that treats it.
-        is_estimated: whether the gain is a sum over what was recorded, because no remedy could be
-            tried. It sees neither caches nor the kernel that does the work instead, so it is told
-            as "about", and only what was tried is promised.
+        is_estimated: whether the gain was not measured on the step itself. Where no remedy could
+            be tried it is a sum over what was recorded, which sees neither caches nor the kernel
+            that does the work instead. It is told as "about", and only what was tried is promised.
+        is_of_part: whether the remedy was tried on the part that it replaces, a model or a loop,
+            and the step's gain follows from that by Amdahl's law.
         besides: what the remedy brings beside time and bytes, in words.
     """
 
@@ -50,6 +52,7 @@ class Bottleneck(Finding):
     saves_bytes: int = 0
     notebook: str = ""
     is_estimated: bool = False
+    is_of_part: bool = False
     besides: str = ""
 
     @property
@@ -57,11 +60,12 @@ class Bottleneck(Finding):
         """What to expect, in words."""
         parts = []
         if self.saves_ms > 0:
-            about, untried = ("about ", ", not tried") if self.is_estimated else ("", "")
+            about = "about " * self.is_estimated
+            tried = ", tried on this part alone" if self.is_of_part else ", not tried"
             faster = f"{about}{self.speedup:.2f} times as fast"
             if self.speedup > 0.999 * _MOST_SPEEDUP:
                 faster = "next to nothing of it is left"
-            parts.append(f"{about}{duration(self.saves_ms / 1e3)} a step: {faster}{untried}")
+            parts.append(f"{about}{duration(self.saves_ms / 1e3)} a step: {faster}" + tried * bool(about))
         if self.saves_bytes >= 2**16:
             parts.append(f"{figures(self.saves_bytes / 2**20)} MiB less memory")
         return "; ".join(parts) or self.besides
@@ -254,6 +258,7 @@ class Seen:
         self, name: str, *, saves_ms: float = 0.0, severity: str = "suspicion", **told: object
     ) -> Bottleneck:
         """Make a finding whose speedup follows from what is saved."""
+        told["is_estimated"] = bool(told.get("is_estimated") or told.get("is_of_part"))
         left = max(self.step_ms - saves_ms, self.step_ms / _MOST_SPEEDUP)
         return Bottleneck(name, severity, saves_ms=saves_ms, speedup=self.step_ms / left, **told)  # type: ignore[arg-type]
 
