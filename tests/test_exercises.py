@@ -797,7 +797,7 @@ def test_the_mistake_is_named(id, answer, case):
         ("04.3", lambda counts: torch.tensor(counts) / sum(counts)),
         ("04.4", lambda losses: statistics.fmean(map(torch.Tensor.item, losses))),
         ("04.4", lambda losses: statistics.fmean([loss.detach().item() for loss in losses])),
-        ("04.5", bisects),
+        pytest.param("04.5", bisects, marks=pytest.mark.slow),
     ],
 )
 def test_another_right_answer_passes(id, answer):

@@ -937,10 +937,7 @@ SMALL = {  # the blocks of densenet121, efficientnet_b0, r3d_18
     "efficientnet": (small_efficientnet, (1, 3, 64, 64)),
     "video": (small_video, (1, 3, 4, 16, 16)),
 }
-FEW = [
-    *("resnet18", "mobilenet_v2", "googlenet", "shufflenet_v2_x0_5"),
-    *("lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"),
-]
+FEW = ["resnet18", "mobilenet_v2", "shufflenet_v2_x0_5", "lraspp_mobilenet_v3_large"]
 
 
 def holding_batch_norm():

@@ -166,7 +166,9 @@ def test_a_kill_before_the_rename_costs_nothing(photos, whole, tmp_path, monkeyp
 
 
 @posix
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_no_worker_outlives_its_conversion(photos, tmp_path, how):
     psutil = pytest.importorskip("psutil", reason="psutil (extra dev)")
     child = conversion(photos, tmp_path / "db", workers=2)

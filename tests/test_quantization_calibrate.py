@@ -67,7 +67,11 @@ def test_percentiles_are_onnx_runtimes_within_a_bin(kind, symmetric, percentile,
 
 
 @pytest.mark.parametrize(
-    "kind", [k for k in KINDS if k != "outlier"] + [pytest.param("outlier", marks=pytest.mark.slow)]
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind in ("outlier", "growing")))
+        for kind in KINDS
+    ],
 )
 def test_entropy_is_onnx_runtimes_within_a_bin(kind):
     calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")

@@ -805,7 +805,7 @@ def test_test_data_that_do_not_fit_are_named_at_once():
     [
         (nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), (4, 64)),
         (nn.LSTM(32, 64, batch_first=True), (2, 5, 32)),
-        (nn.GRU(32, 64), (5, 2, 32)),
+        pytest.param(nn.GRU(32, 64), (5, 2, 32), marks=pytest.mark.slow),
     ],
     ids=["linear", "LSTM", "GRU"],
 )

@@ -24,7 +24,9 @@ def crash_here():
 """
 
 
-@pytest.mark.parametrize("record", [measure_peak, profile_torch])
+@pytest.mark.parametrize(
+    "record", [measure_peak, pytest.param(profile_torch, marks=pytest.mark.slow)]
+)
 def test_a_crash_inside_a_recording_tells_where_it_was(record):
     code = f"{CRASH}{record.__name__}(crash_here)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
