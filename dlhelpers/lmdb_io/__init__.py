@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dlhelpers.lmdb_io.dataset import LMDBDataset
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
+from dlhelpers.lmdb_io.old_databases import convert_lmdb
 from dlhelpers.lmdb_io.schema import DatabaseError
 from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.verifying import info_lmdb, verify_lmdb
@@ -33,6 +34,7 @@ __all__ = [
     "DatabaseError",
     "LMDBDataset",
     "SourceError",
+    "convert_lmdb",
     "decoders",
     "info_lmdb",
     "load_decoder",
