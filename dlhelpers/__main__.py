@@ -146,17 +146,17 @@ def _lmdb_convert(options: argparse.Namespace) -> int:
 
 
 def _conversion(options: argparse.Namespace) -> dict[str, Any]:
-    return dict(
-        workers=options.workers,
-        encode=options.encode,
-        resize=options.resize,
-        quality=options.quality,
-        resume=options.resume,
-        on_error="skip" if options.skip_errors else "raise",
-        shard=_shard(options.shard),
-        lock=not options.no_lock,
-        progress=False if options.quiet else None,
-    )
+    return {
+        "workers": options.workers,
+        "encode": options.encode,
+        "resize": options.resize,
+        "quality": options.quality,
+        "resume": options.resume,
+        "on_error": "skip" if options.skip_errors else "raise",
+        "shard": _shard(options.shard),
+        "lock": not options.no_lock,
+        "progress": False if options.quiet else None,
+    }
 
 
 def _lmdb_verify(options: argparse.Namespace) -> int:

@@ -98,7 +98,8 @@ class Environment:
         except lmdb.Error:  # not found, of another kind, or broken
             raise schema.DatabaseError(
                 f"{self.path} is an LMDB file, but none that write_lmdb has written (it holds no "
-                "records of its schema): convert its source with write_lmdb"
+                "records of its schema): convert_lmdb (python -m dlhelpers lmdb convert) reads "
+                "many such, write_lmdb its source"
             ) from None
         self.begin = partial(self._env.begin, db=self.records, buffers=True)
 

@@ -73,8 +73,8 @@ class Layout:
 
     def describe(self, bgr: bool | None) -> str:
         """Return what a report says first: the kind of database, and how it was read."""
-        kind = self.how or "one value a key"
-        text = f"taken for {kind}: {len(self.keys)} records, {FORMS[self.form]}"
+        kind = self.how or ("a database of Caffe" if self.form == "datum" else "one value per key")
+        text = f"taken for {kind}: {_counted(len(self.keys), 'record')}, {FORMS[self.form]}"
         if self.form == "datum":
             order = "RGB" if bgr is False else "BGR, stored as RGB"
             text += f"; pixels without encoding are taken as {order}"
@@ -186,8 +186,8 @@ class Layout:
 
     def _note_left(self, left: set[bytes]) -> None:
         if left:
-            what = "1 entry is" if len(left) == 1 else f"{len(left)} entries are"
-            self.notes.append(f"{what} in no list and left behind: {_listed(sorted(left)[:3])}")
+            what = "1 other entry is" if len(left) == 1 else f"{len(left)} other entries are"
+            self.notes.append(f"{what} left behind: {_listed(sorted(left))}")
 
     def _note_text(self, key: bytes) -> None:
         value = self.environment.get(key, self.databases[1])
@@ -207,7 +207,7 @@ class Layout:
             said = self._read_beside(key)
             if type(said) is int and said != len(self.keys):
                 self.problems.append(
-                    (key.decode(), f"says {said} records, and {len(self.keys)} are listed or there")
+                    (key.decode(), f"says {_counted(said, 'record')}, found were {len(self.keys)}")
                 )
 
     # ---- values ----
@@ -249,7 +249,7 @@ def _chosen(
         name = schema.encode_key(database)
         if name not in names:
             raise schema.DatabaseError(
-                f"{path} holds no database {database!r}; it holds {_listed(names) or 'no named one'}"
+                f"{path} holds no database {database!r}, but {_listed(names) or 'no named one'}"
             )
         return name
     others = environment.size(None) - len(names)
@@ -298,6 +298,10 @@ def _key_of(listed: Any) -> bytes | None:
     if isinstance(listed, (str, int)) and not isinstance(listed, bool):
         return schema.encode_key(str(listed)) if str(listed) else None
     return None
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _listed(names: Sequence[bytes]) -> str:

@@ -18,7 +18,7 @@ import io
 import math
 import pickle
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -222,7 +222,7 @@ for _core in ("core", "_core"):
 class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
     """Python's reader, with a closed list of names and without the opcodes that go round it."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
 
     def __init__(self, file: io.BytesIO, size: int) -> None:
         super().__init__(file, fix_imports=False, encoding="bytes")
