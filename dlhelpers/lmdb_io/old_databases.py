@@ -26,11 +26,11 @@ from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.identity import Stamp, place_of
 from dlhelpers.lmdb_io.old_files import OldEnvironment, open_old_file
 from dlhelpers.lmdb_io.old_layouts import Layout
-from dlhelpers.lmdb_io.old_values import plain_target, sample_of
+from dlhelpers.lmdb_io.old_values import form_of, plain_target, sample_of
 from dlhelpers.lmdb_io.sources import Loaded, Source
 from dlhelpers.lmdb_io.unpickling import unpickle
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
-from dlhelpers.printable import printable
+from dlhelpers.printable import one_line, printable
 
 __all__ = ["OldDatabase", "convert_lmdb", "open_old"]
 
@@ -72,6 +72,8 @@ def open_old(
 
     Args, errors: as :func:`convert_lmdb`.
     """
+    if bgr not in (None, True, False):
+        raise ValueError(f"bgr must be True, False, or None for what is usual, got {bgr!r}")
     need("lmdb", "reading an old database")
     file = _file_of(Path(path).expanduser().resolve())
     return OldDatabase(file, Layout.find(open_old_file(file), database), bgr)
@@ -111,6 +113,8 @@ class OldDatabase(Source):
             raise ValueError("the database has no such entry, though it is listed")
         image, target = sample_of(value, self.form, self._bgr)
         if task.label is not None:
+            if target is not None:
+                raise ValueError(f"its value holds a label, and {task.label[:60]!r} another")
             target = _label_of(self._get(task.label, is_label=True))
         return Loaded(self.name(task), target, image, self._stamp(task, len(value)))
 
@@ -144,6 +148,8 @@ class OldDatabase(Source):
 def _label_of(value: bytes | None) -> Any:
     if value is None:
         raise ValueError("the database has no label for it")
+    if form_of(value) == "image":
+        raise ValueError("its label is an image, and an image cannot be a target")
     # no text begins like a pickle of protocol 2 or later
     return plain_target(unpickle(value) if value[:1] == b"\x80" else value)
 
@@ -153,7 +159,9 @@ def _file_of(path: Path) -> Path:
     if file.exists():
         return file
     if path.is_dir():
+        inside = sorted(found.parent.name for found in path.glob("*/data.mdb"))[:5]
+        which = f"one of {', '.join(map(one_line, inside))}" if inside else "that of a database"
         raise FileNotFoundError(
-            printable(f"{path} is a folder without data.mdb: give the folder or file of a database")
+            printable(f"{path} is a folder without data.mdb: give {which}, or a file")
         )
     raise FileNotFoundError(printable(f"{path} does not exist: give an LMDB file or its folder"))

@@ -28,9 +28,8 @@ def open_old_file(path: Path) -> OldEnvironment:
         DatabaseError: it is damaged, or no file of LMDB.
     """
     if problems := find_problems(path, __name__):
-        raise schema.DatabaseError(
-            f"{path} cannot be read, and has to be copied or written again: {problems[0]}"
-        )
+        why = problems[0] if str(path) in problems[0] else f"{path} is damaged: {problems[0]}"
+        raise schema.DatabaseError(why)
     return open_environment(path, OldEnvironment)
 
 
@@ -81,13 +80,12 @@ class OldEnvironment(Environment):
         if not 0 < self.size(None) < self.databases - 2:
             return []
         found = []
-        for key, value in list(self.items(None)):
-            if len(value) == _NAMED_BYTES:
-                try:
-                    self.database(key)
-                except lmdb.Error:  # an entry of that size
-                    continue
-                found.append(key)
+        for name in [bytes(k) for k, v in self.views(None) if len(v) == _NAMED_BYTES]:
+            try:
+                self.database(name)
+            except lmdb.Error:  # an entry of that size
+                continue
+            found.append(name)
         return found
 
 

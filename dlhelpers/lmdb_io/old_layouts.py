@@ -151,9 +151,10 @@ class Layout:
         if all(numbers):
             pairs = sorted(pairs, key=lambda pair: int(_NUMBERED.fullmatch(pair[0])[1]))
         self.keys = list(pairs)
-        self.how = f"images and labels under keys of their own ({_listed(list(pairs[0]))})"
+        whole = next(pair for pair in pairs if set(pair) <= set(keys))
+        self.how = f"images and labels under keys of their own ({_listed(whole)})"
         self._note_left(set(keys) - {key for pair in pairs for key in pair})
-        self._note_text(pairs[0][1])
+        self._note_text(whole[1])
 
     def _of_two_databases(self, images: bytes, labels: bytes) -> None:
         self.databases = (images, labels)
@@ -213,6 +214,8 @@ class Layout:
     # ---- values ----
 
     def _find_form(self) -> None:
+        if not self.keys:
+            raise schema.DatabaseError(f"{self.path} lists no record: nothing to take")
         values = {}
         for number in spread(len(self.keys), _LOOKED_AT):
             key = self.keys[number][0]
@@ -273,11 +276,10 @@ def _pairs_of(keys: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     by_rest: dict[tuple[bytes, ...], dict[str, bytes]] = {}
     for key in keys:
         tokens = _TOKENS.findall(key)
-        for at, token in enumerate(tokens):
-            if role := _WORDS.get(token.lower()):
-                rest = (*tokens[:at], b"", *tokens[at + 1 :])
-                by_rest.setdefault(rest, {})[role] = key
-                break
+        roles = [_WORDS.get(token.lower(), "") for token in tokens]
+        if any(roles):
+            at = max(number for number, role in enumerate(roles) if role)
+            by_rest.setdefault((*tokens[:at], b"", *tokens[at + 1 :]), {})[roles[at]] = key
     if not any(len(found) == 2 for found in by_rest.values()):
         return []
     # of a pair of which one is missing, loading says which
