@@ -237,6 +237,12 @@ def test_classes_that_stand_beside_the_samples_are_taken(tmp_path):
     assert LMDBDataset(tmp_path / "new.lmdb", decode=None).classes == ["cat", "dog"]
 
 
+def test_samples_may_be_called_as_counts_and_classes_are(tmp_path):
+    entries = {name: pickle.dumps((PNGS[0], 1)) for name in (b"length", b"classes", b"keys")}
+    found, _ = converted(tmp_path, entries)
+    assert [key for key, *_ in found] == ["classes", "keys", "length"]
+
+
 def test_integer_keys_become_their_numbers(tmp_path):
     keys = [3, 300, 70000]
     entries = {n.to_bytes(8, sys.byteorder): PNGS[0] for n in keys}

@@ -15,7 +15,7 @@ from dlhelpers.printable import one_line
 
 __all__ = ["Layout"]
 
-_LISTS = (b"__keys__", b"keys")
+_LIST = b"__keys__"
 _COUNTS = (b"__len__", b"num-samples", b"num_samples", b"nSamples", b"total_number", b"length")
 _CLASSES = (b"__classes__", b"classes", b"class_names")
 _WORDS = {
@@ -97,11 +97,8 @@ class Layout:
         keys = [k for k in self.environment.keys(self.environment.database(name)) if k not in names]
         if not keys:
             raise schema.DatabaseError(f"{self.path} is an empty database of LMDB: nothing to take")
-        beside = {k for k in (*_LISTS, *_COUNTS, *_CLASSES) if self._is_beside(k)}
-        keys = [key for key in keys if key not in beside]
-        self._take_classes(beside)
-        listed = next((key for key in _LISTS if key in beside), None)
-        if listed is not None:
+        counts = self._take_beside(keys)
+        if (listed := self.environment.get(_LIST, name)) is not None:
             self._of_list(listed, keys)
         elif pairs := _pairs_of(keys):
             self._of_pairs(pairs, keys)
@@ -111,40 +108,53 @@ class Layout:
             if all(key.isdigit() for key in keys):
                 keys.sort(key=int)
             self.keys = [(key, None) for key in keys]
-        self._compare_counts(beside)
+        self.problems += [
+            (key.decode(), f"says {_counted(said, 'record')}, found were {len(self.keys)}")
+            for key, said in counts.items()
+            if said != len(self.keys)
+        ]
 
-    def _is_beside(self, key: bytes) -> bool:
-        value = self.environment.get(key, self.databases[0])
-        return value is not None and form_of(value) != "image"
+    def _take_beside(self, keys: list[bytes]) -> dict[bytes, int]:
+        """Remove from the keys what is no sample; return the numbers of samples that are said."""
+        counts = {}
+        for key in (*_COUNTS, *_CLASSES):
+            value = self.environment.get(key, self.databases[0])
+            try:
+                found = None if value is None else plain_target(read_plain(value))
+            except (ValueError, ImportError):  # a sample of that name
+                continue
+            if key in _COUNTS and type(found) is int:
+                counts[key] = found
+            elif key in _CLASSES and isinstance(found, list) and _are_texts(found):
+                self.classes = found
+            else:
+                continue
+            keys.remove(key)
+        return counts
 
-    def _read_beside(self, key: bytes) -> Any:
-        value = self.environment.get(key, self.databases[0]) or b""
+    def _of_list(self, value: bytes, keys: list[bytes]) -> None:
         if form_of(value) == "pyarrow":
             _refuse_arrow(self.path)
         try:
-            return read_plain(value)
+            listed = read_plain(value)
         except ValueError as error:
-            name = one_line(key.decode())
-            raise schema.DatabaseError(f"{self.path}: the entry {name!r}: {error}") from None
-
-    def _of_list(self, name: bytes, keys: list[bytes]) -> None:
-        listed = self._read_beside(name)
+            raise schema.DatabaseError(f"{self.path}: the entry __keys__: {error}") from None
         if hasattr(listed, "tolist"):
             listed = listed.tolist()
         if isinstance(listed, dict) and all(isinstance(one, list) for one in listed.values()):
             listed = [key for one in listed.values() for key in one]  # of videos and their frames
         if not isinstance(listed, (list, tuple, dict)):
             raise schema.DatabaseError(
-                f"{self.path}: {name.decode()} holds a {type(listed).__name__}, expected a list"
+                f"{self.path}: __keys__ holds a {type(listed).__name__}, expected a list"
             )
         found = [_key_of(key) for key in listed]
         if odd := [key for key, made in zip(listed, found, strict=True) if made is None]:
             raise schema.DatabaseError(
-                f"{self.path}: {name.decode()} lists {str(odd[0])[:60]!r}, which is no key"
+                f"{self.path}: __keys__ lists {str(odd[0])[:60]!r}, which is no key"
             )
         self.keys = [(key, None) for key in found if key is not None]
-        self.how = f"a database of folder2lmdb ({name.decode()})"
-        self._note_left(set(keys) - set(found))
+        self.how = "a database of folder2lmdb (__keys__)"
+        self._note_left(set(keys) - {_LIST, *found})
 
     def _of_pairs(self, pairs: list[tuple[bytes, bytes]], keys: list[bytes]) -> None:
         numbers = [_NUMBERED.fullmatch(image) for image, _ in pairs]
@@ -196,20 +206,6 @@ class Layout:
             self.notes.append(
                 "labels are kept as text; where they are numbers, target_transform=int reads them"
             )
-
-    def _take_classes(self, beside: set[bytes]) -> None:
-        for key in set(_CLASSES) & beside:
-            found = plain_target(self._read_beside(key))
-            if isinstance(found, list) and all(isinstance(name, str) for name in found):
-                self.classes = found
-
-    def _compare_counts(self, beside: set[bytes]) -> None:
-        for key in sorted(set(_COUNTS) & beside):
-            said = self._read_beside(key)
-            if type(said) is int and said != len(self.keys):
-                self.problems.append(
-                    (key.decode(), f"says {_counted(said, 'record')}, found were {len(self.keys)}")
-                )
 
     # ---- values ----
 
@@ -300,6 +296,10 @@ def _key_of(listed: Any) -> bytes | None:
     if isinstance(listed, (str, int)) and not isinstance(listed, bool):
         return schema.encode_key(str(listed)) if str(listed) else None
     return None
+
+
+def _are_texts(found: list[Any]) -> bool:
+    return all(isinstance(name, str) for name in found)
 
 
 def _counted(count: int, what: str) -> str:
