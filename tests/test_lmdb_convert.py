@@ -192,7 +192,7 @@ def test_labels_under_keys_of_their_own_stay_text(tmp_path, image, label):
     entries |= {b"num-samples": b"12", b"lexicon": b"one two"}
     found, report = converted(tmp_path, entries)
     assert found == [(image % n, PNGS[n - 1], words[n - 1]) for n in range(1, 13)]
-    assert "1 other entry is left behind: lexicon" in report
+    assert "1 other entry was not converted: lexicon" in report
 
 
 def test_images_and_labels_in_two_named_databases(tmp_path):
@@ -376,7 +376,7 @@ PAIR = {b"image-1": PNGS[0], b"label-1": b"a", b"image-2": PNGS[1]}
         ({b"a": pickle.dumps((PNGS[0], PNGS[1]))}, r"holds 2"),
         ({b"a": pickle.dumps({"image": PNGS[0], "mask": PIXELS[0, ..., 0]})}, r"'mask'"),
         ({b"a": pickle.dumps((b"nothing", 1))}, r"7 bytes, beginning b'nothing'"),
-        ({b"a": pickle.dumps((PNGS[0], b"\xff\0"))}, r"no text and no number"),
+        ({b"a": pickle.dumps((PNGS[0], b"\xff\0"))}, r"neither text nor a number"),
         ({b"a": pickle.dumps((PNGS[0], {1: 2}))}, r"a dict needs texts as keys"),
         ({b"a": pickle.dumps((PNGS[0], {1}))}, r"set"),
         ({b"a": pickle.dumps((PNGS[0][:60], 1))}, r"a: not an image"),
@@ -392,16 +392,16 @@ PAIR = {b"image-1": PNGS[0], b"label-1": b"a", b"image-2": PNGS[1]}
         (folder2lmdb([(PNGS[0], 1)]) | {b"__keys__": pickle.dumps(3)}, r"__keys__ holds a int"),
         (folder2lmdb([(PNGS[0], 1)]) | {b"__keys__": pickle.dumps(Photo())}, r"Photo"),
         (folder2lmdb([PNGS[0]]) | {b"__keys__": pickle.dumps([b"0", b"1"])}, r"says 1 record,"),
-        (folder2lmdb([(PNGS[0], 1)], length=5), r"__len__: says 5 records, found were 1"),
+        (folder2lmdb([(PNGS[0], 1)], length=5), r"__len__: says 5 records, but the database holds 1"),
         (folder2lmdb([(PNGS[0], 1)] * 2) | {b"__keys__": pickle.dumps([b"0", b"0"])}, r"unique"),
         (folder2lmdb([PNGS[0]] * 2) | {b"__keys__": b'["0", "7"]'}, r"7: .* no such entry"),
         (folder2lmdb([PNGS[0]]) | {b"__keys__": b'["7"]'}, r"no value at all"),
-        (folder2lmdb([(PNGS[0], 1)]) | {b"__keys__": pickle.dumps([("a", 1)])}, r"which is no key"),
+        (folder2lmdb([PNGS[0]]) | {b"__keys__": pickle.dumps([("a", 1)])}, r"which cannot be a key"),
         (PAIR, r"image-2: .*no label"),
         (PAIR | {b"label-2": b"a", b"label-3": b"a", b"num-samples": b"3"}, r"no such entry"),
         (PAIR | {b"label-2": b"a", b"num-samples": b"3"}, r"num-samples: says 3 records"),
         (PAIR | {b"label-2": PNGS[0]}, r"image-2: its label is an image"),
-        (PAIR | {b"label-2": np.int64(3).tobytes()}, r"image-2: its label is no text"),
+        (PAIR | {b"label-2": np.int64(3).tobytes()}, r"image-2: its label is neither text"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_refused_by_name(tmp_path, entries, says):
@@ -460,6 +460,27 @@ class Restores:
 
 def flag(tmp_path):
     return tmp_path / "executed"
+
+
+def test_what_follows_a_pickle_is_not_dropped_in_silence():
+    with pytest.raises(PickleError, match="1 byte follows the end"):
+        unpickle(pickle.dumps(3) + b".")
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "CMYK", "L"])
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_pictures_of_pil_are_read_as_pickle_reads_them(mode, protocol):
+    picture = Image.fromarray(PIXELS[0]).convert(mode)
+    found = unpickle(pickle.dumps(picture, protocol))
+    assert np.array_equal(np.asarray(found.convert("RGB")), np.asarray(picture.convert("RGB")))
+
+
+def test_a_picture_that_lies_about_its_size_is_refused_before_it_is_made():
+    data = pickle.dumps(Image.fromarray(PIXELS[0]), 2)
+    lies = data.replace(b"K\x08K\x08\x86", b"M\x60\xeaM\x60\xea\x86")
+    assert lies != data
+    with pytest.raises(PickleError, match="60000 x 60000 RGB in 192 bytes"):
+        unpickle(lies)
 
 
 NEW = b"ccopyreg\n_reconstructor\n"

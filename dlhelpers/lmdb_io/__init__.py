@@ -11,6 +11,7 @@ the decoder matters more than the store; notebook 02 measures both.
     write_lmdb("photos", "photos.lmdb", workers=2, resize=256)     # appears whole or not at all
     dataset = LMDBDataset("photos.lmdb", transform)                # dataset[i] -> (image, target)
     verify_lmdb("photos.lmdb")                                     # every record's checksum
+    convert_lmdb("old", "new.lmdb")                                # what a tutorial or Caffe wrote
 
 The layout of the file stands in :mod:`dlhelpers.lmdb_io.schema`; nothing in it is pickled.
 

@@ -52,7 +52,7 @@ def read_datum(message: bytes) -> Datum:
         tag, at = _varint(message, at)
         number, kind = tag >> 3, tag & 7
         if kind not in _KINDS.get(number, ()):
-            raise ValueError(f"no Datum of Caffe: it has a field {number} of kind {kind}")
+            raise ValueError(f"not a Datum of Caffe: it has a field {number} of kind {kind}")
         if kind == _VARINT:
             values[number], at = _varint(message, at)
             continue
@@ -78,4 +78,4 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         number |= (byte & 0x7F) << 7 * count
         if byte < 0x80:
             return number, at + count + 1
-    raise ValueError("no Datum of Caffe: it ends within a number")
+    raise ValueError("not a Datum of Caffe: it ends within a number")

@@ -54,7 +54,7 @@ def convert_lmdb(
         options: of write_lmdb.
 
     Returns:
-        A WriteReport; its first note says what kind of database it was taken for.
+        A WriteReport; its first note says as what kind of database it was read.
 
     Raises:
         DatabaseError: old is damaged, empty, written by write_lmdb already, or of no known kind.
@@ -157,7 +157,8 @@ def _label_of(value: bytes | None) -> Any:
 def _file_of(path: Path) -> Path:
     file = path / "data.mdb" if path.is_dir() else path
     if file.exists():
-        return file
+        with open(file, "rb"):  # says at once what may not be read
+            return file
     if path.is_dir():
         inside = sorted(found.parent.name for found in path.glob("*/data.mdb"))[:5]
         which = f"one of {', '.join(map(one_line, inside))}" if inside else "that of a database"

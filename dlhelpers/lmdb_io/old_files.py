@@ -106,7 +106,7 @@ def _walk(path: Path) -> Iterator[tuple[str, Any]]:
                     break
             if number != count:
                 shown = "" if name is None else f" in {name[:60]!r}"
-                yield "problem", f"it says that it has {count} entries{shown}, found were {number}"
+                yield "problem", f"it says {count} entries{shown}, but holds {number}"
     except (schema.DatabaseError, OSError, lmdb.Error) as error:
         yield "problem", str(error)
     yield "end", None

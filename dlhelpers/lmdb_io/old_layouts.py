@@ -58,7 +58,7 @@ class Layout:
         names = environment.names()
         if {schema.RECORDS, schema.INDEX} <= set(names):
             raise schema.DatabaseError(
-                f"{environment.path} was written by write_lmdb: nothing is to be converted"
+                f"{environment.path} was written by write_lmdb: there is nothing to convert"
             )
         layout = cls(environment, _chosen(environment, names, database))
         pair = None if database is not None else _pair_of(names)
@@ -66,7 +66,7 @@ class Layout:
             layout._of_two_databases(*pair)
         else:
             if database is None and names and layout.databases[0] is None:
-                layout.notes.append(f"left behind: the named databases {_listed(names)}")
+                layout.notes.append(f"the named databases {_listed(names)} were not converted")
             layout._of_one_database(set(names) if layout.databases[0] is None else set())
         layout._find_form()
         return layout
@@ -74,7 +74,7 @@ class Layout:
     def describe(self, bgr: bool | None) -> str:
         """Return what a report says first: the kind of database, and how it was read."""
         kind = self.how or ("a database of Caffe" if self.form == "datum" else "one value per key")
-        text = f"taken for {kind}: {_counted(len(self.keys), 'record')}, {FORMS[self.form]}"
+        text = f"read as {kind}: {_counted(len(self.keys), 'record')}, {FORMS[self.form]}"
         if self.form == "datum":
             order = "RGB" if bgr is False else "BGR, stored as RGB"
             text += f"; pixels without encoding are taken as {order}"
@@ -96,7 +96,9 @@ class Layout:
         self.has_numbers = bool(flags.get("integerkey"))
         keys = [k for k in self.environment.keys(self.environment.database(name)) if k not in names]
         if not keys:
-            raise schema.DatabaseError(f"{self.path} is an empty database of LMDB: nothing to take")
+            raise schema.DatabaseError(
+                f"{self.path} is an empty LMDB database: there is nothing to convert"
+            )
         counts = self._take_beside(keys)
         if (listed := self.environment.get(_LIST, name)) is not None:
             self._of_list(listed, keys)
@@ -109,7 +111,10 @@ class Layout:
                 keys.sort(key=int)
             self.keys = [(key, None) for key in keys]
         self.problems += [
-            (key.decode(), f"says {_counted(said, 'record')}, found were {len(self.keys)}")
+            (
+                key.decode(),
+                f"says {_counted(said, 'record')}, but the database holds {len(self.keys)}",
+            )
             for key, said in counts.items()
             if said != len(self.keys)
         ]
@@ -150,7 +155,7 @@ class Layout:
         found = [_key_of(key) for key in listed]
         if odd := [key for key, made in zip(listed, found, strict=True) if made is None]:
             raise schema.DatabaseError(
-                f"{self.path}: __keys__ lists {str(odd[0])[:60]!r}, which is no key"
+                f"{self.path}: __keys__ lists {str(odd[0])[:60]!r}, which cannot be a key"
             )
         self.keys = [(key, None) for key in found if key is not None]
         self.how = "a database of folder2lmdb (__keys__)"
@@ -197,8 +202,8 @@ class Layout:
 
     def _note_left(self, left: set[bytes]) -> None:
         if left:
-            what = "1 other entry is" if len(left) == 1 else f"{len(left)} other entries are"
-            self.notes.append(f"{what} left behind: {_listed(sorted(left))}")
+            what = "1 other entry was" if len(left) == 1 else f"{len(left)} other entries were"
+            self.notes.append(f"{what} not converted: {_listed(sorted(left))}")
 
     def _note_text(self, key: bytes) -> None:
         value = self.environment.get(key, self.databases[1])
@@ -211,7 +216,7 @@ class Layout:
 
     def _find_form(self) -> None:
         if not self.keys:
-            raise schema.DatabaseError(f"{self.path} lists no record: nothing to take")
+            raise schema.DatabaseError(f"{self.path} lists no record: there is nothing to convert")
         values = {}
         for number in spread(len(self.keys), _LOOKED_AT):
             key = self.keys[number][0]

@@ -109,7 +109,7 @@ def sample_of(value: bytes, form: str, bgr: bool | None = None) -> tuple[Any, An
     """
     if form == "image":
         if not _IMAGES.match(value):
-            raise ValueError(f"the value is no encoded image: {shown_bytes(value)}")
+            raise ValueError(f"not an encoded image: {shown_bytes(value)}")
         return value, None
     if form == "datum":
         return _of_datum(value, bgr is not False)
@@ -134,12 +134,16 @@ def plain_target(value: Any) -> Any:
                 return value.decode()
             except UnicodeDecodeError:
                 pass
-        raise ValueError(f"its label is no text and no number: {shown_bytes(value)}")
+        raise ValueError(f"its label is neither text nor a number: {shown_bytes(value)}")
     if isinstance(value, Mapping):
-        return {plain_target(key): plain_target(inner) for key, inner in value.items()}
+        return {_text_of(key): plain_target(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_target(inner) for inner in value]
     return value
+
+
+def _text_of(key: Any) -> Any:
+    return plain_target(key) if isinstance(key, bytes) else key  # as Python 2 wrote text
 
 
 def shown_bytes(value: bytes) -> str:
@@ -159,14 +163,14 @@ def _read(value: bytes, form: str) -> Any:
         try:
             return np.load(io.BytesIO(value), allow_pickle=False)
         except Exception as error:  # also MemoryError, for a size that is not there
-            raise ValueError(f"no .npy file that can be read: {error}") from None
+            raise ValueError(f"not a readable .npy file: {error}") from None
     msgpack = need("msgpack", "a database of msgpack values")
     try:
         return _numpy_of_msgpack(msgpack.unpackb(value, strict_map_key=False))
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"no msgpack that can be read ({type(error).__name__}: {error})") from None
+        raise ValueError(f"not readable msgpack ({type(error).__name__}: {error})") from None
 
 
 def _numpy_of_msgpack(item: Any) -> Any:
@@ -175,7 +179,7 @@ def _numpy_of_msgpack(item: Any) -> Any:
         return [_numpy_of_msgpack(inner) for inner in item]
     if not isinstance(item, dict):
         return item
-    found = {plain_target(k) if isinstance(k, bytes) else k: v for k, v in item.items()}
+    found = {_text_of(key): inner for key, inner in item.items()}
     if not {"nd", "type", "data"} <= set(found):
         return {key: _numpy_of_msgpack(inner) for key, inner in found.items()}
     kind = found["type"]
@@ -216,7 +220,7 @@ def _split(item: Any) -> tuple[Any, Any]:
     if (image := _image_of(item)) is not None:
         return image, None
     if isinstance(item, Mapping):
-        parts = {plain_target(k) if isinstance(k, bytes) else k: v for k, v in item.items()}
+        parts = {_text_of(key): inner for key, inner in item.items()}
     else:
         parts = dict(enumerate(item if isinstance(item, (list, tuple)) else [item]))
     images = {key: found for key, v in parts.items() if (found := _image_of(v)) is not None}

@@ -1,13 +1,13 @@
-"""How is a pickle of strangers read without running a line of it?
+"""How is an untrusted pickle read without running any of it?
 
-A pickle is a program: it names functions and calls them. Here it can name a dozen, of which none is
-the one that it means: stand-ins take down what an array, a scalar or a picture is made of, and all
-is put together, with its sizes checked, when the program has ended. Everything else is refused by
-its full name, before it is imported.
+A pickle is a program: it names functions and calls them. Here it can name a dozen, and gets a
+stand-in for each: these note what an array, a scalar or a picture is made of, and the values are
+built, with their sizes checked, when the program has ended. Everything else is refused by its full
+name, before anything is imported.
 
-The reader is Python's own in pure Python: the one in C makes room for what a length or a number
-says before it looks whether it is there. What a few bytes unfold to, by naming one value many
-times, is bounded as well.
+The reader is Python's own, the one written in Python: the one in C allocates what a length says
+before it looks whether so many bytes are there. What a few bytes can expand to, by naming one value
+many times, is bounded as well.
 
 Source: Python's pickletools.py, which describes the opcodes; NEP 1 for what NumPy pickles.
 """
@@ -28,7 +28,7 @@ from dlhelpers.printable import printable
 __all__ = ["PickleError", "unpickle"]
 
 _LEAST_WEIGHT = 10_000
-_UNFOLDED = 4  # bytes and values that a byte of a pickle may stand for
+_EXPANSION = 4  # bytes and values that a byte of a pickle may stand for
 _DTYPE = re.compile(r"[?bBhHiIlLqQefd]|[biuf][1248]|[SU]\d{1,9}")
 _PICTURES = re.compile(r"PIL\.Image Image|PIL\.(\w+)ImagePlugin \1ImageFile", re.IGNORECASE)
 _PIXEL_BYTES = {"L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "RGBA": 4, "CMYK": 4}
@@ -39,7 +39,7 @@ _ADVICE = (
 
 
 class PickleError(ValueError):
-    """A pickle that is not whole, or asks for more than plain values and arrays."""
+    """A pickle that is not whole, or asks for more than plain values, arrays and pictures."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -56,7 +56,7 @@ def unpickle(data: bytes) -> Any:
         numbers) and PIL images. Text of Python 2 comes as bytes.
 
     Raises:
-        PickleError: it names other code, is damaged, or unfolds to far more than its size.
+        PickleError: it names other code, is damaged, or expands to far more than its size.
 
     >>> unpickle(pickle.dumps((b"image", np.int64(3))))
     (b'image', 3)
@@ -68,7 +68,8 @@ def unpickle(data: bytes) -> Any:
     try:
         found = _Reader(file, len(data)).load()
         if rest := len(data) - file.tell():
-            raise PickleError(f"{rest} bytes follow the end of its pickle")
+            what = "1 byte follows" if rest == 1 else f"{rest} bytes follow"
+            raise PickleError(f"{what} the end of its pickle")
         return _plain(found, _Budget(len(data)))
     except PickleError:
         raise
@@ -162,7 +163,8 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -
 
 
 def _scalar(dtype: Any, data: Any = b"") -> Any:
-    return _array_of(data, dtype, (), "C").item()
+    found = _array_of(data, dtype, (), "C")
+    return bytes(data) if found.dtype.kind == "S" else found.item()  # item() drops zeros at the end
 
 
 def _array_of(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
@@ -279,15 +281,15 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
 
 class _Budget:
-    """How much a pickle of so many bytes may still unfold to."""
+    """How much a pickle of so many bytes may still expand to."""
 
     def __init__(self, size: int) -> None:
-        self.left = max(_LEAST_WEIGHT, _UNFOLDED * size)
+        self.left = max(_LEAST_WEIGHT, _EXPANSION * size)
 
     def spend(self, weight: int) -> None:
         self.left -= weight
         if self.left < 0:
-            raise PickleError("its pickle unfolds to many times its size, and is not read")
+            raise PickleError("its pickle expands to many times its size and is not read")
 
 
 def _plain(value: Any, budget: _Budget) -> Any:
