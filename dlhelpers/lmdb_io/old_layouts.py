@@ -113,7 +113,7 @@ class Layout:
         self.problems += [
             (
                 key.decode(),
-                f"says {_counted(said, 'record')}, but the database holds {len(self.keys)}",
+                f"says {_counted(said, 'record')}, but there are {len(self.keys)}",
             )
             for key, said in counts.items()
             if said != len(self.keys)
