@@ -428,6 +428,20 @@ def test_a_database_of_ours_and_one_with_two_values_under_a_key_are_refused(tmp_
         open_old(old)
 
 
+def test_a_file_that_is_open_stays_open_and_usable(tmp_path):
+    write_lmdb([("a", PNGS[0], 1)], tmp_path / "ours", progress=False)
+    dataset = LMDBDataset(tmp_path / "ours", decode=None)
+    assert dataset[0] == (PNGS[0], 1)
+    with pytest.raises(DatabaseError, match="open in this process"):
+        open_old(tmp_path / "ours")
+    assert dataset[0] == (PNGS[0], 1)
+    source = open_old(old_database(tmp_path / "old", {b"a": PNGS[0]}))
+    assert open_old(tmp_path / "old").load(source.items[0]).image == PNGS[0]  # twice at once
+    with pytest.raises(DatabaseError, match="open in this process|none that write_lmdb"):
+        LMDBDataset(tmp_path / "old" / "data.mdb")
+    assert source.load(source.items[0]).image == PNGS[0]
+
+
 def test_paths_that_are_no_database(tmp_path):
     old_database(tmp_path / "train", {b"a": PNGS[0]})
     with pytest.raises(FileNotFoundError, match=r"without data\.mdb: give one of train"):
@@ -656,6 +670,7 @@ def test_nothing_is_written_beside_the_old_database(tmp_path):
     data = (old / "data.mdb").read_bytes()
     convert_lmdb(old, tmp_path / "new", progress=False)
     assert os.listdir(old) == ["data.mdb"]
+    lmdb.open(os.fspath(old), readonly=True, lock=False).close()  # nobody holds it any more
     assert (old / "data.mdb").read_bytes() == data
 
 

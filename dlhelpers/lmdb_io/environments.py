@@ -143,14 +143,20 @@ def open_environment(path: Path, kind: type[Environment] = Environment) -> Any:
     It stays open as long as somebody holds it. ``kind`` is the class that opens it.
 
     Raises:
-        FileNotFoundError, PermissionError, DatabaseError: as :class:`Environment`.
+        FileNotFoundError, PermissionError, DatabaseError: as :class:`Environment`; also where the
+            file is open as another kind.
     """
     with _lock:
         stat = os.stat(path) if path.exists() else None
         key = None if stat is None else (stat.st_dev, stat.st_ino or hash(str(path)))
         found = _shared.get(key) if key else None
-        if found is not None and found.pid == os.getpid() and type(found) is kind:
-            return found
+        if found is not None and found.pid == os.getpid():
+            if type(found) is kind:
+                return found
+            raise schema.DatabaseError(
+                f"{path} is open in this process already, as a database of another kind: let go "
+                "of that first, LMDB allows one for each file"
+            )
         if found is not None:  # inherited through a fork
             found.close()
         environment = kind(path)

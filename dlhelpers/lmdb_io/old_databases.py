@@ -128,17 +128,19 @@ class OldDatabase(Source):
 
     def stamp(self, task: Any) -> Stamp:
         """Return key, label where it stands by itself, size of the value, and the file's time."""
-        value = self._get(task.key)
-        return self._stamp(task, -1 if value is None else len(value))
+        return self._stamp(task, self._opened().length(task.key, self._databases[0]))
 
     def _stamp(self, task: Any, size: int) -> Stamp:
         label = b"" if task.label is None else self._get(task.label, is_label=True) or b""
         return Stamp(b"%s|%s" % (task.key, label), size, self._time)
 
     def _get(self, key: bytes, is_label: bool = False) -> bytes | None:
+        return self._opened().get(key, self._databases[is_label])
+
+    def _opened(self) -> OldEnvironment:
         if self._environment is None or self._environment.pid != os.getpid():
             self._environment = open_environment(self.path, OldEnvironment)
-        return self._environment.get(key, self._databases[is_label])
+        return self._environment
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("path", "form", "_bgr", "_databases", "_has_numbers", "_time")

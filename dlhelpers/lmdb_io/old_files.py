@@ -7,7 +7,7 @@ tree first, and over where each value begins and ends.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,21 @@ class OldEnvironment(Environment):
 
     def get(self, key: bytes, name: bytes | None) -> bytes | None:
         """Return a value; None also for what cannot be a key."""
+        return self._read(key, name, bytes)
+
+    def length(self, key: bytes, name: bytes | None) -> int:
+        """Return the bytes of a value, without a look at them; -1 where there is none."""
+        found = self._read(key, name, len)
+        return -1 if found is None else found
+
+    def _read(self, key: bytes, name: bytes | None, make: Callable[[memoryview], Any]) -> Any:
         import lmdb
 
         handle = self.database(name)
         try:
-            with self._env.begin(db=handle) as txn:
-                return txn.get(key)
+            with self._env.begin(db=handle, buffers=True) as txn:
+                view = txn.get(key)
+                return None if view is None else make(view)
         except lmdb.BadValsizeError:
             return None
 

@@ -97,10 +97,9 @@ class _DType:
     def __init__(self, code: Any, *_flags: Any) -> None:
         self.code = code.decode() if isinstance(code, bytes) else code
         if not isinstance(self.code, str) or not _DTYPE.fullmatch(self.code):
-            what = "objects, of which each is code" if self.code in ("O", "O8", "O4") else "that"
             raise PickleError(
                 f"it holds a NumPy array of type {str(self.code)[:20]!r}, expected numbers or "
-                f"texts, not {what}: {_ADVICE}"
+                f"texts: {_ADVICE}"
             )
         self.order = "="
 
