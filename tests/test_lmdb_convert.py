@@ -330,10 +330,12 @@ def test_pixels_of_caffe_arrive_as_rgb_and_encoded_images_as_they_are(tmp_path):
     entries = {b"%08d_a.jpg" % n: caffe(PIXELS[n], n) for n in range(4)}
     entries[b"00000004_b.jpg"] = field_of(4, PNGS[4]) + field_of(5, 4) + field_of(7, 1)
     entries[b"00000005_c.jpg"] = caffe(PIXELS[5, ..., :1], 5)
+    entries[b"00000006_d.jpg"] = field_of(4, PNGS[6]) + field_of(5, 6)  # not said, but encoded
     found, report = converted(tmp_path, entries)
     assert [(key, target) for key, _, target in found] == [
         (key.decode(), n) for n, key in enumerate(entries)
     ]
+    assert found[6][1] == PNGS[6]
     for n in range(4):
         assert np.array_equal(pixels_of(found[n][1]), PIXELS[n])
     assert found[4][1] == PNGS[4]
@@ -437,7 +439,7 @@ def test_a_file_that_is_open_stays_open_and_usable(tmp_path):
     assert dataset[0] == (PNGS[0], 1)
     source = open_old(old_database(tmp_path / "old", {b"a": PNGS[0]}))
     assert open_old(tmp_path / "old").load(source.items[0]).image == PNGS[0]  # twice at once
-    with pytest.raises(DatabaseError, match="open in this process|none that write_lmdb"):
+    with pytest.raises(DatabaseError, match=r"open in this process|none that write_lmdb"):
         LMDBDataset(tmp_path / "old" / "data.mdb")
     assert source.load(source.items[0]).image == PNGS[0]
 
