@@ -559,6 +559,7 @@ def test_names_are_refused_before_their_module_is_imported(tmp_path, monkeypatch
 LAUGHS = (
     b"(lp0\n" + b"".join(b"(" + b"g%d\n" % n * 10 + b"lp%d\n" % (n + 1) for n in range(9)) + b"."
 )
+AB = b"c_codecs\nencode\n(Vab\nVlatin1\ntR"
 ZEROS = b"cnumpy\ndtype\n(Vu1\nI00\nI01\ntR"
 
 
@@ -566,6 +567,13 @@ ZEROS = b"cnumpy\ndtype\n(Vu1\nI00\nI01\ntR"
     "bomb",
     [
         LAUGHS,
+        LAUGHS[:-1] + b"cnumpy.core.numeric\n_frombuffer\n(" + AB + ZEROS + b"g9\ntR.",
+        LAUGHS[:-1] + b"cnumpy\ndtype\n(g9\ntR.",
+        LAUGHS.replace(b"l", b"t")[:-1] + b"0(g9\nNd.",  # a key whose hash takes for ever
+        b"\x80\x02" + LAUGHS.replace(b"l", b"t")[:-1] + b"0}g9\nNs.",
+        b"\x80\x02" + LAUGHS.replace(b"l", b"t")[:-1] + b"0}(g9\nNu.",
+        b"\x80\x04" + LAUGHS.replace(b"l", b"t")[:-1] + b"0\x8f(g9\n\x90.",
+        LAUGHS.replace(b"l", b"t")[:-1] + b"ccollections\nOrderedDict\n(((g9\nNtltR.",
         b"(" * 9_000 + b"t" * 9_000 + b".",
         b"]" * 9_000 + b"a" * 8_999 + b".",
         b"]\x94h\0a.",
@@ -576,12 +584,12 @@ ZEROS = b"cnumpy\ndtype\n(Vu1\nI00\nI01\ntR"
         b"\x80\x02\x8b\xff\xff\xff\x7fabc.",
         b"\x80\x04\x95\xff\xff\xff\xff\xff\0\0\0N.",
         b"c__builtin__\nbytes\n(I99999999999\ntR.",
-        b"cnumpy.core.numeric\n_frombuffer\n(Vab\n" + ZEROS + b"(I99999999\nI99999999\nttR.",
-        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(VS999999999\ntRVab\ntR.",
+        b"cnumpy.core.numeric\n_frombuffer\n(" + AB + ZEROS + b"(I99999999\nI99999999\nttR.",
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(VS999999999\ntR" + AB + b"tR.",
         b"I" + b"9" * 5000 + b"\n.",
         b"(V" + b"a" * 20_000 + b"\np0\n0" + b"(c_codecs\nencode\n(g0\nVlatin1\ntR" * 500 + b"l.",
     ],
-    ids=range(15),
+    ids=range(22),
 )
 def test_a_small_pickle_cannot_unfold_to_gigabytes(bomb):
     resource = pytest.importorskip("resource")

@@ -270,7 +270,7 @@ def _turned(pixels: np.ndarray, bgr: bool) -> np.ndarray:
 
 def _shown(item: Any, parts: Mapping[Any, Any]) -> str:
     named = isinstance(item, Mapping)
-    shown = [f"{key!r}: " * named + _kind(value) for key, value in [*parts.items()][:6]]
+    shown = [f"{str(key)[:40]!r}: " * named + _kind(value) for key, value in [*parts.items()][:6]]
     text = ", ".join(shown) + ", ..." * (len(parts) > 6)
     return f"{type(item).__name__}({text})" if isinstance(item, (list, tuple, Mapping)) else text
 

@@ -18,6 +18,7 @@ import io
 import math
 import pickle
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,6 +29,7 @@ from dlhelpers.printable import printable
 __all__ = ["PickleError", "unpickle"]
 
 _LEAST_WEIGHT = 10_000
+_MOST_AXES = 32
 _EXPANSION = 4  # bytes and values that a byte of a pickle may stand for
 _DTYPE = re.compile(r"[?bBhHiIlLqQefd]|[biuf][1248]|[SU]\d{1,9}")
 _PICTURES = re.compile(r"PIL\.Image Image|PIL\.(\w+)ImagePlugin \1ImageFile", re.IGNORECASE)
@@ -98,7 +100,7 @@ class _DType:
         self.code = code.decode() if isinstance(code, bytes) else code
         if not isinstance(self.code, str) or not _DTYPE.fullmatch(self.code):
             raise PickleError(
-                f"it holds a NumPy array of type {str(self.code)[:20]!r}, expected numbers or "
+                f"it holds a NumPy array of type {_short(self.code)}, expected numbers or "
                 f"texts: {_ADVICE}"
             )
         self.order = "="
@@ -107,7 +109,10 @@ class _DType:
         order, *structure = state[1:5]
         if any(part is not None for part in structure):
             raise PickleError(f"it holds a structured NumPy array: {_ADVICE}")
-        self.order = order.decode() if isinstance(order, bytes) else order
+        order = order.decode() if isinstance(order, bytes) else order
+        if not isinstance(order, str) or order not in ("<", ">", "=", "|"):
+            raise PickleError(f"its NumPy array has the byte order {_short(order)}")
+        self.order = order
 
     def make(self) -> np.dtype[Any]:
         return np.dtype(self.code).newbyteorder(self.order)  # type: ignore[arg-type]
@@ -133,9 +138,11 @@ class _Picture:
 
     def image(self) -> Any:
         info, mode, size, palette, data = self.state[:5]
-        if mode not in _PIXEL_BYTES:
-            raise PickleError(f"it holds a PIL image of mode {str(mode)[:20]!r}: {_ADVICE}")
+        if not isinstance(mode, str) or mode not in _PIXEL_BYTES:
+            raise PickleError(f"it holds a PIL image of mode {_short(mode)}: {_ADVICE}")
         width, height = size
+        if not isinstance(data, bytes):
+            raise PickleError(f"its PIL image holds a {type(data).__name__} as pixels")
         if not (width > 0 and height > 0 and width * height * _PIXEL_BYTES[mode] == len(data)):
             raise PickleError(f"its PIL image says {width} x {height} {mode} in {len(data)} bytes")
         image = need("PIL.Image", "a pickled PIL image").frombytes(mode, (width, height), data)
@@ -170,11 +177,11 @@ def _array_of(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not isinstance(dtype, _DType) or not isinstance(data, (bytes, bytearray)):
         raise PickleError("its NumPy array is damaged")
     made = dtype.make()
-    if not all(type(side) is int and side >= 0 for side in shape):
-        raise PickleError(f"its NumPy array has the shape {str(shape)[:60]}")
+    if len(shape) > _MOST_AXES or not all(type(s) is int and 0 <= s < 1 << 63 for s in shape):
+        raise PickleError("its NumPy array has an impossible shape")
     if math.prod(shape) * made.itemsize != len(data) or not made.itemsize:
         raise PickleError(
-            f"its NumPy array says {made} of shape {str(shape)[:60]}, and has {len(data)} bytes"
+            f"its NumPy array says {made} of shape {[*shape]}, and has {len(data)} bytes"
         )
     return np.frombuffer(bytes(data), made).reshape(shape, order=order)  # type: ignore[call-overload]
 
@@ -187,7 +194,7 @@ def _copyreg_new(kind: Any, base: Any, _state: Any) -> _Picture:
 
 def _encode(text: str, how: str = "utf-8") -> bytes:  # how protocols 0 to 2 write bytes
     if how not in ("latin1", "latin-1") or not isinstance(text, str):
-        raise PickleError(f"its pickle encodes bytes as {str(how)[:20]!r}, which Python never does")
+        raise PickleError(f"its pickle encodes bytes as {_short(how)}, which Python never does")
     return text.encode("latin-1")
 
 
@@ -200,7 +207,20 @@ def _bytes(data: Any = b"", *how: Any) -> bytes:
 
 
 def _ordered(items: Any = ()) -> dict[Any, Any]:
+    _need_simple(key for key, _ in items)
     return dict(items)
+
+
+def _need_simple(keys: Iterable[Any]) -> None:
+    # the hash of nested tuples may take for ever
+    for key in keys:
+        if type(key) not in (str, bytes, int, float, bool, type(None)):
+            raise PickleError(f"its pickle holds a dict with a {type(key).__name__} as key")
+
+
+def _short(value: Any) -> str:
+    # what is not looked at yet may be endless when it is printed
+    return repr(value[:20]) if isinstance(value, (str, bytes)) else f"<{type(value).__name__}>"
 
 
 _KNOWN: dict[str, Any] = {
@@ -262,7 +282,22 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         pickle._Unpickler.load_reduce(self)  # type: ignore[attr-defined]
 
     def _instantiate(self, kind: Any, _args: Any) -> None:
-        raise PickleError(f"its pickle makes an object as Python 2 did, of {kind}: {_ADVICE}")
+        raise PickleError(f"its pickle makes an object as Python 2 did: {_ADVICE}")
+
+    def load_set(self) -> None:
+        raise PickleError(f"its pickle holds a set, which cannot be stored: {_ADVICE}")
+
+    def load_dict(self) -> None:
+        _need_simple(self.stack[::2])
+        pickle._Unpickler.load_dict(self)  # type: ignore[attr-defined]
+
+    def load_setitems(self) -> None:
+        _need_simple(self.stack[::2])
+        pickle._Unpickler.load_setitems(self)  # type: ignore[attr-defined]
+
+    def load_setitem(self) -> None:
+        _need_simple(self.stack[-2:-1])
+        pickle._Unpickler.load_setitem(self)  # type: ignore[attr-defined]
 
     def load_bytearray(self) -> None:
         size = int.from_bytes(self.read(8), "little")
@@ -273,6 +308,11 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     for _opcode in (pickle.EXT1, pickle.EXT2, pickle.EXT4):
         dispatch[_opcode[0]] = load_extension
+    for _opcode in (pickle.EMPTY_SET, pickle.FROZENSET, pickle.ADDITEMS):
+        dispatch[_opcode[0]] = load_set
+    dispatch[pickle.DICT[0]] = load_dict
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.BUILD[0]] = load_build
     dispatch[pickle.REDUCE[0]] = load_reduce
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray
@@ -307,5 +347,5 @@ def _plain(value: Any, budget: _Budget) -> Any:
     if kind is _Picture and value.state is not None:
         budget.spend(len(value.state[4]))
         return value.image()
-    name = kind.__name__ if kind in (set, frozenset, complex, bytearray) else "part of an object"
+    name = kind.__name__ if kind in (complex, bytearray) else "part of an object"
     raise PickleError(f"its pickle holds a {name}, which cannot be stored: {_ADVICE}")
