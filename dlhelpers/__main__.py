@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["main"]
 
@@ -75,6 +76,24 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
     write = actions.add_parser("write", help="convert an image folder into one LMDB file")
     write.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
     write.add_argument("path", metavar="DST", help="the file; appears whole or not at all")
+    write.set_defaults(run=_lmdb_write)
+    _add_conversion(write)
+
+    convert = actions.add_parser("convert", help="convert an LMDB database of another program")
+    convert.add_argument("source", metavar="OLD", help="a file, or a folder with data.mdb")
+    convert.add_argument("path", metavar="NEW", help="the file; appears whole or not at all")
+    convert.add_argument("--database", metavar="NAME", help="which, where OLD holds several")
+    convert.add_argument(
+        "--bgr",
+        action=argparse.BooleanOptionalAction,
+        help="whether stored pixels are blue first (those of Caffe are, arrays are not)",
+    )
+    convert.set_defaults(run=_lmdb_convert)
+    _add_conversion(convert)
+    _add_reading(actions)
+
+
+def _add_conversion(write: argparse.ArgumentParser) -> None:
     write.add_argument("--workers", type=int, default=0, help="processes that encode (%(default)s)")
     write.add_argument("--encode", choices=("jpeg", "png", "webp", "raw"), help="store this format")
     write.add_argument(
@@ -92,8 +111,9 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
         "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
     )
     write.add_argument("--quiet", action="store_true", help="show no bar")
-    write.set_defaults(run=_lmdb_write)
 
+
+def _add_reading(actions: Any) -> None:
     verify = actions.add_parser("verify", help="compare every record with its checksum")
     verify.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
     verify.add_argument("--quiet", action="store_true", help="show no bar")
@@ -107,21 +127,36 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
 def _lmdb_write(options: argparse.Namespace) -> int:
     from dlhelpers import lmdb_io
 
-    report = lmdb_io.write_lmdb(
+    print(lmdb_io.write_lmdb(options.source, options.path, **_conversion(options)))
+    return 0
+
+
+def _lmdb_convert(options: argparse.Namespace) -> int:
+    from dlhelpers import lmdb_io
+
+    report = lmdb_io.convert_lmdb(
         options.source,
         options.path,
-        workers=options.workers,
-        encode=options.encode,
-        resize=options.resize,
-        quality=options.quality,
-        resume=options.resume,
-        on_error="skip" if options.skip_errors else "raise",
-        shard=_shard(options.shard),
-        lock=not options.no_lock,
-        progress=False if options.quiet else None,
+        database=options.database,
+        bgr=options.bgr,
+        **_conversion(options),
     )
     print(report)
     return 0
+
+
+def _conversion(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "workers": options.workers,
+        "encode": options.encode,
+        "resize": options.resize,
+        "quality": options.quality,
+        "resume": options.resume,
+        "on_error": "skip" if options.skip_errors else "raise",
+        "shard": _shard(options.shard),
+        "lock": not options.no_lock,
+        "progress": False if options.quiet else None,
+    }
 
 
 def _lmdb_verify(options: argparse.Namespace) -> int:

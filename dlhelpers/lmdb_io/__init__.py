@@ -11,6 +11,7 @@ the decoder matters more than the store; notebook 02 measures both.
     write_lmdb("photos", "photos.lmdb", workers=2, resize=256)     # appears whole or not at all
     dataset = LMDBDataset("photos.lmdb", transform)                # dataset[i] -> (image, target)
     verify_lmdb("photos.lmdb")                                     # every record's checksum
+    convert_lmdb("old", "new.lmdb")                                # what a tutorial or Caffe wrote
 
 The layout of the file stands in :mod:`dlhelpers.lmdb_io.schema`; nothing in it is pickled.
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dlhelpers.lmdb_io.dataset import LMDBDataset
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
+from dlhelpers.lmdb_io.old_databases import convert_lmdb
 from dlhelpers.lmdb_io.schema import DatabaseError
 from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.verifying import info_lmdb, verify_lmdb
@@ -33,6 +35,7 @@ __all__ = [
     "DatabaseError",
     "LMDBDataset",
     "SourceError",
+    "convert_lmdb",
     "decoders",
     "info_lmdb",
     "load_decoder",

@@ -38,10 +38,13 @@ class Environment:
     """An open file of records, for reading.
 
     Attributes:
+        databases: how many named ones can be opened.
         path: the file.
         pid: the process that opened it.
         begin: starts a read transaction on the records.
     """
+
+    databases = 3
 
     def __init__(self, path: Path, *, whole: bool = True) -> None:
         """Open a file; ``whole`` asks that each of its pages is there.
@@ -61,7 +64,7 @@ class Environment:
                 lock=False,
                 readahead=_fits_in_memory(size),
                 meminit=False,
-                max_dbs=3,
+                max_dbs=self.databases,
                 max_spare_txns=8,
             )
         except lmdb.Error as error:
@@ -95,7 +98,8 @@ class Environment:
         except lmdb.Error:  # not found, of another kind, or broken
             raise schema.DatabaseError(
                 f"{self.path} is an LMDB file, but none that write_lmdb has written (it holds no "
-                "records of its schema): convert its source with write_lmdb"
+                "records of its schema): convert_lmdb (python -m dlhelpers lmdb convert) reads "
+                "many such, write_lmdb its source"
             ) from None
         self.begin = partial(self._env.begin, db=self.records, buffers=True)
 
@@ -133,23 +137,29 @@ def lmdb_path(path: Path) -> str | bytes:
     return str(path) if os.name == "nt" else os.fsencode(path)
 
 
-def open_environment(path: Path) -> Environment:
+def open_environment(path: Path, kind: type[Environment] = Environment) -> Any:
     """Return the environment of a file in this process, opened if it is not yet.
 
-    It stays open as long as somebody holds it.
+    It stays open as long as somebody holds it. ``kind`` is the class that opens it.
 
     Raises:
-        FileNotFoundError, PermissionError, DatabaseError: as :class:`Environment`.
+        FileNotFoundError, PermissionError, DatabaseError: as :class:`Environment`; also where the
+            file is open as another kind.
     """
     with _lock:
         stat = os.stat(path) if path.exists() else None
         key = None if stat is None else (stat.st_dev, stat.st_ino or hash(str(path)))
         found = _shared.get(key) if key else None
         if found is not None and found.pid == os.getpid():
-            return found
+            if type(found) is kind:
+                return found
+            raise schema.DatabaseError(
+                f"{path} is open in this process already, as a database of another kind: let go "
+                "of that first, LMDB allows one for each file"
+            )
         if found is not None:  # inherited through a fork
             found.close()
-        environment = Environment(path)
+        environment = kind(path)
         _shared[key] = environment
         return environment
 

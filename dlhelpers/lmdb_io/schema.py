@@ -240,7 +240,8 @@ def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
     if value is None:
         raise DatabaseError(
             f"{path} is an LMDB file, but none that write_lmdb has written (it has no entry "
-            "'meta'): convert its source with write_lmdb"
+            "'meta'): convert_lmdb (python -m dlhelpers lmdb convert) reads "
+            "many such, write_lmdb its source"
         )
     checksum, _, text = value.partition(b" ")
     try:

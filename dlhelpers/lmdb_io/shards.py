@@ -45,7 +45,8 @@ def shard_files(path: Path) -> list[Path]:
         raise DatabaseError(
             f"{path} is a database of LMDB in a folder (data.mdb), as lmdb.open writes it without "
             f"subdir=False. If write_lmdb has written it, give {path / 'data.mdb'}; otherwise "
-            "convert its source with write_lmdb"
+            "convert_lmdb (python -m dlhelpers lmdb convert) reads "
+            "many such, write_lmdb its source"
         )
     if next(path.glob(".shard-*.part"), None):
         raise DatabaseError(

@@ -111,6 +111,8 @@ def open_source(source: Any) -> Source:
     """
     from dlhelpers.lmdb_io.wrappers import look_through
 
+    if isinstance(source, Source):
+        return source
     if isinstance(source, (str, os.PathLike)):
         return _Folder.scan(Path(source).expanduser())
     if isinstance(source, (list, tuple)):

@@ -143,9 +143,12 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -
     return VerifyReport(path, count, image_bytes)
 
 
-def find_problems(path: Path) -> list[str]:
-    """Return what is wrong with one file, whole or under way, found in a child process."""
-    return _in_a_child(path, progress=False)[0]
+def find_problems(path: Path, module: str = __name__) -> list[str]:
+    """Return what is wrong with one file, whole or under way, found in a child process.
+
+    The child calls ``_main(path, "")`` of a module, which prints what :func:`_check` yields.
+    """
+    return _in_a_child(path, progress=False, module=module)[0]
 
 
 def peek_state(path: Path) -> dict[str, Any] | str:
@@ -199,14 +202,14 @@ def _keys_in_two_shards(files: list[Path]) -> list[str]:
 
 
 def _in_a_child(
-    path: Path, progress: bool | None, entry: bytes = b""
+    path: Path, progress: bool | None, entry: bytes = b"", module: str = __name__
 ) -> tuple[list[str], dict[str, Any] | None]:
     """Run :func:`_main` on a file; return problems and the meta entry, or the given entry."""
 
     root = str(Path(__file__).resolve().parents[2])
     known = os.environ.get("PYTHONPATH")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, known)))}
-    code = "import sys; from dlhelpers.lmdb_io.verifying import _main; _main(*sys.argv[1:])"
+    code = f"import sys; from {module} import _main; _main(*sys.argv[1:])"
     command = [sys.executable, "-c", code, os.fspath(path), entry.decode()]
     problems: list[str] = []
     meta, at, ended = None, 0, False

@@ -150,7 +150,7 @@ def write_lmdb(
     if opened.problems and on_error == "raise":
         what, why = opened.problems[0]
         raise SourceError(
-            f'{one_line(what)}: {one_line(why)}; on_error="skip" keeps the class and goes on'
+            f'{one_line(what)}: {one_line(why)}; on_error="skip" lists it and goes on'
         )
     target = _target(Path(path).expanduser().resolve(), shard)
     target.parent.mkdir(parents=True, exist_ok=True)
