@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dlhelpers.lmdb_io.dataset import LMDBDataset
+    from dlhelpers.lmdb_io.sampling import WindowSampler
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
 from dlhelpers.lmdb_io.schema import DatabaseError
@@ -33,6 +34,7 @@ __all__ = [
     "DatabaseError",
     "LMDBDataset",
     "SourceError",
+    "WindowSampler",
     "decoders",
     "info_lmdb",
     "load_decoder",
@@ -42,6 +44,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LMDBDataset":  # brings torch, which converting and verifying do not need
-        return importlib.import_module("dlhelpers.lmdb_io.dataset").LMDBDataset
+    # these bring torch, which converting and verifying do not need
+    if module := {"LMDBDataset": "dataset", "WindowSampler": "sampling"}.get(name):
+        return getattr(importlib.import_module(f"dlhelpers.lmdb_io.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,371 @@
+"""WindowSampler, by counting what each rank is given: in order, resumed, and on other ranks."""
+
+import hashlib
+import itertools
+import json
+import math
+import tracemalloc
+from collections import Counter, OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    Subset,
+    random_split,
+)
+
+from dlhelpers.lmdb_io import LMDBDataset, WindowSampler, ordering, write_lmdb
+
+MASK = 2**64 - 1
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Items that are their own index."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return index
+
+
+def samplers(dataset, world, **options):
+    return [WindowSampler(dataset, world, rank, **options) for rank in range(world)]
+
+
+def dealt(ranks):
+    """The samples of a whole pass, turn by turn as the ranks read them."""
+    turns = itertools.zip_longest(*map(list, ranks))
+    return [index for turn in turns for index in turn if index is not None]
+
+
+# ---- the order ----
+
+
+def splitmix(seed):
+    """The generator as its authors' C program has it, in Python's integers."""
+    while True:
+        seed = (seed + 0x9E3779B97F4A7C15) & MASK
+        value = ((seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+        yield value ^ (value >> 31)
+
+
+def shuffled(items, name):
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return [item for _, item in sorted(zip(splitmix(key), items, strict=False))]
+
+
+def order_by_definition(shards, window, block, seed, epoch):
+    """Items of all shards, read off from the description of the order."""
+    if window is None:
+        return shuffled([item for shard in shards for item in shard], f"{seed}|{epoch}|all")
+    blocks = [
+        shard[first : first + block] for shard in shards for first in range(0, len(shard), block)
+    ]
+    line = [item for part in shuffled(blocks, f"{seed}|{epoch}|blocks") for item in part]
+    parts = [line[first : first + window] for first in range(0, len(line), window)]
+    return [
+        item
+        for number, part in enumerate(parts)
+        for item in shuffled(part, f"{seed}|{epoch}|window {number}")
+    ]
+
+
+def test_the_generator_is_splitmix64():
+    # the values that implementations in other languages are checked with
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert ordering._splitmix(1234567, 3).tolist() == expected
+    assert list(itertools.islice(splitmix(1234567), 3)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(sum),
+    window=st.none() | st.integers(1, 30),
+    block=st.integers(1, 25),
+    seed=st.sampled_from([0, 7, 2**64 - 1]),
+    epoch=st.integers(0, 3),
+    world=st.integers(1, 3),
+)
+def test_the_order_is_that_of_its_definition(sizes, window, block, seed, epoch, world):
+    ends = np.cumsum(sizes).tolist()
+    shards = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    parts = ConcatDataset([Subset(Numbers(size), range(size)) for size in sizes])
+    ranks = samplers(parts, world, window=window, block=window and block, seed=seed, drop_last=True)
+    for sampler in ranks:
+        sampler.set_epoch(epoch)
+    expected = order_by_definition(shards, window, block, seed, epoch)
+    assert dealt(ranks) == expected[: sum(sizes) // world * world]
+
+
+def test_without_shuffling_it_deals_as_distributed_sampler():
+    for count, world, drop_last in itertools.product((0, 1, 2, 7, 12), (1, 2, 5), (False, True)):
+        for rank in range(world):
+            options = {"shuffle": False, "drop_last": drop_last}
+            theirs = DistributedSampler(Numbers(count), world, rank, **options)
+            mine = WindowSampler(Numbers(count), world, rank, window=3, **options)
+            assert isinstance(mine, DistributedSampler)
+            expected = list(theirs) if count >= world or not drop_last else []  # theirs may fail
+            assert list(mine) == expected
+            assert len(mine) == mine.num_samples == len(expected)
+            assert mine.total_size == len(expected) * world
+
+
+@pytest.mark.parametrize(("count", "table"), [(2, 2**20), (3, 2**20), (16, 2**20), (16, 0)])
+def test_each_item_comes_equally_often_at_each_place(monkeypatch, table, count):
+    monkeypatch.setattr(ordering, "_LARGEST_TABLE", table)
+    order = ordering.Order(Numbers(count), shuffle=True, window=None, block=None, seed=5)
+    epochs = 500
+    places = np.arange(count)
+    found = np.array([order.epoch(epoch)(places) for epoch in range(epochs)])
+    assert (np.sort(found, axis=1) == places).all()
+    counts = np.array([np.bincount(column, minlength=count) for column in found.T])
+    expected = epochs / count
+    # chi squared with (count - 1)^2 degrees of freedom: mean that, variance twice that
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = (count - 1) ** 2
+    assert statistic < freedom + 6 * math.sqrt(2 * freedom) + 12
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 65, 1000, 4096])
+def test_a_permutation_without_a_table_gives_each_item_once(monkeypatch, count):
+    monkeypatch.setattr(ordering, "_LARGEST_TABLE", 0)
+    found = list(WindowSampler(Numbers(count)))
+    assert sorted(found) == list(range(count))
+    assert count < 64 or found != sorted(found)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    sampler, again = (WindowSampler(Numbers(50), window=20, seed=1) for _ in range(2))
+    found = []
+    for epoch in (0, 1, 2, 0):
+        sampler.set_epoch(epoch)
+        again.set_epoch(epoch)
+        found.append(list(sampler))
+        assert found[-1] == list(again)
+    assert found[3] == found[0]
+    found[3] = list(WindowSampler(Numbers(50), window=20, seed=2))
+    assert len({tuple(order) for order in found}) == 4
+
+
+# ---- what a disk and a model see ----
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A folder of three shards, 40 images of 8 x 8."""
+    path = tmp_path_factory.mktemp("sampling") / "shards"
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    items = [(image, number) for number, image in enumerate(pixels)]
+
+    class Items(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(items)
+
+        def __getitem__(self, index):
+            return items[index]
+
+    for rank in range(3):
+        write_lmdb(Items(), path, shard=(rank, 3), encode="raw", progress=False)
+    return path
+
+
+def test_shards_come_whole_and_in_random_order(shards):
+    dataset = LMDBDataset(shards)
+    shard_of = [0] * 13 + [1] * 13 + [2] * 14
+    seen = set()
+    sampler = WindowSampler(dataset, window=5)
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert sorted(order) == list(range(40))
+        # windows mix the ends of neighbors, five items each way at most
+        first = [shard_of[index] for index in order]
+        places = [np.flatnonzero(np.array(first) == shard) for shard in range(3)]
+        assert all(np.ptp(place) < len(place) + 10 for place in places)
+        seen.add(tuple(dict.fromkeys(first)))
+    assert len(seen) == 6
+
+
+def test_the_images_are_those_of_the_indices(shards):
+    dataset = LMDBDataset(shards)
+    ranks = samplers(dataset, 2, window=8)
+    targets = [
+        target
+        for sampler in ranks
+        for _, batch in DataLoader(dataset, batch_size=6, sampler=sampler)
+        for target in batch.tolist()
+    ]
+    assert sorted(targets) == list(range(40))
+
+
+def reads(order, records, memory):
+    """Count the runs of ``records`` neighbors that a disk reads, if memory keeps some runs."""
+    kept, count = OrderedDict(), 0
+    for index in order:
+        run = index // records
+        if run in kept:
+            kept.move_to_end(run)
+            continue
+        count += 1
+        kept[run] = None
+        if len(kept) > memory:
+            kept.popitem(last=False)
+    return count
+
+
+def test_a_window_reads_the_file_once_and_a_full_shuffle_many_times():
+    count, window, records = 20_000, 1024, 32  # blocks of 32
+    memory = 2 * window // records  # runs: a tenth of the file
+    once = count // records
+    assert reads(WindowSampler(Numbers(count), window=window), records, memory) <= 1.1 * once
+    # as many as records, but for those that happen to be in memory
+    expected = count * (1 - memory / once)
+    found = reads(WindowSampler(Numbers(count)), records, memory)
+    assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("window", "block"), [(1024, 32), (1024, 128), (4096, None)])
+def test_batches_of_a_sorted_file_mix_as_many_classes_as_documented(window, block):
+    count, batch, size = 64 * 1024, 64, 128  # 512 classes of 128
+    order = np.array(list(WindowSampler(Numbers(count), window=window, block=block)))
+    found = [len(np.unique(part // size)) for part in order.reshape(-1, batch)]
+    blocks = window / (block or math.isqrt(window))
+    assert np.mean(found) == pytest.approx(blocks * (1 - (1 - 1 / blocks) ** batch), rel=0.06)
+
+
+def runs(places):
+    return 1 + int((np.abs(np.diff(np.sort(places))) > 1).sum())
+
+
+def test_parts_of_a_split_are_read_in_the_order_of_the_file():
+    whole = Numbers(4000)
+    half, _ = random_split(whole, [0.5, 0.5], torch.Generator().manual_seed(1))
+    order = [half.indices[index] for index in WindowSampler(half, window=100)]
+    assert sorted(order) == sorted(half.indices)
+    # each window holds ten blocks of ten, which lie within about twenty records of the file
+    spans = [len(np.unique(np.array(part) // 20)) for part in np.reshape(order, (-1, 100))]
+    assert np.mean(spans) < 30
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda d: Subset(d, [3, 1, 1, -1]),
+        lambda d: Subset(Subset(d, torch.tensor([7, 5, 3, 1])), np.array([0, -1])),
+        lambda d: Subset(ConcatDataset([Subset(d, range(9, 0, -1)), d]), range(4, 14)),
+        lambda d: ConcatDataset([d, Subset(d, []), d]),
+        lambda d: Subset(d, []),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"window": 4, "block": 3}])
+def test_wrapped_datasets_give_each_item_once(shards, wrap, options):
+    for inner in (Numbers(10), LMDBDataset(shards)):
+        dataset = wrap(inner)
+        assert sorted(dealt(samplers(dataset, 1, **options))) == list(range(len(dataset)))
+
+
+def test_a_class_with_a_length_of_its_own_is_a_plain_dataset(shards):
+    class Twice(LMDBDataset):
+        def __len__(self):
+            return 2 * super().__len__()
+
+    assert sorted(WindowSampler(Twice(shards), window=8)) == list(range(80))
+
+
+def test_fourteen_million_items_take_no_list_of_them():
+    count = 14_000_000
+    for options, most in (({}, 2e6), ({"window": 10_000}, 12e6), ({"shuffle": False}, 2e6)):
+        tracemalloc.start()
+        sampler = WindowSampler(Numbers(count), 8, 3, **options)
+        state = sampler.state_dict() | {"consumed": count - 100_000}
+        sampler.load_state_dict(state)
+        found = [index for index, _ in zip(sampler, range(5000), strict=False)]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(set(found)) == 5000
+        assert peak < most
+
+
+# ---- going on ----
+
+
+def run(ranks, batch, steps):
+    """Let all ranks consume up to some batches in step; return what each read, batch by batch."""
+    passes, read = [iter(sampler) for sampler in ranks], []
+    for _ in range(steps):
+        batches = [list(itertools.islice(a_pass, batch)) for a_pass in passes]
+        assert len({len(part) for part in batches}) == 1
+        if not batches[0]:
+            break
+        for sampler, part in zip(ranks, batches, strict=True):
+            sampler.advance(len(part))
+        read += [index for part in batches for index in part]
+    return read
+
+
+stop = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 8))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(0, 60),
+    stops=st.lists(stop, max_size=4),
+    world=st.integers(1, 6),
+    batch=st.integers(1, 7),
+    window=st.none() | st.integers(1, 30),
+    drop_last=st.booleans(),
+    shuffle=st.booleans(),
+)
+def test_each_item_is_read_once_however_often_training_stops(
+    count, stops, world, batch, window, drop_last, shuffle
+):
+    """Each stop is (ranks, their batch, steps); then come the rest, and the next epoch."""
+    dataset = Numbers(count)
+    options = {"window": window, "drop_last": drop_last, "shuffle": shuffle, "seed": 3}
+    read, state, named = Counter(), None, []
+    for ranks_now, batch_now, steps in [*stops, (world, batch, 10**6)]:
+        ranks = samplers(dataset, ranks_now, **options)
+        for sampler in ranks:
+            if state is None:
+                sampler.set_epoch(1)
+            else:
+                sampler.load_state_dict(json.loads(json.dumps(state)))
+                assert sampler.epoch == 1
+                sampler.set_epoch(sampler.epoch)
+            left = count - (state["consumed"] if state else 0)
+            share = left // ranks_now if drop_last else math.ceil(left / ranks_now)
+            assert len(sampler) == share
+        now = run(ranks, batch_now, steps)
+        assert len(now) <= share * ranks_now
+        read.update(now)
+        if len(now) == share * ranks_now and not drop_last and share:
+            named += ranks[0].repeats  # read, since the pass went to its end
+        states = [sampler.state_dict() for sampler in ranks]
+        assert all(one == states[0] for one in states)
+        state = states[0]
+    again = Counter(named)
+    assert len(named) < max(max(w for w, *_ in [*stops, (world, 0, 0)]), 1)
+    if drop_last:
+        assert set(read.values()) <= {1}
+        assert count - len(read) < world
+    else:
+        assert read == Counter(range(count)) + again
+        assert state["consumed"] == count
+    for sampler in ranks:
+        sampler.set_epoch(2)
+        assert len(sampler) == (count // world if drop_last else math.ceil(count / world))
+    fresh = samplers(dataset, world, **options)
+    for sampler in fresh:
+        sampler.set_epoch(2)
+    assert dealt(ranks) == dealt(fresh)
