@@ -4,7 +4,14 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
 import tracemalloc
+import warnings
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -369,3 +376,408 @@ def test_each_item_is_read_once_however_often_training_stops(
     for sampler in fresh:
         sampler.set_epoch(2)
     assert dealt(ranks) == dealt(fresh)
+
+
+def test_a_pass_that_is_left_begins_again_where_it_began():
+    sampler = WindowSampler(Numbers(20))
+    whole = list(sampler)
+    assert [next(iter(sampler)) for _ in range(2)] == whole[:1] * 2  # a look at the first
+    sampler.load_state_dict(sampler.state_dict() | {"consumed": 12})
+    assert len(sampler) == 8
+    assert [next(iter(sampler)) for _ in range(2)] == whole[12:13] * 2
+    assert list(sampler) == whole[12:]
+    assert list(sampler) == whole
+    assert len(sampler) == 20
+
+
+def test_the_last_pass_counts_and_an_earlier_one_goes_on():
+    sampler = WindowSampler(Numbers(20))
+    first = iter(sampler)
+    read = [next(first) for _ in range(5)]
+    sampler.advance(5)
+    second = iter(sampler)
+    assert next(second) == read[0]
+    read += first
+    assert sorted(read) == list(range(20))
+    with pytest.raises(ValueError, match=r"advance\(2\) after 0: the sampler has handed out 1 sam"):
+        sampler.advance(2)
+    sampler.advance(1)
+    assert sampler.state_dict()["consumed"] == 1
+    assert len(list(second)) == 19
+
+
+def test_the_state_at_the_end_of_an_epoch_has_nothing_left_of_it():
+    sampler = WindowSampler(Numbers(10), seed=1)
+    sampler.set_epoch(4)
+    run([sampler], 4, 100)
+    state = sampler.state_dict()
+    other = WindowSampler(Numbers(10), seed=1)
+    other.load_state_dict(state)
+    assert (other.epoch, len(other)) == (4, 0)
+    other.set_epoch(4)
+    assert list(other) == []
+    other.set_epoch(5)
+    assert len(other) == len(list(other)) == 10
+
+
+def test_leaving_a_resumed_epoch_by_mistake_warns():
+    state = WindowSampler(Numbers(10)).state_dict() | {"epoch": 3, "consumed": 4}
+    sampler = WindowSampler(Numbers(10))
+    sampler.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"set_epoch\(0\) leaves epoch 3.*6 of 10 samples to go"):
+        sampler.set_epoch(0)
+    assert len(sampler) == 10
+    sampler.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler.set_epoch(4)  # the loop says that the epoch was over
+        assert len(sampler) == 10
+        sampler.load_state_dict(state | {"consumed": 10})
+        sampler.set_epoch(0)
+
+
+# ---- loaders ----
+
+
+def batches(loader, count=None):
+    """Read some batches, all of them without a count."""
+    return [batch.tolist() for batch in itertools.islice(loader, count)]
+
+
+def flat(parts):
+    return [index for part in parts for index in part]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_loader_goes_on_from_what_was_consumed(workers):
+    dataset = Numbers(50)
+    options = {"batch_size": 4, "num_workers": workers, "persistent_workers": workers > 0}
+    sampler = WindowSampler(dataset, window=10)
+    loader = DataLoader(dataset, sampler=sampler, **options)
+    whole = list(WindowSampler(dataset, window=10))
+    assert len(loader) == 13
+    read = []
+    for batch in loader:
+        read += batch.tolist()
+        sampler.advance(len(batch))
+        if len(read) == 12:
+            break
+    assert sampler._handed_out == (28 if workers else 12)  # three batches, and four in advance
+    state = sampler.state_dict()
+    assert state["consumed"] == 12
+    sampler.load_state_dict(state)  # in the same process, whose workers live on
+    for batch in loader:
+        assert len(loader) == math.ceil(38 / 4)
+        read += batch.tolist()
+        sampler.advance(len(batch))
+    assert read == whole
+    assert len(loader) == 13
+    assert flat(batches(loader)) == whole
+
+
+def test_a_loader_without_the_last_batch_begins_the_next_epoch_at_its_beginning():
+    dataset = Numbers(10)
+    sampler = WindowSampler(dataset)
+    loader = DataLoader(dataset, batch_size=4, sampler=sampler, drop_last=True)
+    for epoch in (0, 0, 1, 2):  # one of them twice
+        sampler.set_epoch(epoch)
+        assert len(loader) == 2
+        for batch in loader:
+            sampler.advance(len(batch))
+        assert sampler.state_dict() | {"epoch": epoch, "consumed": 8} == sampler.state_dict()
+
+
+@pytest.fixture
+def stateful():
+    return pytest.importorskip(
+        "torchdata.stateful_dataloader", reason="torchdata (extra torchdata) is not installed"
+    )
+
+
+TORCHDATAS_OWN = "ignore:'set_vital' is deprecated"
+
+
+def stateful_loader(stateful, world=1, rank=0, kind="sampler", **options):
+    dataset = Numbers(50)
+    sampler = WindowSampler(dataset, world, rank, window=10, seed=2)
+    options = {"batch_size": 4, "sampler": sampler} | options
+    if kind == "batch_sampler":
+        del options["sampler"], options["batch_size"]
+        drop_last = options.pop("drop_last")
+        options["batch_sampler"] = stateful.sampler.BatchSampler(sampler, 4, drop_last)
+    return sampler, stateful.StatefulDataLoader(dataset, **options)
+
+
+@pytest.mark.filterwarnings(TORCHDATAS_OWN)
+@pytest.mark.parametrize("kind", ["sampler", "batch_sampler"])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_stateful_loader_goes_on_by_itself(stateful, kind, drop_last, workers, every):
+    options = {
+        "kind": kind,
+        "drop_last": drop_last,
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "snapshot_every_n_steps": every,
+    }
+    sampler, loader = stateful_loader(stateful, **options)
+    reference = WindowSampler(Numbers(50), window=10, seed=2)
+    epochs = []
+    for epoch in (1, 2):
+        reference.set_epoch(epoch)
+        indices = list(reference)
+        parts = [indices[first : first + 4] for first in range(0, 50, 4)]
+        epochs.append(parts[: 12 if drop_last else 13])
+    for count in (0, 1, 5, 12):
+        sampler.set_epoch(1)
+        begun = iter(loader)
+        read = batches(begun, count)
+        state = pickle.loads(pickle.dumps(loader.state_dict()))
+        other_sampler, other = stateful_loader(stateful, **options)
+        other.load_state_dict(state)
+        resumed = iter(other)
+        assert other_sampler.epoch == 1
+        for done, batch in enumerate(resumed, count):
+            if every == 1 or not workers:  # otherwise the loader reads some batches again
+                assert len(other) == len(epochs[0]) - count  # while it is consumed, too
+            assert batch.tolist() == epochs[0][done]
+            read.append(batch.tolist())
+        assert read == epochs[0]
+        other_sampler.set_epoch(2)
+        assert len(other) == len(epochs[1])
+        assert batches(other) == epochs[1]
+
+
+@pytest.mark.filterwarnings(TORCHDATAS_OWN)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stateful_loader_has_two_workers_and_goes_on_with_other_ranks(stateful, workers):
+    read, state = [], None
+    for world, count in ((1, 3), (2, 2), (3, None)):
+        now, states = [], []
+        for rank in range(world):
+            sampler, loader = stateful_loader(stateful, world, rank, num_workers=workers)
+            sampler.set_epoch(1)
+            if state is not None:
+                loader.load_state_dict(state)
+            begun = iter(loader)
+            now.append(flat(batches(begun, count)))
+            states.append(loader.state_dict())
+        read += flat(now)
+        state = states[0]
+    extra = Counter(read) - Counter(range(50))
+    assert set(read) == set(range(50))
+    assert sorted(extra.elements()) == sorted(sampler.repeats)
+    assert len(sampler.repeats) < 3
+
+
+@pytest.mark.filterwarnings(TORCHDATAS_OWN)
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stateful_loader_that_had_finished_begins_a_new_epoch(stateful, workers, drop_last):
+    options = {"drop_last": drop_last, "num_workers": workers}
+    sampler, loader = stateful_loader(stateful, **options)
+    sampler.set_epoch(1)
+    first = batches(loader)
+    state = loader.state_dict()
+    sampler.set_epoch(2)
+    second = batches(loader)
+    assert first != second
+    for epoch, expected in ((None, first), (1, first), (2, second)):
+        sampler, other = stateful_loader(stateful, **options)
+        if epoch is not None:
+            sampler.set_epoch(epoch)  # before the loader knows its state
+        other.load_state_dict(state)
+        begun = iter(other)
+        assert len(other) == len(expected)
+        assert batches(begun) == expected
+
+
+@pytest.mark.filterwarnings(TORCHDATAS_OWN)
+def test_a_stateful_loader_that_resumes_warns_of_another_epoch(stateful):
+    sampler, loader = stateful_loader(stateful)
+    sampler.set_epoch(5)
+    batches(begun := iter(loader), 2)
+    state = loader.state_dict()
+    del begun
+    sampler, other = stateful_loader(stateful)
+    sampler.set_epoch(0)
+    other.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"set_epoch\(0\) leaves epoch 5.*42 of 50"):
+        read = flat(batches(other))
+    assert read == list(WindowSampler(Numbers(50), window=10, seed=2))
+    # within one process the epoch that was read in the meantime does not count
+    loader.load_state_dict(state)
+    sampler.set_epoch(6)
+    batches(loader, 1)
+    loader.load_state_dict(state)
+    assert len(flat(batches(loader))) == 42
+
+
+# ---- options, states, ranks ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window must be a whole number, 1 or more, got 0"),
+        ({"window": 2.5}, "window must be a whole number, 1 or more, got 2.5"),
+        ({"window": 4, "block": 0}, "block must be a whole number, 1 or more, got 0"),
+        ({"block": 4}, "block=4 needs a window"),
+        ({"num_replicas": 0, "rank": 0}, "num_replicas must be a whole number, 1 or more, got 0"),
+        ({"num_replicas": 2, "rank": 2}, "rank must be a whole number from 0 to 1, got 2"),
+        ({"rank": 1}, "rank must be a whole number from 0 to 0, got 1"),
+        ({"seed": -1}, "seed must be a whole number from 0 to 18446744073709551615, got -1"),
+        ({"shuffle": None}, "shuffle must be True or False, got None"),
+        ({"drop_last": 3}, "drop_last must be True or False, got 3"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        WindowSampler(Numbers(10), **options)
+
+
+def test_what_has_no_length_is_refused():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(range(3))
+
+    for dataset in (Stream(), Subset(Stream(), [0]), iter([1])):
+        with pytest.raises(TypeError, match="dataset must have a length, got"):
+            WindowSampler(dataset)
+    for indices in ([10], [-11]):
+        with pytest.raises(ValueError, match=f"indices {indices[0]} to {indices[0]}.*10 items"):
+            WindowSampler(Subset(Numbers(10), indices))
+
+
+def test_bad_epochs_and_counts_are_named():
+    sampler = WindowSampler(Numbers(10))
+    for epoch in (-1, 1.5, None):
+        with pytest.raises(
+            ValueError, match=f"epoch must be a whole number, 0 or more, got {epoch}"
+        ):
+            sampler.set_epoch(epoch)
+    for samples in (-1, 1.0, [1, 2]):
+        with pytest.raises(ValueError, match="samples must be a whole number, 0 or more"):
+            sampler.advance(samples)
+    with pytest.raises(ValueError, match=r"advance\(1\) after 0: .* handed out 0 samples"):
+        sampler.advance(1)  # no loader reads from it
+    assert sampler.state_dict()["consumed"] == 0
+
+
+BASE = {"window": 6, "block": 2}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (Numbers(21), BASE, "a dataset of 20 items, this one has 21"),
+        (Numbers(20), BASE | {"seed": 1}, "the seed 0, this sampler 1: give seed=0"),
+        (Numbers(20), BASE | {"window": 7}, "the window 6, this sampler 7: give window=6"),
+        (Numbers(20), {}, "the window 6, this sampler None: give window=6"),
+        (Numbers(20), BASE | {"block": 3}, "blocks of 2 records, this sampler of 3: give block=2"),
+        (Numbers(20), {"shuffle": False}, "shuffle=True, this sampler False: give shuffle=True"),
+        (Subset(Numbers(30), range(20)), BASE, "of other items of as many: select the same ones"),
+        (ConcatDataset([Numbers(9), Numbers(11)]), BASE, "in other shards"),
+    ],
+)
+def test_a_state_of_another_order_is_refused(dataset, options, message):
+    sampler = WindowSampler(Numbers(20), **BASE)
+    run([sampler], 5, 2)
+    state = sampler.state_dict()
+    other = WindowSampler(dataset, **options)
+    before = list(other)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+    assert list(other) == before
+
+
+def test_what_does_not_change_the_order_does_not_bar_a_state():
+    state = WindowSampler(Numbers(20), shuffle=False, window=6, seed=1).state_dict()
+    WindowSampler(Numbers(20), 3, 1, shuffle=False, drop_last=True).load_state_dict(state)
+    parts = ConcatDataset([Numbers(9), Numbers(11)])
+    WindowSampler(parts).load_state_dict(WindowSampler(Numbers(20)).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: None, "expected what WindowSampler.state_dict.. gives, .* got None"),
+        (lambda state: [1, 2], r"got \[1, 2\]"),
+        (lambda state: {}, "got no epoch, consumed, length"),
+        (lambda state: {"yielded": 3}, "got no epoch, consumed"),  # of torchdata's own sampler
+        (lambda state: state | {"consumed": 21}, "consumed must be .* from 0 to 20, got 21"),
+        (lambda state: state | {"consumed": -1}, "consumed must be .* from 0 to 20, got -1"),
+        (lambda state: state | {"consumed": 3.0}, "consumed must be .* got 3.0"),
+        (lambda state: state | {"epoch": "3"}, "epoch must be .* got '3'"),
+    ],
+)
+def test_what_is_no_state_is_refused(change, message):
+    sampler = WindowSampler(Numbers(20))
+    sampler.set_epoch(2)
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(change(sampler.state_dict()))
+    assert (sampler.epoch, len(sampler)) == (2, 20)
+
+
+def test_a_sampler_can_be_pickled_while_it_is_read():
+    sampler = WindowSampler(Numbers(20), window=6)
+    first = iter(sampler)
+    read = [next(first) for _ in range(3)]
+    sampler.advance(3)
+    copied = pickle.loads(pickle.dumps(sampler))
+    copied.load_state_dict(copied.state_dict())
+    assert read + list(copied) == read + list(first)
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from torch.utils.data import DataLoader
+from dlhelpers.lmdb_io import LMDBDataset, WindowSampler
+rank, world, path, port, state, steps = *map(int, sys.argv[1:3]), *sys.argv[3:5], *sys.argv[5:]
+dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=world)
+dataset = LMDBDataset(path)
+sampler = WindowSampler(dataset, window=8)
+assert (sampler.num_replicas, sampler.rank) == (world, rank)
+if state != "-":
+    sampler.load_state_dict(torch.load(state))
+sampler.set_epoch(1)
+read = []
+loader = DataLoader(dataset, batch_size=4, sampler=sampler, num_workers=2)
+for step, (images, targets) in enumerate(loader):
+    if step == int(steps):
+        break
+    dist.all_reduce(torch.ones(1))
+    read += targets.tolist()
+    sampler.advance(len(targets))
+if rank == 0:
+    torch.save(sampler.state_dict(), path + ".state")
+dist.barrier()
+print(*read)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_over_gloo_stop_and_three_go_on(shards):
+    def ranks(world, state, steps):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, *map(str, (rank, world, shards, port, state, steps))],
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(world)
+        ]
+        found = [child.communicate(timeout=120)[0] for child in children]
+        assert [child.returncode for child in children] == [0] * world
+        return [int(target) for out in found for target in out.split()]
+
+    before = ranks(2, "-", 2)
+    assert len(before) == 16
+    after = ranks(3, f"{shards}.state", 100)
+    assert set(before + after) == set(range(40))
+    assert len(before + after) == 40  # three ranks divide the 24 that were left

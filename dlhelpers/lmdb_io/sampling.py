@@ -138,11 +138,17 @@ class WindowSampler(DistributedSampler):
         self._handed_out = self._advanced = 0  # samples of this rank in the latest pass
 
     def __iter__(self) -> Iterator[int]:
+        if not self._resumes and not self._share(self._first):
+            self._is_over = True  # a loader that was resumed at the end begins its next pass
         return _Pass(self)
 
     def __len__(self) -> int:
-        """Number of samples that this rank has left, all of its share before a new epoch."""
-        return self._share(0 if self._is_over else self._first)
+        """Number of this rank's samples in the present pass, or in the one that comes next.
+
+        It stays the same until all are consumed: workers ask for the last ones in advance.
+        """
+        is_consumed = self._is_over and self._advanced == self._handed_out
+        return self._share(0 if is_consumed else self._first)
 
     @property
     def num_samples(self) -> int:
