@@ -1,9 +1,12 @@
 """WindowSampler, by counting what each rank is given: in order, resumed, and on other ranks."""
 
+import ctypes
+import gc
 import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -168,22 +171,23 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 # ---- what a disk and a model see ----
 
 
+class Pixels(Numbers):
+    """Square images of one gray each, which is also their target."""
+
+    def __init__(self, count, size):
+        super().__init__(count)
+        self.shape = (size, size, 3)
+
+    def __getitem__(self, index):
+        return np.full(self.shape, index, np.uint8), index
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """A folder of three shards, 40 images of 8 x 8."""
     path = tmp_path_factory.mktemp("sampling") / "shards"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
-    items = [(image, number) for number, image in enumerate(pixels)]
-
-    class Items(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(items)
-
-        def __getitem__(self, index):
-            return items[index]
-
     for rank in range(3):
-        write_lmdb(Items(), path, shard=(rank, 3), encode="raw", progress=False)
+        write_lmdb(Pixels(40, 8), path, shard=(rank, 3), encode="raw", progress=False)
     return path
 
 
@@ -240,6 +244,45 @@ def test_a_window_reads_the_file_once_and_a_full_shuffle_many_times():
     expected = count * (1 - memory / once)
     found = reads(WindowSampler(Numbers(count)), records, memory)
     assert found == pytest.approx(expected, rel=0.02)
+
+
+def pages_in_memory(path):
+    """Count the pages of a file that the page cache holds, as the kernel says."""
+    size = path.stat().st_size
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        found = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        arguments = (
+            ctypes.c_void_p(view.ctypes.data),
+            ctypes.c_size_t(size),
+            found.ctypes.data_as(ctypes.c_void_p),
+        )
+        done = ctypes.CDLL(None, use_errno=True).mincore(*arguments)
+        del view, arguments
+    assert done == 0
+    return int((found & 1).sum())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's page cache is looked at")
+def test_neighbors_are_read_ahead_where_that_is_wanted(tmp_path):
+    path = tmp_path / "many.lmdb"
+    write_lmdb(Pixels(200, 128), path, encode="raw", progress=False)
+    found = {}
+    for readahead in (False, True):
+        dataset = LMDBDataset(path, decode=None, readahead=readahead)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = pages_in_memory(path)
+        if before > 200:
+            pytest.skip("this file system keeps its files in memory")
+        pickle.loads(pickle.dumps(dataset))[100]  # in a worker, too
+        found[readahead] = pages_in_memory(path) - before
+        del dataset
+        gc.collect()
+    record = 128 * 128 * 3 // mmap.PAGESIZE
+    assert record <= found[False] < 5 * record  # with pages of the tree; the kernel rounds up
+    assert found[True] > found[False] + record
 
 
 @pytest.mark.parametrize(("window", "block"), [(1024, 32), (1024, 128), (4096, None)])

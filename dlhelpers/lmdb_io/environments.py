@@ -43,8 +43,9 @@ class Environment:
         begin: starts a read transaction on the records.
     """
 
-    def __init__(self, path: Path, *, whole: bool = True) -> None:
-        """Open a file; ``whole`` asks that each of its pages is there.
+    def __init__(self, path: Path, *, whole: bool = True, readahead: bool | None = None) -> None:
+        """Open a file; ``whole`` asks that each of its pages is there, ``readahead`` lets the
+        system read more than is asked for (None where memory holds the file).
 
         Raises:
             FileNotFoundError, PermissionError: as the system says.
@@ -59,7 +60,7 @@ class Environment:
                 subdir=False,
                 readonly=True,
                 lock=False,
-                readahead=_fits_in_memory(size),
+                readahead=_fits_in_memory(size) if readahead is None else readahead,
                 meminit=False,
                 max_dbs=3,
                 max_spare_txns=8,
@@ -133,10 +134,10 @@ def lmdb_path(path: Path) -> str | bytes:
     return str(path) if os.name == "nt" else os.fsencode(path)
 
 
-def open_environment(path: Path) -> Environment:
+def open_environment(path: Path, readahead: bool | None = None) -> Environment:
     """Return the environment of a file in this process, opened if it is not yet.
 
-    It stays open as long as somebody holds it.
+    It stays open as long as somebody holds it, as the first of them wanted to read ahead.
 
     Raises:
         FileNotFoundError, PermissionError, DatabaseError: as :class:`Environment`.
@@ -149,7 +150,7 @@ def open_environment(path: Path) -> Environment:
             return found
         if found is not None:  # inherited through a fork
             found.close()
-        environment = Environment(path)
+        environment = Environment(path, readahead=readahead)
         _shared[key] = environment
         return environment
 

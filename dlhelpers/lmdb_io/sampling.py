@@ -35,12 +35,15 @@ class WindowSampler(DistributedSampler):
     shuffled among each other. Indices are made as they are needed: a full shuffle keeps no list
     of them, a window keeps its own.
 
-    Memory should hold a few windows of records: then a file that it does not hold is read from
-    disk about once an epoch, in runs of ``block`` records, while a full shuffle reads every record
-    by itself. Of a folder that is sorted by class, batches of B mix K = window / block blocks,
-    hence K (1 - (1 - 1/K)^B) classes on average where every block is of another class. Whole
-    shards are large blocks: give ``block`` where records were converted in the order of their
-    classes, so that K is as large as the batch.
+    The records of a window lie in window / block runs of the file. Memory should hold a few
+    windows, and of a file that it does not hold the dataset should be opened with
+    ``readahead=True``: then a disk reads the file about once an epoch, in runs, while a full
+    shuffle reads every record by itself.
+
+    Of a folder that is sorted by class, batches of B mix the K = window / block blocks of their
+    window, which makes K (1 - (1 - 1/K)^B) classes on average where every block is of another
+    class. Whole shards are large blocks: give ``block`` where records were converted in the order
+    of their classes, as those of an image folder are, so that K is as large as the batch.
 
     Ranks read the same window at the same time, each every W-th record of its order. Weights and
     samples that are drawn more than once are not supported.
