@@ -155,6 +155,15 @@ def test_a_permutation_without_a_table_gives_each_item_once(monkeypatch, count):
     assert count < 64 or found != sorted(found)
 
 
+@pytest.mark.parametrize("lag", [1, 63, 64, 2048])
+def test_a_permutation_without_a_table_leaves_no_pattern(monkeypatch, lag):
+    monkeypatch.setattr(ordering, "_LARGEST_TABLE", 0)
+    theirs = np.random.default_rng(0).permutation(4096)
+    mine = np.array(list(WindowSampler(Numbers(4096))))
+    distances = [len(np.unique(np.roll(order, lag) - order)) for order in (mine, theirs)]
+    assert distances[0] == pytest.approx(distances[1], rel=0.05)
+
+
 def test_epochs_and_seeds_have_orders_of_their_own():
     sampler, again = (WindowSampler(Numbers(50), window=20, seed=1) for _ in range(2))
     found = []
@@ -643,8 +652,8 @@ def test_a_stateful_loader_that_resumes_warns_of_another_epoch(stateful):
     batches(begun := iter(loader), 2)
     state = loader.state_dict()
     del begun
-    sampler, other = stateful_loader(stateful)
-    sampler.set_epoch(0)
+    late, other = stateful_loader(stateful)
+    late.set_epoch(0)
     other.load_state_dict(state)
     with pytest.warns(UserWarning, match=r"set_epoch\(0\) leaves epoch 5.*42 of 50"):
         read = flat(batches(other))
@@ -654,7 +663,9 @@ def test_a_stateful_loader_that_resumes_warns_of_another_epoch(stateful):
     sampler.set_epoch(6)
     batches(loader, 1)
     loader.load_state_dict(state)
-    assert len(flat(batches(loader))) == 42
+    assert len(flat(batches(loader, 2))) == 8
+    assert (sampler.epoch, len(sampler)) == (5, 42)
+    assert len(flat(batches(loader))) == 50  # a pass that was left begins anew
 
 
 # ---- options, states, ranks ----

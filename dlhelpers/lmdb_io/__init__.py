@@ -10,6 +10,7 @@ the decoder matters more than the store; notebook 02 measures both.
 
     write_lmdb("photos", "photos.lmdb", workers=2, resize=256)     # appears whole or not at all
     dataset = LMDBDataset("photos.lmdb", transform)                # dataset[i] -> (image, target)
+    sampler = WindowSampler(dataset, window=10_000)                # shuffles; resumes an epoch
     verify_lmdb("photos.lmdb")                                     # every record's checksum
 
 The layout of the file stands in :mod:`dlhelpers.lmdb_io.schema`; nothing in it is pickled.
