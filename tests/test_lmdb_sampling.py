@@ -458,6 +458,21 @@ def test_the_last_pass_counts_and_an_earlier_one_goes_on():
     assert len(list(second)) == 19
 
 
+@pytest.mark.parametrize("change", ["load", "set_epoch"])
+def test_a_pass_from_before_leaves_a_new_place_alone(change):
+    sampler = WindowSampler(Numbers(20))
+    before = iter(sampler)
+    read = [next(before) for _ in range(3)]
+    if change == "load":
+        sampler.load_state_dict(sampler.state_dict() | {"epoch": 2, "consumed": 12})
+    else:
+        sampler.set_epoch(2)
+    expected = sampler.state_dict()
+    assert sorted(read + list(before)) == list(range(20))  # such as a loader that is still read
+    assert sampler.state_dict() == expected
+    assert len(sampler) == len(list(sampler)) == 20 - expected["consumed"]
+
+
 def test_the_state_at_the_end_of_an_epoch_has_nothing_left_of_it():
     sampler = WindowSampler(Numbers(10), seed=1)
     sampler.set_epoch(4)

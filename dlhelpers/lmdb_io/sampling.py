@@ -48,11 +48,11 @@ class WindowSampler(DistributedSampler):
     Ranks read the same window at the same time, each every W-th record of its order. Weights and
     samples that are drawn more than once are not supported.
 
-    Where training stopped is told by what was consumed, not by what workers have asked for in
-    advance. With torchdata's StatefulDataLoader the loader's state is all that is needed (of rank
-    0, if the number of ranks changes; with ``snapshot_every_n_steps=1``, its default; to batch
-    by hand give it torchdata's own BatchSampler). With a plain DataLoader the training loop
-    says so:
+    Resuming counts the samples that were consumed, not those that workers have asked for in
+    advance. With torchdata's StatefulDataLoader save and load the state of the loader alone; on
+    another number of ranks all load that of rank 0, and ``snapshot_every_n_steps`` stays 1. A
+    batch sampler must be torchdata's own there. With a plain DataLoader the training loop says
+    what it has consumed:
 
         loader = DataLoader(dataset, batch_size=64, sampler=sampler, num_workers=8)
         if checkpoint is not None:
@@ -63,6 +63,9 @@ class WindowSampler(DistributedSampler):
                 train(images, targets)
                 sampler.advance(len(targets))
                 ...  # now and then torch.save({"sampler": sampler.state_dict(), ...})
+
+    The first pass after loading a state takes what is left of its epoch. Every other pass takes a
+    whole epoch, also after one that was left early.
 
     Args:
         dataset: an LMDBDataset (of a file or a folder of shards), Subset or ConcatDataset of some,
@@ -137,7 +140,7 @@ class WindowSampler(DistributedSampler):
         self._first = 0  # place in the epoch at which the latest pass began, or the next one will
         self._resumes = False  # whether the next pass begins there, instead of at 0
         self._is_over = False  # whether the latest pass has handed out all
-        self._passes = 0  # that were begun
+        self._passes = 0  # that were begun, or for which a place was set
         self._handed_out = self._advanced = 0  # samples of this rank in the latest pass
 
     def __iter__(self) -> Iterator[int]:
@@ -165,7 +168,7 @@ class WindowSampler(DistributedSampler):
 
     @property
     def repeats(self) -> list[int]:
-        """Indices that the ranks of the latest pass, or of the coming one, read once more."""
+        """Indices that the latest pass, or the coming one, reads twice over all ranks."""
         share = self._share(self._first)
         extra = share * self.num_replicas - (self._order.length - self._first)
         places = np.arange(max(extra, 0)) % max(self._order.length, 1)
@@ -232,6 +235,7 @@ class WindowSampler(DistributedSampler):
     def _begin_at(self, first: int, epoch: int, resumes: bool) -> None:
         self.epoch, self._first, self._resumes = epoch, first, resumes
         self._is_over, self._handed_out, self._advanced = False, 0, 0
+        self._passes += 1  # one that is still read from counts no longer
 
     def _warn_of_left(self, epoch: int, first: int, asked: int) -> None:
         """Warn where an epoch is left in its middle for another one than the next."""
@@ -316,7 +320,7 @@ class _Pass(Iterator[int]):
         """Go on where :meth:`state_dict` was taken; in an epoch that was set, if it is another."""
         sampler = self._sampler
         epoch, first = sampler._checked(state_dict)
-        # the loader loads its state late, behind the loop's set_epoch
+        # the loader loads its state when it is iterated over, after the loop has set the epoch
         asked = epoch if sampler._asked is None else sampler._asked
         if asked != epoch:
             sampler._warn_of_left(epoch, first, asked)
