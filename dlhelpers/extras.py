@@ -16,6 +16,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> the packages that it brings, 
     "profiling": ("line_profiler", "pyinstrument", "snakeviz"),
     "plots": ("matplotlib",),
     "stores": ("h5py", "tfrecord", "webdataset"),
+    "torchdata": ("torchdata",),
 }
 _OF_THE_COURSE = ("scikit-learn", "nbclient", "nbformat", "filelock", "ipykernel", "ipywidgets")
 _PACKAGES = {  # what is imported -> the package, where that has another name

@@ -10,6 +10,7 @@ the decoder matters more than the store; notebook 02 measures both.
 
     write_lmdb("photos", "photos.lmdb", workers=2, resize=256)     # appears whole or not at all
     dataset = LMDBDataset("photos.lmdb", transform)                # dataset[i] -> (image, target)
+    sampler = WindowSampler(dataset, window=10_000)                # shuffles; resumes an epoch
     verify_lmdb("photos.lmdb")                                     # every record's checksum
     convert_lmdb("old", "new.lmdb")                                # what a tutorial or Caffe wrote
 
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dlhelpers.lmdb_io.dataset import LMDBDataset
+    from dlhelpers.lmdb_io.sampling import WindowSampler
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
 from dlhelpers.lmdb_io.old_databases import convert_lmdb
@@ -35,6 +37,7 @@ __all__ = [
     "DatabaseError",
     "LMDBDataset",
     "SourceError",
+    "WindowSampler",
     "convert_lmdb",
     "decoders",
     "info_lmdb",
@@ -45,6 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LMDBDataset":  # brings torch, which converting and verifying do not need
-        return importlib.import_module("dlhelpers.lmdb_io.dataset").LMDBDataset
+    # these bring torch, which converting and verifying do not need
+    if module := {"LMDBDataset": "dataset", "WindowSampler": "sampling"}.get(name):
+        return getattr(importlib.import_module(f"dlhelpers.lmdb_io.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

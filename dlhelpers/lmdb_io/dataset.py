@@ -61,6 +61,9 @@ class LMDBDataset(Dataset):
             decoders let go of Python's lock. Faster than as many workers where images are large,
             which workers have to hand over; random transforms draw in the threads' order.
         checksum: compares each record's checksum when it is read.
+        readahead: lets the system read the neighbors of a record from disk as well, which pays
+            where they are wanted soon: in order, or by a WindowSampler with a window. None does
+            so where memory holds the file. Who opens a file first in a process decides for it.
 
     Attributes:
         path, transform, target_transform, decode, checksum: as given.
@@ -85,6 +88,7 @@ class LMDBDataset(Dataset):
         collate: bool = False,
         threads: int = 1,
         checksum: bool = True,
+        readahead: bool | None = None,
     ) -> None:
         self.path = Path(path).expanduser().resolve()
         self.transform, self.target_transform = transform, target_transform
@@ -103,7 +107,7 @@ class LMDBDataset(Dataset):
         )
         self._planar_batch = memory_format == "contiguous"
         self._collates, self.checksum = collate, checksum
-        self._files = [_File(path) for path in shard_files(self.path)]
+        self._files = [_File(path, readahead) for path in shard_files(self.path)]
         self._metas = [file.meta for file in self._files]
         check_shards(self.path, [file.path for file in self._files], self._metas)
         self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
@@ -311,10 +315,10 @@ class LMDBDataset(Dataset):
 class _File:
     """One file of a dataset: opened when it is read, in each process anew."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, readahead: bool | None) -> None:
+        self.path, self._readahead = path, readahead
         self._environment: Environment | None = None
-        environment = open_environment(path)
+        environment = open_environment(path, readahead=readahead)
         self.stored_meta = environment.get_entry(schema.META)
         self.meta = schema.unpack_meta(self.stored_meta, path)
 
@@ -322,7 +326,7 @@ class _File:
         environment = self._environment
         if environment is not None and environment.pid == os.getpid():
             return environment
-        environment = open_environment(self.path)
+        environment = open_environment(self.path, readahead=self._readahead)
         if environment.get_entry(schema.META) != self.stored_meta:
             raise schema.DatabaseError(
                 f"{self.path} was replaced after this dataset was made: make a new LMDBDataset"

@@ -46,8 +46,9 @@ class Environment:
 
     databases = 3
 
-    def __init__(self, path: Path, *, whole: bool = True) -> None:
-        """Open a file; ``whole`` asks that each of its pages is there.
+    def __init__(self, path: Path, *, whole: bool = True, readahead: bool | None = None) -> None:
+        """Open a file; ``whole`` asks that each of its pages is there, ``readahead`` lets the
+        system read more than is asked for (None where memory holds the file).
 
         Raises:
             FileNotFoundError, PermissionError: as the system says.
@@ -62,7 +63,7 @@ class Environment:
                 subdir=False,
                 readonly=True,
                 lock=False,
-                readahead=_fits_in_memory(size),
+                readahead=_fits_in_memory(size) if readahead is None else readahead,
                 meminit=False,
                 max_dbs=self.databases,
                 max_spare_txns=8,
@@ -137,10 +138,13 @@ def lmdb_path(path: Path) -> str | bytes:
     return str(path) if os.name == "nt" else os.fsencode(path)
 
 
-def open_environment(path: Path, kind: type[Environment] = Environment) -> Any:
+def open_environment(
+    path: Path, kind: type[Environment] = Environment, readahead: bool | None = None
+) -> Any:
     """Return the environment of a file in this process, opened if it is not yet.
 
-    It stays open as long as somebody holds it. ``kind`` is the class that opens it.
+    It stays open as long as somebody holds it, as the first of them wanted to read ahead. ``kind``
+    is the class that opens it.
 
     Raises:
         FileNotFoundError, PermissionError, DatabaseError: as :class:`Environment`; also where the
@@ -159,7 +163,7 @@ def open_environment(path: Path, kind: type[Environment] = Environment) -> Any:
             )
         if found is not None:  # inherited through a fork
             found.close()
-        environment = kind(path)
+        environment = kind(path, readahead=readahead)
         _shared[key] = environment
         return environment
 
