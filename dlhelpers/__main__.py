@@ -73,7 +73,9 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     write = actions.add_parser("write", help="convert an image folder into one LMDB file")
-    write.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
+    write.add_argument(
+        "source", metavar="SRC", help="a folder with one folder for each class, or a listing of one"
+    )
     write.add_argument("path", metavar="DST", help="the file; appears whole or not at all")
     write.add_argument("--workers", type=int, default=0, help="processes that encode (%(default)s)")
     write.add_argument("--encode", choices=("jpeg", "png", "webp", "raw"), help="store this format")
@@ -91,8 +93,15 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
     write.add_argument(
         "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
     )
+    write.add_argument("--root", metavar="DIR", help="where the images of a listing are here")
     write.add_argument("--quiet", action="store_true", help="show no bar")
     write.set_defaults(run=_lmdb_write)
+
+    listing = actions.add_parser("list", help="scan an image folder once, for all ranks of `write`")
+    listing.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
+    listing.add_argument("path", metavar="LISTING", help="the file; appears whole or not at all")
+    listing.add_argument("--quiet", action="store_true", help="show no bar")
+    listing.set_defaults(run=_lmdb_list)
 
     verify = actions.add_parser("verify", help="compare every record with its checksum")
     verify.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
@@ -107,8 +116,11 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
 def _lmdb_write(options: argparse.Namespace) -> int:
     from dlhelpers import lmdb_io
 
+    source = options.source
+    if options.root is not None:
+        source = lmdb_io.Listing(source, options.root)
     report = lmdb_io.write_lmdb(
-        options.source,
+        source,
         options.path,
         workers=options.workers,
         encode=options.encode,
@@ -121,6 +133,14 @@ def _lmdb_write(options: argparse.Namespace) -> int:
         progress=False if options.quiet else None,
     )
     print(report)
+    return 0
+
+
+def _lmdb_list(options: argparse.Namespace) -> int:
+    from dlhelpers import lmdb_io
+
+    progress = False if options.quiet else None
+    print(lmdb_io.write_listing(options.source, options.path, progress=progress))
     return 0
 
 

@@ -97,6 +97,8 @@ def _differs(conversion: Conversion) -> str:
         ):
             return "the source has changed"
         conversion.trace.times = trace.times
+    elif conversion.source.identity is not None and trace.times != conversion.trace.times:
+        return "the source was listed anew and has changed"  # its listing says what was there
     if conversion.source.hides:  # only loading can tell
         with conversion.env.begin() as txn:
             databases = {
