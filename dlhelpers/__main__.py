@@ -91,6 +91,9 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
         help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
     )
     write.add_argument(
+        "--shards", type=int, metavar="N", help="write N shards; with --shard each WORLD-th of them"
+    )
+    write.add_argument(
         "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
     )
     write.add_argument("--root", metavar="DIR", help="where the images of a listing are here")
@@ -129,6 +132,7 @@ def _lmdb_write(options: argparse.Namespace) -> int:
         resume=options.resume,
         on_error="skip" if options.skip_errors else "raise",
         shard=_shard(options.shard),
+        shards=options.shards,
         lock=not options.no_lock,
         progress=False if options.quiet else None,
     )

@@ -26,7 +26,7 @@ from dlhelpers.lmdb_io.encoding import Encoding, is_turned
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
-from dlhelpers.lmdb_io.sharing import Share
+from dlhelpers.lmdb_io.sharing import Seen, Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
 from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
@@ -50,13 +50,14 @@ class Conversion:
         on_error: str,
         shard: tuple[int, int] | None,
         lock: bool,
+        seen: Seen | None = None,
     ) -> None:
         self.lock = lock
         self.source, self.target, self.workers = source, target, workers
         self.partial = target.with_name(f".{target.name}.part")
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
-        self.share = Share(source, shard)
+        self.share = Share(source, shard, seen)
         self.marked = frozenset(marked(self.share.count or 0) if shard and source.place else ())
         self.reading = False  # whether an error comes from the source
         self.is_fresh = False  # whether the file was begun by this run

@@ -266,9 +266,11 @@ class Listing(_Folder):
         return SourceError(f"{self.path} is damaged ({why}): list the folder again, or copy it")
 
     def tasks(self) -> Iterator[Any]:
+        """Yield (path, key, target, size, time) of each image."""
         return self.part(range(self.count))
 
     def part(self, own: range) -> Iterator[Any]:
+        """Read the blocks of these positions alone."""
         for number in range(own.start // _BLOCK, -(-own.stop // _BLOCK) if own else 0):
             first = number * _BLOCK
             rows = slice(max(own.start - first, 0), own.stop - first)
@@ -292,6 +294,7 @@ class Listing(_Folder):
         return found
 
     def load(self, task: Any) -> Loaded:
+        """Read a file, and compare it with what was listed."""
         *item, size, modified = task
         try:
             loaded = super().load(tuple(item))
@@ -308,6 +311,7 @@ class Listing(_Folder):
         return loaded._replace(stamp=listed)
 
     def stamp(self, task: Any) -> Stamp:
+        """Return the stamp as it was listed."""
         _, key, target, size, modified = task
         return _file_stamp(key, target, None)._replace(size=size, time=modified)
 

@@ -18,7 +18,9 @@ from dlhelpers.lmdb_io.failures import clear_errors
 from dlhelpers.lmdb_io.finishing import finish
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
+from dlhelpers.lmdb_io.sharing import Seen
 from dlhelpers.lmdb_io.sources import SourceError, open_source
+from dlhelpers.lmdb_io.spreading import own_shards, write_shards
 from dlhelpers.printable import one_line, printable
 
 __all__ = ["WriteReport", "write_lmdb"]
@@ -57,7 +59,12 @@ class WriteReport:
             f"{one_line(str(self.path))} ({self.seconds:.1f} s, {speed:.0f} images/s)"
         ]
         if self.resumed_from:
-            lines.append(f"the first {self.resumed_from} were there from an interrupted conversion")
+            was_there = (
+                f"{self.resumed_from} were there from an earlier run"
+                if self.path.is_dir()
+                else f"the first {self.resumed_from} were there from an interrupted conversion"
+            )
+            lines.append(was_there)
         lines += self.notes
         if self.ignored:
             what = "file is no image" if len(self.ignored) == 1 else "files are no images"
@@ -83,6 +90,7 @@ def write_lmdb(
     resume: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     shard: tuple[int, int] | None = None,
+    shards: int | None = None,
     lock: bool = True,
     progress: bool | None = None,
 ) -> WriteReport:
@@ -119,6 +127,10 @@ def write_lmdb(
             items of an iterable, some of a dataset (one in 40 of a rank's own number, 16 to
             1024). On one machine contents are compared where modification times differ: of all
             files of a part, or of 32 where every time differs, as those of a copy do.
+        shards: writes so many shards into the folder ``path``, one after the other, whatever the
+            number of writers: with ``shard=(rank, world)`` those numbered rank, rank + world, ...
+            The source is looked at once. ``resume`` keeps the shards that are whole and of the
+            same source and settings.
         lock: keeps two processes from converting into one file. False goes without, for a mount
             that has no locks; then see to it that nobody else converts into this file.
         progress: a bar with images/s and MB/s; None draws it in a terminal only.
@@ -146,6 +158,7 @@ def write_lmdb(
     workers = whole_number("workers", workers, 0)
     need("lmdb", "write_lmdb")
     shard = None if shard is None else shard_of(shard)
+    shards = None if shards is None else whole_number("shards", shards, 1, 99_999)
     encoding = Encoding(encode, resize, quality)
     opened = open_source(source)
     if opened.problems and on_error == "raise":
@@ -153,25 +166,39 @@ def write_lmdb(
         raise SourceError(
             f'{one_line(what)}: {one_line(why)}; on_error="skip" keeps the class and goes on'
         )
-    target = _target(Path(path).expanduser().resolve(), shard)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign(target)
-    conversion = Conversion(opened, target, encoding, workers, on_error, shard, lock)
-    with clear_errors(conversion), only_writer(target, lock):
-        conversion.open(resume, map_size or _FIRST_MAP)
-        try:
-            conversion.run(progress)
-            finish(conversion)
-        finally:
-            conversion.close()
+    path = Path(path).expanduser().resolve()
+
+    def begin(shard: tuple[int, int] | None, seen: Seen | None = None) -> Conversion:
+        target = _target(path, shard)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(target)
+        return Conversion(opened, target, encoding, workers, on_error, shard, lock, seen)
+
+    def write(conversion: Conversion) -> None:
+        with clear_errors(conversion), only_writer(conversion.target, lock):
+            conversion.open(resume, map_size or _FIRST_MAP)
+            try:
+                conversion.run(progress)
+                finish(conversion)
+            finally:
+                conversion.close()
+
+    notes, result = opened.notes, begin(shard) if shards is None else None
+    if isinstance(result, Conversion):
+        write(result)
+        path = result.target
+    else:
+        own = own_shards(shards, shard)
+        result = write_shards(opened, own, shards, begin, write, resume)
+        notes += result.notes(shards)
     return WriteReport(
-        target,
-        conversion.count,
-        conversion.image_bytes,
-        (*opened.problems, *conversion.skipped),
+        path,
+        result.count,
+        result.image_bytes,
+        (*opened.problems, *result.skipped),
         opened.ignored,
-        opened.notes,
-        conversion.resumed_from,
+        notes,
+        result.resumed_from,
         time.perf_counter() - start,
     )
 
