@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dlhelpers.arguments import shard_of, whole_number
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.appending import Appending, need_database
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
@@ -20,7 +21,7 @@ from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sharing import Seen
 from dlhelpers.lmdb_io.sources import SourceError, open_source
-from dlhelpers.lmdb_io.spreading import own_shards, write_shards
+from dlhelpers.lmdb_io.spreading import Totals, own_shards, write_shards
 from dlhelpers.printable import one_line, printable
 
 __all__ = ["WriteReport", "write_lmdb"]
@@ -41,6 +42,7 @@ class WriteReport:
         notes: what else is worth knowing of the source.
         resumed_from: records that an earlier, interrupted conversion had stored.
         seconds: that this conversion took.
+        appended_to: records of the database that the others were appended to.
     """
 
     path: Path
@@ -51,19 +53,23 @@ class WriteReport:
     notes: tuple[str, ...]
     resumed_from: int
     seconds: float
+    appended_to: int = 0
 
     def __str__(self) -> str:
-        speed = (self.count - self.resumed_from) / max(self.seconds, 1e-9)
+        new = self.count - self.appended_to
+        speed = (new - self.resumed_from) / max(self.seconds, 1e-9)
         lines = [
             f"{self.count} image{'s' * (self.count != 1)}, {self.image_bytes / 1e6:.1f} MB, in "
             f"{one_line(str(self.path))} ({self.seconds:.1f} s, {speed:.0f} images/s)"
         ]
+        if self.appended_to:
+            lines.append(f"{new} of them appended to the {self.appended_to} that were there")
         if self.resumed_from:
-            was_there = (
-                f"{self.resumed_from} were there from an earlier run"
-                if self.path.is_dir()
-                else f"the first {self.resumed_from} were there from an interrupted conversion"
-            )
+            was_there = f"the first {self.resumed_from} were there from an interrupted conversion"
+            if self.appended_to:
+                was_there = f"of these, {was_there}"
+            if self.path.is_dir():
+                was_there = f"{self.resumed_from} were there from an earlier run"
             lines.append(was_there)
         lines += self.notes
         if self.ignored:
@@ -91,6 +97,7 @@ def write_lmdb(
     on_error: Literal["raise", "skip"] = "raise",
     shard: tuple[int, int] | None = None,
     shards: int | None = None,
+    append: bool = False,
     lock: bool = True,
     progress: bool | None = None,
 ) -> WriteReport:
@@ -101,7 +108,9 @@ def write_lmdb(
             ImageFolder), a map-style dataset of (image or bytes, target), or an iterable of
             (key, bytes, target). Targets are ints, or what JSON can hold. Of an ImageFolder or
             LMDBDataset without a transform, and of Subset and ConcatDataset around them, however
-            nested, the stored bytes, keys and classes are taken.
+            nested, the stored bytes, keys and classes are taken. The path of a listing
+            (write_listing), read in place of its folder; of a database, or a list of them, whose
+            records are copied as they are, with classes matched by name.
         path: the file; appears whole, or not at all. An older database there stays in use until
             then, and stays for good if this conversion fails.
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
@@ -131,6 +140,9 @@ def write_lmdb(
             number of writers: with ``shard=(rank, world)`` those numbered rank, rank + world, ...
             The source is looked at once. ``resume`` keeps the shards that are whole and of the
             same source and settings.
+        append: stores the images behind those of the database ``path``, with its settings. It
+            stays in use until all are there, its records are copied as they are, and its classes
+            keep their numbers: those of the source are matched by name, new ones follow.
         lock: keeps two processes from converting into one file. False goes without, for a mount
             that has no locks; then see to it that nobody else converts into this file.
         progress: a bar with images/s and MB/s; None draws it in a terminal only.
@@ -166,12 +178,26 @@ def write_lmdb(
         raise SourceError(
             f'{one_line(what)}: {one_line(why)}; on_error="skip" keeps the class and goes on'
         )
+    if opened.refused and on_error == "raise":
+        what, why = opened.refused
+        raise SourceError(f'{one_line(what)}: {one_line(why)}; on_error="skip" leaves it out')
     path = Path(path).expanduser().resolve()
+    if path in opened.paths:
+        raise ValueError(
+            printable(f"{path} is read and cannot be written at the same time: give another path")
+        )
+
+    if append:
+        if (shard, shards) != (None, None):
+            raise ValueError("append=True goes into a single file: leave out shard and shards")
+        need_database(path)
 
     def begin(shard: tuple[int, int] | None, seen: Seen | None = None) -> Conversion:
         target = _target(path, shard)
         target.parent.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(target)
+        if append:
+            return Appending(opened, target, encoding, workers, on_error, lock)
         return Conversion(opened, target, encoding, workers, on_error, shard, lock, seen)
 
     def write(conversion: Conversion) -> None:
@@ -183,14 +209,15 @@ def write_lmdb(
             finally:
                 conversion.close()
 
-    notes, result = opened.notes, begin(shard) if shards is None else None
-    if isinstance(result, Conversion):
+    result: Conversion | Totals
+    if shards is None:
+        result = begin(shard)
         write(result)
-        path = result.target
+        path, notes, base = result.target, result.source.notes, result.base
     else:
         own = own_shards(shards, shard)
         result = write_shards(opened, own, shards, begin, write, resume)
-        notes += result.notes(shards)
+        notes, base = (*opened.notes, *result.notes(shards)), 0
     return WriteReport(
         path,
         result.count,
@@ -200,6 +227,7 @@ def write_lmdb(
         notes,
         result.resumed_from,
         time.perf_counter() - start,
+        base,
     )
 
 
