@@ -24,7 +24,7 @@ from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
 from dlhelpers.printable import one_line
 
-__all__ = ["Databases", "is_database", "version_of"]
+__all__ = ["Databases", "is_database", "open_databases", "version_of"]
 
 _LMDB_MAGIC = bytes.fromhex("dec0efbe")  # of its first page, after the page's header
 _PAGE_HEADER = 16
@@ -41,6 +41,21 @@ def is_database(path: Path) -> bool:
             return file.read(_PAGE_HEADER + 4)[_PAGE_HEADER:] == _LMDB_MAGIC
     except OSError:
         return False
+
+
+def open_databases(paths: Sequence[Path]) -> Databases:
+    """Return the records of the databases of a list.
+
+    Raises:
+        SourceError: none of the paths is a database, and the list was meant for something else.
+        DatabaseError, FileNotFoundError, SourceError: as :class:`Databases`.
+    """
+    if not any(map(is_database, paths)):
+        raise SourceError(
+            f"{one_line(str(paths[0]))} is no database, as which a list of paths is read: "
+            "otherwise an item must be (key, bytes, target), got str"
+        )
+    return Databases(paths)
 
 
 def version_of(environment: Environment, meta: dict[str, Any]) -> bytes:

@@ -142,9 +142,9 @@ def open_source(source: Any) -> Source:
         return Listing(path) if is_listing(path) else _Folder.scan(path)
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(path, (str, os.PathLike)) for path in source):
-            from dlhelpers.lmdb_io.merging import Databases
+            from dlhelpers.lmdb_io.merging import open_databases
 
-            return Databases([Path(path).expanduser() for path in source])
+            return open_databases([Path(path).expanduser() for path in source])
         return _Triples(source)
     if (found := look_through(source, _open_dataset)) is not None:
         return found
