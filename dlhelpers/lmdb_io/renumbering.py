@@ -67,8 +67,8 @@ def renumbered(target: Any, numbers: Sequence[int] | None) -> Any:
         return target
     if not 0 <= target < len(numbers):
         raise ValueError(
-            f"its target {target} is the number of no class, the source has {len(numbers)} of "
-            "them: classes with other numbers can be matched by names alone"
+            f"its target {target} is the number of no class: {len(numbers)} are named, from 0 to "
+            f"{len(numbers) - 1}"
         )
     return numbers[target]
 
