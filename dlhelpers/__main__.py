@@ -104,6 +104,12 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="scan an image folder once, for all ranks of `write`")
     listing.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
     listing.add_argument("path", metavar="LISTING", help="the file; appears whole or not at all")
+    listing.add_argument(
+        "--threads",
+        type=int,
+        default=0,
+        help="that look at files, for network mounts (%(default)s)",
+    )
     listing.add_argument("--quiet", action="store_true", help="show no bar")
     listing.set_defaults(run=_lmdb_list)
 
@@ -185,7 +191,10 @@ def _lmdb_list(options: argparse.Namespace) -> int:
     from dlhelpers import lmdb_io
 
     progress = False if options.quiet else None
-    print(lmdb_io.write_listing(options.source, options.path, progress=progress))
+    report = lmdb_io.write_listing(
+        options.source, options.path, threads=options.threads, progress=progress
+    )
+    print(report)
     return 0
 
 

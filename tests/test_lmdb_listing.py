@@ -20,7 +20,7 @@ from dlhelpers.lmdb_io import (
     Listing,
     LMDBDataset,
     SourceError,
-    listing,
+    scanning,
     schema,
     sharing,
     write_listing,
@@ -74,7 +74,7 @@ def scanned(tmp_path_factory):
     root = photos(tmp_path_factory.mktemp("scanned") / "photos")
     path = root.with_name("listing")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(listing, "_BLOCK", 4)
+        patch.setattr(scanning, "_BLOCK", 4)
         write_listing(root, path, progress=False)
     return root, path
 
@@ -113,7 +113,7 @@ def test_a_listing_is_a_source_without_shards_too(scanned, tmp_path):
 
 def test_a_listing_of_an_image_folder_is_that_of_its_files(scanned, tmp_path):
     root, path = scanned
-    write_listing(ImageFolder(root), tmp_path / "of_dataset", progress=False)
+    write_listing(ImageFolder(root), tmp_path / "of_dataset", threads=3, progress=False)
     assert list(Listing(tmp_path / "of_dataset").tasks()) == list(Listing(path).tasks())
     for source in (ImageFolder(root, transform=str), Subset(ImageFolder(root), [0])):
         with pytest.raises(TypeError, match="an ImageFolder that reads its files as they are"):
@@ -298,7 +298,7 @@ def test_a_listing_replaces_a_listing_and_nothing_else(scanned, tmp_path):
 
 def test_a_scan_that_fails_leaves_the_old_listing(scanned, tmp_path, monkeypatch):
     shutil.copy(scanned[1], tmp_path / "l")
-    monkeypatch.setattr(listing, "pack_meta", lambda header: 1 / 0)
+    monkeypatch.setattr(scanning, "pack_meta", lambda header: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_listing(scanned[0], tmp_path / "l", progress=False)
     assert (tmp_path / "l").read_bytes() == scanned[1].read_bytes()

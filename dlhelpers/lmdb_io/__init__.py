@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from dlhelpers.lmdb_io.dataset import LMDBDataset
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
-from dlhelpers.lmdb_io.listing import Listing, write_listing
+from dlhelpers.lmdb_io.listing import Listing
+from dlhelpers.lmdb_io.scanning import write_listing
 from dlhelpers.lmdb_io.schema import DatabaseError
 from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.verifying import info_lmdb, verify_lmdb

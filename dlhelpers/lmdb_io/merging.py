@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import heapq
 import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
@@ -34,8 +35,8 @@ def is_database(path: Path) -> bool:
     """Whether a path holds a file of LMDB, or shards and no class folders."""
     if path.is_dir():
         with os.scandir(path) as entries:
-            kinds = {(e.name.startswith("shard-"), e.is_dir()) for e in entries if e.name[0] != "."}
-        return (True, False) in kinds and not any(is_folder for _, is_folder in kinds)
+            has_folders = any(entry.is_dir() for entry in entries)
+        return not has_folders and next(path.glob("shard-*-of-*.lmdb"), None) is not None
     try:
         with open(path, "rb") as file:
             return file.read(_PAGE_HEADER + 4)[_PAGE_HEADER:] == _LMDB_MAGIC
@@ -65,6 +66,14 @@ def version_of(environment: Environment, meta: dict[str, Any]) -> bytes:
         for _, record in environment.items(environment.records):
             digest.update(record[:4])
     return digest.hexdigest().encode()
+
+
+def _facts(file: Path) -> tuple[dict[str, Any], bytes, bytes]:
+    """Return the meta entry of a file, the bytes of it, and the version of the file."""
+    environment = open_environment(file)
+    entry = environment.get_entry(schema.META)
+    meta = schema.unpack_meta(entry, file)
+    return meta, entry or b"", version_of(environment, meta)
 
 
 @dataclass
@@ -100,9 +109,8 @@ class Databases(Source):
         notes = []
         for number, path in enumerate(path.resolve() for path in paths):
             files = shard_files(path)
-            environments = [open_environment(file) for file in files]
-            entries = [environment.get_entry(schema.META) for environment in environments]
-            metas = [schema.unpack_meta(e, f) for e, f in zip(entries, files, strict=True)]
+            facts = [_facts(file) for file in files]
+            metas = [meta for meta, *_ in facts]
             check_shards(path, files, metas)
             classes = metas[0]["classes"]
             known = self.classes if number else classes
@@ -110,10 +118,7 @@ class Databases(Source):
             self.classes, numbers = match_classes(known, classes, names)
             if numbers is not None:
                 notes.append(note_of(one_line(str(path)), classes, numbers))
-            for file, environment, meta, entry in zip(
-                files, environments, metas, entries, strict=True
-            ):
-                version = version_of(environment, meta)
+            for file, (meta, entry, version) in zip(files, facts, strict=True):
                 self._parts.append(_Part(file, entry, version, meta["count"], numbers))
             found.append(metas)
         self.notes = tuple(notes)
@@ -152,22 +157,25 @@ class Databases(Source):
 
     def _find_doubles(self) -> dict[tuple[int, int], tuple[str, str]]:
         """Return why records are left out, whose key an earlier one has."""
+        numbers = range(len(self._parts))
+        hashes = [np.fromiter(map(hash, self._keys(number)), np.int64) for number in numbers]
+        together = np.sort(np.concatenate(hashes))
+        suspects = set(together[1:][together[1:] == together[:-1]].tolist())
         found: dict[tuple[int, int], tuple[str, str]] = {}
-        entries = heapq.merge(*(self._keys(number) for number in range(len(self._parts))))
-        before, owner = b"", 0
-        for key, number in entries:
-            if key == before:
+        owner: dict[bytes, int] = {}
+        for number in numbers if suspects else ():
+            for key in self._keys(number):
+                if hash(key) not in suspects or owner.setdefault(key, number) == number:
+                    continue
                 position, _, name = self._entry(number, key)
-                first = self._parts[owner].path
-                why = f"its key is in {first} and in {self._parts[number].path}"
-                found[number, position] = name, f"{why}: keys must be unique"
-            else:
-                before, owner = key, number
+                first, second = (self._parts[n].path for n in (owner[key], number))
+                why = f"its key is in {first} and in {second}: keys must be unique"
+                found[number, position] = name, why
         return dict(sorted(found.items()))
 
-    def _keys(self, number: int) -> Iterator[tuple[bytes, int]]:
-        environment = open_environment(self._parts[number].path)
-        return ((key, number) for key in environment.keys(environment.index))
+    def _keys(self, number: int) -> Iterator[bytes]:
+        environment = self._environment(number)
+        return environment.keys(environment.index)
 
     def _entry(self, number: int, key: bytes) -> tuple[int, Any, str]:
         environment = self._environment(number)

@@ -21,7 +21,16 @@ from dlhelpers.lmdb_io.plain import is_plain_folder
 from dlhelpers.lmdb_io.schema import VERSION, encode_key, encode_target
 from dlhelpers.printable import printable
 
-__all__ = ["PROBES", "Loaded", "Source", "SourceError", "open_source"]
+__all__ = [
+    "PROBES",
+    "FolderSource",
+    "Loaded",
+    "Source",
+    "SourceError",
+    "file_stamp",
+    "folder_place",
+    "open_source",
+]
 
 PROBES = 1024  # items of a dataset that are loaded to know it again
 
@@ -139,7 +148,7 @@ def open_source(source: Any) -> Source:
         path = Path(source).expanduser()
         if is_database(path):
             return Databases([path])
-        return Listing(path) if is_listing(path) else _Folder.scan(path)
+        return Listing(path) if is_listing(path) else FolderSource.scan(path)
     if isinstance(source, (list, tuple)):
         if source and all(isinstance(path, (str, os.PathLike)) for path in source):
             from dlhelpers.lmdb_io.merging import open_databases
@@ -161,44 +170,49 @@ def open_source(source: Any) -> Source:
 
 def _open_dataset(source: Any) -> Source:
     if is_plain_folder(source):
-        return _Folder.of_image_folder(source)  # its files, instead of what it decodes of them
+        return FolderSource.of_image_folder(source)  # its files, instead of what it decodes of them
     return _Dataset(source)
 
 
-class _Folder(Source):
+class FolderSource(Source):
+    """The files of an image folder; a task is (path, key, target)."""
+
     kind = "folder"
 
     def __init__(
         self, samples: Sequence[tuple[str, str, int]], classes: list[str], **facts: Any
     ) -> None:
-        self.items = samples  # (path, key, target)
+        """Take samples as they are; ``facts`` are attributes of the source."""
+        self.items = samples
         self.count, self.classes = len(samples), classes
         self.__dict__.update(facts)
 
     @classmethod
-    def scan(cls, root: Path) -> _Folder:
+    def scan(cls, root: Path) -> FolderSource:
         """Find the images in the order of torchvision's ImageFolder."""
         walk = Walk(root)
         samples = list(walk)
         return cls(
             samples,
             walk.classes,
-            place=_place(root),
+            place=folder_place(root),
             problems=tuple(walk.problems),
             ignored=tuple(sorted(walk.ignored)),
         )
 
     @classmethod
-    def of_image_folder(cls, dataset: Any) -> _Folder:
+    def of_image_folder(cls, dataset: Any) -> FolderSource:
+        """Take the samples of torchvision's ImageFolder."""
         root = str(dataset.root)
         keys = (os.path.relpath(path, root).replace(os.sep, "/") for path, _ in dataset.samples)
         samples = [
             (path, key, target) for (path, target), key in zip(dataset.samples, keys, strict=True)
         ]
         classes = [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
-        return cls(samples, classes, place=_place(root))  # ImageNet's are tuples of names
+        return cls(samples, classes, place=folder_place(root))  # ImageNet's are tuples of names
 
     def load(self, task: Any) -> Loaded:
+        """Read the bytes of a file."""
         path, key, target = task
         file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
@@ -208,30 +222,34 @@ class _Folder(Source):
                 data += more  # one read gives at most 2 GiB
         finally:
             os.close(file)
-        return Loaded(key, target, data, _file_stamp(key, target, stat))
+        return Loaded(key, target, data, file_stamp(key, target, stat))
 
     def name(self, task: Any) -> str:
+        """Return the path within the folder."""
         return task[1]
 
     key = name
 
     def stamp(self, task: Any) -> Stamp:
+        """Return the stamp of a file as it is now."""
         path, key, target = task
         try:
-            return _file_stamp(key, target, os.stat(path))
+            return file_stamp(key, target, os.stat(path))
         except OSError:
-            return _file_stamp(key, target, None)
+            return file_stamp(key, target, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a worker gets its tasks one by one
 
 
-def _file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
+def file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
+    """Return the stamp of an image file; ``stat`` is None where there is no such file."""
     size, time = (-1, 0) if stat is None else (stat.st_size, stat.st_mtime_ns)
     return Stamp(f"{key}|{target}".encode("utf-8", "surrogateescape"), size, time)
 
 
-def _place(root: str | Path) -> tuple[str, ...]:
+def folder_place(root: str | Path) -> tuple[str, ...]:
+    """Return where the modification times of a folder's files can be compared."""
     try:
         return place_of(os.stat(root).st_ino)
     except OSError:  # a list of files from elsewhere
