@@ -196,8 +196,10 @@ def test_a_key_in_two_databases_is_refused_or_skipped(shards, made, tmp_path):
 def test_a_damaged_record_is_named_or_skipped(made, tmp_path):
     shutil.copy(made / "plain.lmdb", tmp_path / "bad.lmdb")
     data = (tmp_path / "bad.lmdb").read_bytes()
-    at = data.index(bitmap(3))
-    (tmp_path / "bad.lmdb").write_bytes(data[: at + 60] + b"\x55" + data[at + 61 :])
+    flipped = bitmap(3)[:60] + b"\x55" + bitmap(3)[61:]
+    (tmp_path / "bad.lmdb").write_bytes(
+        data.replace(bitmap(3), flipped)
+    )  # pages of old commits too
     with pytest.raises(SourceError, match=r"record 3 of \S*bad\.lmdb: record 3 is damaged"):
         write([tmp_path / "bad.lmdb"], tmp_path / "m.lmdb")
     write([tmp_path / "bad.lmdb"], tmp_path / "m.lmdb", on_error="skip")
@@ -268,6 +270,20 @@ def test_a_target_of_no_class_is_named(tmp_path, made):
     write([("x", bitmap(0), 0)], tmp_path / "odd.lmdb", append=True)
     with pytest.raises(SourceError, match="key 'x': its target 5 is the number of no class: 1"):
         write([("x", bitmap(0), 5)], tmp_path / "odd.lmdb", append=True)
+
+
+def test_targets_that_may_hold_class_numbers_are_not_left_wrong(made, tmp_path):
+    """A list of labels stays where no class moves; a label of -1 stays always."""
+    write(folder(tmp_path / "p", ["dog"], [50]), tmp_path / "moved.lmdb")
+    for key, target in (("none", -1), ("several", [0, 0])):
+        write([(key, bitmap(0), target)], tmp_path / "moved.lmdb", append=True)
+    with pytest.raises(SourceError, match=r"record 2 of \S*: its target \[0, 0\] may hold class"):
+        write([made / "a.lmdb", tmp_path / "moved.lmdb"], tmp_path / "m.lmdb")
+    write([tmp_path / "moved.lmdb", made / "a.lmdb"], tmp_path / "m.lmdb")
+    assert [target for _, target, _ in stored(tmp_path / "m.lmdb")[:3]] == [0, -1, [0, 0]]
+    shutil.copy(made / "a.lmdb", tmp_path / "a.lmdb")
+    write(tmp_path / "moved.lmdb", tmp_path / "a.lmdb", append=True, on_error="skip")
+    assert [target for _, target, _ in stored(tmp_path / "a.lmdb")[10:]] == [1, -1]
 
 
 def test_an_interrupted_merge_is_continued(made, tmp_path, monkeypatch):

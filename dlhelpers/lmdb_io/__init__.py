@@ -12,6 +12,13 @@ the decoder matters more than the store; notebook 02 measures both.
     dataset = LMDBDataset("photos.lmdb", transform)                # dataset[i] -> (image, target)
     verify_lmdb("photos.lmdb")                                     # every record's checksum
 
+Of many images each rank writes a shard, from one scan; databases are merged as they are stored:
+
+    write_listing("photos", "photos.listing")                      # one scan, for all ranks
+    write_lmdb("photos.listing", "photos", shards=64, shard=(rank, world))
+    write_lmdb(["photos", "more.lmdb"], "all", shards=16)          # no image is decoded
+    write_lmdb("new", "photos.lmdb", append=True)                  # behind those that are there
+
 The layout of the file stands in :mod:`dlhelpers.lmdb_io.schema`; nothing in it is pickled.
 
 Source: Chu 2011, MDB: A Memory-Mapped Database and Backend for OpenLDAP, LDAPCon 2011.

@@ -5,6 +5,7 @@ Classes are matched by their names. Known classes keep their numbers, new ones f
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -58,14 +59,21 @@ def match_classes(
 
 
 def renumbered(target: Any, numbers: Sequence[int] | None) -> Any:
-    """Return a target under the new numbers; what is no int stays.
+    """Return a target under the new numbers; what is no class number stays.
 
     Raises:
-        ValueError: it is the number of no class.
+        ValueError: it is the number of no class, or may hold numbers that cannot be told apart.
     """
-    if numbers is None or type(target) is not int:
+    if numbers is None:
         return target
-    if not 0 <= target < len(numbers):
+    if isinstance(target, (list, dict)) and list(numbers) != list(range(len(numbers))):
+        raise ValueError(
+            f"its target {str(target)[:40]} may hold class numbers, which are others in the new "
+            "database: give it (key, bytes, target) with the new numbers"
+        )
+    if type(target) is not int or target < 0:  # -1 often says that there is no label
+        return target
+    if target >= len(numbers):
         raise ValueError(
             f"its target {target} is the number of no class: {len(numbers)} are named, from 0 to "
             f"{len(numbers) - 1}"
@@ -132,8 +140,8 @@ class Renumbered(Source):
     def copy(self, task: Any) -> tuple[bytes, bytes, bytes]:
         """Read a record, and give its class the new number."""
         key, target, image = self._source.copy(task)
-        if self._numbers is not None and target.isdigit():
-            target = encode_target(renumbered(int(target), self._numbers))
+        if self._numbers is not None:
+            target = encode_target(renumbered(json.loads(target), self._numbers))
         return key, target, image
 
     def name(self, task: Any) -> str:
