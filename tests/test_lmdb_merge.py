@@ -26,6 +26,7 @@ from dlhelpers.lmdb_io import (
     environments,
     info_lmdb,
     merging,
+    resuming,
     schema,
     verify_lmdb,
     write_lmdb,
@@ -245,6 +246,24 @@ def test_a_database_of_an_earlier_version_is_read(made, tmp_path):
     write(made / "b", tmp_path / "old.lmdb", append=True)
     for name in ("m.lmdb", "old.lmdb"):
         assert named(tmp_path / name) == named(made / "a.lmdb") + named(made / "b")
+
+
+def test_samples_of_fields_are_merged_and_appended(tmp_path):
+    pytest.importorskip("dlhelpers.lmdb_io.fields")
+    kinds = {"box": "numpy", "label": "json"}
+    samples = [(f"k{n}", {"box": np.arange(n), "label": n % 3}) for n in range(12)]
+    for name, part in (("a", samples[:5]), ("b", samples[5:]), ("c", samples[:5])):
+        write(part, tmp_path / name, fields=kinds)
+    write([tmp_path / "a", tmp_path / "b"], tmp_path / "m", shards=3)
+    write(tmp_path / "b", tmp_path / "a", append=True)
+    write(samples[5:], tmp_path / "c", fields=kinds, append=True)
+    for name in ("m", "a", "c"):
+        found = list(LMDBDataset(tmp_path / name))
+        assert repr(found) == repr([sample for _, sample in samples])
+    for source, path in (("b", "plain"), ("plain", "b")):
+        write(triples(range(3)), tmp_path / "plain")
+        with pytest.raises(ValueError, match="same fields"):
+            write(tmp_path / source, tmp_path / path, append=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -482,6 +501,19 @@ def test_an_interrupted_append_is_no_interrupted_conversion(made, tmp_path, monk
     with pytest.warns(UserWarning, match="starting afresh"):
         write(more, tmp_path / "a.lmdb", resume=True)
     assert stored(tmp_path / "a.lmdb") == [(key, target, image) for key, image, target in more]
+
+
+def test_an_append_is_continued_after_the_machine_went_down(made, tmp_path, monkeypatch):
+    shutil.copy(made / "plain.lmdb", tmp_path / "a.lmdb")
+    more = [*triples(range(20, 24)), ("bad", b"", 0)]
+    with pytest.raises(SourceError):
+        write(more, tmp_path / "a.lmdb", append=True)
+    with pytest.raises(DatabaseError, match="has no entry 'meta'"):
+        LMDBDataset(tmp_path / ".a.lmdb.part")
+    monkeypatch.setattr(resuming, "boot_id", lambda: "another")  # so that every record is checked
+    more[-1] = triples([24])[0]
+    assert write(more, tmp_path / "a.lmdb", append=True, resume=True).resumed_from == 4
+    assert len(stored(tmp_path / "a.lmdb")) == 12
 
 
 def test_an_append_is_not_continued_on_another_database(made, tmp_path):
