@@ -290,6 +290,9 @@ def test_a_listing_replaces_a_listing_and_nothing_else(scanned, tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(FileExistsError, match="is no listing"):
         write_listing(root, tmp_path / "notes", progress=False)
+    for path in (root, tmp_path / "notes"):
+        with pytest.raises(SourceError, match="is no listing: write one"):
+            Listing(path)
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     with pytest.raises(SourceError, match="holds no image"):
         write_listing(tmp_path / "empty", tmp_path / "l", progress=False)

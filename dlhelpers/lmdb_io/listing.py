@@ -77,6 +77,8 @@ class Listing(FolderSource):
         self, path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None
     ) -> None:
         self.path = Path(path).expanduser()
+        if self.path.exists() and not is_listing(self.path):
+            raise SourceError(f"{self.path} is no listing: write one with write_listing")
         self._file = open(self.path, "rb")  # noqa: SIM115  one scan, though the path is replaced
         header = self._read_header()
         self.root = Path(header["root"] if root is None else root).expanduser().absolute()
@@ -103,8 +105,6 @@ class Listing(FolderSource):
     def _read_header(self) -> dict[str, Any]:
         file = self._file
         begun = file.readline(64)
-        if not begun.startswith(KIND):
-            raise SourceError(f"{self.path} is no listing: write one with write_listing")
         if begun != MAGIC:
             raise SourceError(
                 f"{self.path} is a listing of version {begun[len(KIND) :].strip()[:20]!r}, this "
