@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 __all__ = ["main"]
 
@@ -34,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dlhelpers.lmdb_io.command_line import add_actions
+
     parser = argparse.ArgumentParser(
         prog="python -m dlhelpers", description="Deep learning, measured: the command line."
     )
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     selftest.set_defaults(run=_selftest)
 
-    _add_lmdb(commands.add_parser("lmdb", help="write, verify or describe an image database"))
+    add_actions(commands.add_parser("lmdb", help="write, merge, verify or describe a database"))
 
     machine = commands.add_parser("machine", help="what this machine is")
     machine.description = "Print the processor, memory, builds, devices, and what is installed."
@@ -68,131 +68,6 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("report", help="run the course; its verdicts as one page")
     return parser
-
-
-def _add_lmdb(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    write = actions.add_parser("write", help="convert an image folder into one LMDB file")
-    write.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
-    write.add_argument("path", metavar="DST", help="the file; appears whole or not at all")
-    write.set_defaults(run=_lmdb_write)
-    _add_conversion(write)
-
-    convert = actions.add_parser("convert", help="convert an LMDB database of another program")
-    convert.add_argument("source", metavar="OLD", help="a file, or a folder with data.mdb")
-    convert.add_argument("path", metavar="NEW", help="the file; appears whole or not at all")
-    convert.add_argument("--database", metavar="NAME", help="which, where OLD holds several")
-    convert.add_argument(
-        "--bgr",
-        action=argparse.BooleanOptionalAction,
-        help="whether stored pixels are blue first (those of Caffe are, arrays are not)",
-    )
-    convert.set_defaults(run=_lmdb_convert)
-    _add_conversion(convert)
-    _add_reading(actions)
-
-
-def _add_conversion(write: argparse.ArgumentParser) -> None:
-    write.add_argument("--workers", type=int, default=0, help="processes that encode (%(default)s)")
-    write.add_argument("--encode", choices=("jpeg", "png", "webp", "raw"), help="store this format")
-    write.add_argument(
-        "--resize", type=_size, metavar="SIDE|HxW", help="the shorter side in pixels, or both"
-    )
-    write.add_argument("--quality", type=int, help="of JPEG and WebP (90)")
-    write.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
-    write.add_argument("--skip-errors", action="store_true", help="list what cannot be stored")
-    write.add_argument(
-        "--shard",
-        metavar="RANK/WORLD|torchrun",
-        help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
-    )
-    write.add_argument(
-        "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
-    )
-    write.add_argument("--quiet", action="store_true", help="show no bar")
-
-
-def _add_reading(actions: Any) -> None:
-    verify = actions.add_parser("verify", help="compare every record with its checksum")
-    verify.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
-    verify.add_argument("--quiet", action="store_true", help="show no bar")
-    verify.set_defaults(run=_lmdb_verify)
-
-    info = actions.add_parser("info", help="what a database holds and how it was made")
-    info.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
-    info.set_defaults(run=_lmdb_info)
-
-
-def _lmdb_write(options: argparse.Namespace) -> int:
-    from dlhelpers import lmdb_io
-
-    print(lmdb_io.write_lmdb(options.source, options.path, **_conversion(options)))
-    return 0
-
-
-def _lmdb_convert(options: argparse.Namespace) -> int:
-    from dlhelpers import lmdb_io
-
-    report = lmdb_io.convert_lmdb(
-        options.source,
-        options.path,
-        database=options.database,
-        bgr=options.bgr,
-        **_conversion(options),
-    )
-    print(report)
-    return 0
-
-
-def _conversion(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "workers": options.workers,
-        "encode": options.encode,
-        "resize": options.resize,
-        "quality": options.quality,
-        "resume": options.resume,
-        "on_error": "skip" if options.skip_errors else "raise",
-        "shard": _shard(options.shard),
-        "lock": not options.no_lock,
-        "progress": False if options.quiet else None,
-    }
-
-
-def _lmdb_verify(options: argparse.Namespace) -> int:
-    from dlhelpers import lmdb_io
-
-    print(lmdb_io.verify_lmdb(options.path, progress=False if options.quiet else None))
-    return 0
-
-
-def _lmdb_info(options: argparse.Namespace) -> int:
-    from dlhelpers import lmdb_io
-
-    print(lmdb_io.info_lmdb(options.path))
-    return 0
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    sides = [int(side) for side in text.lower().split("x")]
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _shard(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    if text == "torchrun":
-        missing = [name for name in ("RANK", "WORLD_SIZE") if name not in os.environ]
-        if missing:
-            raise ValueError(
-                f"--shard torchrun needs {' and '.join(missing)} in the environment: start it as "
-                "torchrun --nproc-per-node 2 -m dlhelpers lmdb write SRC DST --shard torchrun"
-            )
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    rank, separator, world = text.partition("/")
-    if not (separator and rank.isdigit() and world.isdigit()):
-        raise ValueError(f"--shard must be RANK/WORLD, such as 0/2, or torchrun, got {text!r}")
-    return int(rank), int(world)
 
 
 def _photos(options: argparse.Namespace) -> int:

@@ -14,6 +14,13 @@ the decoder matters more than the store; notebook 02 measures both.
     verify_lmdb("photos.lmdb")                                     # every record's checksum
     convert_lmdb("old", "new.lmdb")                                # what a tutorial or Caffe wrote
 
+Of many images each rank writes a shard, from one scan; databases are merged as they are stored:
+
+    write_listing("photos", "photos.listing")                      # one scan, for all ranks
+    write_lmdb("photos.listing", "photos", shards=64, shard=(rank, world))
+    write_lmdb(["photos", "more.lmdb"], "all", shards=16)          # no image is decoded
+    write_lmdb("new", "photos.lmdb", append=True)                  # behind those that are there
+
 The layout of the file stands in :mod:`dlhelpers.lmdb_io.schema`; nothing in it is pickled.
 
 Source: Chu 2011, MDB: A Memory-Mapped Database and Backend for OpenLDAP, LDAPCon 2011.
@@ -27,7 +34,9 @@ if TYPE_CHECKING:
     from dlhelpers.lmdb_io.sampling import WindowSampler
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
+from dlhelpers.lmdb_io.listing import Listing
 from dlhelpers.lmdb_io.old_databases import convert_lmdb
+from dlhelpers.lmdb_io.scanning import write_listing
 from dlhelpers.lmdb_io.schema import DatabaseError
 from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.verifying import info_lmdb, verify_lmdb
@@ -36,6 +45,7 @@ from dlhelpers.lmdb_io.writing import write_lmdb
 __all__ = [
     "DatabaseError",
     "LMDBDataset",
+    "Listing",
     "SourceError",
     "WindowSampler",
     "convert_lmdb",
@@ -43,6 +53,7 @@ __all__ = [
     "info_lmdb",
     "load_decoder",
     "verify_lmdb",
+    "write_listing",
     "write_lmdb",
 ]
 

@@ -12,18 +12,26 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dlhelpers.lmdb_io.folders import Walk
 from dlhelpers.lmdb_io.identity import Stamp, place_of, spread
 from dlhelpers.lmdb_io.plain import is_plain_folder
-from dlhelpers.lmdb_io.schema import encode_key, encode_target
+from dlhelpers.lmdb_io.schema import VERSION, encode_key, encode_target
 from dlhelpers.printable import printable
 
-__all__ = ["PROBES", "Loaded", "Source", "SourceError", "open_source"]
+__all__ = [
+    "PROBES",
+    "FolderSource",
+    "Loaded",
+    "Source",
+    "SourceError",
+    "file_stamp",
+    "folder_place",
+    "open_source",
+]
 
-_EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 PROBES = 1024  # items of a dataset that are loaded to know it again
 
 
@@ -58,6 +66,12 @@ class Source:
         hides: whether an item's stamp says nothing of its content.
         place: where modification times can be compared; empty where there are none.
         notes: what a report says of the source.
+        identity: of the whole source, where it is known without a look at each item.
+        copies: whether :meth:`copy` gives records as they are stored.
+        settings: of the conversion that its records come from, where they are copied.
+        version: of the schema that records need, whatever they hold.
+        refused: (what, why) of an item that is known to be left out.
+        paths: of the databases that are read.
     """
 
     kind: str
@@ -71,13 +85,27 @@ class Source:
     hides = False
     place: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    identity: Mapping[str, Any] | None = None
+    copies = False
+    settings: Mapping[str, Any] = MappingProxyType({})
+    version = VERSION
+    refused: tuple[str, str] | None = None
+    paths: frozenset[Path] = frozenset()
 
     def tasks(self) -> Iterator[Any]:
         """Yield one picklable task for each item, in order."""
         return iter(self.items)
 
+    def part(self, own: range) -> Iterator[Any]:
+        """Yield the tasks of some positions, as :meth:`tasks` does."""
+        return itertools.islice(self.tasks(), own.start, own.stop)
+
     def load(self, task: Any) -> Loaded:
         """Read the item of a task; runs in workers."""
+        raise NotImplementedError
+
+    def copy(self, task: Any) -> tuple[bytes, bytes, bytes]:
+        """Return key, target and image as they are stored; runs in workers."""
         raise NotImplementedError
 
     def name(self, task: Any) -> str:
@@ -114,8 +142,18 @@ def open_source(source: Any) -> Source:
     if isinstance(source, Source):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _Folder.scan(Path(source).expanduser())
+        from dlhelpers.lmdb_io.listing import Listing, is_listing
+        from dlhelpers.lmdb_io.merging import Databases, is_database
+
+        path = Path(source).expanduser()
+        if is_database(path):
+            return Databases([path])
+        return Listing(path) if is_listing(path) else FolderSource.scan(path)
     if isinstance(source, (list, tuple)):
+        if source and all(isinstance(path, (str, os.PathLike)) for path in source):
+            from dlhelpers.lmdb_io.merging import open_databases
+
+            return open_databases([Path(path).expanduser() for path in source])
         return _Triples(source)
     if (found := look_through(source, _open_dataset)) is not None:
         return found
@@ -132,77 +170,49 @@ def open_source(source: Any) -> Source:
 
 def _open_dataset(source: Any) -> Source:
     if is_plain_folder(source):
-        return _Folder.of_image_folder(source)  # its files, instead of what it decodes of them
+        return FolderSource.of_image_folder(source)  # its files, instead of what it decodes of them
     return _Dataset(source)
 
 
-class _Folder(Source):
+class FolderSource(Source):
+    """The files of an image folder; a task is (path, key, target)."""
+
     kind = "folder"
 
     def __init__(
         self, samples: Sequence[tuple[str, str, int]], classes: list[str], **facts: Any
     ) -> None:
-        self.items = samples  # (path, key, target)
+        """Take samples as they are; ``facts`` are attributes of the source."""
+        self.items = samples
         self.count, self.classes = len(samples), classes
         self.__dict__.update(facts)
 
     @classmethod
-    def scan(cls, root: Path) -> _Folder:
+    def scan(cls, root: Path) -> FolderSource:
         """Find the images in the order of torchvision's ImageFolder."""
-        if not root.exists():
-            raise FileNotFoundError(
-                printable(f"{root} does not exist: give a folder of class folders")
-            )
-        if not root.is_dir():
-            raise NotADirectoryError(
-                printable(f"{root} is a file, expected a folder of class folders")
-            )
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        if not classes:
-            raise SourceError(
-                f"{root} holds no class folders: expected {root.name}/CLASS/IMAGE.jpg; for images "
-                "without classes give an iterable of (key, bytes, target)"
-            )
-        samples: list[tuple[str, str, int]] = []
-        problems, ignored = [], []
-
-        def unreadable(error: OSError) -> None:
-            problems.append((str(error.filename), f"cannot be listed: {error.strerror}"))
-
-        for target, name in enumerate(classes):
-            before = len(samples)
-            top = os.path.join(root, name)
-            found = os.walk(top, followlinks=True, onerror=unreadable)
-            for folder, _, files in sorted(found):
-                inside = folder[len(top) :].replace(os.sep, "/")
-                for file in sorted(files):
-                    key = f"{name}{inside}/{file}"
-                    if file.lower().endswith(_EXTENSIONS):
-                        samples.append((os.path.join(folder, file), key, target))
-                    else:
-                        ignored.append(key)
-            if len(samples) == before:
-                problems.append((f"{name}/", "the class folder holds no image"))
-        loose = [e.name for e in os.scandir(root) if e.is_file()]
+        walk = Walk(root)
+        samples = list(walk)
         return cls(
             samples,
-            classes,
-            place=_place(root),
-            problems=tuple(problems),
-            ignored=tuple(sorted([*ignored, *loose])),
+            walk.classes,
+            place=folder_place(root),
+            problems=tuple(walk.problems),
+            ignored=tuple(sorted(walk.ignored)),
         )
 
     @classmethod
-    def of_image_folder(cls, dataset: Any) -> _Folder:
+    def of_image_folder(cls, dataset: Any) -> FolderSource:
+        """Take the samples of torchvision's ImageFolder."""
         root = str(dataset.root)
         keys = (os.path.relpath(path, root).replace(os.sep, "/") for path, _ in dataset.samples)
         samples = [
             (path, key, target) for (path, target), key in zip(dataset.samples, keys, strict=True)
         ]
         classes = [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
-        return cls(samples, classes, place=_place(root))  # ImageNet's are tuples of names
+        return cls(samples, classes, place=folder_place(root))  # ImageNet's are tuples of names
 
     def load(self, task: Any) -> Loaded:
+        """Read the bytes of a file."""
         path, key, target = task
         file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
@@ -212,30 +222,34 @@ class _Folder(Source):
                 data += more  # one read gives at most 2 GiB
         finally:
             os.close(file)
-        return Loaded(key, target, data, _file_stamp(key, target, stat))
+        return Loaded(key, target, data, file_stamp(key, target, stat))
 
     def name(self, task: Any) -> str:
+        """Return the path within the folder."""
         return task[1]
 
     key = name
 
     def stamp(self, task: Any) -> Stamp:
+        """Return the stamp of a file as it is now."""
         path, key, target = task
         try:
-            return _file_stamp(key, target, os.stat(path))
+            return file_stamp(key, target, os.stat(path))
         except OSError:
-            return _file_stamp(key, target, None)
+            return file_stamp(key, target, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a worker gets its tasks one by one
 
 
-def _file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
+def file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
+    """Return the stamp of an image file; ``stat`` is None where there is no such file."""
     size, time = (-1, 0) if stat is None else (stat.st_size, stat.st_mtime_ns)
     return Stamp(f"{key}|{target}".encode("utf-8", "surrogateescape"), size, time)
 
 
-def _place(root: str | Path) -> tuple[str, ...]:
+def folder_place(root: str | Path) -> tuple[str, ...]:
+    """Return where the modification times of a folder's files can be compared."""
     try:
         return place_of(os.stat(root).st_ino)
     except OSError:  # a list of files from elsewhere

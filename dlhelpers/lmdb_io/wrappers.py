@@ -137,7 +137,10 @@ class _Selected(Source):
         if all(found == classes[0] for found in classes):
             self.classes = classes[0]
         else:
-            notes.append("no class names are stored, since the parts of the source have others")
+            notes.append(
+                "no class names are stored, since the parts of the source have others; a list of "
+                "the paths of databases matches their classes by name"
+            )
         if again:
             what = "1 key is" if again == 1 else f"{again} keys are"
             notes.append(f"{what} taken already: an ending such as #2 tells the images apart")

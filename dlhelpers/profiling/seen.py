@@ -65,7 +65,9 @@ class Bottleneck(Finding):
             faster = f"{about}{self.speedup:.2f} times as fast"
             if self.speedup > 0.999 * _MOST_SPEEDUP:
                 faster = "next to nothing of it is left"
-            parts.append(f"{about}{duration(self.saves_ms / 1e3)} a step: {faster}" + tried * bool(about))
+            parts.append(
+                f"{about}{duration(self.saves_ms / 1e3)} a step: {faster}" + tried * bool(about)
+            )
         if self.saves_bytes >= 2**16:
             parts.append(f"{figures(self.saves_bytes / 2**20)} MiB less memory")
         return "; ".join(parts) or self.besides
