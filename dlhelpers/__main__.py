@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 __all__ = ["main"]
 
@@ -91,6 +92,14 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
     write.add_argument(
         "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
     )
+    write.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="write --shards N parts as tasks of Ray, on this machine or on the cluster at ADDRESS",
+    )
+    write.add_argument("--shards", type=int, metavar="N", help="number of parts, for --ray")
     write.add_argument("--quiet", action="store_true", help="show no bar")
     write.set_defaults(run=_lmdb_write)
 
@@ -107,21 +116,39 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
 def _lmdb_write(options: argparse.Namespace) -> int:
     from dlhelpers import lmdb_io
 
-    report = lmdb_io.write_lmdb(
+    write = partial(lmdb_io.write_lmdb, resume=options.resume, shard=_shard(options.shard))
+    if options.ray is not None:
+        write = _on_ray(options)
+    elif options.shards is not None:
+        raise ValueError("--shards needs --ray; without Ray, --shard RANK/WORLD writes one part")
+    report = write(
         options.source,
         options.path,
         workers=options.workers,
         encode=options.encode,
         resize=options.resize,
         quality=options.quality,
-        resume=options.resume,
         on_error="skip" if options.skip_errors else "raise",
-        shard=_shard(options.shard),
         lock=not options.no_lock,
         progress=False if options.quiet else None,
     )
     print(report)
     return 0
+
+
+def _on_ray(options: argparse.Namespace) -> Callable[..., object]:
+    from dlhelpers.lmdb_io import on_ray
+
+    if options.shards is None or options.shard is not None:
+        raise ValueError(
+            "--ray writes all parts and needs their number: give --shards 64, and no --shard"
+        )
+    return partial(
+        on_ray.write,
+        shards=options.shards,
+        address=options.ray or None,
+        cpus_per_task=1 + max(options.workers, 0),
+    )
 
 
 def _lmdb_verify(options: argparse.Namespace) -> int:

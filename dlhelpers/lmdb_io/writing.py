@@ -15,6 +15,7 @@ from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.failures import clear_errors
+from dlhelpers.lmdb_io.finished import take_finished
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sources import SourceError, open_source
@@ -36,7 +37,7 @@ class WriteReport:
         skipped: (what, why) of all that was left out.
         ignored: files of the source folder that are no images by their name.
         notes: what else is worth knowing of the source.
-        resumed_from: records that an earlier, interrupted conversion had stored.
+        resumed_from: records that an earlier conversion had stored.
         seconds: that this conversion took.
     """
 
@@ -56,7 +57,7 @@ class WriteReport:
             f"{one_line(str(self.path))} ({self.seconds:.1f} s, {speed:.0f} images/s)"
         ]
         if self.resumed_from:
-            lines.append(f"the first {self.resumed_from} were there from an interrupted conversion")
+            lines.append(f"{self.resumed_from} of them were there from an earlier conversion")
         lines += self.notes
         if self.ignored:
             what = "file is no image" if len(self.ignored) == 1 else "files are no images"
@@ -108,7 +109,8 @@ def write_lmdb(
         resume: goes on after an interrupted conversion of the same source and settings; where
             they differ it starts afresh and warns. Names and sizes of the files that are done are
             compared, and contents where modification times differ. Of a dataset, which has to be
-            loaded to be compared, it looks at up to 64 of the items that are done.
+            loaded to be compared, it looks at up to 64 of the items that are done. A shard that is
+            finished is not written again; remove one that verify_lmdb finds damaged.
         on_error: ``raise`` stops at the first image that cannot be stored, what was converted
             stays for ``resume``; ``skip`` leaves it out and lists it.
         shard: (rank, world) writes this rank's part into the folder ``path``, which
@@ -157,12 +159,13 @@ def write_lmdb(
     _refuse_foreign(target)
     conversion = Conversion(opened, target, encoding, workers, on_error, shard, lock)
     with clear_errors(conversion), only_writer(target, lock):
-        conversion.open(resume, map_size or _FIRST_MAP)
-        try:
-            conversion.run(progress)
-            conversion.finish()
-        finally:
-            conversion.close()
+        if not (resume and take_finished(conversion)):
+            conversion.open(resume, map_size or _FIRST_MAP)
+            try:
+                conversion.run(progress)
+                conversion.finish()
+            finally:
+                conversion.close()
     return WriteReport(
         target,
         conversion.count,
