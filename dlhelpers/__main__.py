@@ -74,7 +74,9 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     write = actions.add_parser("write", help="convert an image folder into one LMDB file")
-    write.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
+    write.add_argument(
+        "source", metavar="SRC", help="a folder with one folder for each class, or a listing of one"
+    )
     write.add_argument("path", metavar="DST", help="the file; appears whole or not at all")
     write.add_argument("--workers", type=int, default=0, help="processes that encode (%(default)s)")
     write.add_argument("--encode", choices=("jpeg", "png", "webp", "raw"), help="store this format")
@@ -100,8 +102,15 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
         help="write --shards N parts as tasks of Ray, on this machine or on the cluster at ADDRESS",
     )
     write.add_argument("--shards", type=int, metavar="N", help="number of parts, for --ray")
+    write.add_argument("--root", metavar="DIR", help="where the images of a listing are here")
     write.add_argument("--quiet", action="store_true", help="show no bar")
     write.set_defaults(run=_lmdb_write)
+
+    listing = actions.add_parser("list", help="scan an image folder once, for all ranks of `write`")
+    listing.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
+    listing.add_argument("path", metavar="LISTING", help="the file; appears whole or not at all")
+    listing.add_argument("--quiet", action="store_true", help="show no bar")
+    listing.set_defaults(run=_lmdb_list)
 
     verify = actions.add_parser("verify", help="compare every record with its checksum")
     verify.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
@@ -116,13 +125,16 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
 def _lmdb_write(options: argparse.Namespace) -> int:
     from dlhelpers import lmdb_io
 
+    source = options.source
+    if options.root is not None:
+        source = lmdb_io.Listing(source, options.root)
     write = partial(lmdb_io.write_lmdb, resume=options.resume, shard=_shard(options.shard))
     if options.ray is not None:
         write = _on_ray(options)
     elif options.shards is not None:
         raise ValueError("--shards needs --ray; without Ray, --shard RANK/WORLD writes one part")
     report = write(
-        options.source,
+        source,
         options.path,
         workers=options.workers,
         encode=options.encode,
@@ -149,6 +161,14 @@ def _on_ray(options: argparse.Namespace) -> Callable[..., object]:
         address=options.ray or None,
         cpus_per_task=1 + max(options.workers, 0),
     )
+
+
+def _lmdb_list(options: argparse.Namespace) -> int:
+    from dlhelpers import lmdb_io
+
+    progress = False if options.quiet else None
+    print(lmdb_io.write_listing(options.source, options.path, progress=progress))
+    return 0
 
 
 def _lmdb_verify(options: argparse.Namespace) -> int:

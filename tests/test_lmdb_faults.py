@@ -27,6 +27,7 @@ from dlhelpers.lmdb_io import (
     converting,
     failures,
     info_lmdb,
+    resuming,
     schema,
     verify_lmdb,
     verifying,
@@ -156,7 +157,7 @@ def test_a_kill_before_the_rename_costs_nothing(photos, whole, tmp_path, monkeyp
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(converting.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_lmdb(photos, tmp_path / "db", progress=False)
     monkeypatch.undo()
@@ -320,8 +321,8 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(photos, tmp_path, monkey
         order.append(("rename", True))
         replace(source, target)
 
-    monkeypatch.setattr(converting.os, "fsync", synced)
-    monkeypatch.setattr(converting.os, "replace", renamed)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
     write_lmdb(photos, tmp_path / "db", progress=False)
     assert order[-3:] == [("sync", True), ("rename", True), ("sync", False)]
 
@@ -330,9 +331,9 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(photos, tmp_path, monkey
 def test_after_a_crash_of_the_machine_only_a_sound_part_is_taken_up(
     photos, tmp_path, monkeypatch, boots
 ):
-    monkeypatch.setattr(converting, "_boot_id", lambda: boots[0])
+    monkeypatch.setattr(resuming, "boot_id", lambda: boots[0])
     interrupted(photos, tmp_path / "db", monkeypatch)
-    monkeypatch.setattr(converting, "_boot_id", lambda: boots[1])
+    monkeypatch.setattr(resuming, "boot_id", lambda: boots[1])
     partial = tmp_path / ".db.part"
     sound = partial.read_bytes()
     assert write_lmdb(photos, tmp_path / "db", progress=False, resume=True).resumed_from >= 100
@@ -474,7 +475,7 @@ def test_a_quota_and_the_largest_file_of_a_file_system_are_no_full_disk(
     def refused(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(converting.os, "fsync", refused)
+    monkeypatch.setattr(os, "fsync", refused)
     monkeypatch.setattr(failures, "_size_limit", lambda: -1)
     with pytest.raises(OSError, match=f"{says}.*{COUNT} images are kept: resume=True"):
         write_lmdb(photos, tmp_path / "db", progress=False)

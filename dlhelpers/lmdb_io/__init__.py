@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dlhelpers.lmdb_io.dataset import LMDBDataset
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
+from dlhelpers.lmdb_io.listing import Listing, write_listing
 from dlhelpers.lmdb_io.schema import DatabaseError
 from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.verifying import info_lmdb, verify_lmdb
@@ -32,11 +33,13 @@ from dlhelpers.lmdb_io.writing import write_lmdb
 __all__ = [
     "DatabaseError",
     "LMDBDataset",
+    "Listing",
     "SourceError",
     "decoders",
     "info_lmdb",
     "load_decoder",
     "verify_lmdb",
+    "write_listing",
     "write_lmdb",
 ]
 

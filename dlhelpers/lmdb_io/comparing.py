@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ class Neighbours:
         if key not in self._found:
             source = self._loader.source
             own = part(source.count, *meta["shard"])
-            tasks = [*islice(source.tasks(), own.start, own.stop)]
+            tasks = [*source.part(own)]
             self._found[key] = self._is_same_part(tasks, meta)
         return self._found[key]
 

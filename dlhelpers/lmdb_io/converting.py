@@ -9,22 +9,16 @@ readers see either as it was or whole.
 from __future__ import annotations
 
 import json
-import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io import resuming, schema
 from dlhelpers.lmdb_io.comparing import (
-    Neighbours,
     content_of,
-    gives_the_same,
-    is_same_part,
     mark_of,
     marked,
 )
@@ -32,7 +26,6 @@ from dlhelpers.lmdb_io.encoding import Encoding, is_turned
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
-from dlhelpers.lmdb_io.locking import in_turn
 from dlhelpers.lmdb_io.sharing import Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
 from dlhelpers.printable import one_line, printable
@@ -68,10 +61,11 @@ class Conversion:
         self.reading = False  # whether an error comes from the source
         self.is_fresh = False  # whether the file was begun by this run
         self.pending_bytes = 0  # what the commit under way needs at most
-        self._start_afresh()
+        self.start_afresh()
         self.env: Any = None
 
-    def _start_afresh(self) -> None:
+    def start_afresh(self) -> None:
+        """Forget what was converted."""
         self.count = self.image_bytes = self.done = 0
         self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
         self.skipped: list[tuple[str, str]] = []
@@ -90,15 +84,16 @@ class Conversion:
 
     def open(self, resume: bool, map_size: int) -> None:
         """Open the partial file, going on with an interrupted one where it fits."""
-        if not resume or not self._take_up(map_size):
-            self._remove_partial()
+        if not resume or not resuming.take_up(self, map_size):
+            self.remove_partial()
             self.is_fresh = True
-            self._open_env(map_size)
+            self.open_env(map_size)
 
-    def _open_env(self, map_size: int) -> None:
+    def open_env(self, map_size: int) -> None:
+        """Open the partial file, or make it."""
         import lmdb
 
-        # the commits' order is kept without a sync: a kill loses none, see _take_up for a crash
+        # the commits' order is kept without a sync: a kill loses none, see resuming for a crash
         self.env = lmdb.open(
             lmdb_path(self.partial),
             subdir=False,
@@ -122,93 +117,13 @@ class Conversion:
             self.env.close()
             self.env = None
 
-    def _remove_partial(self) -> None:
+    def remove_partial(self) -> None:
+        """Remove the partial file, where there is one."""
         with suppress(FileNotFoundError):
             self.partial.unlink()
 
-    def _take_up(self, map_size: int) -> bool:
-        """Go on behind the last commit of an interrupted conversion; False where it differs."""
-        if not self.partial.exists():
-            return False
-        why = self._read_state(map_size) or self._differs()
-        if not why:
-            return True
-        self.close()
-        self._start_afresh()
-        warnings.warn(
-            printable(
-                f"{self.target.name}: cannot go on with the interrupted conversion, {why}: "
-                "starting afresh"
-            ),
-            stacklevel=4,
-        )
-        if not self.source.restarts:
-            self._remove_partial()
-            raise SourceError(
-                f"the source is an iterator that gives its items only once, and {why}: call "
-                "write_lmdb again with a new iterator"
-            )
-        return False
-
-    def _read_state(self, map_size: int) -> str:
-        """Open the partial file and read its state; return why that cannot be done."""
-        from dlhelpers.lmdb_io.verifying import find_problems, peek_state
-
-        state = peek_state(self.partial)
-        if isinstance(state, str):
-            return state
-        facts = self._facts()
-        for name in facts:
-            if state[name] != facts[name]:
-                return f"its {name} were {state[name]!r}, now they are {facts[name]!r}"
-        try:
-            trace = Trace.from_dict(state)
-        except KeyError:
-            return "it was begun by an earlier version of dlhelpers"
-        if not state["boot"] or state["boot"] != _boot_id():
-            # the machine went down: what was written last may never have reached the disk
-            problems = find_problems(self.partial)
-            if problems:
-                return f"the file was damaged when the machine went down ({problems[0]})"
-        self._open_env(map_size)
-        self.count, self.done = state["count"], state["done"]
-        self.image_bytes, self.trace = state["image_bytes"], trace
-        self.version, self.marks = state["version"], dict(state.get("marks", ()))
-        self.resumed_from = self.kept = self.count
-        with self.env.begin(db=self.skips_db) as txn:
-            # those behind it are the source's own problems, listed at the end
-            end = schema.position_key(self.done)
-            self.skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if key < end]
-        return ""
-
-    def _differs(self) -> str:
-        """Compare the part of the source that is done with what it was; return what differs."""
-        trace, done = Trace(), []
-        self._tasks = self.share.tasks()
-        for number in range(self.done):
-            task = next(self._tasks, None)
-            if task is None:
-                return f"the source has only {number} of {self.done} items left"
-            trace.add(self.source.stamp(task))
-            if self.source.place or self.source.hides:
-                done.append(task)
-        if trace.items != self.trace.items:
-            return "the source has changed"
-        contents = self.trace.contents.hex()
-        if self.source.place:
-            if not is_same_part(self.loader, done, self.trace.times, contents, self.workers):
-                return "the source has changed"
-            self.trace.times = trace.times
-        if self.source.hides:  # only loading can tell
-            with self.env.begin() as txn:
-                databases = {"records": self.records, "index": self.index, "skipped": self.skips_db}
-                read = {name: partial(txn.get, db=db) for name, db in databases.items()}
-                if not gives_the_same(self.loader, done, read, self.workers):
-                    return "the dataset gives other images now"
-        return ""
-
-    def _facts(self) -> dict[str, Any]:
-        """Return what must not change before a conversion goes on, as JSON gives it back."""
+    def facts(self) -> dict[str, Any]:
+        """Return what must not change before a conversion continues, as JSON gives it back."""
         facts = {
             "source": self.source.kind,
             "settings": self.loader.encoding.as_dict(),
@@ -223,7 +138,7 @@ class Conversion:
     def run(self, progress: bool | None) -> None:
         """Convert what is left of the source."""
         if not self.resumed_from and not self.done:
-            self._tasks = self.share.tasks()
+            self.tasks = self.share.tasks()
         self.share.look(self.workers)
         total = self.share.count
         batch: list[Item] = []
@@ -252,7 +167,7 @@ class Conversion:
     def _loaded(self) -> Iterator[list[Item]]:
         """Yield what is left of the source, and note when its own code is at work."""
         self.reading = True
-        for items in load_chunks(self.loader, self._tasks, self.workers):
+        for items in load_chunks(self.loader, self.tasks, self.workers):
             self.reading = False
             yield items
             self.reading = True
@@ -321,7 +236,7 @@ class Conversion:
         return None
 
     def _put_state(self, txn: Any) -> None:
-        state = self._facts() | self.trace.as_dict()
+        state = self.facts() | self.trace.as_dict()
         state |= {
             "format": schema.FORMAT,
             "version": self.version,
@@ -329,80 +244,6 @@ class Conversion:
             "image_bytes": self.image_bytes,
             "done": self.done,
             "marks": [*self.marks.items()],
-            "boot": _boot_id(),
+            "boot": resuming.boot_id(),
         }
         txn.put(schema.STATE, schema.pack_meta(state))
-
-    # ---- the end ----
-
-    def finish(self) -> None:
-        """Write the meta entry, bring all of it to the disk, and rename."""
-        import lmdb
-
-        from dlhelpers import __version__
-
-        expected = self.share.count
-        if expected is not None and self.done != expected:
-            raise SourceError(
-                f"the source said that it has {expected} items and gave {self.done}: nothing was "
-                "replaced"
-            )
-        if not self.share.was_listed_as(self.trace):
-            self.trace.times = self.share.look_again(self.loader, self.trace, self.workers)
-        if not self.count and self.shard is None:
-            reasons = ": ".join(["", *map(one_line, self.skipped[0])]) if self.skipped else ""
-            raise SourceError(f"the source holds no image that could be stored{reasons}")
-        meta = self._facts() | {
-            "format": schema.FORMAT,
-            "version": self.version,
-            "count": self.count,
-            "image_bytes": self.image_bytes,
-            "skipped": len(self.skipped) + len(self.source.problems),
-            "digest": self.trace.items.hex(),
-            "contents": self.trace.contents.hex(),
-            "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
-        }
-        if self.shard is None:
-            self._publish(meta)
-            return
-        meta |= {"times": self.trace.times, "identity": self.share.identity()}
-        meta["marks"] = self.share.timed(self.marks)
-        neighbours = Neighbours(self.target, self.shard, self.loader, self.workers)
-        neighbours.equal_versions(meta)  # what takes long is done before it is this rank's turn
-        self.env.sync(True)
-        with in_turn(self.target.parent, self.lock):
-            meta["identity"]["equal"] = neighbours.equal_versions(meta)
-            self._publish(meta)
-
-    def _publish(self, meta: dict[str, Any]) -> None:
-        with self.env.begin(write=True) as txn:
-            for number, problem in enumerate(self.source.problems):
-                key = schema.position_key(self.done + number)
-                txn.put(key, json.dumps(problem).encode(), db=self.skips_db)
-            # the state stays: a kill before the file is renamed costs nothing then
-            txn.put(schema.META, schema.pack_meta(meta))
-        size = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
-        self.close()
-        with open(self.partial, "r+b") as file:
-            if os.fstat(file.fileno()).st_size < size:
-                file.truncate(size)  # pages freed at the end are never written
-            os.fsync(file.fileno())
-        os.replace(self.partial, self.target)
-        _sync_folder(self.target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows has no such call
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

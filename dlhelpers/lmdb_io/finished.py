@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.comparing import is_same_part
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.identity import odd_shards
-from dlhelpers.lmdb_io.shards import part
 
 __all__ = ["take_finished"]
 
@@ -21,12 +19,12 @@ def take_finished(conversion: Conversion) -> bool:
     Sets what the conversion reports. A shard that leaves out images is finished only for a
     conversion that may skip some.
     """
-    source, shard = conversion.source, conversion.shard
-    if shard is None or not source.restarts or not conversion.target.exists():
+    source = conversion.source
+    if conversion.shard is None or not source.restarts or not conversion.target.exists():
         return False
     environment = open_environment(conversion.target)
     meta = schema.unpack_meta(environment.get_entry(schema.META), conversion.target)
-    facts = conversion._facts()
+    facts = conversion.facts()
     if any(meta.get(name) != value for name, value in facts.items()):
         return False
     if not meta.get("identity") or (meta["skipped"] and not conversion.skips):
@@ -36,9 +34,7 @@ def take_finished(conversion: Conversion) -> bool:
     if odd_shards([meta, facts | {"identity": share.identity()}], 0)[1]:
         return False
     if source.place:  # the same names and sizes on another machine may hold other contents
-        own = part(source.count, *shard)
-        tasks = [*islice(source.tasks(), own.start, own.stop)]
-        times, contents = meta["times"], meta["contents"]
+        tasks, times, contents = [*share.tasks()], meta["times"], meta["contents"]
         if not is_same_part(conversion.loader, tasks, times, contents, conversion.workers):
             return False
     skipped = [tuple(json.loads(value)) for _, value in environment.items(environment.skipped)]

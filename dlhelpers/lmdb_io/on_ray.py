@@ -14,11 +14,14 @@ Source: Moritz et al. 2018, Ray: A Distributed Framework for Emerging AI Applica
 
 from __future__ import annotations
 
+import _thread
 import inspect
 import logging
 import math
 import os
+import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +32,7 @@ from typing import Any
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
+from dlhelpers.lmdb_io.listing import write_listing
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.verifying import info_lmdb
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
@@ -38,7 +42,7 @@ from dlhelpers.progress import bar
 __all__ = ["write"]
 
 _PATIENCE_S = 120.0  # a worker that Ray gave up may hold its lock for a while, over NFS above all
-_FAREWELL_S = 10.0  # that cancelled tasks have to commit what they hold
+_FAREWELL_S = 30.0  # that stopped tasks have to end
 _FIXED = {"resume": True, "progress": False}  # of write_lmdb, in a task
 
 
@@ -58,7 +62,8 @@ def write(
     Args:
         source: as ``write_lmdb`` takes it: the path of a folder that every node sees, or what can
             be pickled.
-        path: the folder of the shards, on a file system that every node sees.
+        path: the folder of the shards, on a file system that every node sees. An image folder is
+            scanned once, into ``source.listing`` in it.
         shards: how many; several per core keep all cores busy to the end, and lose less with a
             worker that dies.
         address: of the cluster, such as ``10.0.0.1:6379`` or ``ray://10.0.0.1:10001``. None takes
@@ -87,16 +92,17 @@ def write(
     _check(cpus_per_task, options)
     folder = Path(path).expanduser().resolve()
     if isinstance(source, (str, os.PathLike)):
-        # tasks run in other working directories; each scans the folder, unless this is a listing
-        source = str(Path(source).expanduser().resolve())
+        source = str(Path(source).expanduser().resolve())  # tasks have other working directories
     with _connected(ray, address), bar(progress=progress, total=shards, unit="shard") as shown:
         remote = ray.remote(
             num_cpus=cpus_per_task, max_retries=retries, scheduling_strategy="SPREAD"
         )
+        if isinstance(source, str):
+            source = _result(ray, remote(_listed).remote(source, str(folder)), "scan")
         shared = source if isinstance(source, str) else _put(ray, source)
-        task = remote(_write_shard)
+        task, stop = remote(_write_shard), folder / f".stop-{uuid.uuid4().hex}"
         left = {
-            task.remote(shared, str(folder), (rank, shards), options): rank
+            task.remote(shared, str(folder), (rank, shards), options, str(stop)): rank
             for rank in range(shards)
         }
         reports: dict[int, WriteReport] = {}
@@ -110,29 +116,70 @@ def write(
                 shown.update()
             _result(ray, remote(info_lmdb).remote(str(folder)), "the folder of all shards")
         except BaseException as error:
-            for one in left:
-                ray.cancel(one)
-            ray.wait([*left, ray.put(None)], num_returns=len(left) + 1, timeout=_FAREWELL_S)
+            _stop_all(ray, [*left], stop)
             error.add_note("what was converted is kept: the same call goes on after it")
             raise
     return _together(folder, [reports[rank] for rank in range(shards)], start)
 
 
-def _write_shard(source: Any, path: str, shard: tuple[int, int], options: Any) -> WriteReport:
-    """Write one shard; a task."""
+def _listed(source: str, folder: str) -> str:
+    """Scan an image folder once for all shards; a task, since the driver may not see it."""
+    if not Path(source).is_dir():  # a listing already, or what write_lmdb refuses
+        return source
+    path = Path(folder) / "source.listing"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_listing(source, path, progress=False)
+    return str(path)
+
+
+def _write_shard(
+    source: Any, path: str, shard: tuple[int, int], options: Mapping[str, Any], stop: str
+) -> WriteReport | None:
+    """Write one shard, a task; None where the driver has stopped all of them."""
     until = time.monotonic() + _PATIENCE_S
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        while True:
-            try:
-                report = write_lmdb(source, path, shard=shard, **_FIXED, **options)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.2)
+    try:
+        with _heeding(Path(stop)), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            while True:
+                try:
+                    report = write_lmdb(source, path, shard=shard, **_FIXED, **options)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.2)
+    except KeyboardInterrupt:
+        return None
     notes = [str(one.message) for one in caught if "starting afresh" in str(one.message)]
     return replace(report, notes=(*report.notes, *notes))
+
+
+@contextmanager
+def _heeding(stop: Path) -> Iterator[None]:
+    """Interrupt the main thread, as Ctrl-C does, once a file appears."""
+    is_done = threading.Event()
+
+    def watch() -> None:
+        while not stop.exists():
+            if is_done.wait(0.5):
+                return
+        _thread.interrupt_main()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_done.set()
+        watcher.join()
+
+
+def _stop_all(ray: Any, left: Sequence[Any], stop: Path) -> None:
+    """End tasks by a file: ray.cancel ends the driver where a task ends at that moment (#54785)."""
+    at_once = ray.remote(num_cpus=0)
+    ray.get(at_once(Path.touch).remote(stop), timeout=_FAREWELL_S)
+    if len(ray.wait(list(left), num_returns=len(left), timeout=_FAREWELL_S)[0]) == len(left):
+        ray.get(at_once(Path.unlink).remote(stop), timeout=_FAREWELL_S)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 from dlhelpers.lmdb_io.comparing import identity_of, is_same_part
@@ -42,7 +41,7 @@ class Share:
             return self._watched(tasks, lambda number: number % world == rank)
         own = part(self._source.count, rank, world)
         if self._source.lists:
-            return islice(tasks, own.start, own.stop)
+            return self._source.part(own)
         return self._watched(tasks, own.__contains__)
 
     def _watched(self, tasks: Iterator[Any], is_own: Callable[[int], bool]) -> Iterator[Any]:
@@ -56,6 +55,9 @@ class Share:
     def look(self, workers: int) -> None:
         """Take down the identity of a source that can be listed, before any of it is read."""
         if self._shard is None or not self._source.lists:
+            return
+        if self._source.identity is not None:
+            self._identity = dict(self._source.identity)
             return
         own, whole, self._listed = part(self._source.count, *self._shard), Whole(), Trace()
         for number, task in enumerate(self._source.tasks()):
@@ -99,8 +101,10 @@ class Share:
 
     def timed(self, marks: Mapping[int, int]) -> list[tuple[int, int]]:
         """Return (modification time, mark) of the items that a shard's meta entry tells."""
-        tasks = [*self.tasks()] if marks else []
-        return [(self._source.stamp(tasks[n]).time, marks[n]) for n in sorted(marks)]
+        if not marks:
+            return []
+        found = ((self._source.stamp(t).time, n) for n, t in enumerate(self.tasks()) if n in marks)
+        return [(time, marks[number]) for time, number in found]
 
     def identity(self) -> dict[str, Any]:
         """Return the identity of the whole source, once all tasks were taken."""

@@ -12,18 +12,17 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dlhelpers.lmdb_io.folders import Walk
 from dlhelpers.lmdb_io.identity import Stamp, place_of, spread
 from dlhelpers.lmdb_io.plain import is_plain_folder
-from dlhelpers.lmdb_io.schema import encode_key, encode_target
+from dlhelpers.lmdb_io.schema import VERSION, encode_key, encode_target
 from dlhelpers.printable import printable
 
 __all__ = ["PROBES", "Loaded", "Source", "SourceError", "open_source"]
 
-_EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 PROBES = 1024  # items of a dataset that are loaded to know it again
 
 
@@ -58,6 +57,10 @@ class Source:
         hides: whether an item's stamp says nothing of its content.
         place: where modification times can be compared; empty where there are none.
         notes: what a report says of the source.
+        identity: of the whole source, where it is known without a look at each item.
+        copies: whether :meth:`copy` gives records as they are stored.
+        carried: entries of a database's meta entry that its copy needs as well.
+        version: of the schema that records need, whatever they hold.
     """
 
     kind: str
@@ -71,13 +74,25 @@ class Source:
     hides = False
     place: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    identity: Mapping[str, Any] | None = None
+    copies = False
+    carried: Mapping[str, Any] = MappingProxyType({})
+    version = VERSION
 
     def tasks(self) -> Iterator[Any]:
         """Yield one picklable task for each item, in order."""
         return iter(self.items)
 
+    def part(self, own: range) -> Iterator[Any]:
+        """Yield the tasks of some positions, as :meth:`tasks` does."""
+        return itertools.islice(self.tasks(), own.start, own.stop)
+
     def load(self, task: Any) -> Loaded:
         """Read the item of a task; runs in workers."""
+        raise NotImplementedError
+
+    def copy(self, task: Any) -> tuple[bytes, bytes, memoryview]:
+        """Return key, target and image as they are stored; runs in workers."""
         raise NotImplementedError
 
     def name(self, task: Any) -> str:
@@ -111,8 +126,13 @@ def open_source(source: Any) -> Source:
     """
     from dlhelpers.lmdb_io.wrappers import look_through
 
+    if isinstance(source, Source):
+        return source
     if isinstance(source, (str, os.PathLike)):
-        return _Folder.scan(Path(source).expanduser())
+        from dlhelpers.lmdb_io.listing import Listing, is_listing
+
+        path = Path(source).expanduser()
+        return Listing(path) if is_listing(path) else _Folder.scan(path)
     if isinstance(source, (list, tuple)):
         return _Triples(source)
     if (found := look_through(source, _open_dataset)) is not None:
@@ -147,47 +167,14 @@ class _Folder(Source):
     @classmethod
     def scan(cls, root: Path) -> _Folder:
         """Find the images in the order of torchvision's ImageFolder."""
-        if not root.exists():
-            raise FileNotFoundError(
-                printable(f"{root} does not exist: give a folder of class folders")
-            )
-        if not root.is_dir():
-            raise NotADirectoryError(
-                printable(f"{root} is a file, expected a folder of class folders")
-            )
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        if not classes:
-            raise SourceError(
-                f"{root} holds no class folders: expected {root.name}/CLASS/IMAGE.jpg; for images "
-                "without classes give an iterable of (key, bytes, target)"
-            )
-        samples: list[tuple[str, str, int]] = []
-        problems, ignored = [], []
-
-        def unreadable(error: OSError) -> None:
-            problems.append((str(error.filename), f"cannot be listed: {error.strerror}"))
-
-        for target, name in enumerate(classes):
-            before = len(samples)
-            top = os.path.join(root, name)
-            found = os.walk(top, followlinks=True, onerror=unreadable)
-            for folder, _, files in sorted(found):
-                inside = folder[len(top) :].replace(os.sep, "/")
-                for file in sorted(files):
-                    key = f"{name}{inside}/{file}"
-                    if file.lower().endswith(_EXTENSIONS):
-                        samples.append((os.path.join(folder, file), key, target))
-                    else:
-                        ignored.append(key)
-            if len(samples) == before:
-                problems.append((f"{name}/", "the class folder holds no image"))
-        loose = [e.name for e in os.scandir(root) if e.is_file()]
+        walk = Walk(root)
+        samples = list(walk)
         return cls(
             samples,
-            classes,
+            walk.classes,
             place=_place(root),
-            problems=tuple(problems),
-            ignored=tuple(sorted([*ignored, *loose])),
+            problems=tuple(walk.problems),
+            ignored=tuple(sorted(walk.ignored)),
         )
 
     @classmethod

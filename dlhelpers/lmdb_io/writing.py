@@ -16,6 +16,7 @@ from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.failures import clear_errors
 from dlhelpers.lmdb_io.finished import take_finished
+from dlhelpers.lmdb_io.finishing import finish
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sources import SourceError, open_source
@@ -163,7 +164,7 @@ def write_lmdb(
             conversion.open(resume, map_size or _FIRST_MAP)
             try:
                 conversion.run(progress)
-                conversion.finish()
+                finish(conversion)
             finally:
                 conversion.close()
     return WriteReport(
