@@ -92,17 +92,17 @@ def write(
     _check(cpus_per_task, options)
     folder = Path(path).expanduser().resolve()
     if isinstance(source, (str, os.PathLike)):
-        source = str(Path(source).expanduser().resolve())  # tasks have other working directories
+        source = Path(source).expanduser().resolve()  # tasks have other working directories
     with _connected(ray, address), bar(progress=progress, total=shards, unit="shard") as shown:
         remote = ray.remote(
             num_cpus=cpus_per_task, max_retries=retries, scheduling_strategy="SPREAD"
         )
-        if isinstance(source, str):
-            source = _result(ray, remote(_listed).remote(source, str(folder)), "scan")
-        shared = source if isinstance(source, str) else _put(ray, source)
+        if isinstance(source, Path):
+            source = _result(ray, remote(_listed).remote(source, folder), "scan")
+        shared = source if isinstance(source, Path) else _put(ray, source)
         task, stop = remote(_write_shard), folder / f".stop-{uuid.uuid4().hex}"
         left = {
-            task.remote(shared, str(folder), (rank, shards), options, str(stop)): rank
+            task.remote(shared, folder, (rank, shards), options, stop): rank
             for rank in range(shards)
         }
         reports: dict[int, WriteReport] = {}
@@ -114,7 +114,7 @@ def write(
                 count = sum(report.count for report in reports.values())
                 shown.set_postfix_str(f"{count} images", refresh=False)
                 shown.update()
-            _result(ray, remote(info_lmdb).remote(str(folder)), "the folder of all shards")
+            _result(ray, remote(info_lmdb).remote(folder), "the folder of all shards")
         except BaseException as error:
             _stop_all(ray, [*left], stop)
             error.add_note("what was converted is kept: the same call goes on after it")
@@ -122,23 +122,23 @@ def write(
     return _together(folder, [reports[rank] for rank in range(shards)], start)
 
 
-def _listed(source: str, folder: str) -> str:
+def _listed(source: Path, folder: Path) -> Path:
     """Scan an image folder once for all shards; a task, since the driver may not see it."""
-    if not Path(source).is_dir():  # a listing already, or what write_lmdb refuses
+    if not source.is_dir():  # a listing already, or what write_lmdb refuses
         return source
-    path = Path(folder) / "source.listing"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / "source.listing"
+    folder.mkdir(parents=True, exist_ok=True)
     write_listing(source, path, progress=False)
-    return str(path)
+    return path
 
 
 def _write_shard(
-    source: Any, path: str, shard: tuple[int, int], options: Mapping[str, Any], stop: str
+    source: Any, path: Path, shard: tuple[int, int], options: Mapping[str, Any], stop: Path
 ) -> WriteReport | None:
     """Write one shard, a task; None where the driver has stopped all of them."""
     until = time.monotonic() + _PATIENCE_S
     try:
-        with _heeding(Path(stop)), warnings.catch_warnings(record=True) as caught:
+        with _heeding(stop), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             while True:
                 try:
