@@ -78,33 +78,36 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
         "source", metavar="SRC", help="a folder with one folder for each class, or a listing of one"
     )
     write.add_argument("path", metavar="DST", help="the file; appears whole or not at all")
-    write.add_argument("--workers", type=int, default=0, help="processes that encode (%(default)s)")
     write.add_argument("--encode", choices=("jpeg", "png", "webp", "raw"), help="store this format")
     write.add_argument(
         "--resize", type=_size, metavar="SIDE|HxW", help="the shorter side in pixels, or both"
     )
     write.add_argument("--quality", type=int, help="of JPEG and WebP (90)")
-    write.add_argument("--resume", action="store_true", help="go on with an interrupted conversion")
-    write.add_argument("--skip-errors", action="store_true", help="list what cannot be stored")
     write.add_argument(
-        "--shard",
-        metavar="RANK/WORLD|torchrun",
-        help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
-    )
-    write.add_argument(
-        "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
+        "--append", action="store_true", help="add the images to the database DST, in one step"
     )
     write.add_argument(
         "--ray",
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="write --shards N parts as tasks of Ray, on this machine or on the cluster at ADDRESS",
+        help="write --shards N as tasks of Ray, on this machine or on the cluster at ADDRESS",
     )
-    write.add_argument("--shards", type=int, metavar="N", help="number of parts, for --ray")
     write.add_argument("--root", metavar="DIR", help="where the images of a listing are here")
-    write.add_argument("--quiet", action="store_true", help="show no bar")
+    _add_writing(write)
     write.set_defaults(run=_lmdb_write)
+
+    merge = actions.add_parser(
+        "merge", help="copy databases into one, or one into another number of shards"
+    )
+    merge.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="databases, files or folders of shards, and at last where their records go",
+    )
+    _add_writing(merge)
+    merge.set_defaults(run=_lmdb_merge)
 
     listing = actions.add_parser("list", help="scan an image folder once, for all ranks of `write`")
     listing.add_argument("source", metavar="SRC", help="a folder with one folder for each class")
@@ -122,17 +125,31 @@ def _add_lmdb(parser: argparse.ArgumentParser) -> None:
     info.set_defaults(run=_lmdb_info)
 
 
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=0, help="processes that load (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--skip-errors", action="store_true", help="list what cannot be stored")
+    parser.add_argument(
+        "--shard",
+        metavar="RANK/WORLD|torchrun",
+        help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
+    )
+    parser.add_argument(
+        "--shards", type=int, metavar="N", help="write N shards; with --shard each WORLD-th of them"
+    )
+    parser.add_argument(
+        "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no bar")
+
+
 def _lmdb_write(options: argparse.Namespace) -> int:
     from dlhelpers import lmdb_io
 
     source = options.source
     if options.root is not None:
         source = lmdb_io.Listing(source, options.root)
-    write = partial(lmdb_io.write_lmdb, resume=options.resume, shard=_shard(options.shard))
-    if options.ray is not None:
-        write = _on_ray(options)
-    elif options.shards is not None:
-        raise ValueError("--shards needs --ray; without Ray, --shard RANK/WORLD writes one part")
+    write = _on_ray(options) if options.ray is not None else _here(options)
     report = write(
         source,
         options.path,
@@ -141,6 +158,7 @@ def _lmdb_write(options: argparse.Namespace) -> int:
         resize=options.resize,
         quality=options.quality,
         on_error="skip" if options.skip_errors else "raise",
+        shards=options.shards,
         lock=not options.no_lock,
         progress=False if options.quiet else None,
     )
@@ -148,19 +166,49 @@ def _lmdb_write(options: argparse.Namespace) -> int:
     return 0
 
 
+def _here(options: argparse.Namespace) -> Callable[..., object]:
+    from dlhelpers import lmdb_io
+
+    return partial(
+        lmdb_io.write_lmdb,
+        resume=options.resume,
+        shard=_shard(options.shard),
+        append=options.append,
+    )
+
+
 def _on_ray(options: argparse.Namespace) -> Callable[..., object]:
     from dlhelpers.lmdb_io import on_ray
 
-    if options.shards is None or options.shard is not None:
+    if options.shards is None or options.shard is not None or options.append:
         raise ValueError(
-            "--ray writes all parts and needs their number: give --shards 64, and no --shard"
+            "--ray writes all shards of a folder: give their number, --shards 64, and neither "
+            "--shard nor --append"
         )
     return partial(
-        on_ray.write,
-        shards=options.shards,
-        address=options.ray or None,
-        cpus_per_task=1 + max(options.workers, 0),
+        on_ray.write, address=options.ray or None, cpus_per_task=1 + max(options.workers, 0)
     )
+
+
+def _lmdb_merge(options: argparse.Namespace) -> int:
+    from dlhelpers import lmdb_io
+
+    *sources, path = options.paths
+    if not sources:
+        raise ValueError(f"merge needs a database and a destination, got {path!r} alone")
+    report = lmdb_io.write_lmdb(
+        sources,
+        path,
+        workers=options.workers,
+        resume=options.resume,
+        on_error="skip" if options.skip_errors else "raise",
+        shard=_shard(options.shard),
+        shards=options.shards,
+        lock=not options.no_lock,
+        progress=False if options.quiet else None,
+    )
+    print(report)
+    return 0
 
 
 def _lmdb_list(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from dlhelpers.lmdb_io.encoding import Encoding, is_turned
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
-from dlhelpers.lmdb_io.sharing import Share
+from dlhelpers.lmdb_io.sharing import Seen, Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
 from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
@@ -50,19 +50,23 @@ class Conversion:
         on_error: str,
         shard: tuple[int, int] | None,
         lock: bool,
+        seen: Seen | None = None,
     ) -> None:
         self.lock = lock
         self.source, self.target, self.workers = source, target, workers
         self.partial = target.with_name(f".{target.name}.part")
         self.loader = Loader(source, encoding)
         self.skips, self.shard = on_error == "skip", shard
-        self.share = Share(source, shard)
+        self.share = Share(source, shard, seen)
         self.marked = frozenset(marked(self.share.count or 0) if shard and source.place else ())
         self.reading = False  # whether an error comes from the source
         self.is_fresh = False  # whether the file was begun by this run
         self.pending_bytes = 0  # what the commit under way needs at most
         self.start_afresh()
         self.env: Any = None
+
+    base = 0  # records of the database that is appended to
+    skips_from = 0  # position of the first that is skipped
 
     def start_afresh(self) -> None:
         """Forget what was converted."""
@@ -71,13 +75,13 @@ class Conversion:
         self.skipped: list[tuple[str, str]] = []
         self.trace = Trace()
         self.marks: dict[int, int] = {}  # position in a shard's part -> mark of what was there
-        self.version = schema.VERSION  # of the schema
+        self.version = self.source.version  # of the schema
 
     def advice(self) -> str:
         """Return how to go on after a stop, the end of a message; empty if nothing is kept."""
-        if not self.kept:
+        if (kept := self.kept - self.base) <= 0:
             return ""
-        images = "1 image is" if self.kept == 1 else f"{self.kept} images are"
+        images = "1 image is" if kept == 1 else f"{kept} images are"
         return f"{images} kept: resume=True (--resume) goes on after them"
 
     # ---- the file ----
@@ -126,12 +130,16 @@ class Conversion:
         """Return what must not change before a conversion continues, as JSON gives it back."""
         facts = {
             "source": self.source.kind,
-            "settings": self.loader.encoding.as_dict(),
+            "settings": self.loader.settings,
             "shard": self.shard,
             "classes": self.source.classes,
             "total": None if self.shard is None else self.source.count,
         }
         return json.loads(json.dumps(facts))
+
+    def described(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Return the meta entry of the finished file."""
+        return meta
 
     # ---- the records ----
 
@@ -220,13 +228,13 @@ class Conversion:
             return SourceError(f"{one_line(item.name)}: {one_line(why)}; {advice}")
         if why:
             value = json.dumps([item.name, why]).encode()
-            txn.put(schema.position_key(self.done), value, db=self.skips_db)
+            txn.put(schema.position_key(self.skips_from + self.done), value, db=self.skips_db)
             self.skipped.append((item.name, why))
         else:
             record = schema.pack_record(self.count, *item.parts)
             txn.put(schema.position_key(self.count), record, append=True, db=self.records)
             if is_turned(item.image):
-                self.version = schema.TURNED
+                self.version = max(self.version, schema.TURNED)
             self.count += 1
             self.image_bytes += len(item.image)
         if self.done in self.marked:

@@ -55,8 +55,8 @@ def _raise_clearly(error: Exception, conversion: Conversion) -> NoReturn:
     elif code not in (*_FULL, errno.EFBIG):
         raise error
     parts = [_what_helps(code, conversion.partial.parent) or text]
-    if conversion.kept:
-        parts.append(conversion.advice())
+    if advice := conversion.advice():
+        parts.append(advice)
     else:
         parts.append("Nothing was kept, and nothing replaced")
         if conversion.is_fresh:  # it holds nothing that could be taken up, and needs space

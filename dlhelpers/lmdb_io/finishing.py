@@ -35,7 +35,7 @@ def finish(conversion: Conversion) -> None:
         conversion.trace.times = conversion.share.look_again(
             conversion.loader, conversion.trace, conversion.workers
         )
-    if not conversion.count and conversion.shard is None:
+    if conversion.count == conversion.base and conversion.shard is None:
         first = conversion.skipped[0] if conversion.skipped else ()
         reasons = "".join(f": {one_line(text)}" for text in first)
         raise SourceError(f"the source holds no image that could be stored{reasons}")
@@ -49,6 +49,7 @@ def finish(conversion: Conversion) -> None:
         "contents": conversion.trace.contents.hex(),
         "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
     }
+    meta = conversion.described(meta)
     if conversion.shard is None:
         _publish(conversion, meta)
         return
@@ -67,7 +68,7 @@ def finish(conversion: Conversion) -> None:
 def _publish(conversion: Conversion, meta: dict[str, Any]) -> None:
     with conversion.env.begin(write=True) as txn:
         for number, problem in enumerate(conversion.source.problems):
-            key = schema.position_key(conversion.done + number)
+            key = schema.position_key(conversion.skips_from + conversion.done + number)
             txn.put(key, json.dumps(problem).encode(), db=conversion.skips_db)
         # the state stays: a kill before the file is renamed costs nothing then
         txn.put(schema.META, schema.pack_meta(meta))

@@ -17,7 +17,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-__all__ = ["Stamp", "Trace", "Whole", "equal_versions", "odd_shards", "place_of", "spread"]
+__all__ = [
+    "Stamp",
+    "Trace",
+    "Whole",
+    "equal_versions",
+    "is_same_version",
+    "odd_shards",
+    "place_of",
+    "spread",
+]
 
 _ASPECTS = {  # what a shard's identity says, and what a message calls it
     "names": "the names or targets of the source's images",
@@ -149,6 +158,14 @@ def equal_versions(
         if _version(mine) not in equal and all(map(is_unchanged, together)):
             found |= equal
     return sorted(found)
+
+
+def is_same_version(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two meta entries are of one conversion, as far as they say without a look."""
+    if _difference(first, second):
+        return False
+    one, two = first["identity"], second["identity"]
+    return one["version"] == two["version"] or not _shares_place(one, two)
 
 
 def odd_shards(metas: Sequence[Mapping[str, Any]], newest: int) -> tuple[str, list[int]]:

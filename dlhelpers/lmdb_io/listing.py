@@ -4,7 +4,7 @@ A listing is a file that holds what a scan finds: names, sizes and modification 
 reads its own part of it, and compares a file with it when that file is converted:
 
     dlhelpers-listing 1\n
-    blocks     of 1024 images each: their rows, then their names
+    blocks     of 1024 images each (the header's ``block``): their rows, then their names
     table      of each block where it begins (uint64) and its CRC-32 (uint32)
     header     CRC-32 and JSON, as in a database's meta entry: root, classes, identity, ...
     end        where the table and the header begin (uint64), CRC-32 of the table (uint32), DLHEND
@@ -164,6 +164,7 @@ def _write(
     header = {
         "root": str(root),
         "count": count,
+        "block": _BLOCK,
         "image_bytes": image_bytes,
         "classes": found.classes,
         "problems": list(found.problems),
@@ -227,6 +228,7 @@ class Listing(_Folder):
                 )
             )
         self.count, self.classes = header["count"], header["classes"]
+        self._block_size = header["block"]
         self.problems = tuple((what, why) for what, why in header["problems"])
         self.ignored, self.identity = tuple(header["ignored"]), header["identity"]
         here, listed = _place(self.root), tuple(header["identity"]["place"])
@@ -266,13 +268,16 @@ class Listing(_Folder):
         return SourceError(f"{self.path} is damaged ({why}): list the folder again, or copy it")
 
     def tasks(self) -> Iterator[Any]:
+        """Yield (path, key, target, size, time) of each image."""
         return self.part(range(self.count))
 
     def part(self, own: range) -> Iterator[Any]:
-        for number in range(own.start // _BLOCK, -(-own.stop // _BLOCK) if own else 0):
-            first = number * _BLOCK
+        """Read the blocks of these positions alone."""
+        size = self._block_size
+        for number in range(own.start // size, -(-own.stop // size) if own else 0):
+            first = number * size
             rows = slice(max(own.start - first, 0), own.stop - first)
-            yield from self._block(number, min(_BLOCK, self.count - first))[rows]
+            yield from self._block(number, min(size, self.count - first))[rows]
 
     def _block(self, number: int, count: int) -> list[tuple[str, str, int, int, int]]:
         """Return (path, key, target, size, time) of the images of a block."""
@@ -282,7 +287,8 @@ class Listing(_Folder):
         self._file.seek(begin)
         data = self._file.read(end - begin)
         if zlib.crc32(data) != crc or len(data) != end - begin:
-            raise self._damaged(f"the checksum of images {number * _BLOCK} to + {count} differs")
+            first = number * self._block_size
+            raise self._damaged(f"the checksum of images {first} to {first + count - 1} differs")
         rows, names = np.frombuffer(data, _ROW, count), data[count * _ROW.itemsize :]
         found, before = [], 0
         for size, modified, target, after in rows.tolist():
@@ -292,6 +298,7 @@ class Listing(_Folder):
         return found
 
     def load(self, task: Any) -> Loaded:
+        """Read a file, and compare it with what was listed."""
         *item, size, modified = task
         try:
             loaded = super().load(tuple(item))
@@ -308,6 +315,7 @@ class Listing(_Folder):
         return loaded._replace(stamp=listed)
 
     def stamp(self, task: Any) -> Stamp:
+        """Return the stamp as it was listed."""
         _, key, target, size, modified = task
         return _file_stamp(key, target, None)._replace(size=size, time=modified)
 

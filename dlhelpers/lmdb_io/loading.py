@@ -51,6 +51,13 @@ class Loader:
     def __init__(self, source: Source, encoding: Encoding, compares: bool | None = None) -> None:
         self.source, self.encoding = source, encoding
         self.compares = encoding.changes if compares is None else compares
+        self._copies = source.copies and not encoding.changes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the images are stored, as JSON writes it."""
+        own = self.encoding.as_dict()
+        return own if self.encoding.changes else own | dict(self.source.settings)
 
     def __getitems__(self, tasks: list[Any]) -> list[Item]:
         """Return the items of some tasks."""
@@ -60,6 +67,12 @@ class Loader:
         """Return one item; what is wrong with it is in it."""
         stamp = content = None
         try:
+            if self._copies:
+                stamp = self.source.stamp(task)
+                key, target, image = self.source.copy(task)
+                item = Item(schema.decode_key(key), stamp, None)
+                item.key, item.target, item.image = key, target, image
+                return item
             key, target, image, stamp = self.source.load(task)
             if self.compares and isinstance(image, (bytes, bytearray, memoryview)):
                 content = zlib.crc32(image)

@@ -43,7 +43,7 @@ __all__ = ["write"]
 
 _PATIENCE_S = 120.0  # a worker that Ray gave up may hold its lock for a while, over NFS above all
 _FAREWELL_S = 30.0  # that stopped tasks have to end
-_FIXED = {"resume": True, "progress": False}  # of write_lmdb, in a task
+_FIXED = {"resume": True, "append": False, "progress": False}  # of write_lmdb, in a task
 
 
 def write(
@@ -142,7 +142,9 @@ def _write_shard(
             warnings.simplefilter("always")
             while True:
                 try:
-                    report = write_lmdb(source, path, shard=shard, **_FIXED, **options)
+                    report = write_lmdb(
+                        source, path, shard=shard, shards=shard[1], **_FIXED, **options
+                    )
                     break
                 except BlockingIOError:
                     if time.monotonic() > until:
@@ -239,13 +241,14 @@ def _check(cpus_per_task: Any, options: Mapping[str, Any]) -> None:
 
 def _together(folder: Path, reports: Sequence[WriteReport], start: float) -> WriteReport:
     """Return the report of all shards; what each says of the whole source stands there once."""
+    notes = [note for report in reports for note in report.notes]
     return WriteReport(
         folder,
         sum(report.count for report in reports),
         sum(report.image_bytes for report in reports),
         tuple(dict.fromkeys(one for report in reports for one in report.skipped)),
         reports[0].ignored,
-        tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+        tuple(n for n in dict.fromkeys(notes) if not n.startswith(f"1 of {len(reports)} shard")),
         sum(report.resumed_from for report in reports),
         time.perf_counter() - start,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.comparing import gives_the_same, is_same_part
@@ -17,7 +18,7 @@ from dlhelpers.printable import printable
 if TYPE_CHECKING:
     from dlhelpers.lmdb_io.converting import Conversion
 
-__all__ = ["boot_id", "take_up"]
+__all__ = ["adopt", "boot_id", "take_up"]
 
 
 def take_up(conversion: Conversion, map_size: int) -> bool:
@@ -65,6 +66,12 @@ def _read_state(conversion: Conversion, map_size: int) -> str:
         problems = find_problems(conversion.partial)
         if problems:
             return f"the file was damaged when the machine went down ({problems[0]})"
+    adopt(conversion, state, trace, map_size)
+    return ""
+
+
+def adopt(conversion: Conversion, state: Mapping[str, Any], trace: Trace, map_size: int) -> None:
+    """Open the partial file, and take its state for that of the conversion."""
     conversion.open_env(map_size)
     conversion.count, conversion.done = state["count"], state["done"]
     conversion.image_bytes, conversion.trace = state["image_bytes"], trace
@@ -72,9 +79,10 @@ def _read_state(conversion: Conversion, map_size: int) -> str:
     conversion.resumed_from = conversion.kept = conversion.count
     with conversion.env.begin(db=conversion.skips_db) as txn:
         # those behind it are the source's own problems, listed at the end
-        end = schema.position_key(conversion.done)
-        conversion.skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if key < end]
-    return ""
+        first = conversion.skips_from
+        own = schema.position_key(first), schema.position_key(first + conversion.done)
+        skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if own[0] <= key < own[1]]
+        conversion.skipped = skipped
 
 
 def _differs(conversion: Conversion) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 from dlhelpers.lmdb_io.comparing import identity_of, is_same_part
 from dlhelpers.lmdb_io.identity import Trace, Whole
@@ -11,14 +12,52 @@ from dlhelpers.lmdb_io.loading import Loader
 from dlhelpers.lmdb_io.shards import part
 from dlhelpers.lmdb_io.sources import Source, SourceError
 
-__all__ = ["Share"]
+__all__ = ["Seen", "Share", "survey"]
+
+
+class Seen(NamedTuple):
+    """What a look at a source that can be listed has found.
+
+    Attributes:
+        identity: of the whole source.
+        listed: digests of the items of one shard; None where they need no comparison.
+    """
+
+    identity: dict[str, Any]
+    listed: Trace | None
+
+
+def survey(source: Source, workers: int, world: int, numbers: Sequence[int]) -> dict[int, Seen]:
+    """Look once at a source that can be listed, for some of its ``world`` shards.
+
+    Args:
+        source: to look at.
+        workers: processes that load what has to be.
+        world: number of shards.
+        numbers: of those whose items are digested.
+    """
+    if source.identity is not None:
+        return {number: Seen(dict(source.identity), None) for number in numbers}
+    whole, traces = Whole(), {number: Trace() for number in numbers}
+    tasks = source.tasks()
+    for number in range(world):
+        trace = traces.get(number)
+        for task in islice(tasks, len(part(source.count, number, world))):
+            stamp = source.stamp(task)
+            whole.add(stamp)
+            if trace is not None:
+                trace.add(stamp)
+    identity = identity_of(source, whole, workers, world)
+    return {number: Seen(dict(identity), traces[number]) for number in numbers}
 
 
 class Share:
     """The items of one shard; all of them without one."""
 
-    def __init__(self, source: Source, shard: tuple[int, int] | None) -> None:
-        self._source, self._shard = source, shard
+    def __init__(
+        self, source: Source, shard: tuple[int, int] | None, seen: Seen | None = None
+    ) -> None:
+        self._source, self._shard, self._seen = source, shard, seen
         self._whole: Whole | None = None
         self._identity: dict[str, Any] | None = None
         self._listed: Trace | None = None  # own items, as they were looked at
@@ -56,16 +95,9 @@ class Share:
         """Take down the identity of a source that can be listed, before any of it is read."""
         if self._shard is None or not self._source.lists:
             return
-        if self._source.identity is not None:
-            self._identity = dict(self._source.identity)
-            return
-        own, whole, self._listed = part(self._source.count, *self._shard), Whole(), Trace()
-        for number, task in enumerate(self._source.tasks()):
-            stamp = self._source.stamp(task)
-            whole.add(stamp)
-            if number in own:
-                self._listed.add(stamp)
-        self._identity = identity_of(self._source, whole, workers, self._shard[1])
+        rank, world = self._shard
+        seen = self._seen or survey(self._source, workers, world, [rank])[rank]
+        self._identity, self._listed, self._seen = *seen, None  # a second look is a new one
 
     def was_listed_as(self, trace: Trace) -> bool:
         """Whether what was converted is what was there when the source was looked at."""

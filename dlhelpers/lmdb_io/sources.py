@@ -59,8 +59,10 @@ class Source:
         notes: what a report says of the source.
         identity: of the whole source, where it is known without a look at each item.
         copies: whether :meth:`copy` gives records as they are stored.
-        carried: entries of a database's meta entry that its copy needs as well.
+        settings: of the conversion that its records come from, where they are copied.
         version: of the schema that records need, whatever they hold.
+        refused: (what, why) of an item that is known to be left out.
+        paths: of the databases that are read.
     """
 
     kind: str
@@ -76,8 +78,10 @@ class Source:
     notes: tuple[str, ...] = ()
     identity: Mapping[str, Any] | None = None
     copies = False
-    carried: Mapping[str, Any] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
     version = VERSION
+    refused: tuple[str, str] | None = None
+    paths: frozenset[Path] = frozenset()
 
     def tasks(self) -> Iterator[Any]:
         """Yield one picklable task for each item, in order."""
@@ -91,7 +95,7 @@ class Source:
         """Read the item of a task; runs in workers."""
         raise NotImplementedError
 
-    def copy(self, task: Any) -> tuple[bytes, bytes, memoryview]:
+    def copy(self, task: Any) -> tuple[bytes, bytes, bytes]:
         """Return key, target and image as they are stored; runs in workers."""
         raise NotImplementedError
 
@@ -130,10 +134,17 @@ def open_source(source: Any) -> Source:
         return source
     if isinstance(source, (str, os.PathLike)):
         from dlhelpers.lmdb_io.listing import Listing, is_listing
+        from dlhelpers.lmdb_io.merging import Databases, is_database
 
         path = Path(source).expanduser()
+        if is_database(path):
+            return Databases([path])
         return Listing(path) if is_listing(path) else _Folder.scan(path)
     if isinstance(source, (list, tuple)):
+        if source and all(isinstance(path, (str, os.PathLike)) for path in source):
+            from dlhelpers.lmdb_io.merging import open_databases
+
+            return open_databases([Path(path).expanduser() for path in source])
         return _Triples(source)
     if (found := look_through(source, _open_dataset)) is not None:
         return found

@@ -11,15 +11,17 @@ from typing import Any, Literal
 from dlhelpers.arguments import shard_of, whole_number
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.appending import Appending, need_database
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.failures import clear_errors
-from dlhelpers.lmdb_io.finished import take_finished
 from dlhelpers.lmdb_io.finishing import finish
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
+from dlhelpers.lmdb_io.sharing import Seen
 from dlhelpers.lmdb_io.sources import SourceError, open_source
+from dlhelpers.lmdb_io.spreading import Totals, own_shards, write_shards
 from dlhelpers.printable import one_line, printable
 
 __all__ = ["WriteReport", "write_lmdb"]
@@ -38,8 +40,9 @@ class WriteReport:
         skipped: (what, why) of all that was left out.
         ignored: files of the source folder that are no images by their name.
         notes: what else is worth knowing of the source.
-        resumed_from: records that an earlier conversion had stored.
+        resumed_from: records that an earlier, interrupted conversion had stored.
         seconds: that this conversion took.
+        appended_to: records of the database that the others were appended to.
     """
 
     path: Path
@@ -50,15 +53,24 @@ class WriteReport:
     notes: tuple[str, ...]
     resumed_from: int
     seconds: float
+    appended_to: int = 0
 
     def __str__(self) -> str:
-        speed = (self.count - self.resumed_from) / max(self.seconds, 1e-9)
+        new = self.count - self.appended_to
+        speed = (new - self.resumed_from) / max(self.seconds, 1e-9)
         lines = [
             f"{self.count} image{'s' * (self.count != 1)}, {self.image_bytes / 1e6:.1f} MB, in "
             f"{one_line(str(self.path))} ({self.seconds:.1f} s, {speed:.0f} images/s)"
         ]
+        if self.appended_to:
+            lines.append(f"{new} of them appended to the {self.appended_to} that were there")
         if self.resumed_from:
-            lines.append(f"{self.resumed_from} of them were there from an earlier conversion")
+            was_there = f"the first {self.resumed_from} were there from an interrupted conversion"
+            if self.appended_to:
+                was_there = f"of these, {was_there}"
+            if self.path.is_dir():
+                was_there = f"{self.resumed_from} were there from an earlier run"
+            lines.append(was_there)
         lines += self.notes
         if self.ignored:
             what = "file is no image" if len(self.ignored) == 1 else "files are no images"
@@ -84,6 +96,8 @@ def write_lmdb(
     resume: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
     shard: tuple[int, int] | None = None,
+    shards: int | None = None,
+    append: bool = False,
     lock: bool = True,
     progress: bool | None = None,
 ) -> WriteReport:
@@ -94,7 +108,9 @@ def write_lmdb(
             ImageFolder), a map-style dataset of (image or bytes, target), or an iterable of
             (key, bytes, target). Targets are ints, or what JSON can hold. Of an ImageFolder or
             LMDBDataset without a transform, and of Subset and ConcatDataset around them, however
-            nested, the stored bytes, keys and classes are taken.
+            nested, the stored bytes, keys and classes are taken. The path of a listing
+            (write_listing), read in place of its folder; of a database, or a list of them, whose
+            records are copied as they are, with classes matched by name.
         path: the file; appears whole, or not at all. An older database there stays in use until
             then, and stays for good if this conversion fails.
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
@@ -110,8 +126,7 @@ def write_lmdb(
         resume: goes on after an interrupted conversion of the same source and settings; where
             they differ it starts afresh and warns. Names and sizes of the files that are done are
             compared, and contents where modification times differ. Of a dataset, which has to be
-            loaded to be compared, it looks at up to 64 of the items that are done. A shard that is
-            finished is not written again; remove one that verify_lmdb finds damaged.
+            loaded to be compared, it looks at up to 64 of the items that are done.
         on_error: ``raise`` stops at the first image that cannot be stored, what was converted
             stays for ``resume``; ``skip`` leaves it out and lists it.
         shard: (rank, world) writes this rank's part into the folder ``path``, which
@@ -121,6 +136,13 @@ def write_lmdb(
             items of an iterable, some of a dataset (one in 40 of a rank's own number, 16 to
             1024). On one machine contents are compared where modification times differ: of all
             files of a part, or of 32 where every time differs, as those of a copy do.
+        shards: writes so many shards into the folder ``path``, one after the other, whatever the
+            number of writers: with ``shard=(rank, world)`` those numbered rank, rank + world, ...
+            The source is looked at once. ``resume`` keeps the shards that are whole and of the
+            same source and settings.
+        append: stores the images behind those of the database ``path``, with its settings. It
+            stays in use until all are there, its records are copied as they are, and its classes
+            keep their numbers: those of the source are matched by name, new ones follow.
         lock: keeps two processes from converting into one file. False goes without, for a mount
             that has no locks; then see to it that nobody else converts into this file.
         progress: a bar with images/s and MB/s; None draws it in a terminal only.
@@ -148,6 +170,7 @@ def write_lmdb(
     workers = whole_number("workers", workers, 0)
     need("lmdb", "write_lmdb")
     shard = None if shard is None else shard_of(shard)
+    shards = None if shards is None else whole_number("shards", shards, 1, 99_999)
     encoding = Encoding(encode, resize, quality)
     opened = open_source(source)
     if opened.problems and on_error == "raise":
@@ -155,27 +178,56 @@ def write_lmdb(
         raise SourceError(
             f'{one_line(what)}: {one_line(why)}; on_error="skip" keeps the class and goes on'
         )
-    target = _target(Path(path).expanduser().resolve(), shard)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign(target)
-    conversion = Conversion(opened, target, encoding, workers, on_error, shard, lock)
-    with clear_errors(conversion), only_writer(target, lock):
-        if not (resume and take_finished(conversion)):
+    if opened.refused and on_error == "raise":
+        what, why = opened.refused
+        raise SourceError(f'{one_line(what)}: {one_line(why)}; on_error="skip" leaves it out')
+    path = Path(path).expanduser().resolve()
+    if path in opened.paths:
+        raise ValueError(
+            printable(f"{path} is read and cannot be written at the same time: give another path")
+        )
+
+    if append:
+        if (shard, shards) != (None, None):
+            raise ValueError("append=True goes into a single file: leave out shard and shards")
+        need_database(path)
+
+    def begin(shard: tuple[int, int] | None, seen: Seen | None = None) -> Conversion:
+        target = _target(path, shard)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(target)
+        if append:
+            return Appending(opened, target, encoding, workers, on_error, lock)
+        return Conversion(opened, target, encoding, workers, on_error, shard, lock, seen)
+
+    def write(conversion: Conversion) -> None:
+        with clear_errors(conversion), only_writer(conversion.target, lock):
             conversion.open(resume, map_size or _FIRST_MAP)
             try:
                 conversion.run(progress)
                 finish(conversion)
             finally:
                 conversion.close()
+
+    result: Conversion | Totals
+    if shards is None:
+        result = begin(shard)
+        write(result)
+        path, notes, base = result.target, result.source.notes, result.base
+    else:
+        own = own_shards(shards, shard)
+        result = write_shards(opened, own, shards, begin, write, resume)
+        notes, base = (*opened.notes, *result.notes(shards)), 0
     return WriteReport(
-        target,
-        conversion.count,
-        conversion.image_bytes,
-        (*opened.problems, *conversion.skipped),
+        path,
+        result.count,
+        result.image_bytes,
+        (*opened.problems, *result.skipped),
         opened.ignored,
-        opened.notes,
-        conversion.resumed_from,
+        notes,
+        result.resumed_from,
         time.perf_counter() - start,
+        base,
     )
 
 
