@@ -9,8 +9,9 @@ reading      stored bytes of records in random order, from the page cache
 targets      the targets of all records
 shuffling    the first index of an epoch
 
-Peers write and read the same records, side by side; one that is not installed is named. Prints
-tables, and writes benchmarks/results/scale.json and docs/fourteen-million-images.md.
+Peers write and read the same records, side by side; one that is not installed is named (MosaicML
+Streaming asks for an older NumPy, so it belongs into an environment of its own). Prints tables, and
+writes benchmarks/results/scale.json and docs/fourteen-million-images.md.
 """
 
 from __future__ import annotations

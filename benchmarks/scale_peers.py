@@ -79,7 +79,7 @@ def write_mds(folder: Path, records: Records) -> None:
 def open_mds(folder: Path) -> Any:
     from streaming import StreamingDataset
 
-    return StreamingDataset(local=str(folder), batch_size=1, shuffle=True)
+    return StreamingDataset(local=str(folder), batch_size=64, shuffle=True)
 
 
 def write_webdataset(folder: Path, records: Records) -> None:
