@@ -82,7 +82,7 @@ def write(
         SourceError, OSError, ValueError, TypeError: as ``write_lmdb``; names the shard. It is not
             tried again, the other tasks are stopped, and what was converted stays.
         ChildProcessError: the workers of one shard died each time.
-        ConnectionError: no cluster answers at the address.
+        ConnectionError: no cluster answers at the address, or it asks for another token.
         ImportError: Ray is not installed.
     """
     start = time.perf_counter()
@@ -195,7 +195,15 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
             )
         yield
         return
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    try:
+        ray.init(address, **quiet)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"no Ray at {address or 'the address found here'} lets this process in ({error}): give "
+            "the address that ray start --head prints, and where it asks for one, its token "
+            "(RAY_AUTH_TOKEN)"
+        ) from error
     try:
         yield
     finally:
