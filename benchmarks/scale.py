@@ -225,6 +225,8 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=20_000, help="records of peers; 0 for none")
     parser.add_argument("--work", type=Path, help="where files are written")
     parser.add_argument("--page", type=Path, default=PAGE)
+    results = Path(__file__).parent / "results" / "scale.json"
+    parser.add_argument("--results", type=Path, default=results)
     options = parser.parse_args()
     facts = {
         "machine": machine.describe().line,
@@ -232,11 +234,10 @@ def main() -> None:
         "peers": measure_peers(options.peers, options.work) if options.peers else {},
         "peers_count": options.peers,
     }
-    results = Path(__file__).parent / "results" / "scale.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps(facts, indent=1))
+    options.results.parent.mkdir(exist_ok=True)
+    options.results.write_text(json.dumps(facts, indent=1))
     options.page.write_text(render(facts), encoding="utf-8", newline="\n")
-    print(f"wrote {results} and {options.page}")
+    print(f"wrote {options.results} and {options.page}")
 
 
 if __name__ == "__main__":

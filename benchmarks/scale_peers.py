@@ -129,7 +129,9 @@ def named_image(item: Any) -> bytes:
 
 
 PEERS = {
-    "dlhelpers, one LMDB file": Peer("dlhelpers", write_ours, open_ours, by_number, at_random, first),
+    "dlhelpers, one LMDB file": Peer(
+        "dlhelpers", write_ours, open_ours, by_number, at_random, first
+    ),
     "plain files, torchvision": Peer(
         "torchvision", write_files, open_files, by_number, at_random, first
     ),
