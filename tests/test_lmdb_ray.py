@@ -50,6 +50,7 @@ def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with limit(240):
         ray.init(
+            "local",  # whatever else runs on this machine
             num_cpus=2,
             include_dashboard=False,
             object_store_memory=80_000_000,
