@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := course,dali,engines,quant,codecs,stores,profiling,dev
+EXTRAS := course,dali,engines,quant,codecs,stores,profiling,ray,torchdata,dev
 OLDEST := .venv-oldest
 # two at a time, each on one thread
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -15,6 +15,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> the packages that it brings, 
     "quant": ("torchao",),
     "profiling": ("line_profiler", "pyinstrument", "snakeviz"),
     "plots": ("matplotlib",),
+    "ray": ("ray",),
     "stores": ("h5py", "tfrecord", "webdataset"),
     "torchdata": ("torchdata",),
 }

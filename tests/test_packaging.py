@@ -118,8 +118,8 @@ def test_the_extras_stand_in_the_package_as_in_the_project():
     extras = project["optional-dependencies"]
     own = {k: needs for k, needs in extras.items() if k not in {"course", "dev", "bench"}}
     assert set(EXTRAS) == set(own)
-    # the first two the course brings itself, the last one no notebook needs
-    assert set(lights._EXTRAS) == set(own) - {"lmdb", "plots", "torchdata"}
+    # the first two the course brings itself, the others no notebook needs
+    assert set(lights._EXTRAS) == set(own) - {"lmdb", "plots", "ray", "torchdata"}
     for name, needs in own.items():
         assert sorted(EXTRAS[name]) == sorted(split(need)[0] for need in needs)
     skipped = [need for needs in own.values() for need in needs if "!= 'win32'" in need]

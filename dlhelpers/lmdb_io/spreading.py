@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
-from dlhelpers.lmdb_io.comparing import identity_of
+from dlhelpers.lmdb_io.comparing import identity_of, is_same_part
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.identity import is_same_version
@@ -108,6 +108,10 @@ def _take_whole(conversion: Conversion, identity: dict[str, Any], totals: Totals
     mine = conversion.facts() | {"identity": identity}
     if meta["shard"] != mine["shard"] or not is_same_version(mine, meta):
         return False
+    if conversion.source.place:  # equal names and sizes on another machine may hold other contents
+        tasks, times, contents = [*conversion.share.tasks()], meta["times"], meta["contents"]
+        if not is_same_part(conversion.loader, tasks, times, contents, conversion.workers):
+            return False
     listed = [tuple(json.loads(v)) for _, v in environment.items(environment.skipped)]
     skipped = listed[: len(listed) - len(conversion.source.problems)]
     if skipped and not conversion.skips:
