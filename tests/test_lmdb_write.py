@@ -856,7 +856,10 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, photos, monkeypatch):
 
 
 def test_nothing_is_pickled(tmp_path, photos):
-    code = {p.name: p.read_text() for p in Path(sources.__file__).parent.glob("*.py")}
+    code = {
+        p.name: "\n".join(line for line in p.read_text().splitlines() if ">>>" not in line)
+        for p in Path(sources.__file__).parent.glob("*.py")
+    }
     assert not [name for name, text in code.items() if re.search(r"pickle\.(dump|Pickler)", text)]
     # what others pickled is read by a reader that refuses whatever is not on its list
     reading = {

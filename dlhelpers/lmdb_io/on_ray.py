@@ -32,7 +32,8 @@ from typing import Any
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
-from dlhelpers.lmdb_io.listing import write_listing
+from dlhelpers.lmdb_io.merging import is_database
+from dlhelpers.lmdb_io.scanning import write_listing
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.verifying import info_lmdb
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
@@ -124,7 +125,7 @@ def write(
 
 def _listed(source: Path, folder: Path) -> Path:
     """Scan an image folder once for all shards; a task, since the driver may not see it."""
-    if not source.is_dir():  # a listing already, or what write_lmdb refuses
+    if not source.is_dir() or is_database(source):  # known already, or what write_lmdb refuses
         return source
     path = folder / "source.listing"
     folder.mkdir(parents=True, exist_ok=True)
