@@ -193,6 +193,11 @@ class LMDBDataset(Dataset):
         """What tells the content of this dataset apart from that of another one."""
         return b"".join(file.identity for file in self._files)
 
+    @property
+    def label(self) -> str | None:
+        """Name of the field that gives the targets; None without one, or without fields."""
+        return self._reader.fields.label if self._reader is not None else None
+
     @staticmethod
     def collate_fn(batch: Any) -> Any:
         """For DataLoader: leave whole batches (``collate=True``) as they are, collate others."""
@@ -234,7 +239,7 @@ class LMDBDataset(Dataset):
         Raises:
             AttributeError: there is no such field.
         """
-        if self._reader is not None and self._reader.fields.label is None:
+        if self._reader is not None and self.label is None:
             raise AttributeError(
                 f"{self.path} has no targets: none of its fields ({self._reader.fields}) is of the "
                 "kind json and called label or target"
