@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import io
+import os
 
 import lmdb
 import numpy as np
@@ -142,6 +143,11 @@ def back(fields, values, decode="auto"):
     read = schema.unpack_record(memoryview(record), 0)
     assert fields.damage(memoryview(record)) == ""
     return SampleReader(fields, decode, False).sample(read, "path", 0)
+
+
+def test_every_text_comes_back():
+    text = "".join(map(chr, [*range(0x180), 0xDFFF, 0xD800, 0xFFFE, 0x1F600]))
+    assert back({"a": "text", "b": "json"}, (text, {text: [text]})) == (text, {text: [text]})
 
 
 @settings(max_examples=25, deadline=None)
@@ -512,6 +518,20 @@ def test_reading_and_verifying_name_the_damaged_field(database, tmp_path):
     assert problems[0].endswith("the field 'caption'")
 
 
+def test_verifying_looks_at_each_field_as_well(database, tmp_path):
+    path = tmp_path / "other.lmdb"
+    path.write_bytes(database.read_bytes())
+    record = LMDBDataset(database).record(1)
+    image = bytes(record.image).replace(b"number 1", b"number 9")
+    whole = schema.pack_record(1, b"1", b"1", image)  # as a writer with a fault would make it
+    with lmdb.open(str(path), subdir=False, lock=False, max_dbs=3) as env:
+        records = env.open_db(schema.RECORDS)
+        with env.begin(write=True) as txn:
+            txn.put(schema.position_key(1), whole, db=records)
+    problems = [value for kind, value in verifying._check(path) if kind == "problem"]
+    assert problems == ["record 1 is damaged: what differs is the field 'caption'"]
+
+
 def test_without_a_checksum_damage_is_read_or_named_and_never_crashes(database):
     record, fields = raw_record(database, 2), Fields.given(FIELDS)
     rng = np.random.default_rng(0)
@@ -591,7 +611,7 @@ def test_two_shards_are_the_whole_and_share_their_fields(tmp_path):
         LMDBDataset(tmp_path / "shards")
 
 
-def interrupted(source, path, monkeypatch):
+def interrupted(source, path, monkeypatch, fields=FIELDS):
     """Stop a conversion at its first commit, which holds 16 samples."""
     commit = converting.Conversion._commit
 
@@ -603,7 +623,7 @@ def interrupted(source, path, monkeypatch):
         patch.setattr(converting, "_COMMIT_BYTES", 1)
         patch.setattr(converting.Conversion, "_commit", stops)
         with pytest.raises(KeyboardInterrupt):
-            write(source, path)
+            write(source, path, fields)
 
 
 def numbered(items):
@@ -625,13 +645,24 @@ def test_other_samples_or_fields_start_afresh_and_say_so(tmp_path, monkeypatch):
     items = [sample(number % 4) for number in range(20)]
     changed = [sample(number % 4, changed="!") for number in range(20)]
     path = tmp_path / "a.lmdb"
-    for source, fields, words in (
-        (changed, FIELDS, "gives other images"),
-        (items, FIELDS | {"image": "image"}, "settings were"),
+    for kind, source, fields, words in (
+        (Samples, changed, FIELDS, "gives other images"),
+        (list, [*numbered(changed)], FIELDS, "source has changed"),
+        (list, [*numbered(items)], FIELDS | {"image": "image"}, "settings were"),
     ):
-        interrupted(Samples(items), path, monkeypatch)
+        interrupted(kind(items if kind is Samples else numbered(items)), path, monkeypatch)
         with pytest.warns(UserWarning, match=words):
-            assert write(Samples(source), path, fields, resume=True).resumed_from == 0
+            assert write(kind(source), path, fields, resume=True).resumed_from == 0
+
+
+def test_files_that_were_only_touched_are_taken_as_they_were(tmp_path, monkeypatch):
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    for number in range(20):
+        (tmp_path / "folder" / "a" / f"{number}.jpg").write_bytes(JPEG)
+    fields, path = {"image": "png", "label": "json"}, tmp_path / "a.lmdb"
+    interrupted(tmp_path / "folder", path, monkeypatch, fields)
+    os.utime(tmp_path / "folder" / "a" / "0.jpg", (1, 1))
+    assert write(tmp_path / "folder", path, fields, resume=True).resumed_from == 16
 
 
 # ---- DALI ----
