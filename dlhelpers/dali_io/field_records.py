@@ -7,6 +7,7 @@ from typing import Any
 
 from dlhelpers.dali_io.sources import Records
 from dlhelpers.lmdb_io import LMDBDataset
+from dlhelpers.lmdb_io.fields import Fields
 from dlhelpers.lmdb_io.pictures import PICTURES, is_packed
 
 __all__ = ["FieldRecords"]
@@ -49,7 +50,7 @@ def _image_field(dataset: LMDBDataset, fields: Sequence[str] | None) -> str:
     kinds = dataset.fields
     images = [name for name, kind in kinds.items() if kind in PICTURES]
     label = dataset.label
-    has = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+    has = str(Fields.given(kinds))
     if fields is None:
         if len(images) != 1 or label is None:
             raise ValueError(

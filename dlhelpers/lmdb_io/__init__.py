@@ -12,6 +12,11 @@ the decoder matters more than the store; notebook 02 measures both.
     dataset = LMDBDataset("photos.lmdb", transform)                # dataset[i] -> (image, target)
     verify_lmdb("photos.lmdb")                                     # every record's checksum
 
+A sample may hold more than an image and a target, in named fields:
+
+    write_lmdb(samples, "scenes.lmdb", fields={"image": "jpeg", "mask": "png", "boxes": "numpy"})
+    LMDBDataset("scenes.lmdb", joint_transform)                    # dataset[i] -> a dict
+
 The layout of the file stands in :mod:`dlhelpers.lmdb_io.schema`; nothing in it is pickled.
 
 Source: Chu 2011, MDB: A Memory-Mapped Database and Backend for OpenLDAP, LDAPCon 2011.

@@ -26,6 +26,7 @@ from dlhelpers.arguments import whole_number
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.arrays import pack_array, unpack_array
 from dlhelpers.lmdb_io.pictures import PICTURES, encode_picture
+from dlhelpers.printable import one_line
 
 __all__ = ["KINDS", "FieldEncoding", "Fields"]
 
@@ -105,7 +106,7 @@ class Fields:
         return next((name for name in _LABELS if found.get(name) == "json"), None)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {kind}" for name, kind in self.kinds)
+        return ", ".join(f"{one_line(name)} {kind}" for name, kind in self.kinds)
 
     # ---- a sample and its bytes ----
 

@@ -80,6 +80,8 @@ def open_picture(data: bytes | memoryview) -> Any:
     if mode in _WIDE and image.mode == "RGBA":
         pixels = np.asarray(image).view(_WIDE[mode])[..., 0]
         return _pil().fromarray(np.ascontiguousarray(pixels))
+    if image.format == "PNG" and image.mode == "I":  # what Pillow before 11 makes of 16 bits
+        return _pil().fromarray(np.asarray(image).astype("<u2"))
     return image
 
 
@@ -90,9 +92,7 @@ def picture_pixels(data: bytes | memoryview) -> np.ndarray:
         is_wide = image.mode.startswith("I;16")
         pixels = np.array(image if is_wide else image.convert("RGB"))
         return pixels.astype(np.uint16) if is_wide else pixels
-    pixels = np.array(image)
-    is_16_bits = image.format == "PNG" and image.mode == "I"  # as older versions of Pillow say
-    return pixels.astype(np.uint16) if is_16_bits else pixels
+    return np.array(image)
 
 
 def is_packed(data: bytes | memoryview) -> bool:

@@ -102,9 +102,9 @@ def write_lmdb(
             iterable (key, sample). ``image`` keeps encoded bytes and stores pixels as PNG;
             ``jpeg``, ``png``, ``webp`` and ``raw`` keep bytes of that format and encode others, of
             which PNG holds masks exactly (1 bit, grey, palette, 16 and 32 bits); ``numpy`` arrays,
-            tensors and numbers; ``text``, ``json``, ``bytes``. A ``json`` field called ``label``
-            or ``target`` gives the dataset's ``targets``. None takes the fields of a database that
-            has some.
+            tensors and numbers; ``text``; ``json``, whose tuples become lists; ``bytes``. A
+            ``json`` field called ``label`` or ``target`` gives the dataset's ``targets``. None
+            takes the fields of a database that has some.
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
             resized or encoded.
         encode: stores this format; None keeps encoded bytes as they are, and the format of what
