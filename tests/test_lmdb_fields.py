@@ -62,6 +62,7 @@ def encoded(image, kind, **options):
 
 
 JPEG = encoded(image_of("RGB"), "jpeg")
+FRAMES = encoded(image_of("L"), "gif", save_all=True, append_images=[image_of("L", 1)])
 
 
 def sample(number, changed=""):
@@ -263,6 +264,7 @@ class Pair:
     b: str
 
 
+Scene = dataclasses.make_dataclass("Scene", [*FIELDS])
 Named = collections.namedtuple("Named", "a b")
 Other = collections.namedtuple("Other", "x y")
 
@@ -299,6 +301,8 @@ def test_a_sample_comes_back_as_the_container_it_was(given_sample, expected):
         ("png", np.zeros((0, 2), np.uint8), "use the kind numpy"),
         ("png", image_of("RGB").convert("HSV"), "'HSV' .*RGB"),
         ("png", encoded(image_of("RGB"), "ppm").replace(b"\n255\n", b"\n999\n") * 2, "10 bits"),
+        ("png", FRAMES, "2 frames would lose all but one: use the kind image"),
+        ("jpeg", Image.open(io.BytesIO(FRAMES)), "2 frames"),
         ("image", b"no image", "not an image"),
         ("jpeg", JPEG[:90], "not an image"),
         ("png", None, "None cannot be stored as png"),
@@ -529,7 +533,7 @@ def test_verifying_looks_at_each_field_as_well(database, tmp_path):
         with env.begin(write=True) as txn:
             txn.put(schema.position_key(1), whole, db=records)
     problems = [value for kind, value in verifying._check(path) if kind == "problem"]
-    assert problems == ["record 1 is damaged: what differs is the field 'caption'"]
+    assert problems == ["record 1 is damaged; what differs is the field 'caption'"]
 
 
 def test_without_a_checksum_damage_is_read_or_named_and_never_crashes(database):
@@ -653,6 +657,17 @@ def test_other_samples_or_fields_start_afresh_and_say_so(tmp_path, monkeypatch):
         interrupted(kind(items if kind is Samples else numbered(items)), path, monkeypatch)
         with pytest.warns(UserWarning, match=words):
             assert write(kind(source), path, fields, resume=True).resumed_from == 0
+
+
+def test_changed_dataclasses_of_an_iterable_start_afresh(tmp_path, monkeypatch):
+    items = [Scene(**sample(number % 4)) for number in range(20)]
+    changed = [dataclasses.replace(item, caption="!") for item in items]
+    path = tmp_path / "a.lmdb"
+    interrupted([*numbered(items)], path, monkeypatch)
+    assert write([*numbered(items)], path, resume=True).resumed_from == 16
+    interrupted([*numbered(items)], path, monkeypatch)
+    with pytest.warns(UserWarning, match="source has changed"):
+        write([*numbered(changed)], path, resume=True)
 
 
 def test_files_that_were_only_touched_are_taken_as_they_were(tmp_path, monkeypatch):

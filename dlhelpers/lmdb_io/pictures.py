@@ -51,6 +51,11 @@ def encode_picture(value: Any, kind: str, quality: int | None = None) -> bytes:
         return Encoding().apply(data)  # once it was looked at
     is_exact = kind in ("image", "png")
     image = _as_image(value, is_exact) if data is None else decoded(data)
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # photographs with a preview
+        raise ValueError(
+            f"an image of {image.n_frames} frames would lose all but one: use the kind image or "
+            "bytes for the bytes of its file, numpy for the pixels of all, or give image.copy()"
+        )
     is_wide = image.mode in _WIDE or image.mode.startswith("I;16")
     if not is_wide and (bits := bits_of(image, data)) > 8:
         raise ValueError(

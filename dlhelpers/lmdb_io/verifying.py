@@ -317,17 +317,14 @@ def _check_record(environment: Environment, position: int, fields: Fields | None
         view = txn.get(schema.position_key(position))
         if view is None:
             raise schema.DatabaseError(f"record {position} is missing")
+        damage = fields.damage(view) if fields else ""
+        part = f"; what differs is {damage}" if damage else ""
         try:
-            record = schema.unpack_record(view, position)
-            damage = fields.damage(view) if fields else ""
+            key, entry = _entry(schema.unpack_record(view, position), position)
         except schema.DatabaseError as error:
-            damage = fields.damage(view) if fields else ""
-            raise schema.DatabaseError(
-                f"{error}; what differs is {damage}" if damage else str(error)
-            ) from None
+            raise schema.DatabaseError(f"{error}{part}") from None
         if damage:
-            raise schema.DatabaseError(f"record {position} is damaged: what differs is {damage}")
-        key, entry = _entry(record, position)
+            raise schema.DatabaseError(f"record {position} is damaged{part}")
         if txn.get(key, db=environment.index) != entry:
             raise schema.DatabaseError(
                 f"record {position}: its key is wrong or missing in the index"
