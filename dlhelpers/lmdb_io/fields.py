@@ -265,7 +265,7 @@ def decode_field(data: memoryview, kind: str) -> Any:
         return unpack_array(data)
     if kind == "text":
         return str(data, "utf-8", "surrogatepass")
-    return schema.decode_target(bytes(data)) if kind == "json" else bytes(data)
+    return schema.read_target(bytes(data)) if kind == "json" else bytes(data)
 
 
 def _encoded(value: Any, kind: str, quality: int | None) -> bytes:

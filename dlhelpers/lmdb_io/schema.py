@@ -54,7 +54,6 @@ __all__ = [
     "DatabaseError",
     "Record",
     "decode_key",
-    "decode_target",
     "encode_key",
     "encode_target",
     "index_entry",
@@ -65,6 +64,7 @@ __all__ = [
     "pack_record",
     "position_key",
     "read_index",
+    "read_target",
     "record_parts",
     "unpack_meta",
     "unpack_record",
@@ -152,11 +152,6 @@ def encode_target(target: Any, what: str = "target") -> bytes:
         ) from None
 
 
-def decode_target(data: bytes) -> Any:
-    """Return what :func:`encode_target` was given."""
-    return int(data) if data.isdigit() else json.loads(data)
-
-
 def _need_text_keys(value: Any) -> None:
     if isinstance(value, Mapping):
         if odd := [key for key in value if not isinstance(key, str)]:
@@ -206,11 +201,20 @@ def unpack_record(view: memoryview, position: int, check: bool = True) -> Record
     try:
         return Record(
             decode_key(bytes(view[_HEADER.size : first])),
-            decode_target(target),
+            read_target(target),
             view[last:],
         )
     except ValueError as error:
         raise DatabaseError(f"record {position} is damaged: {error}") from None
+
+
+def read_target(data: bytes) -> Any:
+    """Return what :func:`encode_target` was given, as JSON gives it back.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    return int(data) if data.isdigit() else json.loads(data)
 
 
 def record_parts(view: memoryview) -> tuple[memoryview, memoryview, memoryview]:
