@@ -271,7 +271,7 @@ def test_the_wheel_asks_for_the_core_alone(installed):
 GIVEN = """
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from dlhelpers.lmdb_io import LMDBDataset
 
@@ -292,8 +292,15 @@ calibration = [images[:4], images[4:]]
 loader = DataLoader([(images[0], 3)] * 8000, batch_size=8)
 batches = None
 
+pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+scene = {"image": pixels, "mask": pixels[0], "boxes": x[0, 0], "caption": "black", "label": 0}
+scenes = ConcatDataset([[scene] * 2])
+
 def transform(image):
     return image.float()
+
+def joint_transform(sample):
+    return sample
 
 def step():
     x, y = (images, targets) if batches is None else next(batches)

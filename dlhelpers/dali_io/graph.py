@@ -191,6 +191,7 @@ def image_pipeline(
     augment: Callable[[Any], Any] | None = None,
     threads: int | None = None,
     prefetch: int = 2,
+    fields: tuple[str, str] | None = None,
 ) -> ImagePipeline:
     """Describe the standard image pipeline; :class:`DALILoader` runs it.
 
@@ -220,6 +221,8 @@ def image_pipeline(
             operators follow seed and shard, but not the epoch.
         threads: of DALI, and of reading; None for as many as this process may use cores.
         prefetch: batches that are prepared ahead.
+        fields: names of the image and of the label of a database that was written with
+            ``fields=``; None where it has one of each.
 
     Raises:
         ImportError: DALI is not installed; says what to do.
@@ -241,7 +244,7 @@ def image_pipeline(
         raise ValueError(f"std must be above 0, got {std}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return ImagePipeline(
-        source=open_source(source),
+        source=open_source(source, fields),
         size=size,
         batch_size=batch_size,
         train=train,

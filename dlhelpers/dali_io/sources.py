@@ -144,7 +144,7 @@ class Records(Source):
         return [image for image, _ in self._dataset.__getitems__(indices)]
 
 
-def open_source(source: Any) -> Source:
+def open_source(source: Any, fields: Sequence[str] | None = None) -> Source:
     """Return the source that a user has given; see ``image_pipeline``.
 
     Raises:
@@ -159,6 +159,11 @@ def open_source(source: Any) -> Source:
             "ImageFolder or LMDBDataset, a folder, or a list of (path, target); or store what the "
             "dataset gives with write_lmdb"
         )
+    from dlhelpers.dali_io.field_records import FieldRecords, refuse_fields
+
+    if isinstance(source, LMDBDataset) and source.fields is not None:
+        return FieldRecords(source, fields)
+    refuse_fields(source, fields)
     if isinstance(source, LMDBDataset):
         return Records(source)
     if isinstance(source, str | os.PathLike):

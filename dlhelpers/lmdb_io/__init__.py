@@ -21,6 +21,11 @@ Of many images each rank writes a shard, from one scan; databases are merged as 
     write_lmdb(["photos", "more.lmdb"], "all", shards=16)          # no image is decoded
     write_lmdb("new", "photos.lmdb", append=True)                  # behind those that are there
 
+A sample may hold more than an image and a target, in named fields:
+
+    write_lmdb(samples, "scenes.lmdb", fields={"image": "jpeg", "mask": "png", "boxes": "numpy"})
+    LMDBDataset("scenes.lmdb", joint_transform)                    # dataset[i] -> a dict
+
 The layout of the file stands in :mod:`dlhelpers.lmdb_io.schema`; nothing in it is pickled.
 
 Source: Chu 2011, MDB: A Memory-Mapped Database and Backend for OpenLDAP, LDAPCon 2011.

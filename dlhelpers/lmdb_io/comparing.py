@@ -55,13 +55,19 @@ def is_same_part(
     if now.times == times:
         return True
     now, position = Trace(), 0
-    reader = Loader(loader.source, Encoding(), loader.compares)
+    reader = _reader(loader)
     for items in load_chunks(reader, iter(tasks), workers):
         for item in items:
             record = b"" if item.why else schema.pack_record(position, *item.parts)
             now.add(item.stamp, content_of(item, record))
             position += not item.why
     return now.contents.hex() == contents
+
+
+def _reader(loader: Loader) -> Loader:
+    """Return a loader of what encoded images were made from, or of what is stored as it is."""
+    encoding = Encoding() if loader.compares else loader.encoding
+    return Loader(loader.source, encoding, loader.compares)
 
 
 def gives_the_same(
@@ -182,7 +188,7 @@ class Neighbours:
         if not is_copy:  # where only some times differ, those files are what may have changed
             times, contents = meta["times"], meta["contents"]
             return is_same_part(self._loader, tasks, times, contents, self._workers)
-        reader = Loader(self._loader.source, Encoding(), self._loader.compares)
+        reader = _reader(self._loader)
         some = iter([tasks[number] for number in numbers])
         found = chain.from_iterable(load_chunks(reader, some, self._workers))
         return [mark_of(item) for item in found] == [mark for _, mark in marks]

@@ -75,7 +75,7 @@ class Conversion:
         self.skipped: list[tuple[str, str]] = []
         self.trace = Trace()
         self.marks: dict[int, int] = {}  # position in a shard's part -> mark of what was there
-        self.version = self.source.version  # of the schema
+        self.version = max(self.source.version, self.loader.encoding.version)  # of the schema
 
     def advice(self) -> str:
         """Return how to go on after a stop, the end of a message; empty if nothing is kept."""
@@ -233,7 +233,7 @@ class Conversion:
         else:
             record = schema.pack_record(self.count, *item.parts)
             txn.put(schema.position_key(self.count), record, append=True, db=self.records)
-            if is_turned(item.image):
+            if is_turned(item.image):  # a sample of fields never looks like that
                 self.version = max(self.version, schema.TURNED)
             self.count += 1
             self.image_bytes += len(item.image)

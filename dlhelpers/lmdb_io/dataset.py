@@ -18,6 +18,8 @@ from dlhelpers.arguments import whole_number
 from dlhelpers.lmdb_io import decoding, schema
 from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
 from dlhelpers.lmdb_io.environments import Environment, open_environment
+from dlhelpers.lmdb_io.fields import Fields
+from dlhelpers.lmdb_io.samples import SampleReader
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.printable import printable
 
@@ -40,6 +42,11 @@ class LMDBDataset(Dataset):
     it can be pickled, forked and spawned, and lie in a read-only folder. A process that
     has the file open when it is replaced goes on with the old one; a worker that opens it later
     raises DatabaseError, since its images are others.
+
+    Of a database that was written with ``fields=``, ``dataset[i]`` is the sample: a dict, tuple or
+    list as the source gave it, which ``transform`` gets as a whole. Images are decoded, JPEG to
+    RGB pixels, other formats in their own mode: masks to [H, W], palette indices and 16 bits as
+    they are. With ``decode="pil"`` they are PIL images, with None the stored bytes.
 
     With ``decode="pil"`` it stands in for torchvision's ImageFolder: PIL images, ``classes``,
     ``class_to_idx``, ``targets``, and ``samples`` (with the source's keys in place of paths).
@@ -68,6 +75,7 @@ class LMDBDataset(Dataset):
     Attributes:
         path, transform, target_transform, decode, checksum: as given.
         classes: names of the classes, in order of their numbers; None without.
+        fields: name -> kind of a database of fields; None of images with targets.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -112,6 +120,15 @@ class LMDBDataset(Dataset):
         check_shards(self.path, [file.path for file in self._files], self._metas)
         self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
         self.classes: list[str] | None = self._metas[0]["classes"]
+        fields = self._files[0].fields
+        self.fields = dict(fields.kinds) if fields else None
+        self._reader = SampleReader(fields, decode, self._channels_last) if fields else None
+        if fields and (collate or target_transform is not None):
+            what = "collate=True" if collate else "target_transform"
+            raise ValueError(
+                f"{what} does not go with a database of fields ({fields}): DataLoader's own "
+                "collate_fn makes batches of them, and transform gets the whole sample"
+            )
         self._buffer, self._threads = BatchBuffer(), Threads(threads)
 
     # ---- reading ----
@@ -119,7 +136,7 @@ class LMDBDataset(Dataset):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Any:
         file, position = self._locate(index)
         environment = file.open()
         with environment.begin() as txn:
@@ -156,17 +173,34 @@ class LMDBDataset(Dataset):
                     return schema.read_index(data, value)[0] + end - meta["count"]
         raise KeyError(f"{self.path} has no key {key!r}; .samples lists all of them")
 
-    def stored(self, index: int) -> tuple[str, Any, bytes]:
-        """Return (source key, target, encoded image) of a record, compared with its checksum."""
+    def stored(self, index: int) -> tuple[str, Any, Any]:
+        """Return (source key, target, encoded image) of a record, compared with its checksum.
+
+        With fields a dict of the stored bytes of each stands in place of the image, and the target
+        is the label.
+        """
+        record = self.record(index)
+        if self._reader is None:
+            return record.key, record.target, bytes(record.image)
+        file, position = self._locate(index)
+        return record.key, record.target, self._reader.stored(record, file.path, position)
+
+    def record(self, index: int) -> schema.Record:
+        """Return a record in memory of its own, compared with its checksum."""
         file, position = self._locate(index)
         with file.open().begin() as txn:
-            key, target, image = file.read(txn, position, True)
-            return key, target, bytes(image)
+            record = file.read(txn, position, True)
+            return record._replace(image=memoryview(bytes(record.image)))
 
     @property
     def identity(self) -> bytes:
         """What tells the content of this dataset apart from that of another one."""
         return b"".join(file.identity for file in self._files)
+
+    @property
+    def label(self) -> str | None:
+        """Name of the field that gives the targets; None without one, or without fields."""
+        return self._reader.fields.label if self._reader is not None else None
 
     @staticmethod
     def collate_fn(batch: Any) -> Any:
@@ -201,7 +235,19 @@ class LMDBDataset(Dataset):
 
     @cached_property
     def targets(self) -> list[Any]:
-        """The target of every record; no image is read for it."""
+        """The target of every record; no image is read for it.
+
+        With fields the labels, of the field of kind ``json`` that is called ``label`` or
+        ``target``.
+
+        Raises:
+            AttributeError: there is no such field.
+        """
+        if self._reader is not None and self.label is None:
+            raise AttributeError(
+                f"{self.path} has no targets: none of its fields ({self._reader.fields}) is of the "
+                "kind json and called label or target"
+            )
         return [target for _, target in self.samples]
 
     # ---- private ----
@@ -235,6 +281,8 @@ class LMDBDataset(Dataset):
                 txn.abort()
 
     def _image(self, record: schema.Record, place: _Place) -> Any:
+        if self._reader is not None:
+            return self._reader.sample(record, place[0].path, place[1])
         if self.decode is None:
             return bytes(record.image)
         pixels = self._pixels(record, place)
@@ -256,9 +304,11 @@ class LMDBDataset(Dataset):
                 f"decoded ({error}); its bytes are as they were stored if verify_lmdb finds nothing"
             ) from error
 
-    def _transformed(self, image: Any, target: Any) -> tuple[Any, Any]:
+    def _transformed(self, image: Any, target: Any) -> Any:
         if self.transform is not None:
             image = self.transform(image)
+        if self._reader is not None:
+            return image  # the whole sample
         if self.target_transform is not None:
             target = self.target_transform(target)
         return image, target
@@ -307,8 +357,9 @@ class LMDBDataset(Dataset):
 
     def __repr__(self) -> str:
         classes = f", {len(self.classes)} classes" if self.classes else ""
+        what = f"samples of {self._reader.fields}" if self._reader else "images"
         return (
-            f"LMDBDataset({str(self.path)!r}: {len(self)} images{classes}, decode={self.decode!r})"
+            f"LMDBDataset({str(self.path)!r}: {len(self)} {what}{classes}, decode={self.decode!r})"
         )
 
 
@@ -321,6 +372,7 @@ class _File:
         environment = open_environment(path, readahead=readahead)
         self.stored_meta = environment.get_entry(schema.META)
         self.meta = schema.unpack_meta(self.stored_meta, path)
+        self.fields = Fields.stored(self.meta, path)
 
     def open(self) -> Environment:
         environment = self._environment
@@ -363,7 +415,9 @@ class _File:
         try:
             return schema.unpack_record(view, position, check)
         except schema.DatabaseError as error:
-            raise schema.DatabaseError(f"{self.path}: {error}") from None
+            damage = self.fields.damage(view) if self.fields else ""
+            part = f"; what differs is {damage}" if damage else ""
+            raise schema.DatabaseError(f"{self.path}: {error}{part}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_environment": None}

@@ -18,16 +18,20 @@ from typing import Any
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
+from dlhelpers.lmdb_io.schema import VERSION
 
 __all__ = [
     "ENCODINGS",
     "JPEG_FRAMES",
     "RAW",
     "Encoding",
+    "bits_of",
     "decoded",
+    "exif_with",
     "image_format",
     "is_turned",
     "jpeg_segments",
+    "orientation_of",
 ]
 
 ENCODINGS = ("jpeg", "png", "webp", "raw")
@@ -53,6 +57,7 @@ class Encoding:
     encode: str | None = None
     resize: int | tuple[int, int] | None = None
     quality: int | None = None
+    version = VERSION  # of the schema, that a file begins with
 
     def __post_init__(self) -> None:
         if self.encode is not None and self.encode not in ENCODINGS:
@@ -120,12 +125,12 @@ class Encoding:
                 "would be lost: scale it to 8 bits first, or give the bytes of its file without "
                 "resize= and encode="
             )
-        if (bits := _bits(image, data)) > 8:
+        if (bits := bits_of(image, data)) > 8:
             raise ValueError(
                 f"an image of {bits} bits a channel would lose most of them: scale it to 8 bits "
                 "first, or give the bytes of its file without resize= and encode="
             )
-        orientation = _orientation(image)
+        orientation = orientation_of(image)
         if image.mode not in ("L", "RGB"):  # before the resize, as after ImageFolder's loader
             image = image.convert("RGB")
         if size != image.size:
@@ -133,7 +138,7 @@ class Encoding:
         if target == "raw":
             image = image.convert("RGB")
             return RAW.pack(b"RAW", orientation, image.height, image.width) + image.tobytes()
-        options: dict[str, Any] = _exif(orientation)
+        options: dict[str, Any] = exif_with(orientation)
         if target in _QUALITY:
             options["quality"] = self.quality or _QUALITY[target]
         buffer = io.BytesIO()
@@ -216,7 +221,7 @@ def _pil() -> Any:
     return need("PIL.Image", "decoding and encoding images")
 
 
-def _orientation(image: Any) -> int:
+def orientation_of(image: Any) -> int:
     """Return the EXIF orientation of a PIL image that is to be turned, 0 of all others."""
     try:
         found = image.getexif().get(_ORIENTATION)
@@ -225,7 +230,7 @@ def _orientation(image: Any) -> int:
     return found if isinstance(found, int) and 2 <= found <= 8 else 0
 
 
-def _bits(image: Any, data: bytes | None) -> int:
+def bits_of(image: Any, data: bytes | None) -> int:
     """Return bits a channel as a file's header says, which PIL cuts to 8 where it knows no more."""
     kind, data = image.format, data or b""
     if kind == "PNG":
@@ -240,7 +245,7 @@ def _bits(image: Any, data: bytes | None) -> int:
     return 8
 
 
-def _exif(orientation: int) -> dict[str, Any]:
+def exif_with(orientation: int) -> dict[str, Any]:
     """Return EXIF metadata with an orientation, as PIL stores and saves it; nothing for 0."""
     if not orientation:
         return {}
@@ -261,7 +266,7 @@ def decoded(data: bytes) -> Any:
             raise ValueError(f"a raw image of {len(data)} bytes is not whole")
         _, orientation, height, width = RAW.unpack_from(data)
         image = pil.frombytes("RGB", (width, height), data[RAW.size :])
-        image.info |= _exif(orientation)
+        image.info |= exif_with(orientation)
         return image
     try:
         image = pil.open(io.BytesIO(data))

@@ -19,6 +19,8 @@ A record is a header, the source key, the target and the image, one behind the o
                 ...     target, JSON; an int for a class
                 ...     image, encoded as the source had it, or raw (below)
 
+Where records hold several fields, :mod:`fields` says what stands in place of the image.
+
 Numbers are little-endian. Nothing is pickled. A raw image is the three bytes ``RAW``, its EXIF
 orientation (2 to 8; 0 where it needs none) as one byte, its height and width as uint32, and
 height x width x 3 bytes RGB, not turned. LMDB allows keys of 511 bytes: of a
@@ -40,6 +42,7 @@ from typing import Any, NamedTuple
 from dlhelpers.printable import printable
 
 __all__ = [
+    "FIELDS",
     "FORMAT",
     "INDEX",
     "META",
@@ -56,16 +59,20 @@ __all__ = [
     "index_entry",
     "index_key",
     "is_same_record",
+    "is_whole",
     "pack_meta",
     "pack_record",
     "position_key",
     "read_index",
+    "read_target",
+    "record_parts",
     "unpack_meta",
     "unpack_record",
 ]
 
 FORMAT = "dlhelpers-lmdb"
 VERSION, TURNED = 1, 2  # the second where a raw image has an orientation, and nowhere else
+FIELDS = 3  # where records hold several fields, see fields.py
 RECORDS, INDEX, SKIPPED, META, STATE = b"records", b"index", b"skipped", b"meta", b"state"
 _HEADER = struct.Struct("<IQHI")
 _BEHIND_POSITION = 12
@@ -119,8 +126,10 @@ def decode_key(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def encode_target(target: Any) -> bytes:
+def encode_target(target: Any, what: str = "target") -> bytes:
     """Return a target as JSON; NumPy and torch scalars become plain numbers, tuples lists.
+
+    ``what`` is what a message calls it.
 
     Raises:
         ValueError: JSON has no such value.
@@ -138,7 +147,7 @@ def encode_target(target: Any) -> bytes:
         return json.dumps(target, separators=(",", ":"), ensure_ascii=True).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"target {str(target)[:60]!r} of type {type(target).__name__} cannot be stored "
+            f"{what} {str(target)[:60]!r} of type {type(target).__name__} cannot be stored "
             f"({error}): give an int, or numbers, texts, lists and dicts (tensor.tolist())"
         ) from None
 
@@ -192,11 +201,37 @@ def unpack_record(view: memoryview, position: int, check: bool = True) -> Record
     try:
         return Record(
             decode_key(bytes(view[_HEADER.size : first])),
-            int(target) if target.isdigit() else json.loads(target),
+            read_target(target),
             view[last:],
         )
     except ValueError as error:
         raise DatabaseError(f"record {position} is damaged: {error}") from None
+
+
+def read_target(data: bytes) -> Any:
+    """Return what :func:`encode_target` was given, as JSON gives it back.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    return int(data) if data.isdigit() else json.loads(data)
+
+
+def record_parts(view: memoryview) -> tuple[memoryview, memoryview, memoryview]:
+    """Return the bytes of key, target and image of a record that may be damaged.
+
+    Raises:
+        struct.error: it has no header.
+    """
+    _, _, key_size, target_size = _HEADER.unpack_from(view)
+    first = _HEADER.size + key_size
+    last = first + target_size
+    return view[_HEADER.size : first], view[first:last], view[last:]
+
+
+def is_whole(view: memoryview) -> bool:
+    """Whether a record is as its checksum says."""
+    return zlib.crc32(view[4:]) == int.from_bytes(view[:4], "little")
 
 
 def index_key(key: bytes) -> bytes:
@@ -255,10 +290,10 @@ def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
         ) from None
     if meta.get("format") != FORMAT:
         raise DatabaseError(f"{path} has the format {meta.get('format')!r}, expected {FORMAT!r}")
-    if meta.get("version") not in (VERSION, TURNED):
+    if meta.get("version") not in (VERSION, TURNED, FIELDS):
         raise DatabaseError(
             f"{path} has version {meta.get('version')!r} of the schema, this package reads "
-            f"{VERSION} and {TURNED}: convert the source again, or install the dlhelpers that "
+            f"{VERSION} to {FIELDS}: convert the source again, or install the dlhelpers that "
             f"wrote it ({meta.get('library', 'not said')})"
         )
     return meta

@@ -279,7 +279,10 @@ class _Dataset(Source):
     def load(self, task: Any) -> Loaded:
         item = self._dataset[task]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise ValueError(f"a dataset must give (image, target), got {_shown(item)}")
+            raise ValueError(
+                f"a dataset must give (image, target), got {_shown(item)}: name the fields of "
+                'other samples, as in fields={"image": "jpeg", "mask": "png"}'
+            )
         return Loaded(str(task), item[1], item[0], self.stamp(task))
 
     def name(self, task: Any) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
+from dlhelpers.lmdb_io.fields import Fields
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
@@ -71,6 +72,7 @@ class DatabaseInfo:
         settings: encode, resize and quality of the conversion.
         skipped: (what, why) of all that the conversion left out.
         library: versions that wrote it.
+        fields: name -> kind of a database of fields; None of images with targets.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class DatabaseInfo:
     settings: dict[str, Any]
     skipped: tuple[tuple[str, str], ...]
     library: str
+    fields: dict[str, str] | None = None
 
     def __repr__(self) -> str:
         classes = "none" if self.classes is None else f"{len(self.classes)}"
@@ -93,6 +96,10 @@ class DatabaseInfo:
             f"  images    {self.count}, {self.image_bytes / 1e6:.1f} MB in a file of "
             f"{self.file_bytes / 1e6:.1f} MB",
             f"  classes   {classes}" + (f": {shown}" if shown else ""),
+            *[
+                f"  field     {one_line(name)}: {kind}"
+                for name, kind in (self.fields or {}).items()
+            ],
             f"  stored    {settings or 'bytes as the source had them'}",
             f"  written   by {self.library}",
             f"  skipped   {len(self.skipped)}",
@@ -175,15 +182,17 @@ def info_lmdb(path: str | os.PathLike[str]) -> DatabaseInfo:
         skipped += [tuple(json.loads(v)) for _, v in environment.items(environment.skipped)]
     check_shards(path, files, metas)
     classes = metas[0]["classes"]
+    fields = Fields.stored(metas[0], path)
     return DatabaseInfo(
         path=path,
         count=sum(meta["count"] for meta in metas),
         classes=None if classes is None else tuple(classes),
         image_bytes=sum(meta["image_bytes"] for meta in metas),
         file_bytes=sum(file.stat().st_size for file in files),
-        settings=metas[0]["settings"],
+        settings={k: v for k, v in metas[0]["settings"].items() if k != "fields"},
         skipped=tuple(skipped),
         library=metas[0]["library"],
+        fields=dict(fields.kinds) if fields else None,
     )
 
 
@@ -278,6 +287,7 @@ def _check(path: Path) -> Iterator[tuple[str, Any]]:
         environment = Environment(path)
         stored = environment.get_entry(schema.META) or environment.get_entry(schema.STATE)
         meta = schema.unpack_meta(stored, path)
+        fields = Fields.stored(meta, path)
     except (schema.DatabaseError, OSError, lmdb.Error) as error:
         yield "problem", str(error)
         yield "end", None
@@ -288,7 +298,7 @@ def _check(path: Path) -> Iterator[tuple[str, Any]]:
         if position % _EVERY == 0:
             yield "at", position
         try:
-            _check_record(environment, position)
+            _check_record(environment, position, fields)
         except schema.DatabaseError as error:
             yield "problem", str(error)
         except lmdb.Error as error:  # ends its transaction, so that each record has its own
@@ -305,12 +315,19 @@ def _check(path: Path) -> Iterator[tuple[str, Any]]:
     yield "end", None
 
 
-def _check_record(environment: Environment, position: int) -> None:
+def _check_record(environment: Environment, position: int, fields: Fields | None) -> None:
     with environment.begin() as txn:
         view = txn.get(schema.position_key(position))
         if view is None:
             raise schema.DatabaseError(f"record {position} is missing")
-        key, entry = _entry(schema.unpack_record(view, position), position)
+        damage = fields.damage(view) if fields else ""
+        part = f"; what differs is {damage}" if damage else ""
+        try:
+            key, entry = _entry(schema.unpack_record(view, position), position)
+        except schema.DatabaseError as error:
+            raise schema.DatabaseError(f"{error}{part}") from None
+        if damage:
+            raise schema.DatabaseError(f"record {position} is damaged{part}")
         if txn.get(key, db=environment.index) != entry:
             raise schema.DatabaseError(
                 f"record {position}: its key is wrong or missing in the index"

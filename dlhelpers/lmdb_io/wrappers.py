@@ -21,15 +21,21 @@ from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source, SourceError
 __all__ = ["inner_datasets", "look_through"]
 
 
-def look_through(source: Any, open_plain: Callable[[Any], Source]) -> Source | None:
+def look_through(
+    source: Any,
+    open_plain: Callable[[Any], Source],
+    open_database: Callable[[Any], Source] | None = None,
+) -> Source | None:
     """Return the items of a database or of wrapped datasets; None where nothing would be gained.
 
     Args:
         source: a dataset.
         open_plain: opens what is no wrapper.
+        open_database: opens a database; None for its records as they are.
     """
+    open_database = open_database or _Records
     if _is_plain_database(source):
-        return _Records(source)
+        return open_database(source)
     if not _wrapped(source) or not any(map(_is_plain, inner_datasets(source))):
         return None
     inner: list[Any] = []
@@ -37,7 +43,8 @@ def look_through(source: Any, open_plain: Callable[[Any], Source]) -> Source | N
     opened: dict[int, Source] = {}
     for number in np.unique(order[:, 0]).tolist():
         dataset = inner[number]
-        opened[number] = _Records(dataset) if _is_plain_database(dataset) else open_plain(dataset)
+        opener = open_database if _is_plain_database(dataset) else open_plain
+        opened[number] = opener(dataset)
     return _Selected(opened, order)
 
 
@@ -109,7 +116,8 @@ class _Records(Source):
         self._version = hashlib.blake2b(dataset.identity, digest_size=16).hexdigest().encode()
 
     def load(self, task: Any) -> Loaded:
-        return Loaded(*self._dataset.stored(task), self.stamp(task))
+        key, target, image = self._dataset.record(task)
+        return Loaded(key, target, bytes(image), self.stamp(task))
 
     def name(self, task: Any) -> str:
         return f"record {task} of {self._dataset.path}"

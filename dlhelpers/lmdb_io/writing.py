@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,14 +14,14 @@ from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.appending import Appending, need_database
 from dlhelpers.lmdb_io.converting import Conversion
-from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.failures import clear_errors
+from dlhelpers.lmdb_io.field_sources import open_samples
 from dlhelpers.lmdb_io.finishing import finish
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sharing import Seen
-from dlhelpers.lmdb_io.sources import SourceError, open_source
+from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.spreading import Totals, own_shards, write_shards
 from dlhelpers.printable import one_line, printable
 
@@ -88,6 +89,7 @@ def write_lmdb(
     source: Any,
     path: str | os.PathLike[str],
     *,
+    fields: Mapping[str, str] | None = None,
     workers: int = 0,
     encode: Literal["jpeg", "png", "webp", "raw"] | None = None,
     resize: int | tuple[int, int] | None = None,
@@ -113,6 +115,14 @@ def write_lmdb(
             records are copied as they are, with classes matched by name.
         path: the file; appears whole, or not at all. An older database there stays in use until
             then, and stays for good if this conversion fails.
+        fields: name -> kind of what each sample of the source holds, where that is more than an
+            image and a target: a dict with these keys, a dataclass, or a tuple in this order; of an
+            iterable (key, sample). ``image`` keeps encoded bytes and stores pixels as PNG;
+            ``jpeg``, ``png``, ``webp`` and ``raw`` keep bytes of that format and encode others, of
+            which PNG holds masks exactly (1 bit, grey, palette, 16 and 32 bits); ``numpy`` arrays,
+            tensors and numbers; ``text``; ``json``, whose tuples become lists; ``bytes``. A
+            ``json`` field called ``label`` or ``target`` gives the dataset's ``targets``. None
+            takes the fields of a database that has some.
         workers: processes that read, resize and encode; 0 does it here. Pays where images are
             resized or encoded.
         encode: stores this format; None keeps encoded bytes as they are, and the format of what
@@ -121,7 +131,8 @@ def write_lmdb(
         resize: the shorter side in pixels, as torchvision's Resize does it, or (height, width).
             An image of that size already is kept as it is. Both mean the pixels as they are
             stored; the EXIF orientation is kept beside them, in every encoding.
-        quality: of JPEG and WebP, 90 where None.
+        quality: of JPEG and WebP, 90 where None. ``encode`` and ``resize`` do not go with fields,
+            since a mask is not resized as its image is: resize both in the dataset.
         map_size: bytes of the first memory map; it grows by itself all the same.
         resume: goes on after an interrupted conversion of the same source and settings; where
             they differ it starts afresh and warns. Names and sizes of the files that are done are
@@ -171,8 +182,7 @@ def write_lmdb(
     need("lmdb", "write_lmdb")
     shard = None if shard is None else shard_of(shard)
     shards = None if shards is None else whole_number("shards", shards, 1, 99_999)
-    encoding = Encoding(encode, resize, quality)
-    opened = open_source(source)
+    opened, encoding = open_samples(source, fields, encode, resize, quality)
     if opened.problems and on_error == "raise":
         what, why = opened.problems[0]
         raise SourceError(
