@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.column_writer import ColumnWriter
 from dlhelpers.lmdb_io.comparing import (
     Neighbours,
     content_of,
@@ -76,6 +77,7 @@ class Conversion:
         self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
         self.skipped: list[tuple[str, str]] = []
         self.trace = Trace()
+        self.columns = ColumnWriter()
         self.marks: dict[int, int] = {}  # position in a shard's part -> mark of what was there
         self.version = schema.VERSION  # of the schema
 
@@ -108,13 +110,12 @@ class Conversion:
             readahead=False,
             meminit=False,
             map_size=max(map_size, _SMALLEST_MAP),
-            max_dbs=3,
+            max_dbs=4,
             mode=0o644,
         )
         self.map_size = self.env.info()["map_size"]
-        self.records, self.index, self.skips_db = (
-            self.env.open_db(name) for name in (schema.RECORDS, schema.INDEX, schema.SKIPPED)
-        )
+        names = (schema.RECORDS, schema.INDEX, schema.SKIPPED, schema.COLUMNS)
+        self.records, self.index, self.skips_db, self.columns_db = map(self.env.open_db, names)
 
     def close(self) -> None:
         """Close the partial file; it stays."""
@@ -179,6 +180,8 @@ class Conversion:
             # those behind it are the source's own problems, listed at the end
             end = schema.position_key(self.done)
             self.skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if key < end]
+        with self.env.begin(write=True) as txn:
+            self.columns.take_up(txn, self.columns_db, self.records, self.count)
         return ""
 
     def _differs(self) -> str:
@@ -263,28 +266,33 @@ class Conversion:
         import lmdb
 
         before = (self.count, self.done, self.image_bytes, len(self.skipped), replace(self.trace))
+        columns = self.columns.copy()
         stop: SourceError | None = None
         while True:
-            need = self.pending_bytes = sum(len(item.image) + 8192 for item in batch)
-            used = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
-            if used + 2 * need + (1 << 20) > self.map_size:
-                self._grow(used + 2 * need)
+            self._make_room(sum(len(item.image) + 8192 for item in batch))
             try:
                 with self.env.begin(write=True) as txn:
                     for item in batch:
                         stop = self._put(txn, item)
                         if stop:
                             break
+                    self.columns.put(txn, self.columns_db)
                     self._put_state(txn)
                 break
             except lmdb.MapFullError:
                 self.count, self.done, self.image_bytes, skipped, trace = before
-                self.trace = replace(trace)
+                self.trace, self.columns = replace(trace), columns.copy()
                 del self.skipped[skipped:]
                 self._grow(self.map_size)
         self.kept = self.count
         if stop:
             raise stop
+
+    def _make_room(self, need: int) -> None:
+        self.pending_bytes = need
+        used = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        if used + 2 * need + (1 << 20) > self.map_size:
+            self._grow(used + 2 * need)
 
     def _grow(self, need: int) -> None:
         self.map_size = max(2 * self.map_size, 2 * need)
@@ -312,6 +320,7 @@ class Conversion:
             txn.put(schema.position_key(self.count), record, append=True, db=self.records)
             if is_turned(item.image):
                 self.version = schema.TURNED
+            self.columns.add(item.key, item.target)
             self.count += 1
             self.image_bytes += len(item.image)
         if self.done in self.marked:
@@ -360,6 +369,7 @@ class Conversion:
             "skipped": len(self.skipped) + len(self.source.problems),
             "digest": self.trace.items.hex(),
             "contents": self.trace.contents.hex(),
+            "columns": self.columns.finish(self.env, self.columns_db, self._make_room),
             "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
         }
         if self.shard is None:

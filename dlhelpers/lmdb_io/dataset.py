@@ -18,6 +18,7 @@ from dlhelpers.arguments import whole_number
 from dlhelpers.lmdb_io import decoding, schema
 from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
 from dlhelpers.lmdb_io.environments import Environment, open_environment
+from dlhelpers.lmdb_io.listed import Columns, Samples, Targets
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.printable import printable
 
@@ -177,28 +178,20 @@ class LMDBDataset(Dataset):
         return {name: number for number, name in enumerate(self.classes or [])}
 
     @cached_property
-    def samples(self) -> list[tuple[str, Any]]:
-        """(source key, target) of every record, read from the index alone."""
-        found: list[tuple[str, Any]] = []
-        for file, meta in zip(self._files, self._metas, strict=True):
-            part: list[Any] = [None] * meta["count"]
-            environment = file.open()
-            for key, value in environment.items(environment.index):
-                position, target, source_key = schema.read_index(key, value)
-                if position < len(part):
-                    part[position] = (source_key, target)
-            if None in part:
-                raise schema.DatabaseError(
-                    f"{file.path}: the index misses record {part.index(None)}; verify_lmdb tells "
-                    "what is damaged"
-                )
-            found += part
-        return found
+    def samples(self) -> Samples:
+        """(source key, target) of every record, a sequence that reads them where they are stored;
+        no image is read for it."""
+        return Samples(self._columns)
 
     @cached_property
-    def targets(self) -> list[Any]:
-        """The target of every record; no image is read for it."""
-        return [target for _, target in self.samples]
+    def targets(self) -> Targets:
+        """The target of every record, a sequence over an array in the file, which np.asarray gives
+        without a copy; no image is read for it."""
+        return Targets(self._columns)
+
+    @cached_property
+    def _columns(self) -> Columns:
+        return Columns(self._files)
 
     # ---- private ----
 
@@ -299,7 +292,9 @@ class LMDBDataset(Dataset):
         return pixels.permute(2, 0, 1) if self._planar_batch else pixels, target
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("samples", "targets")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("samples", "targets", "_columns")
+        }
 
     def __repr__(self) -> str:
         classes = f", {len(self.classes)} classes" if self.classes else ""

@@ -40,6 +40,8 @@ class Environment:
     Attributes:
         path: the file.
         pid: the process that opened it.
+        columns: its named database of keys and targets; None where there is none.
+        page_size: of the file, in bytes.
         begin: starts a read transaction on the records.
     """
 
@@ -61,7 +63,7 @@ class Environment:
                 lock=False,
                 readahead=_fits_in_memory(size),
                 meminit=False,
-                max_dbs=3,
+                max_dbs=4,
                 max_spare_txns=8,
             )
         except lmdb.Error as error:
@@ -73,7 +75,8 @@ class Environment:
             raise schema.DatabaseError(f"{path} is no LMDB file: {error}") from None
         try:
             # beyond the end of a truncated file the map would end the process, without an error
-            needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+            self.page_size = self._env.stat()["psize"]
+            needed = (self._env.info()["last_pgno"] + 1) * self.page_size
             if whole and size < needed:
                 raise schema.DatabaseError(
                     f"{path} is truncated: it has {size} bytes of {needed}; copy it again, or "
@@ -97,6 +100,10 @@ class Environment:
                 f"{self.path} is an LMDB file, but none that write_lmdb has written (it holds no "
                 "records of its schema): convert its source with write_lmdb"
             ) from None
+        try:
+            self.columns = self._env.open_db(schema.COLUMNS, create=False)
+        except lmdb.Error:  # not found in a file of an earlier version, or broken
+            self.columns = None
         self.begin = partial(self._env.begin, db=self.records, buffers=True)
 
     def get_entry(self, name: bytes) -> bytes | None:
