@@ -181,7 +181,10 @@ class Conversion:
             end = schema.position_key(self.done)
             self.skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if key < end]
         with self.env.begin(write=True) as txn:
-            self.columns.take_up(txn, self.columns_db, self.records, self.count)
+            try:
+                self.columns.take_up(txn, self.columns_db, self.records, self.count)
+            except schema.DatabaseError as error:
+                return f"the file is damaged ({error})"
         return ""
 
     def _differs(self) -> str:

@@ -47,7 +47,7 @@ class _Listed(Sequence[Any]):
         try:
             position = self._positions[operator.index(index)]
         except IndexError:
-            raise IndexError(f"index {index} is out of range for {len(self)} items") from None
+            raise _out_of_range(index, self) from None
         return self._some(range(position, position + 1))[0]
 
     def __iter__(self) -> Iterator[Any]:
@@ -98,7 +98,10 @@ class Targets(_Listed):
     def __getitem__(self, index: Any) -> Any:
         if self._array is None or isinstance(index, slice):
             return super().__getitem__(index)
-        return self._array.item(operator.index(index))
+        try:
+            return self._array.item(operator.index(index))
+        except IndexError:
+            raise _out_of_range(index, self) from None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self._array is not None:
@@ -250,6 +253,10 @@ class _Indexed:
 
     def read(self, first: int, last: int, reader: _Reader) -> list[Any]:
         return reader(self._block, first, last)
+
+
+def _out_of_range(index: int, listed: _Listed) -> IndexError:
+    return IndexError(f"index {index} is out of range, there are {len(listed)} items")
 
 
 def _pairs(block: Block, first: int, last: int) -> list[Any]:
