@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 _HEADER = struct.Struct("<IIQII")
+_AT_ONCE = 1 << 23  # bytes that are copied to be cut
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ class Texts:
     def between(self, first: int, last: int) -> list[bytes]:
         """Return those from ``first`` to before ``last``."""
         starts, ends = self.starts[first:last].tolist(), self.ends[first:last].tolist()
-        return [bytes(self.data[a:b]) for a, b in zip(starts, ends, strict=True)]
+        low, high = min(starts, default=0), max(ends, default=0)
+        if high - low > _AT_ONCE:  # in another order than that of the records
+            return [bytes(self.data[a:b]) for a, b in zip(starts, ends, strict=True)]
+        data = bytes(self.data[low:high])  # of which slices are made faster than of a view
+        return [data[a - low : b - low] for a, b in zip(starts, ends, strict=True)]
 
 
 @dataclass(frozen=True)
