@@ -43,7 +43,9 @@ class LMDBDataset(Dataset):
     raises DatabaseError, since its images are others.
 
     With ``decode="pil"`` it stands in for torchvision's ImageFolder: PIL images, ``classes``,
-    ``class_to_idx``, ``targets``, and ``samples`` (with the source's keys in place of paths).
+    ``class_to_idx``, ``targets``, and ``samples`` (with the source's keys in place of paths). The
+    last two are sequences that read the file, without an object per record; of many integer
+    targets, ``np.asarray(dataset.targets)`` is the fastest to compute with.
 
     Args:
         path: the file, or a folder of shards.
