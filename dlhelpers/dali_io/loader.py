@@ -214,7 +214,8 @@ class _Epoch:
         raise StopIteration
 
     def _targets(self, indices: np.ndarray, device: torch.device) -> torch.Tensor:
-        targets = torch.from_numpy(self._plan.pipeline.source.targets[indices])
+        found = self._plan.pipeline.source.targets[indices]
+        targets = torch.from_numpy(found.astype(np.int64))
         if device.type == "cpu":
             return targets
         return targets.pin_memory().to(device, non_blocking=True)  # the host does not wait

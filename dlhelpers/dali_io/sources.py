@@ -16,6 +16,7 @@ from dlhelpers.dali_io.formats import by_pillow, for_dali
 from dlhelpers.extras import install_hint, need
 from dlhelpers.lmdb_io import LMDBDataset, load_decoder
 from dlhelpers.lmdb_io.encoding import image_format
+from dlhelpers.lmdb_io.listed import Targets
 from dlhelpers.lmdb_io.plain import own_reading
 from dlhelpers.printable import one_line
 
@@ -57,7 +58,7 @@ class Source:
 
     Attributes:
         kind: what is read: ``bytes`` (encoded images, uint8 [B]) or ``pixels`` (uint8 [H, W, 3]).
-        targets: int64 [N].
+        targets: int64 [N]; of a database, the array in the file, int32 where that is enough.
         classes: names of the classes, or None.
     """
 
@@ -200,6 +201,8 @@ def _folder(root: Path) -> tuple[list[tuple[str, int]], list[str]]:
 
 
 def _as_targets(targets: Sequence[Any]) -> np.ndarray:
+    if isinstance(targets, Targets) and (found := np.asarray(targets)).dtype.kind == "i":
+        return found
     wrong = next((t for t in targets if not isinstance(t, int | np.integer)), None)
     if wrong is not None:
         raise ValueError(

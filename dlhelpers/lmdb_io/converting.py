@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import resuming, schema
+from dlhelpers.lmdb_io.column_writer import ColumnWriter
 from dlhelpers.lmdb_io.comparing import (
     content_of,
     mark_of,
@@ -74,6 +75,7 @@ class Conversion:
         self.kept = self.resumed_from = 0  # records of the last commit, and of an earlier run
         self.skipped: list[tuple[str, str]] = []
         self.trace = Trace()
+        self.columns = ColumnWriter()
         self.marks: dict[int, int] = {}  # position in a shard's part -> mark of what was there
         self.version = max(self.source.version, self.loader.encoding.version)  # of the schema
 
@@ -107,13 +109,12 @@ class Conversion:
             readahead=False,
             meminit=False,
             map_size=max(map_size, _SMALLEST_MAP),
-            max_dbs=3,
+            max_dbs=4,
             mode=0o644,
         )
         self.map_size = self.env.info()["map_size"]
-        self.records, self.index, self.skips_db = (
-            self.env.open_db(name) for name in (schema.RECORDS, schema.INDEX, schema.SKIPPED)
-        )
+        names = (schema.RECORDS, schema.INDEX, schema.SKIPPED, schema.COLUMNS)
+        self.records, self.index, self.skips_db, self.columns_db = map(self.env.open_db, names)
 
     def close(self) -> None:
         """Close the partial file; it stays."""
@@ -186,28 +187,34 @@ class Conversion:
         import lmdb
 
         before = (self.count, self.done, self.image_bytes, len(self.skipped), replace(self.trace))
+        columns = self.columns.copy()
         stop: SourceError | None = None
         while True:
-            need = self.pending_bytes = sum(len(item.image) + 8192 for item in batch)
-            used = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
-            if used + 2 * need + (1 << 20) > self.map_size:
-                self._grow(used + 2 * need)
+            self.make_room(sum(len(item.image) + 8192 for item in batch))
             try:
                 with self.env.begin(write=True) as txn:
                     for item in batch:
                         stop = self._put(txn, item)
                         if stop:
                             break
+                    self.columns.put(txn, self.columns_db)
                     self._put_state(txn)
                 break
             except lmdb.MapFullError:
                 self.count, self.done, self.image_bytes, skipped, trace = before
-                self.trace = replace(trace)
+                self.trace, self.columns = replace(trace), columns.copy()
                 del self.skipped[skipped:]
                 self._grow(self.map_size)
         self.kept = self.count
         if stop:
             raise stop
+
+    def make_room(self, need: int) -> None:
+        """Let the map grow until the next commit fits, which stores so many bytes."""
+        self.pending_bytes = need
+        used = (self.env.info()["last_pgno"] + 1) * self.env.stat()["psize"]
+        if used + 2 * need + (1 << 20) > self.map_size:
+            self._grow(used + 2 * need)
 
     def _grow(self, need: int) -> None:
         self.map_size = max(2 * self.map_size, 2 * need)
@@ -235,6 +242,7 @@ class Conversion:
             txn.put(schema.position_key(self.count), record, append=True, db=self.records)
             if is_turned(item.image):  # a sample of fields never looks like that
                 self.version = max(self.version, schema.TURNED)
+            self.columns.add(item.key, item.target)
             self.count += 1
             self.image_bytes += len(item.image)
         if self.done in self.marked:

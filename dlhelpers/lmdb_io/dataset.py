@@ -19,6 +19,7 @@ from dlhelpers.lmdb_io import decoding, schema
 from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.fields import Fields
+from dlhelpers.lmdb_io.listed import Columns, Samples, Targets
 from dlhelpers.lmdb_io.samples import SampleReader
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.printable import printable
@@ -49,7 +50,9 @@ class LMDBDataset(Dataset):
     they are. With ``decode="pil"`` they are PIL images, with None the stored bytes.
 
     With ``decode="pil"`` it stands in for torchvision's ImageFolder: PIL images, ``classes``,
-    ``class_to_idx``, ``targets``, and ``samples`` (with the source's keys in place of paths).
+    ``class_to_idx``, ``targets``, and ``samples`` (with the source's keys in place of paths). The
+    last two are sequences that read the file, without an object per record; of many integer
+    targets, ``np.asarray(dataset.targets)`` is the fastest to compute with.
 
     Args:
         path: the file, or a folder of shards.
@@ -215,27 +218,15 @@ class LMDBDataset(Dataset):
         return {name: number for number, name in enumerate(self.classes or [])}
 
     @cached_property
-    def samples(self) -> list[tuple[str, Any]]:
-        """(source key, target) of every record, read from the index alone."""
-        found: list[tuple[str, Any]] = []
-        for file, meta in zip(self._files, self._metas, strict=True):
-            part: list[Any] = [None] * meta["count"]
-            environment = file.open()
-            for key, value in environment.items(environment.index):
-                position, target, source_key = schema.read_index(key, value)
-                if position < len(part):
-                    part[position] = (source_key, target)
-            if None in part:
-                raise schema.DatabaseError(
-                    f"{file.path}: the index misses record {part.index(None)}; verify_lmdb tells "
-                    "what is damaged"
-                )
-            found += part
-        return found
+    def samples(self) -> Samples:
+        """(source key, target) of every record, a sequence that reads them where they are stored;
+        no image is read for it."""
+        return Samples(self._columns)
 
     @cached_property
-    def targets(self) -> list[Any]:
-        """The target of every record; no image is read for it.
+    def targets(self) -> Targets:
+        """The target of every record, a sequence over an array in the file, which np.asarray gives
+        without a copy; no image is read for it.
 
         With fields the labels, of the field of kind ``json`` that is called ``label`` or
         ``target``.
@@ -248,7 +239,11 @@ class LMDBDataset(Dataset):
                 f"{self.path} has no targets: none of its fields ({self._reader.fields}) is of the "
                 "kind json and called label or target"
             )
-        return [target for _, target in self.samples]
+        return Targets(self._columns)
+
+    @cached_property
+    def _columns(self) -> Columns:
+        return Columns(self._files)
 
     # ---- private ----
 
@@ -353,7 +348,9 @@ class LMDBDataset(Dataset):
         return pixels.permute(2, 0, 1) if self._planar_batch else pixels, target
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("samples", "targets")}
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("samples", "targets", "_columns")
+        }
 
     def __repr__(self) -> str:
         classes = f", {len(self.classes)} classes" if self.classes else ""

@@ -41,10 +41,12 @@ class Environment:
         databases: how many named ones can be opened.
         path: the file.
         pid: the process that opened it.
+        columns: its named database of keys and targets; None where there is none.
+        page_size: of the file, in bytes.
         begin: starts a read transaction on the records.
     """
 
-    databases = 3
+    databases = 4
 
     def __init__(self, path: Path, *, whole: bool = True, readahead: bool | None = None) -> None:
         """Open a file; ``whole`` asks that each of its pages is there, ``readahead`` lets the
@@ -77,7 +79,8 @@ class Environment:
             raise schema.DatabaseError(f"{path} is no LMDB file: {error}") from None
         try:
             # beyond the end of a truncated file the map would end the process, without an error
-            needed = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+            self.page_size = self._env.stat()["psize"]
+            needed = (self._env.info()["last_pgno"] + 1) * self.page_size
             if whole and size < needed:
                 raise schema.DatabaseError(
                     f"{path} is truncated: it has {size} bytes of {needed}; copy it again, or "
@@ -102,6 +105,10 @@ class Environment:
                 "records of its schema): convert_lmdb (python -m dlhelpers lmdb convert) reads "
                 "many such, write_lmdb its source"
             ) from None
+        try:
+            self.columns = self._env.open_db(schema.COLUMNS, create=False)
+        except lmdb.Error:  # not found in a file of an earlier version, or broken
+            self.columns = None
         self.begin = partial(self._env.begin, db=self.records, buffers=True)
 
     def get_entry(self, name: bytes) -> bytes | None:

@@ -47,6 +47,9 @@ def finish(conversion: Conversion) -> None:
         "skipped": len(conversion.skipped) + len(conversion.source.problems),
         "digest": conversion.trace.items.hex(),
         "contents": conversion.trace.contents.hex(),
+        "columns": conversion.columns.finish(
+            conversion.env, conversion.columns_db, conversion.make_room
+        ),
         "library": f"dlhelpers {__version__}, lmdb {lmdb.__version__}",
     }
     meta = conversion.described(meta)

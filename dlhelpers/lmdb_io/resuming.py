@@ -66,12 +66,19 @@ def _read_state(conversion: Conversion, map_size: int) -> str:
         problems = find_problems(conversion.partial)
         if problems:
             return f"the file was damaged when the machine went down ({problems[0]})"
-    adopt(conversion, state, trace, map_size)
+    try:
+        adopt(conversion, state, trace, map_size)
+    except schema.DatabaseError as error:
+        return f"the file is damaged ({error})"
     return ""
 
 
 def adopt(conversion: Conversion, state: Mapping[str, Any], trace: Trace, map_size: int) -> None:
-    """Open the partial file, and take its state for that of the conversion."""
+    """Open the partial file, and take its state for that of the conversion.
+
+    Raises:
+        DatabaseError: a record that is needed is missing or damaged.
+    """
     conversion.open_env(map_size)
     conversion.count, conversion.done = state["count"], state["done"]
     conversion.image_bytes, conversion.trace = state["image_bytes"], trace
@@ -83,6 +90,8 @@ def adopt(conversion: Conversion, state: Mapping[str, Any], trace: Trace, map_si
         own = schema.position_key(first), schema.position_key(first + conversion.done)
         skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if own[0] <= key < own[1]]
         conversion.skipped = skipped
+    with conversion.env.begin(write=True) as txn:
+        conversion.columns.take_up(txn, conversion.columns_db, conversion.records, conversion.count)
 
 
 def _differs(conversion: Conversion) -> str:

@@ -1,10 +1,12 @@
 """What stands where in a database, byte by byte.
 
-One LMDB file (``subdir=False``) with three named databases and two entries beside them:
+One LMDB file (``subdir=False``) with four named databases and two entries beside them:
 
     records   position, 12 ASCII digits  ->  record
     index     source key                 ->  JSON [position, target] or [position, target, key]
     skipped   source position, 12 digits ->  JSON [source key, why]
+    columns   keys and targets in order, in blocks and arrays: dlhelpers.lmdb_io.columns; missing
+              in files of earlier versions, which read files that have it
     meta      CRC-32 in 8 hexadecimal digits, a blank, and a JSON object: count, classes, settings,
               digests of names and contents; of a shard also the identity of the whole source
     state     the same: items of the source that are done, and their digests
@@ -42,6 +44,7 @@ from typing import Any, NamedTuple
 from dlhelpers.printable import printable
 
 __all__ = [
+    "COLUMNS",
     "FIELDS",
     "FORMAT",
     "INDEX",
@@ -73,7 +76,8 @@ __all__ = [
 FORMAT = "dlhelpers-lmdb"
 VERSION, TURNED = 1, 2  # the second where a raw image has an orientation, and nowhere else
 FIELDS = 3  # where records hold several fields, see fields.py
-RECORDS, INDEX, SKIPPED, META, STATE = b"records", b"index", b"skipped", b"meta", b"state"
+RECORDS, INDEX, SKIPPED, COLUMNS = b"records", b"index", b"skipped", b"columns"
+META, STATE = b"meta", b"state"
 _HEADER = struct.Struct("<IQHI")
 _BEHIND_POSITION = 12
 _LONGEST_KEY = 511  # LMDB's own limit

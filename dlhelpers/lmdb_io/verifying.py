@@ -6,6 +6,7 @@ what becomes of it is reported.
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import selectors
@@ -20,6 +21,7 @@ from typing import Any
 
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.columns import check_columns
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.fields import Fields
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
@@ -199,15 +201,17 @@ def info_lmdb(path: str | os.PathLike[str]) -> DatabaseInfo:
 def _keys_in_two_shards(files: list[Path]) -> list[str]:
     if len(files) < 2:
         return []
-    owner: dict[bytes, str] = {}
-    problems = []
-    for file in files:
-        environment = open_environment(file)
-        for key in environment.keys(environment.index):
-            if key in owner:
-                problems.append(f"key {key[:60]!r} is in {owner[key]} and in {file.name}")
-            owner[key] = file.name
+    problems, before, shard = [], b"", ""
+    for key, name in heapq.merge(*map(_keys_of, files)):
+        if key == before:
+            problems.append(f"key {key[:60]!r} is in {shard} and in {name}")
+        before, shard = key, name
     return problems
+
+
+def _keys_of(file: Path) -> Iterator[tuple[bytes, str]]:
+    environment = open_environment(file)
+    return ((key, file.name) for key in environment.keys(environment.index))
 
 
 def _in_a_child(
@@ -310,6 +314,8 @@ def _check(path: Path) -> Iterator[tuple[str, Any]]:
             yield "problem", f"the {name} hold {stored} entries, expected were {count}"
     try:
         yield from _walk(environment, count, meta.get("skipped"))
+        for problem in check_columns(environment, meta):
+            yield ("at", count) if problem is None else ("problem", problem)
     except lmdb.Error as error:
         yield "problem", f"the entries cannot be listed: {error}"
     yield "end", None
