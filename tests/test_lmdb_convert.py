@@ -535,7 +535,8 @@ def test_no_pickle_runs_anything(tmp_path, name):
     with pytest.raises(PickleError, match=r"needs|holds|sets|refers|makes|calls"):
         unpickle(data)
     assert not flag(tmp_path).exists()
-    assert set(sys.modules) == before
+    own = ("dlhelpers", "numpy", "encodings")  # what the reader itself may load, the first time
+    assert not [name for name in set(sys.modules) - before if not name.startswith(own)]
 
 
 def test_a_class_with_an_extension_code_is_refused_though_it_was_used_before(monkeypatch):

@@ -30,6 +30,7 @@ from dlhelpers.lmdb_io import (
     column_writer,
     columns,
     converting,
+    finishing,
     environments,
     listed,
     loading,
@@ -431,7 +432,7 @@ STEPS = [
     *[(converting.Conversion, "_commit", calls) for calls in (2, 4, 6)],
     *[(column_writer.ColumnWriter, "put", calls) for calls in (1, 3, 7)],
     *[(column_writer, "pack_targets", calls) for calls in (1, 2, 3)],
-    (converting.Conversion, "_publish", 1),
+    (finishing, "_publish", 1),
     (os, "replace", 1),
 ]
 
@@ -461,7 +462,7 @@ def test_a_stop_at_any_step_leaves_what_is_resumed(tmp_path, monkeypatch, owner,
 
 def test_a_map_that_is_full_loses_no_key(tmp_path, monkeypatch):
     monkeypatch.setattr(column_writer, "_BLOCK_RECORDS", 50)
-    monkeypatch.setattr(converting.Conversion, "_make_room", lambda self, need: None)
+    monkeypatch.setattr(converting.Conversion, "make_room", lambda self, need: None)
     pairs = [(f"{'long' * 100} {n}", {"text": "x" * 500, "n": n}) for n in range(400)]
     write(pairs, tmp_path / "db", map_size=1)
     assert opened(tmp_path / "db").samples == pairs
