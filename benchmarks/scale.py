@@ -135,8 +135,7 @@ def read(folder: Path, count: int) -> dict[str, float]:
             raise ValueError(f"record {number} of {count} has the target {targets[number]}")
     samplers: dict[str, Any] = {"shuffle": lambda: RandomSampler(dataset)}
     if importlib.util.find_spec("dlhelpers.lmdb_io.sampling"):
-        from dlhelpers.lmdb_io import sampling
-
+        sampling = importlib.import_module("dlhelpers.lmdb_io.sampling")
         samplers["window"] = lambda: sampling.WindowSampler(dataset)
     for name, make in samplers.items():
         memory = Memory()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -234,6 +235,20 @@ def test_odd_arguments_are_named_before_anything_starts(monkeypatch, tmp_path, o
 def test_the_command_asks_for_the_number_of_shards(more, tmp_path, capsys):
     assert main(["lmdb", "write", str(tmp_path), str(tmp_path / "db"), "--ray", *more]) == 2
     assert "--shard" in capsys.readouterr().err
+
+
+def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
+    (tmp_path / "ray").mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert on_ray._address_here() == "local"  # none has run
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        assert on_ray._address_here() is None  # Ray finds it
+    assert on_ray._address_here() == "local"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert on_ray._address_here() is None  # which was asked for
 
 
 # ---- what is finished ----

@@ -14,26 +14,23 @@ Source: Moritz et al. 2018, Ray: A Distributed Framework for Emerging AI Applica
 
 from __future__ import annotations
 
-import _thread
 import inspect
 import logging
 import math
 import os
-import threading
+import socket
+import tempfile
 import time
 import uuid
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
-from dlhelpers.lmdb_io.merging import is_database
-from dlhelpers.lmdb_io.scanning import write_listing
+from dlhelpers.lmdb_io.ray_tasks import FIXED, list_folder, write_shard
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.verifying import info_lmdb
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
@@ -42,9 +39,7 @@ from dlhelpers.progress import bar
 
 __all__ = ["write"]
 
-_PATIENCE_S = 120.0  # a worker that Ray gave up may hold its lock for a while, over NFS above all
 _FAREWELL_S = 30.0  # that stopped tasks have to end
-_FIXED = {"resume": True, "append": False, "progress": False}  # of write_lmdb, in a task
 
 
 def write(
@@ -99,9 +94,9 @@ def write(
             num_cpus=cpus_per_task, max_retries=retries, scheduling_strategy="SPREAD"
         )
         if isinstance(source, Path):
-            source = _result(ray, remote(_listed).remote(source, folder), "scan")
+            source = _result(ray, remote(list_folder).remote(source, folder), "scan")
         shared = source if isinstance(source, Path) else _put(ray, source)
-        task, stop = remote(_write_shard), folder / f".stop-{uuid.uuid4().hex}"
+        task, stop = remote(write_shard), folder / f".stop-{uuid.uuid4().hex}"
         left = {
             task.remote(shared, folder, (rank, shards), options, stop): rank
             for rank in range(shards)
@@ -121,60 +116,6 @@ def write(
             error.add_note("what was converted is kept: the same call goes on after it")
             raise
     return _together(folder, [reports[rank] for rank in range(shards)], start)
-
-
-def _listed(source: Path, folder: Path) -> Path:
-    """Scan an image folder once for all shards; a task, since the driver may not see it."""
-    if not source.is_dir() or is_database(source):  # known already, or what write_lmdb refuses
-        return source
-    path = folder / "source.listing"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_listing(source, path, progress=False)
-    return path
-
-
-def _write_shard(
-    source: Any, path: Path, shard: tuple[int, int], options: Mapping[str, Any], stop: Path
-) -> WriteReport | None:
-    """Write one shard, a task; None where the driver has stopped all of them."""
-    until = time.monotonic() + _PATIENCE_S
-    try:
-        with _heeding(stop), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            while True:
-                try:
-                    report = write_lmdb(
-                        source, path, shard=shard, shards=shard[1], **_FIXED, **options
-                    )
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise
-                    time.sleep(0.2)
-    except KeyboardInterrupt:
-        return None
-    notes = [str(one.message) for one in caught if "starting afresh" in str(one.message)]
-    return replace(report, notes=(*report.notes, *notes))
-
-
-@contextmanager
-def _heeding(stop: Path) -> Iterator[None]:
-    """Interrupt the main thread, as Ctrl-C does, once a file appears."""
-    is_done = threading.Event()
-
-    def watch() -> None:
-        while not stop.exists():
-            if is_done.wait(0.5):
-                return
-        _thread.interrupt_main()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        is_done.set()
-        watcher.join()
 
 
 def _stop_all(ray: Any, left: Sequence[Any], stop: Path) -> None:
@@ -198,7 +139,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     try:
-        ray.init(address, **quiet)
+        ray.init(address or _address_here(), **quiet)
     except ConnectionError as error:
         raise ConnectionError(
             f"no Ray at {address or 'the address found here'} lets this process in ({error}): give "
@@ -209,6 +150,19 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _address_here() -> str | None:
+    """Return None for ray.init to find a cluster, which waits minutes for one that was killed."""
+    found = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
+    if "RAY_ADDRESS" in os.environ:
+        return None
+    try:
+        host, _, port = found.read_text().strip().rpartition(":")
+        socket.create_connection((host, int(port)), 5).close()
+    except (OSError, ValueError):
+        return "local"
+    return None
 
 
 def _put(ray: Any, source: Any) -> Any:
@@ -244,7 +198,7 @@ def _check(cpus_per_task: Any, options: Mapping[str, Any]) -> None:
         raise ValueError(f"cpus_per_task must be a positive number, got {cpus_per_task!r}")
     known = set(inspect.signature(write_lmdb).parameters)
     for name in options:
-        if name not in known - {"shard", *_FIXED}:
+        if name not in known - {"shard", *FIXED}:
             raise TypeError(f"on_ray.write has no option {name!r}: expected one of write_lmdb")
 
 
