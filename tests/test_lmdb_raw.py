@@ -186,6 +186,14 @@ def test_what_is_copied_is_what_the_record_says(data, check):
             assert targets[position] == wanted.target
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_record_that_stands_at_another_position_is_left(check):
+    image = raw(np.zeros((2, 2, 3), np.uint8))
+    file, out = Stored([schema.pack_record(3, b"k", b"0", image)] * 4), np.empty((4, 2, 2, 3), "u1")
+    batch, places = RawBatch(image[:12], planar=False, threads=1), [(file, n) for n in range(4)]
+    assert batch.copy(places, range(4), out, [None] * 4, check) == [0, 1, 2]
+
+
 def test_a_damaged_image_is_named_in_a_batch_too(tmp_path, pixels):
     items = [(f"key{n}", raw(p), n) for n, p in enumerate(pixels)]
     path = write_lmdb(items, tmp_path / "db", progress=False).path
