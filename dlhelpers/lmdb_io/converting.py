@@ -28,6 +28,7 @@ from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
 from dlhelpers.lmdb_io.sharing import Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
+from dlhelpers.lmdb_io.writing_back import WriteBack
 from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
 
@@ -63,6 +64,7 @@ class Conversion:
         self.pending_bytes = 0  # what the commit under way needs at most
         self.start_afresh()
         self.env: Any = None
+        self.disk: WriteBack | None = None
 
     def start_afresh(self) -> None:
         """Forget what was converted."""
@@ -106,6 +108,7 @@ class Conversion:
             max_dbs=3,
             mode=0o644,
         )
+        self.disk, self.unwritten_bytes = WriteBack(self.partial), 0
         self.map_size = self.env.info()["map_size"]
         self.records, self.index, self.skips_db = (
             self.env.open_db(name) for name in (schema.RECORDS, schema.INDEX, schema.SKIPPED)
@@ -116,6 +119,9 @@ class Conversion:
         if self.env is not None:
             self.env.close()
             self.env = None
+        if self.disk is not None:
+            self.disk.close()
+            self.disk = None
 
     def remove_partial(self) -> None:
         """Remove the partial file, where there is one."""
@@ -198,6 +204,10 @@ class Conversion:
                 del self.skipped[skipped:]
                 self._grow(self.map_size)
         self.kept = self.count
+        self.unwritten_bytes += need
+        if self.unwritten_bytes >= _COMMIT_BYTES:
+            self.disk.start()
+            self.unwritten_bytes = 0
         if stop:
             raise stop
 

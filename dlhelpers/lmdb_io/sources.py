@@ -176,7 +176,7 @@ class _Folder(Source):
                 for file in sorted(files):
                     key = f"{name}{inside}/{file}"
                     if file.lower().endswith(_EXTENSIONS):
-                        samples.append((os.path.join(folder, file), key, target))
+                        samples.append((f"{folder}{os.sep}{file}", key, target))
                     else:
                         ignored.append(key)
             if len(samples) == before:
