@@ -171,7 +171,7 @@ def test_what_is_copied_is_what_the_record_says(data, check):
         records.append(bytes(record[:cut]) if data.draw(st.integers(0, 9)) else None)
     file, head = Stored(records), raw(np.zeros((2, 2, 3), np.uint8))[:12]
     out, targets = np.zeros((4, 2, 2, 3), np.uint8), [None] * 4
-    batch = RawBatch(head, planar=False, threads=1)
+    batch = RawBatch(head, planar=False)
     left = batch.copy([(file, n) for n in range(4)], range(4), out, targets, check)
     for position, record in enumerate(records):
         try:
@@ -190,7 +190,7 @@ def test_what_is_copied_is_what_the_record_says(data, check):
 def test_a_record_that_stands_at_another_position_is_left(check):
     image = raw(np.zeros((2, 2, 3), np.uint8))
     file, out = Stored([schema.pack_record(3, b"k", b"0", image)] * 4), np.empty((4, 2, 2, 3), "u1")
-    batch, places = RawBatch(image[:12], planar=False, threads=1), [(file, n) for n in range(4)]
+    batch, places = RawBatch(image[:12], planar=False), [(file, n) for n in range(4)]
     assert batch.copy(places, range(4), out, [None] * 4, check) == [0, 1, 2]
 
 

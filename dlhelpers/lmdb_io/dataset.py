@@ -285,8 +285,8 @@ class LMDBDataset(Dataset):
                 else:
                     out[number] = image
 
-        raw = RawBatch.like(places[0], self._planar_batch, self._threads.count)
-        if self.transform is None and raw is not None:
+        raw = None if self.transform is not None else RawBatch.like(places[0], self._planar_batch)
+        if raw is not None:
             out = self._buffer.room(len(places), raw.shape, torch.uint8)
             others = self._copy_raw(raw, places, out.numpy(), targets)
         else:
@@ -304,7 +304,7 @@ class LMDBDataset(Dataset):
         def copy(numbers: Sequence[int]) -> None:
             others.extend(raw.copy(places, numbers, out, targets, self.checksum))
 
-        if raw.is_shared:
+        if raw.is_large and self.checksum:
             self._threads.share(copy, range(len(places)))
         else:
             copy(range(len(places)))

@@ -19,7 +19,7 @@ from dlhelpers.lmdb_io.encoding import RAW
 
 __all__ = ["RawBatch", "transactions"]
 
-_SHARED_BYTES = 1 << 16  # smaller images are copied sooner than another thread takes its turn
+_SHARED_BYTES = 1 << 16  # what is smaller is checked sooner than another thread takes its turn
 
 
 @contextmanager
@@ -44,19 +44,20 @@ class RawBatch:
 
     Attributes:
         shape: of the batch, without its first axis: (H, W, 3) or (3, H, W).
-        is_shared: whether several threads copy.
+        is_large: whether threads can share the checksums, which let go of Python's lock. A copy
+            alone is bound by memory.
     """
 
-    def __init__(self, head: bytes, planar: bool, threads: int) -> None:
+    def __init__(self, head: bytes, planar: bool) -> None:
         """``head`` is that of one of the images; ``planar`` asks for [3, H, W]."""
         _, _, height, width = RAW.unpack(head)
         self._head, self._planar = head, planar
         self.shape = (3, height, width) if planar else (height, width, 3)
         self._bytes = 3 * height * width
-        self.is_shared = threads > 1 and self._bytes >= _SHARED_BYTES
+        self.is_large = self._bytes >= _SHARED_BYTES
 
     @classmethod
-    def like(cls, place: tuple[Any, int], planar: bool, threads: int) -> RawBatch | None:
+    def like(cls, place: tuple[Any, int], planar: bool) -> RawBatch | None:
         """Return what fits one record; None if it is no raw image."""
         file, position = place
         with transactions() as of:
@@ -69,7 +70,7 @@ class RawBatch:
                 return None
             is_whole = len(image) == RAW.size + 3 * height * width > RAW.size
             is_raw = raw == b"RAW" and orientation <= 8 and is_whole
-            return cls(head, planar, threads) if is_raw else None
+            return cls(head, planar) if is_raw else None
 
     def copy(
         self,
@@ -136,12 +137,8 @@ class RawBatch:
         def assign(number: int, pixels: memoryview) -> None:
             flat[size * number : size * (number + 1)] = pixels
 
-        def assign_unlocked(number: int, pixels: memoryview) -> None:
-            rows[number] = np.frombuffer(pixels, np.uint8)  # lets go of Python's lock
-
         if self._planar:
             interleaved = (*self.shape[1:], 3)
             return split
-        rows = out.reshape(len(out), size)
-        flat = memoryview(rows).cast("B")
-        return assign_unlocked if self.is_shared else assign
+        flat = memoryview(out).cast("B")
+        return assign
