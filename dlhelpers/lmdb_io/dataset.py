@@ -309,10 +309,8 @@ class LMDBDataset(Dataset):
         else:
             copy(range(len(places)))
         if self.target_transform is not None:
-            left = set(others)
-            for number in range(len(places)):
-                if number not in left:
-                    targets[number] = self.target_transform(targets[number])
+            for number in sorted({*range(len(places))}.difference(others)):
+                targets[number] = self.target_transform(targets[number])
         return others
 
     def _for_batch(self, record: schema.Record, place: _Place) -> tuple[torch.Tensor, Any]:
