@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import torch
 from io_peers import BATCH, Photos
 from io_race import Bench, Check, Make, check_training, epoch_check
+from PIL import Image
 from torch.utils.data import DataLoader, Subset, default_collate
 from torchvision.transforms import v2
 
-from dlhelpers.lmdb_io import LMDBDataset
+from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.decoding import planar
 
 
@@ -252,39 +255,86 @@ def table_d(bench: Bench, photos: Photos, check: Check) -> None:
     bench.race("D1 stored JPEG bytes, no decoding", rows, BATCH, same_bytes)
 
     pixels, targets = photos.pixels, photos.targets
-    buffer = np.empty_like(pixels[:BATCH])
 
     def fresh() -> Callable[[], Any]:
         return from_map(lambda i: (peers.tensor(pixels[i].copy()), targets[i]), len(photos))
-
-    def reused() -> Callable[[], Any]:
-        batches = random_batches(len(photos))
-
-        def call() -> Any:
-            numbers = next(batches)
-            for place, i in enumerate(numbers):
-                np.copyto(buffer[place], pixels[i])
-            return torch.from_numpy(buffer).permute(0, 3, 1, 2), [targets[i] for i in numbers]
-
-        return call
 
     def raw(**options: Any) -> Callable[[], Any]:
         dataset, batches = LMDBDataset(photos.raw_lmdb, **options), random_batches(len(photos))
         return lambda: dataset.__getitems__(next(batches))
 
-    def kinds(**options: Any) -> dict[str, Make]:
-        note = ", ".join(str(value) for value in options.values() if value is not True)
-        return {
-            f"LMDBDataset, raw, {note}{more}": lambda c=c: raw(checksum=c, **options)
-            for more, c in (("", True), (", no checksum", False))
-        }
-
-    twice = {"threshold": 0.5}
     rows = {"memcpy to a new array": fresh}
-    rows |= kinds(memory_format="channels_last") | kinds(memory_format="contiguous")
-    bench.race("D2 raw arrays, one by one", rows, BATCH, check, **twice)
-    rows = {"memcpy into one buffer": reused} | kinds(memory_format="auto", collate=True)
-    bench.race("D3 raw arrays, collate=True", rows, BATCH, check, **twice)
+    for layout in ("channels_last", "contiguous"):
+        for checksum, more in ((True, ""), (False, ", no checksum")):
+            options = {"memory_format": layout, "checksum": checksum}
+            rows[f"LMDBDataset, raw, {layout}{more}"] = lambda o=options: raw(**o)
+    bench.race("D2 raw arrays, one by one", rows, BATCH, check, threshold=0.5)
+    for number, side in ((3, 64), (4, 224), (5, 256)):
+        table_raw_batches(bench, photos, f"D{number} raw arrays, collate=True, {side} px", side)
+
+
+def table_raw_batches(bench: Bench, photos: Photos, title: str, side: int) -> None:
+    """Batches of raw arrays against copies of the same bytes, and the checksums alone."""
+    count = min(len(photos), 1920)
+    pixels = np.stack(
+        [np.asarray(Image.fromarray(p).resize((side, side))) for p in photos.pixels[:count]]
+    )
+    items = [(str(i), pixels[i], photos.targets[i]) for i in range(count)]
+    path = photos.work / f"raw-{side}.lmdb"
+    write_lmdb(items, path, encode="raw", progress=False)
+    buffer = np.empty_like(pixels[:BATCH])
+
+    def memcpy() -> Callable[[], Any]:
+        batches = random_batches(count)
+
+        def call() -> Any:
+            numbers = next(batches)
+            for place, i in enumerate(numbers):
+                np.copyto(buffer[place], pixels[i])
+            return numbers, buffer, [photos.targets[i] for i in numbers]
+
+        return call
+
+    def batch(**options: Any) -> Callable[[], Any]:
+        dataset, batches = LMDBDataset(path, collate=True, **options), random_batches(count)
+
+        def call() -> Any:
+            numbers = next(batches)
+            images, targets = dataset.__getitems__(numbers)
+            return numbers, images.permute(0, 2, 3, 1).numpy(), targets.tolist()
+
+        return call
+
+    def sums(crc32: Callable[[Any], int]) -> Callable[[], Any]:
+        batches = random_batches(count)
+
+        def call() -> Any:
+            numbers = next(batches)
+            for i in numbers:
+                crc32(pixels[i])
+            return numbers, pixels[numbers[:1]], [photos.targets[numbers[0]]]
+
+        return call
+
+    def same(result: Any) -> str:
+        numbers, images, targets = result
+        numbers = numbers[: len(targets)]
+        if not np.array_equal(images, pixels[numbers]):
+            raise ValueError("other pixels than were written")
+        if targets != [photos.targets[i] for i in numbers]:
+            raise ValueError("other targets than were written")
+        return "same bytes"
+
+    rows: dict[str, Make] = {"memcpy into one buffer": memcpy}
+    for layout, name in (("auto", "channels_last"), ("contiguous", "contiguous")):
+        for threads in (1, 2):
+            for checksum, more in ((True, ""), (False, ", no checksum")):
+                options = {"memory_format": layout, "threads": threads, "checksum": checksum}
+                note = f"{name}, {threads} thread{'s' * (threads > 1)}{more}"
+                rows[f"LMDBDataset, {note}"] = lambda o=options: batch(**o)
+    rows[f"{crc32.__module__.split('.')[0]}'s CRC-32 alone"] = lambda: sums(crc32)
+    rows["zlib's CRC-32 alone"] = lambda: sums(zlib.crc32)
+    bench.race(title, rows, BATCH, same, threshold=0.9)
 
 
 # ---- E: a training transform ----

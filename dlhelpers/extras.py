@@ -9,7 +9,7 @@ __all__ = ["EXTRAS", "install_hint", "need"]
 
 EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> the packages that it brings, as pip names them
     "lmdb": ("lmdb", "pillow"),
-    "codecs": ("simplejpeg", "opencv-python-headless", "torchcodec"),
+    "codecs": ("simplejpeg", "opencv-python-headless", "torchcodec", "isal"),
     "dali": ("nvidia-dali-cuda130", "torchvision", "pillow"),
     "engines": ("onnx", "onnxruntime", "onnxscript", "openvino"),
     "quant": ("torchao",),

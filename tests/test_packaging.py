@@ -16,6 +16,7 @@ CONDA_NAMES = {  # name on the package index -> name on conda-forge
     "lmdb": "python-lmdb",
     "opencv-python-headless": "py-opencv",
     "playwright": "playwright-python",
+    "isal": "python-isal",
 }
 NOT_A_NEED = {"bench"}  # extras that the environment does not hold
 

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.environments import Environment
 
 __all__ = [
@@ -235,7 +235,7 @@ def _offsets(parts: Sequence[bytes]) -> bytes:
 
 def _packed(count: int, first: int, kind: int, data: bytearray) -> bytes:
     head = _HEADER.pack(0, count, first, kind, 0)[4:]
-    checksum = zlib.crc32(data, zlib.crc32(head))
+    checksum = crc32(data, crc32(head))
     return b"".join((checksum.to_bytes(4, "little"), head, data))
 
 
@@ -243,7 +243,7 @@ def _read_header(view: Any, first: int, what: str, check: bool = True) -> tuple[
     """Return (number of records, bytes of an integer) of a block or array that is as written."""
     if view is not None and len(view) >= _HEADER.size:
         checksum, count, stored, kind, _ = _HEADER.unpack_from(view)
-        is_sound = not check or zlib.crc32(memoryview(view)[4:]) == checksum
+        is_sound = not check or crc32(memoryview(view)[4:]) == checksum
         if is_sound and stored == first:
             return count, kind
     raise schema.DatabaseError(

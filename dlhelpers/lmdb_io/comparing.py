@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.identity import Trace, Whole, equal_versions, spread
@@ -121,7 +121,7 @@ def mark_of(item: Item) -> int:
     """Return the CRC-32 of an item's content, wherever it is stored; 0 if skipped."""
     if item.why:
         return 0
-    return zlib.crc32(item.image) if item.content is None else item.content
+    return crc32(item.image) if item.content is None else item.content
 
 
 def identity_of(source: Source, whole: Whole | None, workers: int, world: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _contents(source: Source, workers: int, world: int) -> list[int | None]:
     most = max(_LEAST, (source.count or 0) // world // _SHARE)
     tasks = [probes[number] for number in spread(len(probes), most)]
     found = load_repeated(source.content, tasks, workers)
-    return [None if content is None else zlib.crc32(content) for content in found]
+    return [None if content is None else crc32(content) for content in found]
 
 
 class Neighbours:

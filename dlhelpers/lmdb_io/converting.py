@@ -29,6 +29,7 @@ from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
 from dlhelpers.lmdb_io.sharing import Seen, Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
+from dlhelpers.lmdb_io.writing_back import WriteBack
 from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
 
@@ -65,6 +66,7 @@ class Conversion:
         self.pending_bytes = 0  # what the commit under way needs at most
         self.start_afresh()
         self.env: Any = None
+        self.disk: WriteBack | None = None
 
     base = 0  # records of the database that is appended to
     skips_from = 0  # position of the first that is skipped
@@ -112,6 +114,7 @@ class Conversion:
             max_dbs=4,
             mode=0o644,
         )
+        self.disk, self.unwritten_bytes = WriteBack(self.partial), 0
         self.map_size = self.env.info()["map_size"]
         names = (schema.RECORDS, schema.INDEX, schema.SKIPPED, schema.COLUMNS)
         self.records, self.index, self.skips_db, self.columns_db = map(self.env.open_db, names)
@@ -121,6 +124,9 @@ class Conversion:
         if self.env is not None:
             self.env.close()
             self.env = None
+        if self.disk is not None:
+            self.disk.close()
+            self.disk = None
 
     def remove_partial(self) -> None:
         """Remove the partial file, where there is one."""
@@ -206,6 +212,10 @@ class Conversion:
                 del self.skipped[skipped:]
                 self._grow(self.map_size)
         self.kept = self.count
+        self.unwritten_bytes += self.pending_bytes
+        if self.unwritten_bytes >= _COMMIT_BYTES:
+            self.disk.start()
+            self.unwritten_bytes = 0
         if stop:
             raise stop
 

@@ -20,6 +20,7 @@ from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.fields import Fields
 from dlhelpers.lmdb_io.listed import Columns, Samples, Targets
+from dlhelpers.lmdb_io.raw_batches import RawBatch, transactions
 from dlhelpers.lmdb_io.samples import SampleReader
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.printable import printable
@@ -151,7 +152,7 @@ class LMDBDataset(Dataset):
         """Return the samples of a batch, read in one transaction for each file."""
         if self._collates:
             return self._batch(indices)
-        places = [self._locate(index) for index in indices]
+        places = self._places(indices)
         samples: list[Any] = [None] * len(places)
 
         def read(numbers: Sequence[int]) -> None:
@@ -260,39 +261,39 @@ class LMDBDataset(Dataset):
         shard = bisect.bisect_right(self._ends, number)
         return self._files[shard], number - self._ends[shard] + self._metas[shard]["count"]
 
+    def _places(self, indices: Sequence[int]) -> list[_Place]:
+        numbers = [*map(operator.index, indices)]
+        if len(self._files) == 1 and numbers and 0 <= min(numbers) <= max(numbers) < len(self):
+            return [(self._files[0], number) for number in numbers]
+        return [self._locate(number) for number in numbers]
+
     def _records(
         self, places: Sequence[_Place], numbers: Sequence[int]
     ) -> Iterator[tuple[int, schema.Record]]:
         """Yield some of a batch's records, read in one transaction for each file."""
-        transactions: dict[_File, Any] = {}
-        try:
+        with transactions() as of:
             for number in numbers:
                 file, position = places[number]
-                if file not in transactions:
-                    transactions[file] = file.open().begin()
-                yield number, file.read(transactions[file], position, self.checksum)
-        finally:
-            for txn in transactions.values():
-                txn.abort()
+                yield number, file.read(of(file), position, self.checksum)
 
     def _image(self, record: schema.Record, place: _Place) -> Any:
         if self._reader is not None:
             return self._reader.sample(record, place[0].path, place[1])
         if self.decode is None:
             return bytes(record.image)
-        pixels = self._pixels(record, place)
+        pixels = self._pixels(record, place, self._channels_last)
         if self.decode == "pil":
             return pixels
         if self._channels_last:
             return torch.from_numpy(pixels).permute(2, 0, 1)
         return torch.from_numpy(decoding.planar(pixels))
 
-    def _pixels(self, record: schema.Record, place: _Place) -> Any:
-        """Return pixels [H, W, 3], or a PIL image."""
+    def _pixels(self, record: schema.Record, place: _Place, copy: bool = True) -> Any:
+        """Return pixels [H, W, 3], or a PIL image; without ``copy`` maybe a view of the map."""
         try:
             if self.decode == "pil":
                 return decoding.open_pil(record.image)
-            return decoding.load_decoder(self.decode)(record.image)
+            return decoding.load_decoder(self.decode)(record.image, copy)
         except Exception as error:  # decoders raise a dozen kinds
             raise schema.DatabaseError(
                 f"{place[0].path}, record {place[1]}, key {record.key!r}: the image cannot be "
@@ -309,7 +310,7 @@ class LMDBDataset(Dataset):
         return image, target
 
     def _batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        places = [self._locate(index) for index in indices]
+        places = self._places(indices)
         if not places:
             raise ValueError("a batch needs one index at least, got none")
         targets: list[Any] = [None] * len(places)
@@ -321,7 +322,7 @@ class LMDBDataset(Dataset):
             for number, record in self._records(places, numbers):
                 image, targets[number] = self._for_batch(record, places[number])
                 if out is None:
-                    out = self._buffer.room(len(places), image)
+                    out = self._buffer.room(len(places), image.shape, image.dtype)
                 if image.shape != out.shape[1:]:
                     raise ValueError(
                         f"record {places[number][1]} has the shape {tuple(image.shape)}, the "
@@ -333,9 +334,33 @@ class LMDBDataset(Dataset):
                 else:
                     out[number] = image
 
-        read(range(1))  # the first image says how large the batch is
-        self._threads.share(read, range(1, len(places)))
+        raw = None if self.transform is not None else RawBatch.like(places[0], self._planar_batch)
+        if raw is not None:
+            out = self._buffer.room(len(places), raw.shape, torch.uint8)
+            others = self._copy_raw(raw, places, out.numpy(), targets)
+        else:
+            read(range(1))  # the first image says how large the batch is
+            others = range(1, len(places))
+        self._threads.share(read, others)
         return out.permute(0, 3, 1, 2) if whole_pixels else out, default_collate(targets)
+
+    def _copy_raw(
+        self, raw: RawBatch, places: Sequence[_Place], out: Any, targets: list[Any]
+    ) -> list[int]:
+        """Copy raw images into a batch; return the numbers of those that have to be read."""
+        others: list[int] = []
+
+        def copy(numbers: Sequence[int]) -> None:
+            others.extend(raw.copy(places, numbers, out, targets, self.checksum))
+
+        if raw.is_large and self.checksum:
+            self._threads.share(copy, range(len(places)))
+        else:
+            copy(range(len(places)))
+        if self.target_transform is not None:
+            for number in sorted({*range(len(places))}.difference(others)):
+                targets[number] = self.target_transform(targets[number])
+        return others
 
     def _for_batch(self, record: schema.Record, place: _Place) -> tuple[torch.Tensor, Any]:
         """Return (image, target); without a transform the pixels as the decoder lays them."""

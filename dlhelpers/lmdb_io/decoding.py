@@ -20,7 +20,7 @@ from dlhelpers.lmdb_io.encoding import RAW, decoded, image_format
 
 __all__ = ["DECODERS", "decoders", "load_decoder", "open_pil", "planar"]
 
-Decoder = Callable[[Any], np.ndarray]
+Decoder = Callable[..., np.ndarray]
 
 # in the order in which "auto" chooses: the fastest first, as benchmarks/io.py measures them
 DECODERS = ("simplejpeg", "opencv", "torchvision", "torchcodec", "pil")
@@ -50,6 +50,8 @@ def decoders() -> tuple[str, ...]:
 def load_decoder(name: str) -> Decoder:
     """Return a function from encoded bytes to uint8 RGB pixels [H, W, 3].
 
+    With ``copy=False`` it gives of raw bytes a read-only view.
+
     Args:
         name: ``auto`` or one of :func:`decoders`.
 
@@ -73,7 +75,7 @@ def load_decoder(name: str) -> Decoder:
             'or decode="auto" for the fastest one that does'
         ) from None
 
-    def decode(data: Any) -> np.ndarray:
+    def decode(data: Any, copy: bool = True) -> np.ndarray:
         kind = image_format(data)
         if kind == "jpeg":
             try:
@@ -83,7 +85,7 @@ def load_decoder(name: str) -> Decoder:
             if pixels is not None:
                 return pixels
         elif kind == "raw":
-            return _raw(data)
+            return _raw(data).copy() if copy else _raw(data)
         return _pil(data)
 
     return decode
@@ -120,8 +122,7 @@ def _splitter() -> Any:
 
 def _raw(data: Any) -> np.ndarray:
     _, _, height, width = RAW.unpack_from(data)
-    pixels = np.frombuffer(data, np.uint8, offset=RAW.size).reshape(height, width, 3)
-    return pixels.copy()  # the map is read-only, and goes with its transaction
+    return np.frombuffer(data, np.uint8, offset=RAW.size).reshape(height, width, 3)
 
 
 def _pil(data: Any) -> np.ndarray:

@@ -37,6 +37,7 @@ __all__ = [
 ENCODINGS = ("jpeg", "png", "webp", "raw")
 RAW = struct.Struct("<3sBII")  # b"RAW", EXIF orientation or 0, height, width
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that tell the size
+_SEGMENT = struct.Struct(">BBH")  # 0xFF, the marker, bytes behind the marker
 _ORIENTATION = 274  # the tag in EXIF
 _TIFF_BITS = 258  # the tag
 _PNM = re.compile(rb"P[2356](?:\s+(?:#[^\n]*\n\s*)*\d+){2}\s+(?:#[^\n]*\n\s*)*(\d+)\s")
@@ -195,16 +196,18 @@ def jpeg_segments(data: bytes | memoryview) -> Iterator[tuple[int, int]]:
 
     Goes from segment to segment, so that a thumbnail within one is not taken for the image.
     """
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    at, last = 2, len(data) - _SEGMENT.size
+    while at <= last:
+        mark, marker, size = _SEGMENT.unpack_from(data, at)
+        if mark != 0xFF:
+            return
         if marker == 0xFF:  # a fill byte
             at += 1
             continue
         yield marker, at
         if marker == 0xDA:
             return
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        at += 2 + size
 
 
 def _first_scan(data: bytes) -> int:

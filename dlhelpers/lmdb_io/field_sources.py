@@ -7,13 +7,13 @@ that has the same fields its records as they are. Any other dataset gives its sa
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from dlhelpers.lmdb_io.arrays import pack_array
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.fields import FieldEncoding, Fields
 from dlhelpers.lmdb_io.identity import Stamp
@@ -161,16 +161,16 @@ def _content(value: Any) -> int:
     if isinstance(value, Mapping):
         return _content([*value, *value.values()])
     if isinstance(value, (tuple, list)):
-        return zlib.crc32(repr([*map(_content, value)]).encode())
+        return crc32(repr([*map(_content, value)]).encode())
     if isinstance(value, (bytes, bytearray, memoryview)):
-        return zlib.crc32(value)
+        return crc32(value)
     if hasattr(value, "detach") or isinstance(value, (np.ndarray, np.generic)):
-        return zlib.crc32(pack_array(value))
+        return crc32(pack_array(value))
     if hasattr(value, "tobytes"):  # a PIL image
         palette = value.getpalette() if getattr(value, "mode", "") == "P" else None
-        return zlib.crc32(value.tobytes(), zlib.crc32(repr((value.mode, palette)).encode()))
+        return crc32(value.tobytes(), crc32(repr((value.mode, palette)).encode()))
     known = value is None or isinstance(value, (str, int, float))
-    return zlib.crc32((repr(value) if known else type(value).__name__).encode())
+    return crc32((repr(value) if known else type(value).__name__).encode())
 
 
 class _Pairs(Source):

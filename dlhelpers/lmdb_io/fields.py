@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 from dlhelpers.arguments import whole_number
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.arrays import pack_array, unpack_array
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.pictures import PICTURES, encode_picture
 from dlhelpers.printable import one_line
 
@@ -130,7 +130,7 @@ class Fields:
                 what = str(error) if isinstance(error, ValueError) else ""
                 what = what or f"{type(error).__name__}: {error}"
                 raise ValueError(f"field {name!r}: {what}") from error
-            checksum = zlib.crc32(blob)
+            checksum = crc32(blob)
             if name == label:
                 target, blob = value, b""
             table.append(_ENTRY.pack(checksum, len(blob)))
@@ -163,7 +163,7 @@ class Fields:
         found = [
             repr(name)
             for name, (checksum, _), blob in zip(self.names, table, blobs, strict=True)
-            if zlib.crc32(target if name == self.label else blob) != checksum
+            if crc32(target if name == self.label else blob) != checksum
         ]
         if found:
             return f"the field{'s' * (len(found) > 1)} {', '.join(found)}"

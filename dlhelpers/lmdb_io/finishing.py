@@ -76,11 +76,9 @@ def _publish(conversion: Conversion, meta: dict[str, Any]) -> None:
         # the state stays: a kill before the file is renamed costs nothing then
         txn.put(schema.META, schema.pack_meta(meta))
     size = (conversion.env.info()["last_pgno"] + 1) * conversion.env.stat()["psize"]
+    conversion.env.close()
+    conversion.disk.finish(size)  # pages freed at the end are never written
     conversion.close()
-    with open(conversion.partial, "r+b") as file:
-        if os.fstat(file.fileno()).st_size < size:
-            file.truncate(size)  # pages freed at the end are never written
-        os.fsync(file.fileno())
     os.replace(conversion.partial, conversion.target)
     _sync_folder(conversion.target.parent)
 

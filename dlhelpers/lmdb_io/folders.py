@@ -70,4 +70,4 @@ class Walk:
         for folder, _, files in sorted(os.walk(top, followlinks=True, onerror=unreadable)):
             inside = folder[len(top) :].replace(os.sep, "/")
             for file in sorted(files):
-                yield os.path.join(folder, file), f"{name}{inside}/{file}"
+                yield f"{folder}{os.sep}{file}", f"{name}{inside}/{file}"

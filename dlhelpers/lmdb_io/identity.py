@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import operator
 import platform
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from dlhelpers.lmdb_io.checksums import crc32
 
 __all__ = [
     "Stamp",
@@ -67,7 +68,7 @@ class Trace:
     def add(self, stamp: Stamp, content: int = 0) -> None:
         """Take up one more item; ``content`` is a CRC-32, 0 where nothing was stored."""
         self.items = _chain(self.items, b"%s|%d" % (stamp.name, stamp.size))
-        self.times = zlib.crc32(b"%d|" % stamp.time, self.times)
+        self.times = crc32(b"%d|" % stamp.time, self.times)
         self.contents = _chain(self.contents, content.to_bytes(4, "little"))
 
     def as_dict(self) -> dict[str, Any]:

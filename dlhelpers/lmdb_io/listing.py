@@ -20,13 +20,13 @@ import json
 import os
 import struct
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.identity import Stamp
 from dlhelpers.lmdb_io.schema import decode_key
 from dlhelpers.lmdb_io.sources import (
@@ -117,7 +117,7 @@ class Listing(FolderSource):
                 raise ValueError("its end is missing")
             file.seek(begin)
             table, text = file.read(middle - begin), file.read(size - middle)
-            if zlib.crc32(table) != crc:
+            if crc32(table) != crc:
                 raise ValueError("its table's checksum differs")
             self._places, self._begin = np.frombuffer(table, PLACE), begin
             return _checked(text)
@@ -146,7 +146,7 @@ class Listing(FolderSource):
         end = self._begin if last else int(self._places[number + 1]["begin"])
         self._file.seek(begin)
         data = self._file.read(end - begin)
-        if zlib.crc32(data) != crc or len(data) != end - begin:
+        if crc32(data) != crc or len(data) != end - begin:
             first = number * self._block_size
             raise self._damaged(f"the checksum of images {first} to {first + count - 1} differs")
         rows, names = np.frombuffer(data, ROW, count), data[count * ROW.itemsize :]
@@ -185,7 +185,7 @@ class Listing(FolderSource):
 
 def _checked(text: bytes) -> dict[str, Any]:
     crc, _, data = text.partition(b" ")
-    if int(crc or b"0", 16) != zlib.crc32(data):
+    if int(crc or b"0", 16) != crc32(data):
         raise ValueError("its header's checksum differs")
     return json.loads(data)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.identity import Stamp
 from dlhelpers.lmdb_io.sources import Source
@@ -75,7 +75,7 @@ class Loader:
                 return item
             key, target, image, stamp = self.source.load(task)
             if self.compares and isinstance(image, (bytes, bytearray, memoryview)):
-                content = zlib.crc32(image)
+                content = crc32(image)
             item = Item(key, stamp, content)
             item.key = schema.encode_key(key)
             item.target = schema.encode_target(target)

@@ -18,13 +18,13 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.dataset import LMDBDataset
 
 __all__ = ["Order"]
@@ -55,7 +55,7 @@ class Order:
             places, ends = None, np.array([self.length], np.int64)
         self.facts: dict[str, Any] = {  # an epoch goes on only where these are the same
             "length": self.length,
-            "items": 0 if places is None else zlib.crc32(places.tobytes()),
+            "items": 0 if places is None else crc32(places.tobytes()),
             "seed": seed if shuffle else 0,
             "shuffle": shuffle,
             "window": window if shuffle else None,
@@ -72,7 +72,7 @@ class Order:
         if block is None:
             block = self.length if np.count_nonzero(sizes) > 1 else math.isqrt(window)
         self._ends = _cut(sizes, max(block, 1))
-        self.facts |= {"block": block, "shards": zlib.crc32(self._ends.tobytes())}
+        self.facts |= {"block": block, "shards": crc32(self._ends.tobytes())}
 
     def epoch(self, number: int) -> Callable[[np.ndarray], np.ndarray]:
         """Return the function from places of an epoch, int64 [n], to items of the dataset."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import numpy as np
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.files import write_whole
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.folders import Walk
 from dlhelpers.lmdb_io.identity import Stamp, Whole
 from dlhelpers.lmdb_io.listing import END, MAGIC, PLACE, ROW, is_listing
@@ -156,7 +156,7 @@ def _write(
             end += len(names[-1])
             rows[number] = stamp.size, stamp.time, target, end
         data = rows.tobytes() + b"".join(names)
-        places.append((file.tell(), zlib.crc32(data)))
+        places.append((file.tell(), crc32(data)))
         file.write(data)
         count += len(block)
         image_bytes += int(rows["size"].clip(min=0).sum())
@@ -176,7 +176,7 @@ def _write(
     table, begin = np.array(places, PLACE).tobytes(), file.tell()
     file.write(table)
     file.write(pack_meta(header))
-    file.write(END.pack(begin, begin + len(table), zlib.crc32(table), b"DLHEND"))
+    file.write(END.pack(begin, begin + len(table), crc32(table), b"DLHEND"))
     file.flush()
     os.fsync(file.fileno())
     return header

@@ -36,17 +36,18 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.printable import printable
 
 __all__ = [
     "COLUMNS",
     "FIELDS",
     "FORMAT",
+    "HEADER",
     "INDEX",
     "META",
     "RECORDS",
@@ -78,7 +79,7 @@ VERSION, TURNED = 1, 2  # the second where a raw image has an orientation, and n
 FIELDS = 3  # where records hold several fields, see fields.py
 RECORDS, INDEX, SKIPPED, COLUMNS = b"records", b"index", b"skipped", b"columns"
 META, STATE = b"meta", b"state"
-_HEADER = struct.Struct("<IQHI")
+HEADER = struct.Struct("<IQHI")  # of a record
 _BEHIND_POSITION = 12
 _LONGEST_KEY = 511  # LMDB's own limit
 _LONGEST_SOURCE_KEY = 65_535
@@ -168,8 +169,8 @@ def _need_text_keys(value: Any) -> None:
 
 def pack_record(position: int, key: bytes, target: bytes, image: bytes) -> bytes:
     """Return a record; :func:`unpack_record` gives its parts back."""
-    head = _HEADER.pack(0, position, len(key), len(target))[4:] + key + target
-    checksum = zlib.crc32(image, zlib.crc32(head))
+    head = HEADER.pack(0, position, len(key), len(target))[4:] + key + target
+    checksum = crc32(image, crc32(head))
     return b"".join((checksum.to_bytes(4, "little"), head, image))
 
 
@@ -189,23 +190,22 @@ def unpack_record(view: memoryview, position: int, check: bool = True) -> Record
     Raises:
         DatabaseError: the record is damaged or belongs elsewhere.
     """
-    if len(view) < _HEADER.size:
+    if len(view) < HEADER.size:
         raise DatabaseError(f"record {position} is damaged: {len(view)} bytes are no record")
-    checksum, stored, key_size, target_size = _HEADER.unpack_from(view)
-    if check and zlib.crc32(view[4:]) != checksum:
+    checksum, stored, key_size, target_size = HEADER.unpack_from(view)
+    if check and crc32(view[4:]) != checksum:
         raise DatabaseError(
             f"record {position} is damaged: its checksum differs; verify_lmdb finds all such "
             "records, a new conversion mends them"
         )
-    first = _HEADER.size + key_size
+    first = HEADER.size + key_size
     last = first + target_size
     if stored != position or last > len(view):
         raise DatabaseError(f"record {position} is damaged: it says that it is record {stored}")
-    target = bytes(view[first:last])
     try:
         return Record(
-            decode_key(bytes(view[_HEADER.size : first])),
-            read_target(target),
+            decode_key(bytes(view[HEADER.size : first])),
+            read_target(bytes(view[first:last])),
             view[last:],
         )
     except ValueError as error:
@@ -227,15 +227,15 @@ def record_parts(view: memoryview) -> tuple[memoryview, memoryview, memoryview]:
     Raises:
         struct.error: it has no header.
     """
-    _, _, key_size, target_size = _HEADER.unpack_from(view)
-    first = _HEADER.size + key_size
+    _, _, key_size, target_size = HEADER.unpack_from(view)
+    first = HEADER.size + key_size
     last = first + target_size
-    return view[_HEADER.size : first], view[first:last], view[last:]
+    return view[HEADER.size : first], view[first:last], view[last:]
 
 
 def is_whole(view: memoryview) -> bool:
     """Whether a record is as its checksum says."""
-    return zlib.crc32(view[4:]) == int.from_bytes(view[:4], "little")
+    return crc32(view[4:]) == int.from_bytes(view[:4], "little")
 
 
 def index_key(key: bytes) -> bytes:
@@ -267,7 +267,7 @@ def read_index(key: bytes, value: bytes) -> tuple[int, Any, str]:
 def pack_meta(meta: Mapping[str, Any]) -> bytes:
     """Return ``meta`` or ``state`` with its checksum."""
     text = json.dumps(meta, separators=(",", ":")).encode()
-    return b"%08x %s" % (zlib.crc32(text), text)
+    return b"%08x %s" % (crc32(text), text)
 
 
 def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
         )
     checksum, _, text = value.partition(b" ")
     try:
-        if int(checksum, 16) != zlib.crc32(text):
+        if int(checksum, 16) != crc32(text):
             raise ValueError("its checksum differs")
         meta = json.loads(text)
     except ValueError as error:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.folders import Walk
 from dlhelpers.lmdb_io.identity import Stamp, place_of, spread
 from dlhelpers.lmdb_io.plain import is_plain_folder
@@ -345,7 +345,7 @@ def _checksum(image: Any) -> int:
     content = image.tobytes() if hasattr(image, "tobytes") else image
     if not isinstance(content, (bytes, bytearray, memoryview)):
         content = type(content).__name__.encode()
-    return zlib.crc32(content)
+    return crc32(content)
 
 
 def _shown(item: Any) -> str:
