@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 THEORIES = {"wins": "must hold", "cannot": "cannot hold", "open": "leaves it open"}
-_AGREEMENTS = {"agrees": "as it says", "against": "AGAINST IT", "open": "", None: ""}
+_AGREEMENTS = {"agrees": "as it says", "against": "<b>AGAINST IT</b>", "open": "", None: ""}
 _REMEDY = "Give a larger budget_s, or stop other programs, and run it again."
 _PREDICTED = {"all": "holds", "none": "fails"}
 _LEFT = "text-align:left;padding:0.15em 0.8em 0.15em 0"
@@ -103,20 +103,27 @@ def verdict_html(verdict: Verdict) -> str:
     claim, exact = verdict.claim, verdict.claim.kind == "exact"
     scale = Scale.over(verdict.conditions, log=claim.kind == "time")
     declared = {condition.name: condition for condition in claim.conditions}
-    heads = ["", "mechanism", *["you"] * bool(verdict.answer), "measured", *[""] * (not exact), ""]
+    heads = [
+        "",
+        "mechanism",
+        *["you said"] * bool(verdict.answer),
+        "measured",
+        *[""] * (not exact),
+        "",
+    ]
     rows = _row(*(f"<small>{head}</small>" for head in heads))
     for c in verdict.conditions:
         cells = [f"<b>{escape(c.name)}</b>", escape(_mechanism(declared[c.name]))]
         if verdict.answer:
             cells.append(escape(said_by_answer(claim, verdict.answer)))
-        cells.append(escape(effect_text(claim, c)))
+        cells.append(_unbroken(effect_text(claim, c), exact))
         if not exact:
             cells.append(interval_svg(c.effect, c.low, c.high, c.threshold, scale, c.verdict))
         rows += _row(*cells, _settled_html(claim, c))
     if (control := verdict.control) is not None:
         picture = interval_svg(control.effect, control.low, control.high, None, scale)
         empty = [""] * (1 + bool(verdict.answer))
-        rows += _row("control", *empty, escape(_control_text(control)), picture, "")
+        rows += _row("control", *empty, _unbroken(_control_text(control), exact), picture, "")
     small = f"{_needed(claim)}{f' · {verdict.machine}' if verdict.machine else ''}"
     remedy = f"<div>{_REMEDY}</div>" if _wants_time(verdict) else ""
     return _frame(
@@ -175,6 +182,11 @@ def _settled_html(claim: Claim, c: Judged) -> str:
     told = escape(f"{word_of(claim, c.verdict)}{f': {c.reason}' if c.reason else ''}")
     mark = _AGREEMENTS[c.agreement]
     return f"<b>{told}</b>" + (f"<br><small>{mark}</small>" if mark else "")
+
+
+def _unbroken(text: str, exact: bool) -> str:
+    """Return a number with its interval in one line; words of exact claims may break."""
+    return escape(text) if exact else f"<span style='white-space:nowrap'>{escape(text)}</span>"
 
 
 def _wants_time(verdict: Verdict) -> bool:

@@ -91,7 +91,8 @@ def _row(
 def _cell(claim: Claim | None, row: Mapping[str, Any] | None) -> str:
     lines = []
     for c in conditions_of(row):
-        found = f"{effect_text(claim, c)} {word_of(claim, c.verdict)}" if claim else c.verdict
-        text = ": ".join(filter(None, (c.name, found.strip(), c.reason)))
+        said = word_of(claim, c.verdict) if claim else c.verdict
+        found = ", ".join(filter(None, (claim and effect_text(claim, c), said)))
+        text = ": ".join(filter(None, (c.name, found, c.reason)))
         lines.append(f"<div class='quiet'>{escape(text)}</div>")
     return badge(tally_of(row)) + "".join(lines)

@@ -95,12 +95,12 @@ def render(
         f"{escape(_versions(ledger))} · begun {escape(str(ledger['created']))}</span></p>",
         _failures(failed),
         _headline(tallies, {claim.id: claim for claim in claims}),
-        f"<p>{escape(str(score_of(rows.values())))}</p>",
+        f"<p>{escape(str(score_of(rows.values())))}{_undated(rows.values())}</p>",
         "<h2>Claims</h2>",
         f"<p class='filters'>{_filters(claims, tallies)}<span id='shown' aria-live='polite'>"
         "</span></p>",
         "<div class='wide'><table id='claims'><thead><tr><th>Verdict</th><th>Claim</th>"
-        "<th>Evidence</th><th>Holds if</th></tr></thead>"
+        "<th>Evidence</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>",
         _orphans(row for id, row in rows.items() if id not in tallies),
         "<h2>Tips</h2>",
@@ -158,11 +158,10 @@ def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, lin
         f"<tr id='{escape(claim.id)}' data-topic='{escape(claim.topic)}' "
         f"data-mechanism='{_standing(tally)}' data-kind='{escape(claim.kind)}'>"
         f"<td>{badge(tally)}{_answer(claim, row)}</td>"
-        f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Source: {escape(claim.source)}"
+        f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Holds if: {escape(asked(claim))} "
+        f"({escape(claim.kind)}){needs}<br>Source: {escape(claim.source)}"
         f"<br><code>{escape(claim.id)}</code> · {link}</div></td>"
-        f"<td>{said}{_evidence(claim, row) if row else ''}</td>"
-        f"<td><span class='bound'>{escape(asked(claim))}</span>"
-        f"<div class='quiet'>{escape(claim.kind)}{needs}</div></td></tr>"
+        f"<td>{said}{_evidence(claim, row) if row else ''}</td></tr>"
     )
 
 
@@ -203,12 +202,19 @@ def _evidence(claim: Claim, row: Mapping[str, Any]) -> str:
 
 
 def _judged_when(row: Mapping[str, Any]) -> str:
-    """Say when a row was judged, and with which versions."""
-    when = f"judged {row['judged']}" if row["judged"] else "day and versions unknown"
-    with_ = "".join(f" · {name} {found}" for name, found in (row["versions"] or {}).items())
-    if not with_:
-        return f"<div class='quiet'>{escape(when)}</div>"
-    return f"<details class='quiet'><summary>{escape(when)}</summary>{escape(with_[3:])}</details>"
+    """Say when a row was judged, and with which versions; nothing where that is unknown."""
+    if row["judged"] is None:
+        return ""
+    with_ = " · ".join(f"{name} {found}" for name, found in (row["versions"] or {}).items())
+    summary = f"<summary>judged {escape(row['judged'])}</summary>"
+    return f"<details class='quiet'>{summary}{escape(with_)}</details>"
+
+
+def _undated(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Say how many rows an earlier version wrote, which kept neither day nor versions."""
+    number = sum(row["judged"] is None for row in rows)
+    verdicts = "1 verdict" if number == 1 else f"{number} verdicts"
+    return f"<br>day and versions unknown: {verdicts}" if number else ""
 
 
 def _answer(claim: Claim, row: Mapping[str, Any] | None) -> str:
