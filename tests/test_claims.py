@@ -614,6 +614,8 @@ def test_judging_where_nothing_can_be_written_gives_one_warning(exact_claim, mon
         ("<= 1e-6", 2.0, "beyond 1e-06"),
         ("< 1e-6", 1e-7, "within 1e-06"),
         ("<= 1e-6", math.nan, "not a number"),
+        (">= 0.3", math.inf, "infinite"),
+        (">= 0.3", -math.inf, "minus infinite"),
         ("<= 0", 0, "0"),
         ("<= -1.2", -1.25, "-1.25"),
         ("<= 100", 12, "12"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dlhelpers.course import ledger
+from dlhelpers.course import ledger, ledger_schema
 from dlhelpers.course.verdicts import Threshold
 
 LEDGERS = sorted((Path(__file__).parent.parent / "data" / "ledgers").glob("*.json"))
@@ -227,6 +227,42 @@ def test_the_reason_of_an_old_row_is_what_it_tells(path, changes, control, verdi
     (found,) = read_old(path, old_row(verdict="depends", control=beside, conditions=[old]))
     (kept,) = found["conditions"]
     assert (kept["verdict"], kept["reason"]) == (verdict, reason)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["holds", "fails", "unsettled", "not-measured"]),
+            st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False),
+            st.none() | st.floats(0, 9),
+            st.sampled_from(["", "still warming up", "no GPU"]),
+        ),
+        max_size=4,
+    ),
+    st.sampled_from([None, "faster", "slower", "no difference", "undecided", "not measured"]),
+    st.sampled_from([None, "holds", "fails", "depends", "another"]),
+)
+def test_any_old_row_becomes_a_row_of_today_that_invents_nothing(found, control, answer):
+    old = [
+        {"name": f"<{n}>", "verdict": v, "effect": e, "low": e, "high": h, "reason": why}
+        for n, (v, e, h, why) in enumerate(found)
+    ]
+    beside = control and {"effect": 1.0, "low": 0.9, "high": 1.1, "outcome": control}
+    before = old_ledger(old_row(answer=answer, control=beside, conditions=old))
+    assert ledger_schema.problem(before) == ""
+    after = ledger_schema.upgraded(before)
+    assert ledger_schema.problem(after) == ""
+    (row,) = after["rows"]
+    assert (row["answer"] is None) == (answer is None)
+    off = control in ("faster", "slower", "not measured")
+    for one, c in zip(old, row["conditions"], strict=True):
+        assert [c[key] for key in ("name", "effect", "low", "high")] == [
+            one[key] for key in ("name", "effect", "low", "high")
+        ]
+        settled = one["verdict"] in ("holds", "fails")
+        assert c["verdict"] == ("unsettled" if off and settled else one["verdict"])
+        assert c["reason"] or c["verdict"] in ("holds", "fails") or not one["reason"]
+        assert [c[k] for k in ("threshold", "theory", "since", "agreement")] == [None] * 4
 
 
 def test_an_old_ledger_is_written_on_as_a_new_one_and_keeps_its_answers(path):

@@ -137,7 +137,8 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
         "mechanism: must hold",
         "mechanism: cannot hold",
         "judged 2026-01-03",
-        "Of those settled: as the mechanism says in 2 of the 2 where it commits itself.",
+        "Of those settled: as the mechanism says in 2 of the 2 where it commits itself. "
+        "Theory and thresholds stand since 2026-01-02 at the latest.",
         "no difference",
         "a paper, table 1",
         "Fuse them.",

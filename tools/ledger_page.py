@@ -10,6 +10,7 @@ from dlhelpers.course import claims, ledger
 from dlhelpers.course.claims.conditions import Judged, Tally
 from dlhelpers.course.claims.course import agreement_text
 from dlhelpers.course.claims.sentences import sentence, short
+from dlhelpers.course.report.page import stands_since
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "where-tips-hold.md"
@@ -40,7 +41,8 @@ def render() -> str:
         tally = Tally.of(Judged.from_row(c) for row in one["rows"] for c in row["conditions"])
         counts = (
             f"Conditions: {tally.holds} hold, {tally.fails} fail, {tally.unsettled} unsettled, "
-            f"{tally.missing} not measured; {agreement_text(tally)}."
+            f"{tally.missing} not measured; {agreement_text(tally)}. "
+            f"Theory and thresholds stand since {stands_since(one['rows'])} at the latest."
         )
         parts.append(f"- **{name}**: {one['machine']['line']}. {counts}")
     rows = {name: {row["id"]: row for row in one["rows"]} for name, one in ledgers.items()}

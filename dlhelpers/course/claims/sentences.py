@@ -132,8 +132,8 @@ def bound_text(claim: Claim, threshold: Threshold) -> str:
 def _counted_text(value: float) -> str:
     if not isinstance(value, float):
         return str(value)
-    if math.isnan(value):
-        return "not a number"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else f"{'minus ' * (value < 0)}infinite"
     text = f"{value + 0.0:.4g}"
     return f"{float(text):.0f}" if 1e4 <= abs(value) < 1e9 else text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from html import escape
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +20,15 @@ from dlhelpers.course.claims.sentences import asked, effect_text, number_text, s
 from dlhelpers.course.report.cells import Cell
 from dlhelpers.course.report.running import NotebookRun
 
-__all__ = ["badge", "conditions_of", "document", "machine_line", "render", "tally_of"]
+__all__ = [
+    "badge",
+    "conditions_of",
+    "document",
+    "machine_line",
+    "render",
+    "stands_since",
+    "tally_of",
+]
 
 _NOT_RUN = "not-run"
 _STYLE = """
@@ -94,7 +103,7 @@ def render(
         f"<p>{escape(machine_line(ledger))}<br><span class='quiet'>"
         f"{escape(_versions(ledger))} · begun {escape(str(ledger['created']))}</span></p>",
         _failures(failed),
-        _headline(tallies, {claim.id: claim for claim in claims}),
+        _headline(tallies, {claim.id: claim for claim in claims}, stands_since(rows.values())),
         f"<p>{escape(str(score_of(rows.values())))}{_undated(rows.values())}</p>",
         "<h2>Claims</h2>",
         f"<p class='filters'>{_filters(claims, tallies)}<span id='shown' aria-live='polite'>"
@@ -243,7 +252,15 @@ def _failures(failed: Sequence[NotebookRun]) -> str:
     )
 
 
-def _headline(tallies: Mapping[str, Tally | None], claims: Mapping[str, Claim]) -> str:
+def stands_since(rows: Iterable[Mapping[str, Any]]) -> date | None:
+    """Return the last day on which a theory or a threshold of these rows was written down."""
+    days = [c.since for row in rows for c in conditions_of(row) if c.since is not None]
+    return max(days, default=None)
+
+
+def _headline(
+    tallies: Mapping[str, Tally | None], claims: Mapping[str, Claim], since: date | None
+) -> str:
     """Say how the conditions came out and agree with the mechanism; name those that do not."""
     run = {id: tally for id, tally in tallies.items() if tally is not None}
     total = sum(run.values(), Tally())
@@ -255,6 +272,7 @@ def _headline(tallies: Mapping[str, Tally | None], claims: Mapping[str, Claim]) 
     said = " · ".join(f"{number} {name}" for name, number in counts if number)
     every = left + total.settled + total.unsettled + total.missing
     mechanism = f"<br>Of those settled: {escape(agreement_text(total))}." if total.settled else ""
+    mechanism += f" Theory and thresholds stand since {since} at the latest." if since else ""
     against = "".join(
         f"<li><a href='#{escape(quote(id))}'>{escape(claims[id].says)}</a> {escape(name)}</li>"
         for id, tally in run.items()
