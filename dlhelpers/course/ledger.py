@@ -120,6 +120,7 @@ def update(row: Mapping[str, Any], path: str | Path | None = None) -> None:
     row = _strict({"judged": now, "versions": _versions(), "answered": answered} | dict(row))
     if problem := ledger_schema.row_problem(row):
         raise LedgerError(f"this row cannot stand in a ledger: {problem}")
+    row = {key: row[key] for key in ledger_schema.ROW_KEYS}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
         ledger = _own(path, _load(path))

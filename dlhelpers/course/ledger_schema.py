@@ -20,11 +20,11 @@ from dlhelpers.course.verdicts import (
     control_off,
 )
 
-__all__ = ["SCHEMA", "problem", "row_problem", "upgraded"]
+__all__ = ["ROW_KEYS", "SCHEMA", "problem", "row_problem", "upgraded"]
 
 SCHEMA = 2
 _KEYS = ("schema", "machine", "versions", "created", "rows")
-_ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
+ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
 _CONDITION_KEYS = (
     "name", "verdict", "agreement", "effect", "low", "high", "threshold", "theory", "since",
     "reason",
@@ -60,7 +60,7 @@ def problem(ledger: Any) -> str:
 
 def row_problem(row: Any) -> str:
     """Return what keeps this from being a row of schema 2, empty where nothing does."""
-    if said := _parts_problem(row, _ROW_KEYS, _CONDITION_KEYS):
+    if said := _parts_problem(row, ROW_KEYS, _CONDITION_KEYS):
         return said
     for key in ("judged", "answered"):
         if said := _unlike(row, key, datetime.fromisoformat, "a time, 2026-11-30T12:00:00+00:00"):
