@@ -352,7 +352,9 @@ def test_what_was_not_measured_is_named_with_its_reason(time_claim):
 
 
 def test_nothing_measured_says_what_is_missing(time_claim):
-    assert str(time_claim.judge(ABSENT)) == "Not measured: no CUDA device"
+    verdict = time_claim.judge(ABSENT)
+    assert str(verdict) == "Not measured: no CUDA device"
+    assert verdict._repr_html_().count("Not measured") == 1
 
 
 def test_what_is_unsettled_says_whether_it_has_an_interval(time_claim):

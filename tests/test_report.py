@@ -138,7 +138,7 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
         "mechanism: cannot hold",
         "judged 2026-01-03",
         "Of those settled: as the mechanism says in 2 of the 2 where it commits itself. "
-        "Theory and thresholds stand since 2026-01-02 at the latest.",
+        "Theory and thresholds have stood since 2026-01-02 or earlier.",
         "no difference",
         "a paper, table 1",
         "Fuse them.",
@@ -188,7 +188,7 @@ def test_what_goes_against_the_mechanism_stands_out():
     page = Page(report.render(a_ledger(row), claims=[a_claim()], tips=TIPS))
     text = " ".join(page.text.split())
     assert "Against the mechanism: Fusing is faster. batch 1" in text
-    assert "Holds in neither of 2, against the mechanism in 1: batch 1" in text
+    assert "Holds in neither of 2, AGAINST THE MECHANISM in 1: batch 1" in text
     assert "refuted AGAINST THE MECHANISM" in text
     assert page.rows[0]["data-mechanism"] == "against"
 

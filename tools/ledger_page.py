@@ -9,7 +9,7 @@ from typing import Any
 from dlhelpers.course import claims, ledger
 from dlhelpers.course.claims.conditions import Judged, Tally
 from dlhelpers.course.claims.course import agreement_text
-from dlhelpers.course.claims.sentences import sentence, short
+from dlhelpers.course.claims.sentences import headline, sentence
 from dlhelpers.course.report.page import stands_since
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +21,7 @@ on which the whole course was run; your own is written by `make report`, and com
 `python -m dlhelpers report --compare ledger.json data/ledgers/*.json`.
 
 The unit is the condition. Each cell says where the tip holds there and where not, with the effect;
-intervals are in the ledgers. **Against the mechanism** marks a condition that came out otherwise
+intervals are in the ledgers. **AGAINST THE MECHANISM** marks a condition that came out otherwise
 than theory said beforehand, in the lesson's file. Conditions were chosen so that theory expects the
 tip to fail in some of them: how many hold says nothing of how often such tips are right.
 """
@@ -38,12 +38,15 @@ def render() -> str:
     ledgers = {file.stem: ledger.read(file) for file in files}
     parts = [HEAD]
     for name, one in ledgers.items():
-        tally = Tally.of(Judged.from_row(c) for row in one["rows"] for c in row["conditions"])
+        judged = [(row["id"], Judged.from_row(c)) for row in one["rows"] for c in row["conditions"]]
+        tally = Tally.of(c for _, c in judged)
         counts = (
             f"Conditions: {tally.holds} hold, {tally.fails} fail, {tally.unsettled} unsettled, "
-            f"{tally.missing} not measured; {agreement_text(tally)}. "
-            f"Theory and thresholds stand since {stands_since(one['rows'])} at the latest."
+            f"{tally.missing} not measured; {agreement_text(tally)}. Theory and thresholds have "
+            f"stood since {stands_since(one['rows'])} or earlier."
         )
+        against = "; ".join(f"`{id}`: {c.name}" for id, c in judged if c.agreement == "against")
+        counts += f" **Against the mechanism**: {_plain(against)}." if against else ""
         parts.append(f"- **{name}**: {one['machine']['line']}. {counts}")
     rows = {name: {row["id"]: row for row in one["rows"]} for name, one in ledgers.items()}
     notebook = ""
@@ -67,8 +70,8 @@ def _cell(claim: claims.Claim, row: Mapping[str, Any] | None) -> str:
     said = sentence(claim, conditions, intervals=False)
     if not tally.settled:
         return _plain(said)
-    mark = short(tally)
-    return f"**{_plain(mark[:1].upper() + mark[1:])}**. {_plain(said)}."
+    head = _plain(headline(tally))
+    return f"**{head}**. {_plain(said)}." if tally.against else f"{head}. {_plain(said)}."
 
 
 def _plain(text: str) -> str:

@@ -12,9 +12,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from dlhelpers.course.claims.catalog import find, tip_of
-from dlhelpers.course.claims.conditions import STANDINGS
 from dlhelpers.course.claims.intervals import Scale, colour_of, interval_svg
-from dlhelpers.course.claims.sentences import asked, bound_text, effect_text, number_text
+from dlhelpers.course.claims.sentences import asked, bound_text, effect_text, headline, number_text
 from dlhelpers.course.notebook import show
 
 if TYPE_CHECKING:
@@ -85,12 +84,11 @@ def claim_html(claim: Claim) -> str:
 
 def verdict_text(verdict: Verdict) -> str:
     """Return a verdict in one line: what stands out, the sentence, the control, the answer."""
-    parts = [verdict.short, verdict.sentence]
-    if parts[0] == "not measured":
+    parts = [headline(verdict.tally), verdict.sentence]
+    if verdict.tally.standing == "not-measured":
         parts = parts[1:]
     elif verdict.control:
         parts.append(f"control {_control_text(verdict.control)}")
-    parts[0] = _capitals(parts[0], verdict)
     if _wants_time(verdict):
         parts.append(_REMEDY)
     if verdict.answer:
@@ -126,10 +124,12 @@ def verdict_html(verdict: Verdict) -> str:
         rows += _row("control", *empty, _unbroken(_control_text(control), exact), picture, "")
     small = f"{_needed(claim)}{f' · {verdict.machine}' if verdict.machine else ''}"
     remedy = f"<div>{_REMEDY}</div>" if _wants_time(verdict) else ""
+    head = f"<div><b>{escape(headline(verdict.tally))}</b></div>"
+    if verdict.tally.standing == "not-measured":  # which the sentence says
+        head = ""
     return _frame(
         colour_of(verdict.tally.standing),
-        f"<div>{escape(claim.says)}</div><div><b>{escape(_capitals(verdict.short, verdict))}</b>"
-        f"</div><div>{escape(verdict.sentence)}</div>"
+        f"<div>{escape(claim.says)}</div>{head}<div>{escape(verdict.sentence)}</div>"
         f"<table style='border:none;margin:0.3em 0'>{rows}</table>{remedy}"
         f"<div style='opacity:0.7'><small>{escape(small)}</small></div>" + _answer_html(verdict),
     )
@@ -168,14 +168,6 @@ def _needed(claim: Claim) -> str:
 
 def _mechanism(condition: Condition) -> str:
     return f"{THEORIES[condition.theory]}: {condition.why}"
-
-
-def _capitals(short: str, verdict: Verdict) -> str:
-    """Raise what stands out: names stay as they are."""
-    if not verdict.tally.against:
-        return short[:1].upper() + short[1:]
-    before, mark, names = short.partition(STANDINGS["against"])
-    return f"{before[:1].upper()}{before[1:]}{mark.upper()}{names}"
 
 
 def _settled_html(claim: Claim, c: Judged) -> str:

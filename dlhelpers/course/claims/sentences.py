@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from dlhelpers.course.claims.claim import Claim
     from dlhelpers.course.claims.conditions import Judged, Tally
 
-__all__ = ["asked", "counted", "effect_text", "sentence", "short"]
+__all__ = [
+    "asked",
+    "bound_text",
+    "counted",
+    "effect_text",
+    "headline",
+    "number_text",
+    "sentence",
+    "short",
+]
 
 _SMALL_BOUND = 1e-2
+_AGAINST = "against the mechanism"
 
 
 def counted(tally: Tally) -> str:
@@ -46,13 +56,26 @@ def short(tally: Tally) -> str:
     """
     said = ""
     if tally.against:
-        said = f", against the mechanism in {len(tally.against)}: {'; '.join(tally.against)}"
+        said = f", {_AGAINST} in {len(tally.against)}: {'; '.join(tally.against)}"
     elif tally.agrees:
         said = ", as the mechanism says"
         said += f" (it leaves {tally.open} open)" if tally.open else ""
     elif tally.open:
         said = ", which the mechanism leaves open"
     return "; ".join(filter(None, (_holds(tally) + said, _rest(tally))))
+
+
+def headline(tally: Tally) -> str:
+    """Return the short form as a line of its own, where what stands out is in capitals.
+
+    >>> from dlhelpers.course.claims.conditions import Tally
+    >>> headline(Tally(holds=2, agrees=1, against=("batch 64",)))
+    'Holds in both, AGAINST THE MECHANISM in 1: batch 64'
+    """
+    said = short(tally)
+    if tally.against:
+        said = said.replace(_AGAINST, _AGAINST.upper(), 1)
+    return said[:1].upper() + said[1:]
 
 
 def sentence(claim: Claim, conditions: Sequence[Judged], *, intervals: bool = True) -> str:

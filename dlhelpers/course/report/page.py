@@ -16,7 +16,7 @@ from dlhelpers.course.claims.conditions import STANDINGS, Judged, Tally
 from dlhelpers.course.claims.course import agreement_text
 from dlhelpers.course.claims.intervals import Scale, colour_of, interval_svg
 from dlhelpers.course.claims.predictions import score_of
-from dlhelpers.course.claims.sentences import asked, effect_text, number_text, sentence, short
+from dlhelpers.course.claims.sentences import asked, effect_text, headline, number_text, sentence
 from dlhelpers.course.report.cells import Cell
 from dlhelpers.course.report.running import NotebookRun
 
@@ -133,10 +133,9 @@ def document(title: str, sections: Iterable[str]) -> str:
 
 def badge(tally: Tally | None) -> str:
     """Return the short form of a claim's verdict with its colour beside it; None was not run."""
-    said = "not run" if tally is None else short(tally)
+    said = escape("Not run" if tally is None else headline(tally))
     colour = colour_of(_standing(tally))
-    label = escape(said[:1].upper() + said[1:])
-    return f"<span class='badge' style='color:{colour}'><span>{label}</span></span>"
+    return f"<span class='badge' style='color:{colour}'><span>{said}</span></span>"
 
 
 def conditions_of(row: Mapping[str, Any] | None) -> tuple[Judged, ...]:
@@ -272,7 +271,7 @@ def _headline(
     said = " · ".join(f"{number} {name}" for name, number in counts if number)
     every = left + total.settled + total.unsettled + total.missing
     mechanism = f"<br>Of those settled: {escape(agreement_text(total))}." if total.settled else ""
-    mechanism += f" Theory and thresholds stand since {since} at the latest." if since else ""
+    mechanism += f" Theory and thresholds have stood since {since} or earlier." if since else ""
     against = "".join(
         f"<li><a href='#{escape(quote(id))}'>{escape(claims[id].says)}</a> {escape(name)}</li>"
         for id, tally in run.items()
