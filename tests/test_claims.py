@@ -21,7 +21,7 @@ from dlhelpers.course.claims import catalog, judging, predictions
 from dlhelpers.course.claims.cards import claim_html, claim_text, verdict_html
 from dlhelpers.course.claims.conditions import Judged, Tally
 from dlhelpers.course.claims.intervals import Scale, interval_svg
-from dlhelpers.course.claims.sentences import asked, effect_text, sentence, short
+from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence, short
 from dlhelpers.course.verdicts import Threshold, agreement_of
 from dlhelpers.measure import Comparison, Estimate, estimate_mean
 
@@ -949,6 +949,26 @@ def test_the_catalogue_holds_what_its_files_hold():
     tips = tomllib.loads((folder / "tips.toml").read_text("utf-8"))
     assert len(claims.all_tips()) == len(tips["tip"])
     assert len(claims.all_claims()) == sum(len(one.get("claim", [])) for one in rows)
+
+
+def test_what_a_truth_value_means_is_said_by_every_claim_that_asks_for_one():
+    for claim in claims.all_claims():
+        asks = isinstance(claim.threshold.bound, bool)
+        assert asks == (claim.found != {"true": "yes", "false": "no"}), claim.id
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "data" / "ledgers").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_sentences_of_the_committed_ledgers_read_as_sentences(path):
+    declared = {claim.id: claim for claim in claims.all_claims()}
+    for row in ledger.read(path)["rows"]:
+        conditions = [Judged.from_row(c) for c in row["conditions"]]
+        said = f"{headline(Tally.of(conditions))}. {sentence(declared[row['id']], conditions)}."
+        assert not re.search(r"\((True|False|None|nan)\b|\bdepends\b|  | \(\)", said), said
+        assert not re.search(r"\b(?:[02-9]|\d\d+) (?:image|record|value|year|result)\b", said), said
+        for c in conditions:
+            assert c.verdict == "not-measured" or " ".join(c.name.split()) in said
 
 
 def test_importing_claims_loads_neither_torch_nor_matplotlib():
