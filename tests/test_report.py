@@ -210,7 +210,7 @@ def test_an_old_row_is_judged_by_what_it_was_measured_with():
     assert "threshold &gt;= 1.01" in page, "the dashed line is the old one"
     assert "threshold &gt;= 1.5" not in page
     assert "mechanism unknown" in text
-    assert "1 nobody knows any more" in text
+    assert "what it said of 1 is unknown" in text
     assert "on a day unknown: not scored" in text
     assert "day and versions unknown" in text
     assert "no predictions yet" in text

@@ -151,7 +151,7 @@ def agreement_text(tally: Tally) -> str:
     unknown = tally.settled - committed - tally.open
     parts = [f"as the mechanism says in {tally.agrees} of the {committed} where it commits itself"]
     parts += [f"{tally.open} it left open"] * bool(tally.open)
-    parts += [f"of {unknown} nobody knows any more what it said"] * bool(unknown)
+    parts += [f"what it said of {unknown} is unknown"] * bool(unknown)
     return ", ".join(parts if committed or not unknown else parts[1:])
 
 
