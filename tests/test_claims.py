@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,8 +18,11 @@ from hypothesis import strategies as st
 
 from dlhelpers.course import claims, ledger, notebook
 from dlhelpers.course.claims import catalog, judging, predictions
-from dlhelpers.course.claims.cards import Scale, effect_text, interval_svg, verdict_html
-from dlhelpers.course.claims.claim import Threshold
+from dlhelpers.course.claims.cards import claim_html, claim_text, verdict_html
+from dlhelpers.course.claims.conditions import Judged, Tally
+from dlhelpers.course.claims.intervals import Scale, interval_svg
+from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence, short
+from dlhelpers.course.verdicts import Threshold, agreement_of
 from dlhelpers.measure import Comparison, Estimate, estimate_mean
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +43,7 @@ source = "a paper, table 1"
 kind = "time"
 metric = "latency unfused / fused"
 threshold = ">= 1.05"
+since = 2026-01-02
 question = "Is it faster?"
 [[claim.condition]]
 name = "batch 1, launch-bound"
@@ -58,6 +63,7 @@ source = "a paper, equation 1"
 kind = "exact"
 metric = "loss of a perfect output"
 threshold = "{threshold}"
+since = 2026-01-02
 question = "Is there a floor?"
 [[claim.condition]]
 name = "ten classes"
@@ -140,7 +146,18 @@ def by_time(claim, first, second, control=QUIET):
         ("question =", "negligible = true\nquestion =", "negligible must be of type float or int"),
         ("question =", "negligible = 3\nquestion =", "negligible must lie between 0 and 1"),
         ("question =", 'answers = {perhaps="?"}\nquestion =', "answers 'perhaps' is not known"),
-        ("question =", 'answers = {holds="yes"}\nquestion =', "answers needs two of"),
+        ("question =", 'answers = {all="yes"}\nquestion =', "answers needs two of"),
+        ("question =", 'words = {holds="pays"}\nquestion =', "words lacks 'fails'"),
+        (
+            "question =",
+            'words = {holds="pays", fails=""}\nquestion =',
+            "words.fails must be a label",
+        ),
+        ("question =", 'found = {true="a", false="b"}\nquestion =', "and >= 1.05 asks for none"),
+        ("since = 2026-01-02\n", "", "lacks the key 'since'"),
+        ("2026-01-02", '"2026-01-02"', "2026-11-30 without quotes"),
+        ("2026-01-02", "2026-01-02T03:04:05", "since must be a day without a time"),
+        ('theory = "wins"', 'theory = "wins"\nsince = 2026-01-01', "lies before the claim's 2026"),
         ('question = "Is it faster?"', 'question = " "', "question is empty"),
     ],
 )
@@ -245,88 +262,183 @@ def test_a_threshold_reads_back_as_it_prints_or_is_refused(text):
 def test_the_line_of_a_verdict_is_the_one_of_the_style_guide(time_claim):
     verdict = time_claim.judge(by_time(time_claim, FAST, SAME))
     assert str(verdict) == (
-        "DEPENDS · batch 1 1.21 [1.17, 1.26] holds · batch 64 1.01 [0.99, 1.02] fails"
-        " · control 1.00 [0.98, 1.02]"
+        "Holds in 1 of 2, as the mechanism says · Confirmed for batch 1, launch-bound "
+        "(1.21x [1.17, 1.26]); refuted for batch 64, compute-bound (1.01x [0.99, 1.02])"
+        " · control 1.00x [0.98, 1.02]"
     )
-    assert verdict.reason == "holds: batch 1, launch-bound · fails: batch 64, compute-bound"
 
 
 STRADDLES = comparison(1.06, 1.01, 1.12, "undecided")
+FEW = comparison(1.3, 0.0, math.inf, "undecided")
 ABSENT = claims.not_measured("no CUDA device")
+GONE = claims.not_measured("DALI is not installed")
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "control", "verdict"),
+    ("first", "second", "control", "said"),
     [
-        (FAST, FAST, QUIET, "holds"),
-        (SAME, SAME, QUIET, "fails"),
-        (SAME, FAST, QUIET, "depends"),
-        (FAST, STRADDLES, QUIET, "unsettled"),
-        (SAME, STRADDLES, QUIET, "unsettled"),
-        (FAST, FAST, OFF, "unsettled"),
-        (FAST, SAME, comparison(0.9, 0.85, 0.95, "slower"), "unsettled"),
-        (FAST, FAST, comparison(1.02, 1.01, 1.04, "undecided"), "holds"),
-        (FAST, ABSENT, QUIET, "holds"),
-        (ABSENT, SAME, QUIET, "fails"),
-        (ABSENT, STRADDLES, QUIET, "unsettled"),
-        (ABSENT, ABSENT, QUIET, "not-measured"),
-        (ABSENT, ABSENT, OFF, "not-measured"),
-        (FAST, FAST, ABSENT, "unsettled"),
-        (comparison(1.3, 0.0, math.inf, "undecided"), FAST, QUIET, "unsettled"),
+        (FAST, SAME, QUIET, "holds in 1 of 2, as the mechanism says"),
+        (FAST, FAST, QUIET, "holds in both, against the mechanism in 1: batch 64, compute-bound"),
+        (SAME, SAME, QUIET, "holds in neither of 2, against the mechanism in 1: batch 1, "
+         "launch-bound"),
+        (
+            SAME, FAST, QUIET,
+            "holds in 1 of 2, against the mechanism in 2: batch 1, launch-bound; "
+            "batch 64, compute-bound",
+        ),
+        (FAST, STRADDLES, QUIET, "holds in 1 of 1 settled, as the mechanism says; 1 unsettled"),
+        (SAME, ABSENT, QUIET, "holds in none of 1 settled, against the mechanism in 1: batch 1, "
+         "launch-bound; 1 not measured"),
+        (FEW, STRADDLES, QUIET, "2 unsettled"),
+        (FAST, FAST, OFF, "2 unsettled"),
+        (FAST, SAME, comparison(0.9, 0.85, 0.95, "slower"), "2 unsettled"),
+        (FAST, SAME, comparison(1.02, 1.01, 1.04, "undecided"),
+         "holds in 1 of 2, as the mechanism says"),
+        (FAST, FAST, ABSENT, "2 unsettled"),
+        (FAST, ABSENT, OFF, "1 unsettled, 1 not measured"),
+        (ABSENT, STRADDLES, QUIET, "1 unsettled, 1 not measured"),
+        (ABSENT, ABSENT, QUIET, "not measured"),
+        (ABSENT, ABSENT, OFF, "not measured"),
+    ],
+)  # fmt: skip
+def test_the_short_form_counts_conditions_and_compares_them_with_the_mechanism(
+    time_claim, first, second, control, said
+):
+    assert time_claim.judge(by_time(time_claim, first, second, control)).short == said
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (claims.not_measured("no GPU"), "not measured"),
+        (0.5, "holds, as the mechanism says"),
+        (0.1, "does not hold, against the mechanism in 1: ten classes"),
     ],
 )
-def test_the_verdict_follows_from_conditions_and_control(
-    time_claim, first, second, control, verdict
-):
-    assert time_claim.judge(by_time(time_claim, first, second, control)).verdict == verdict
+def test_one_condition_is_not_counted(exact_claim, found, said):
+    assert exact_claim(">= 0.3").judge({"ten classes": found}).short == said
+
+
+def test_what_goes_against_the_mechanism_stands_out(time_claim):
+    verdict = time_claim.judge(by_time(time_claim, SAME, SAME))
+    said = "Holds in neither of 2, AGAINST THE MECHANISM in 1: batch 1, launch-bound"
+    assert str(verdict).startswith(f"{said} · ")
+    assert said in verdict._repr_html_()
+    assert "AGAINST IT" in verdict._repr_html_()
+
+
+def test_a_claim_may_say_it_in_its_own_words(tmp_path):
+    words = 'words = {holds = "pays", fails = "does not pay"}\nwhere = "at"\nsince ='
+    text = TIME.replace("since =", words).replace('"cannot"', '"cannot"\nwhere = "with"')
+    (claim,) = load(text, tmp_path)
+    assert claim.judge(by_time(claim, FAST, SAME)).sentence == (
+        "Pays at batch 1, launch-bound (1.21x [1.17, 1.26]); "
+        "not with batch 64, compute-bound (1.01x [0.99, 1.02])"
+    )
+    assert claim.judge(by_time(claim, SAME, SAME)).sentence == (
+        "Does not pay at batch 1, launch-bound (1.01x [0.99, 1.02]) and "
+        "with batch 64, compute-bound (1.01x [0.99, 1.02])"
+    )
 
 
 def test_what_was_not_measured_is_named_with_its_reason(time_claim):
+    first, second = (c.name for c in time_claim.conditions)
     verdict = time_claim.judge(by_time(time_claim, FAST, ABSENT))
-    assert verdict.reason == "not measured: batch 64, compute-bound (no CUDA device)"
-    assert "batch 64 not measured (no CUDA device)" in str(verdict)
+    assert verdict.sentence.endswith(f"; not measured: {second} (no CUDA device)")
+    verdict = time_claim.judge(by_time(time_claim, GONE, ABSENT))
+    assert verdict.sentence == (
+        f"Not measured: {first} (DALI is not installed); not measured: {second} (no CUDA device)"
+    )
 
 
 def test_nothing_measured_says_what_is_missing(time_claim):
     verdict = time_claim.judge(ABSENT)
-    assert (verdict.verdict, verdict.reason) == ("not-measured", "no CUDA device")
-    assert str(verdict) == "NOT MEASURED · no CUDA device"
+    assert str(verdict) == "Not measured: no CUDA device"
+    assert verdict._repr_html_().count("Not measured") == 1
 
 
 def test_what_is_unsettled_says_whether_it_has_an_interval(time_claim):
-    few = comparison(1.3, 0.0, math.inf, "undecided")
-    first, second = "batch 1, launch-bound", "batch 64, compute-bound"
-    straddles = f"the interval straddles the threshold: {second}"
-    assert time_claim.judge(by_time(time_claim, few, STRADDLES)).reason == (
-        f"{straddles} · too few repetitions for an interval: {first} (give a larger budget_s, "
-        "or stop other programs, and run it again)"
+    verdict = time_claim.judge(by_time(time_claim, FEW, STRADDLES))
+    assert verdict.sentence == (
+        "Unsettled for batch 1, launch-bound (1.30x [no interval]): too few repetitions for an "
+        "interval; unsettled for batch 64, compute-bound (1.06x [1.01, 1.12]): "
+        "the interval straddles the threshold"
     )
-    assert time_claim.judge(by_time(time_claim, FAST, STRADDLES)).reason == straddles
+    remedy = "Give a larger budget_s"
+    assert remedy in str(verdict)
+    assert remedy not in str(time_claim.judge(by_time(time_claim, FAST, STRADDLES)))
 
 
 def test_a_ratio_that_still_changes_settles_no_condition(time_claim):
-    changing = dataclasses.replace(comparison(1.3, 0.0, math.inf, "undecided"), still_changing=True)
+    changing = dataclasses.replace(FEW, still_changing=True)
     verdict = time_claim.judge(by_time(time_claim, FAST, changing))
     assert verdict.conditions[1].verdict == "unsettled"
-    assert verdict.reason.startswith("the ratio was still changing: batch 64, compute-bound (give")
-    assert "still warming up" in str(verdict)
+    assert verdict.conditions[1].reason == "the ratio was still changing"
     assert "too few" not in str(verdict)
 
 
-def test_a_control_that_is_off_says_so(time_claim):
-    verdict = time_claim.judge(by_time(time_claim, FAST, FAST, OFF))
-    assert "the control came back faster" in verdict.reason
-    assert str(verdict).endswith("control 1.08 [1.05, 1.11] faster")
+def test_a_control_that_is_off_unsettles_what_was_measured_beside_it(time_claim):
+    verdict = time_claim.judge(by_time(time_claim, FAST, ABSENT, OFF))
+    assert [c.verdict for c in verdict.conditions] == ["unsettled", "not-measured"]
+    assert verdict.conditions[0].reason == "the control came back faster"
+    assert str(verdict).endswith("control 1.08x [1.05, 1.11] faster")
+    unmeasured = time_claim.judge(by_time(time_claim, FAST, STRADDLES, ABSENT))
+    reasons = [c.reason for c in unmeasured.conditions]
+    assert reasons == ["the control was not measured", "the interval straddles the threshold"]
 
 
-def test_depends_names_a_third_condition_that_is_unsettled(tmp_path):
-    third = '[[claim.condition]]\nname = "third"\ntheory = "open"\nwhy = "?"\n'
-    (claim,) = load(TIME + third, tmp_path)
-    names = [c.name for c in claim.conditions]
-    found = dict(zip(names, (FAST, SAME, STRADDLES), strict=True)) | {"control": QUIET}
-    verdict = claim.judge(found)
-    assert verdict.verdict == "depends"
-    assert verdict.reason.endswith("unsettled: third")
+NUMBERS = {"exact": 3, "time": 1.5, "memory": 2.25, "accuracy": -7.0}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["holds", "fails", "unsettled", "not-measured"]),
+            st.sampled_from(["wins", "cannot", "open", None]),
+            st.sampled_from(["", "no GPU", "the interval straddles the threshold"]),
+            st.sampled_from(["for", "with", ""]),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    st.sampled_from(list(NUMBERS)),
+    st.sampled_from(["", "x", "points"]),
+    st.booleans(),
+)
+def test_any_outcome_makes_a_sentence_that_names_each_condition_once(outcomes, kind, unit, truth):
+    effect = truth if kind == "exact" and unit == "" else NUMBERS[kind]
+    conditions = [
+        Judged(f"<{n}>", verdict, effect, effect, effect, None, why, theory)
+        for n, (verdict, theory, why, _) in enumerate(outcomes)
+    ]
+    wheres = [SimpleNamespace(name=f"<{n}>", where=o[3]) for n, o in enumerate(outcomes)]
+    claim = SimpleNamespace(
+        kind=kind, unit=unit, conditions=wheres, words={"holds": "confirmed", "fails": "refuted"},
+        found={"true": "yes", "false": "no"},
+    )  # fmt: skip
+    tally, said = Tally.of(conditions), sentence(claim, conditions)
+    counted = tally.holds + tally.fails + tally.unsettled + tally.missing
+    assert counted == len(outcomes)
+    alone = tally.missing == len(outcomes) and len({c.reason for c in conditions}) == 1
+    assert [said.count(c.name) for c in conditions] == [int(not alone)] * len(outcomes)
+    assert "depends" not in said + short(tally)
+    assert said[0].isupper()
+    # an independent count of what theory says
+    right = {("wins", "holds"), ("cannot", "fails")}
+    wrong = {("wins", "fails"), ("cannot", "holds")}
+    pairs = [(theory, verdict) for verdict, theory, *_ in outcomes]
+    assert tally.agrees == sum(pair in right for pair in pairs)
+    assert tally.against == tuple(f"<{n}>" for n, pair in enumerate(pairs) if pair in wrong)
+    assert ("against the mechanism" in short(tally)) == bool(tally.against)
+    numbers = [int(part) for part in re.findall(r"\d+", short(tally).partition(";")[2])]
+    if tally.settled and not tally.against:
+        assert sum(numbers) == tally.unsettled + tally.missing
+    for c in conditions:
+        assert (
+            agreement_of(c.verdict, c.theory)
+            == c.agreement
+            == Judged.from_row(c.as_row()).agreement
+        )
 
 
 def test_missing_and_undeclared_conditions_are_named(time_claim):
@@ -360,7 +472,7 @@ def test_accuracy_needs_an_estimate_over_seeds_in_the_unit_of_the_claim(tmp_path
     (claim,) = load(ACCURACY, tmp_path)
     first, second = (c.name for c in claim.conditions)
     good = estimate_mean([9.0, 10.0, 11.0], unit="points")
-    assert claim.judge({first: good, second: good}).verdict == "holds"
+    assert claim.judge({first: good, second: good}).verdict == "holds in both"
     with pytest.raises(TypeError, match="needs an Estimate over several seeds"):
         claim.judge({first: good, second: 10.0})
     with pytest.raises(ValueError, match="is in '%', the claim in 'points'"):
@@ -405,7 +517,8 @@ class Scalar:
     ],
 )
 def test_an_exact_number_is_compared_as_it_is(exact_claim, threshold, found, verdict):
-    assert exact_claim(threshold).judge({"ten classes": found}).verdict == verdict
+    (judged,) = exact_claim(threshold).judge({"ten classes": found}).conditions
+    assert judged.verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -461,18 +574,24 @@ def test_judging_writes_one_row_a_claim(time_claim):
     time_claim.judge(by_time(time_claim, FAST, FAST))
     time_claim.judge(by_time(time_claim, SAME, STRADDLES))
     (row,) = ledger.read()["rows"]
-    assert row["verdict"] == "unsettled"
-    assert (row["effect"], row["low"], row["high"]) == (1.06, 1.01, 1.12), "the deciding condition"
     assert row["control"] == {"effect": 1.0, "low": 0.98, "high": 1.02, "outcome": "no difference"}
-    assert [c["verdict"] for c in row["conditions"]] == ["fails", "unsettled"]
+    first, second = row["conditions"]
+    assert first == {
+        "name": "batch 1, launch-bound", "verdict": "fails", "agreement": "against",
+        "effect": 1.01, "low": 0.99, "high": 1.02, "threshold": ">= 1.05", "theory": "wins",
+        "since": "2026-01-02", "reason": "",
+    }  # fmt: skip
+    assert (second["verdict"], second["agreement"]) == ("unsettled", None)
+    assert second["reason"] == "the interval straddles the threshold"
 
 
 def test_no_interval_and_nan_are_null_in_the_ledger(time_claim, exact_claim):
     time_claim.judge(by_time(time_claim, comparison(1.3, 0.0, math.inf, "undecided"), FAST))
     exact_claim(">= 0.3").judge({"ten classes": math.nan})
     first, second = ledger.read()["rows"]
-    assert (first["low"], first["high"]) == (0.0, None)
-    assert (second["effect"], second["verdict"]) == (None, "fails")
+    (few, _), (nan,) = first["conditions"], second["conditions"]
+    assert (few["low"], few["high"]) == (0.0, None)
+    assert (nan["effect"], nan["verdict"]) == (None, "fails")
 
 
 def test_judging_where_nothing_can_be_written_gives_one_warning(exact_claim, monkeypatch, tmp_path):
@@ -491,22 +610,39 @@ def test_judging_where_nothing_can_be_written_gives_one_warning(exact_claim, mon
 @pytest.mark.parametrize(
     ("threshold", "found", "said"),
     [
-        (">= 0.3", 1.46123456, "1.461 (>= 0.3)"),
+        (">= 0.3", 1.46123456, "1.461"),
+        (">= 0.3", 11904.7, "11900"),
         ("<= 1e-6", 3.3e-8, "within 1e-06"),
         ("<= 1e-6", 2.0, "beyond 1e-06"),
         ("< 1e-6", 1e-7, "within 1e-06"),
-        ("<= 1e-6", math.nan, "nan (<= 1e-06)"),
-        ("<= 0", 0, "0 (<= 0)"),
-        ("<= -1.2", -1.25, "-1.25 (<= -1.2)"),
-        ("<= 100", 12, "12 (<= 100)"),
-        (">= -1", -0.0, "0 (>= -1)"),
-        ("== true", True, "True (== true)"),
+        ("<= 1e-6", math.nan, "not a number"),
+        (">= 0.3", math.inf, "infinite"),
+        (">= 0.3", -math.inf, "minus infinite"),
+        ("<= 0", 0, "0"),
+        ("<= -1.2", -1.25, "-1.25"),
+        ("<= 100", 12, "12"),
+        (">= -1", -0.0, "0"),
+        ("== true", True, "yes"),
+        ("== true", False, "no"),
     ],
 )
-def test_an_exact_card_shows_value_and_bound_alone(exact_claim, threshold, found, said):
+def test_an_exact_card_puts_the_value_alone_into_words(exact_claim, threshold, found, said):
     verdict = exact_claim(threshold).judge({"ten classes": found})
-    assert str(verdict).endswith(f"ten classes {said} {verdict.verdict}")
+    assert verdict.sentence.endswith(f"for ten classes ({said})")
     assert verdict.machine == ""
+
+
+def test_truth_values_and_counts_are_put_into_words(tmp_path):
+    found = 'found = {true = "an error is raised", false = "no error is raised"}\nsince ='
+    (claim,) = load(EXACT.format(threshold="== true").replace("since =", found), tmp_path)
+    verdict = claim.judge({"ten classes": False})
+    assert verdict.sentence == "Refuted for ten classes (no error is raised)"
+    assert asked(claim) == "loss of a perfect output: yes"
+    counts = EXACT.format(threshold="== 0").replace("since =", 'unit = "images"\nsince =')
+    (claim,) = load(counts, tmp_path)
+    said = [effect_text(claim, claim.judge({"ten classes": n}).conditions[0]) for n in (0, 1, 2)]
+    assert said == ["0 images", "1 image", "2 images"]
+    assert asked(claim) == "loss of a perfect output: 0"
 
 
 def test_an_exact_card_is_the_same_on_two_machines_and_two_roundings(exact_claim, monkeypatch):
@@ -523,18 +659,30 @@ def test_an_exact_card_is_the_same_on_two_machines_and_two_roundings(exact_claim
 
 def test_a_timed_card_shows_intervals_threshold_control_and_machine(time_claim):
     page = time_claim.judge(by_time(time_claim, FAST, SAME))._repr_html_()
-    for said in ("DEPENDS", "1.21 [1.17, 1.26]", "1.00 [0.98, 1.02]", "this machine", "1.05"):
+    for said in (
+        "Holds in 1 of 2, as the mechanism says", "1.21x [1.17, 1.26]", "1.00x [0.98, 1.02]",
+        "this machine", "latency unfused / fused &gt;= 1.05x", "as of 2026-01-02",
+    ):  # fmt: skip
         assert said in page
+    # side by side, a row a condition
+    rows = re.findall(r"<tr>(.*?)</tr>", page)
+    for row, theory in zip(rows[1:3], ("must hold: fewer", "cannot hold: the same"), strict=True):
+        assert theory in row
+        assert "as it says" in row
     assert page.count("<svg") == 3
     assert "<script" not in page
 
 
 def test_the_answer_stands_beside_the_truth(declared):
     claim = declared[0]
-    claims.answer(claim.id, "holds")
+    claims.answer(claim.id, "all")
     verdict = claim.judge(by_time(claim, FAST, SAME))
-    assert verdict.answer == "holds"
-    assert "You said: It holds. What was found: It depends." in verdict._repr_html_()
+    assert verdict.answer == "all"
+    page = verdict._repr_html_()
+    assert "You said: It holds. What was found: In some of the cases." in page
+    assert (
+        page.count("<td style='text-align:left;padding:0.15em 0.8em 0.15em 0'>confirmed</td>") == 2
+    )
     assert str(verdict).endswith("you said: It holds")
 
 
@@ -542,16 +690,23 @@ def test_the_answer_stands_beside_the_truth(declared):
 @example("<script>alert(1)</script>", "'\"><img src=x onerror=alert(1)>")
 def test_arbitrary_text_is_escaped_in_cards(says, reason):
     condition = SimpleNamespace(
-        name=says, theory="wins", why=reason, threshold=Threshold(">=", 1.05)
+        name=says,
+        theory="wins",
+        why=reason,
+        threshold=Threshold(">=", 1.05),
+        since=says,
+        where=says,
     )
     claim = SimpleNamespace(
         id=says, says=says, kind="time", metric=reason, threshold=Threshold(">=", 1.05), unit=says,
-        conditions=(condition,), control=False, answers={"holds": reason},
+        conditions=(condition,), control=False, answers={"all": reason},
+        words={"holds": says, "fails": says}, found={"true": says, "false": says},
     )  # fmt: skip
     for found in (judging.not_measured(reason), FAST):
-        page = verdict_html(judging.settle(claim, {says: found}, answer="holds"))
+        page = verdict_html(judging.settle(claim, {says: found}, answer="all"))
         assert tags_of(page) <= {
             "div", "b", "table", "tbody", "tr", "td", "svg", "line", "circle", "small", "code",
+            "span", "br",
         }  # fmt: skip
 
 
@@ -573,7 +728,7 @@ def tags_of(page):
 def test_an_interval_is_drawn_inside_its_picture(effect, a, b, log, bound):
     low, high = sorted((a, b))
     threshold = Threshold(">=", bound)
-    judged = judging.Judged("x", "holds", effect, low, high, threshold)
+    judged = Judged("x", "holds", effect, low, high, threshold)
     scale = Scale.over([judged], log=log)
     picture = interval_svg(effect, low, high, threshold, scale, "holds")
     numbers = [float(part.split("'")[1]) for part in picture.split(" x1=")[1:]]
@@ -583,20 +738,23 @@ def test_an_interval_is_drawn_inside_its_picture(effect, a, b, log, bound):
     assert scale.x(low) <= scale.x(effect) <= scale.x(high)
 
 
-def test_names_are_shortened_only_where_they_stay_distinct(tmp_path):
-    text = TIME.replace('"batch 64, compute-bound"', '"batch 1, compute-bound"')
-    (claim,) = load(text, tmp_path)
-    assert "batch 1, launch-bound 1.21" in str(claim.judge(by_time(claim, FAST, SAME)))
-
-
-def test_effects_keep_their_unit_and_say_where_there_is_no_interval():
-    bar = Threshold(">=", 5.0)
-    assert effect_text("accuracy", bar, -10.0, -12.5, -7.52, "points") == (
-        "-10 [-12.5, -7.52] points"
-    )
-    assert effect_text("memory", bar, 4.0, 4.0, 4.0) == "4"
-    assert effect_text("time", bar, 1.3, 0.0, None) == "1.30 [no interval]"
-    assert effect_text("time", bar, 250.0, 240.0, 260.0) == "250 [240, 260]"
+@pytest.mark.parametrize(
+    ("kind", "unit", "numbers", "said"),
+    [
+        ("accuracy", "points", (-10.0, -12.5, -7.52), "-10 [-12.5, -7.52] points"),
+        ("accuracy", "points", (1.0, 0.5, 1.5), "1 [0.5, 1.5] points"),
+        ("memory", "", (4.0, 4.0, 4.0), "4"),
+        ("memory", "x", (4.0, 4.0, 4.0), "4x"),
+        ("memory", "bytes", (1, 1, 1), "1 byte"),
+        ("exact", "dB", (1, 1, 1), "1 dB"),
+        ("time", "", (1.3, 0.0, None), "1.30x [no interval]"),
+        ("time", "", (250.0, 240.0, 260.0), "250x [240, 260]"),
+        ("exact", "", (None, None, None), "not finite"),
+    ],
+)
+def test_effects_keep_their_unit_and_say_where_there_is_no_interval(kind, unit, numbers, said):
+    claim = SimpleNamespace(kind=kind, unit=unit, found={})
+    assert effect_text(claim, Judged("x", "fails", *numbers, threshold=None)) == said
 
 
 def test_a_card_outside_ipython_shows_nothing_and_prints_everything(declared, capsys):
@@ -607,10 +765,17 @@ def test_a_card_outside_ipython_shows_nothing_and_prints_everything(declared, ca
         "  claim     Fusing is faster.",
         "  tip       A wrong pair fails. (a README, 2021)",
         "  source    a paper, table 1",
-        "  holds if  latency unfused / fused >= 1.05 (time)",
-        "  - batch 1, launch-bound (theory: holds): fewer launches",
-        "  - batch 64, compute-bound (theory: cannot hold): the same arithmetic",
+        "  holds if  latency unfused / fused >= 1.05x (time)",
+        "  - batch 1, launch-bound",
+        "  - batch 64, compute-bound",
     ]
+
+
+def test_the_card_of_a_claim_gives_nothing_away_of_what_theory_says():
+    for claim in claims.all_claims():
+        page = claim_text(claim) + claim_html(claim)
+        assert all(condition.why not in page for condition in claim.conditions)
+        assert not any(word in page for word in ("theory", "must hold", "cannot hold"))
 
 
 # Predictions
@@ -634,11 +799,11 @@ def widget_of(claim):
 
 def test_the_text_of_a_question_is_the_same_in_every_run(declared, displayed):
     claims.predict("fusion.speeds-up")
-    claims.answer("fusion.speeds-up", "depends")
+    claims.answer("fusion.speeds-up", "some")
     claims.predict("fusion.speeds-up")
     assert len({shown["text/plain"] for shown in displayed}) == 1
     assert displayed[0]["text/plain"] == (
-        "Predict: Is it faster? (It holds / It fails / It depends)"
+        "Predict: Is it faster? (It holds / It fails / In some of the cases)"
     )
     assert "application/vnd.jupyter.widget-view+json" in displayed[0]
 
@@ -651,9 +816,9 @@ def test_a_click_notes_the_answer_until_the_claim_is_judged(declared):
     assert note.value == "noted: It fails"
     assert [b.button_style for b in buttons.values()] == ["", "info", ""]
     assert widget_of(claim)[2].value == "noted: It fails", "running the cell again shows it"
-    assert claim.judge(by_time(claim, SAME, SAME)).answer == "fails"
+    assert claim.judge(by_time(claim, SAME, SAME)).answer == "none"
     buttons["It holds"].click()
-    assert predictions.given(claim.id) == "fails"
+    assert predictions.given(claim.id) == "none"
     assert "the claim is judged" in note.value
 
 
@@ -661,19 +826,19 @@ def test_an_answer_after_the_verdict_is_no_prediction(declared):
     claim = declared[0]
     claim.judge(by_time(claim, SAME, SAME))
     with pytest.raises(ValueError, match="judged already"):
-        claims.answer(claim.id, "fails")
+        claims.answer(claim.id, "none")
 
 
 def test_the_same_answer_may_be_given_again_when_a_notebook_runs_twice(declared):
     claim = declared[0]
     for _ in range(2):
-        claims.answer(claim.id, "fails")
+        claims.answer(claim.id, "none")
         claim.judge(by_time(claim, SAME, SAME))
-    assert ledger.read()["rows"][0]["answer"] == "fails"
+    assert ledger.read()["rows"][0]["answer"] == "none"
 
 
 def test_an_answer_that_the_claim_does_not_offer_is_refused(declared):
-    with pytest.raises(ValueError, match="holds, fails, depends, got 'perhaps'"):
+    with pytest.raises(ValueError, match="all, none, some, got 'perhaps'"):
         claims.answer("fusion.speeds-up", "perhaps")
 
 
@@ -691,13 +856,13 @@ def test_a_question_outside_ipython_does_nothing(declared, capsys):
 def test_the_score_counts_right_answers_of_those_that_could_be_right(declared):
     timed, exact = declared
     assert str(claims.score()) == "no predictions yet"
-    claims.answer(timed.id, "fails")
-    claims.answer(exact.id, "fails")
+    claims.answer(timed.id, "none")
+    claims.answer(exact.id, "none")
     timed.judge(by_time(timed, SAME, SAME))
     exact.judge({"ten classes": 1.0})
     assert str(claims.score()) == "1 of 2 predictions right"
     timed.judge(by_time(timed, SAME, STRADDLES))
-    assert str(claims.score()) == "0 of 1 predictions right, 1 more not settled on this machine"
+    assert str(claims.score()) == "0 of 1 prediction right, 1 more not settled on this machine"
 
 
 def test_the_score_of_a_broken_ledger_warns_and_goes_on():
@@ -786,6 +951,26 @@ def test_the_catalogue_holds_what_its_files_hold():
     assert len(claims.all_claims()) == sum(len(one.get("claim", [])) for one in rows)
 
 
+def test_what_a_truth_value_means_is_said_by_every_claim_that_asks_for_one():
+    for claim in claims.all_claims():
+        asks = isinstance(claim.threshold.bound, bool)
+        assert asks == (claim.found != {"true": "yes", "false": "no"}), claim.id
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "data" / "ledgers").glob("*.json")), ids=lambda path: path.stem
+)
+def test_the_sentences_of_the_committed_ledgers_read_as_sentences(path):
+    declared = {claim.id: claim for claim in claims.all_claims()}
+    for row in ledger.read(path)["rows"]:
+        conditions = [Judged.from_row(c) for c in row["conditions"]]
+        said = f"{headline(Tally.of(conditions))}. {sentence(declared[row['id']], conditions)}."
+        assert not re.search(r"\((True|False|None|nan)\b|\bdepends\b|  | \(\)", said), said
+        assert not re.search(r"\b(?:[02-9]|\d\d+) (?:image|record|value|year|result)\b", said), said
+        for c in conditions:
+            assert c.verdict == "not-measured" or " ".join(c.name.split()) in said
+
+
 def test_importing_claims_loads_neither_torch_nor_matplotlib():
     code = (
         "import sys; from dlhelpers.course import claims, ledger, report; claims.all_claims();"
@@ -798,33 +983,41 @@ def test_importing_claims_loads_neither_torch_nor_matplotlib():
 # The course as it stands on this machine
 
 
-def test_the_standing_counts_each_tips_verdicts(declared, monkeypatch):
+@pytest.fixture
+def standing(declared, monkeypatch):
     from dlhelpers.course.claims import course
 
     monkeypatch.setattr(course, "all_claims", lambda: declared)
     monkeypatch.setattr(course, "all_tips", catalog.all_tips)
-    before = course.standing()
-    assert before.counts == {"not run": 2}
+    return course.standing
+
+
+def test_the_standing_counts_each_tips_conditions(declared, standing):
+    before = standing()
+    assert before.counts == {"not run": 3}
     assert "no notebook has been run" in str(before)
     timed, exact = declared
     exact.judge({c.name: 0.5 for c in exact.conditions})
+    assert standing().counts == {"holds": 1, "not run": 2}
     timed.judge(by_time(timed, FAST, FAST))
-    after = course.standing()
-    assert sum(after.counts.values()) == 2
-    assert "not run" not in after.counts
+    after = standing()
+    assert after.counts == {"holds": 3}
     assert after.machine == "this machine"
-    assert after.counts["holds"] >= 1
+    assert after.against == ((timed.id, "batch 64, compute-bound"),)
+    assert "as the mechanism says in 2 of the 3 where it commits itself" in str(after)
+    assert "AGAINST THE MECHANISM: fusion.speeds-up: batch 64, compute-bound" in str(after)
+    assert "1 against the mechanism" in after._repr_html_()
 
 
-def test_the_standing_says_why_a_claim_is_unsettled(declared, monkeypatch):
-    from dlhelpers.course.claims import course
-
-    monkeypatch.setattr(course, "all_claims", lambda: declared)
-    monkeypatch.setattr(course, "all_tips", catalog.all_tips)
+def test_the_standing_says_why_a_condition_is_unsettled(declared, standing):
     timed, _ = declared
-    timed.judge(by_time(timed, FAST, FAST, control=FAST))
-    assert course.standing().unsettled == ((timed.id, "the control came back faster"),)
-    assert timed.id in course.standing()._repr_html_()
+    timed.judge(by_time(timed, FAST, STRADDLES, control=OFF))
+    first, second = (c.name for c in timed.conditions)
+    assert standing().unsettled == (
+        (timed.id, first, "the control came back faster"),
+        (timed.id, second, "the interval straddles the threshold"),
+    )
+    assert timed.id in standing()._repr_html_()
 
 
 def test_what_is_missing_says_how_to_light_it(monkeypatch):

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dlhelpers.course import ledger
+from dlhelpers.course import ledger, ledger_schema
+from dlhelpers.course.verdicts import Threshold
 
+LEDGERS = sorted((Path(__file__).parent.parent / "data" / "ledgers").glob("*.json"))
 MACHINE = {"line": "2 cores", "key": "here"}
 DESCRIBE = ledger.describe_machine  # before the fixture below replaces it
 
@@ -28,19 +30,38 @@ def path(tmp_path):
     return tmp_path / "folder" / "ledger.json"
 
 
-def row(id="pairing.floor", verdict="holds", **changes):
-    condition = {"name": "ten classes", "verdict": "holds", "effect": 1.0}
-    condition |= {"low": 1.0, "high": 1.0, "reason": ""}
+def condition(verdict="holds", **changes):
     numbers = {"effect": 1.0, "low": 1.0, "high": 1.0}
-    rest = {"control": None, "answer": None, "conditions": [condition]}
+    theory = {"threshold": ">= 0.3", "theory": "wins", "since": "2026-01-02", "reason": ""}
+    agreement = {"holds": "agrees", "fails": "against"}.get(verdict)
+    told = {"name": "ten classes", "verdict": verdict, "agreement": agreement}
+    return told | numbers | theory | changes
+
+
+def row(id="pairing.floor", verdict="holds", **changes):
+    rest = {"control": None, "answer": None, "conditions": [condition(verdict)]}
+    return {"id": id} | rest | changes
+
+
+def old_row(id="pairing.floor", verdict="holds", **changes):
+    """A row as schema 1 had it."""
+    numbers = {"effect": 1.0, "low": 1.0, "high": 1.0}
+    first = {"name": "ten classes", "verdict": "holds", "reason": ""} | numbers
+    rest = {"control": None, "answer": None, "conditions": [first]}
     return {"id": id, "verdict": verdict} | numbers | rest | changes
+
+
+def old_ledger(*rows):
+    return {"schema": 1, "machine": MACHINE, "versions": {}, "created": "", "rows": list(rows)}
 
 
 def test_a_ledger_holds_exactly_the_keys_of_its_schema(path):
     ledger.update(row(), path)
     found = json.loads(path.read_text(encoding="utf-8"))
     assert list(found) == ["schema", "machine", "versions", "created", "rows"]
-    assert " ".join(found["rows"][0]) == "id verdict effect low high control answer conditions"
+    keys = "id judged versions control answer answered conditions"
+    assert " ".join(found["rows"][0]) == keys
+    assert found["schema"] == 2
     assert found["machine"] == MACHINE
     assert {"python", "torch", "dlhelpers"} <= set(found["versions"])
 
@@ -48,25 +69,33 @@ def test_a_ledger_holds_exactly_the_keys_of_its_schema(path):
 def test_a_second_verdict_replaces_the_first_in_its_place(path):
     for id, verdict in (("a.x", "holds"), ("a.y", "holds"), ("a.x", "fails")):
         ledger.update(row(id, verdict), path)
-    assert [(r["id"], r["verdict"]) for r in ledger.read(path)["rows"]] == [
+    rows = ledger.read(path)["rows"]
+    assert [(r["id"], r["conditions"][0]["verdict"]) for r in rows] == [
         ("a.x", "fails"),
         ("a.y", "holds"),
     ]
 
 
-def test_an_answer_outlives_runs_without_one_and_gives_way_to_a_new_one(path):
+def test_an_answer_outlives_runs_without_one_and_gives_way_to_a_new_one(path, monkeypatch):
     kept = []
-    for answer in ("fails", None, "holds"):
+    for day, answer in enumerate(("none", None, "all"), start=1):
+        monkeypatch.setattr(ledger, "_now", lambda day=day: f"2026-01-0{day}T00:00:00+00:00")
         ledger.update(row(answer=answer), path)
-        kept.append(ledger.read(path)["rows"][0]["answer"])
-    assert kept == ["fails", "fails", "holds"]
+        (found,) = ledger.read(path)["rows"]
+        kept.append((found["answer"], found["answered"][:10], found["judged"][:10]))
+    assert kept == [
+        ("none", "2026-01-01", "2026-01-01"),
+        ("none", "2026-01-01", "2026-01-02"),
+        ("all", "2026-01-03", "2026-01-03"),
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_null(path, value):
-    ledger.update(row(effect=value, high=value), path)
+    ledger.update(row(conditions=[condition(effect=value, high=value)]), path)
     found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert (found["rows"][0]["effect"], found["rows"][0]["high"]) == (None, None)
+    (kept,) = found["rows"][0]["conditions"]
+    assert (kept["effect"], kept["high"]) == (None, None)
 
 
 @given(st.text(max_size=20), st.floats(allow_nan=False, allow_infinity=False))
@@ -74,21 +103,24 @@ def test_numbers_that_are_not_finite_are_null(path, value):
 @example('"\\\n', 5e-324)
 def test_any_text_and_finite_number_comes_back(tmp_path_factory, text, number):
     path = tmp_path_factory.mktemp("ledger") / "ledger.json"
-    ledger.update(row(id=text, effect=number), path)
+    ledger.update(row(id=text, conditions=[condition(effect=number)]), path)
     (found,) = ledger.read(path)["rows"]
-    assert (found["id"], found["effect"]) == (text, number)
+    assert (found["id"], found["conditions"][0]["effect"]) == (text, number)
 
 
 BROKEN = [
     "",
     "{",
     "[]",
-    '{"schema": 2, "machine": {}, "versions": {}, "created": "", "rows": []}',
+    '{"schema": 3, "machine": {}, "versions": {}, "created": "", "rows": []}',
+    json.dumps({"schema": 2, "machine": {}, "versions": {}, "created": "", "rows": [old_row()]}),
     '{"schema": true, "machine": {}, "versions": {}, "created": "", "rows": []}',
     '{"schema": 1, "machine": {}, "versions": {}, "created": "", "rows": [3]}',
     '{"schema": 1, "machine": [], "versions": {}, "created": "", "rows": []}',
     '{"schema": 1, "rows": []}',
-    json.dumps({"schema": 1, "machine": {}, "versions": {}, "created": "", "rows": [row()] * 2}),
+    json.dumps(
+        {"schema": 1, "machine": {}, "versions": {}, "created": "", "rows": [old_row()] * 2}
+    ),
     json.dumps(
         {
             "schema": 1,
@@ -120,8 +152,18 @@ def test_what_is_no_ledger_is_put_aside_and_never_lost(path, text):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"verdict": "true"}, "verdict 'true' is none of"),
-        ({"effect": "1"}, "effect must be a number or null"),
+        ({"conditions": [condition("depends")]}, "verdict 'depends' is none of"),
+        ({"conditions": [condition(effect="1")]}, "effect must be a number or null"),
+        ({"conditions": [condition(threshold="1.05")]}, "threshold must be text such as"),
+        ({"conditions": [condition(threshold=1.05)]}, "threshold must be text such as"),
+        ({"conditions": [condition(since="yesterday")]}, "since must be a day"),
+        ({"conditions": [condition(theory="win")]}, "theory 'win' is none of wins, cannot, open"),
+        ({"conditions": [condition(agreement="against")]}, "must be 'agrees'"),
+        ({"conditions": [condition(agreement=None)]}, "must be 'agrees'"),
+        ({"conditions": [condition("fails", theory=None)]}, "must be None"),
+        ({"judged": "noon"}, "judged must be a time"),
+        ({"answered": 3}, "answered must be a time"),
+        ({"versions": "2.13"}, "versions must map"),
         ({"answer": 3}, "answer text or null"),
         ({"conditions": [{"name": "x"}]}, "conditions: expected the keys"),
         ({"control": {"effect": 1}}, "control: expected the keys"),
@@ -138,7 +180,124 @@ def test_a_row_that_breaks_the_schema_is_refused(path, changes, said):
 def test_an_infinite_literal_in_a_file_reads_as_null(path):
     ledger.update(row(), path)
     path.write_text(path.read_text().replace('"effect": 1.0', '"effect": 1e999', 1))
-    assert ledger.read(path)["rows"][0]["effect"] is None
+    assert ledger.read(path)["rows"][0]["conditions"][0]["effect"] is None
+
+
+# A ledger of schema 1
+
+
+def read_old(path, *rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(old_ledger(*rows)), encoding="utf-8")
+    return ledger.read(path)["rows"]
+
+
+def test_what_an_old_row_lacks_is_unknown_and_nothing_of_it_is_lost(path):
+    (found,) = read_old(path, old_row(answer="depends"))
+    for key in ("judged", "versions", "answered"):
+        assert found[key] is None
+    (kept,) = found["conditions"]
+    for key in ("threshold", "theory", "since", "agreement"):
+        assert kept[key] is None
+    assert {key: kept[key] for key in ("name", "verdict", "effect")} == {
+        "name": "ten classes", "verdict": "holds", "effect": 1.0,
+    }  # fmt: skip
+    assert found["answer"] == "some"
+
+
+@pytest.mark.parametrize(
+    ("changes", "control", "verdict", "reason"),
+    [
+        ({}, None, "holds", ""),
+        ({}, "no difference", "holds", ""),
+        ({}, "slower", "unsettled", "the control came back slower"),
+        ({}, "not measured", "unsettled", "the control was not measured"),
+        ({"verdict": "unsettled"}, None, "unsettled", "the interval straddles the threshold"),
+        ({"verdict": "unsettled", "high": None}, None, "unsettled", "no interval, the reason is "
+         "unknown"),
+        ({"verdict": "unsettled", "high": None, "reason": "still warming up"}, None, "unsettled",
+         "still warming up"),
+        ({"verdict": "not-measured", "reason": "no GPU"}, "slower", "not-measured", "no GPU"),
+    ],
+)  # fmt: skip
+def test_the_reason_of_an_old_row_is_what_it_tells(path, changes, control, verdict, reason):
+    numbers = {"effect": 1.1, "low": 1.0, "high": 1.2}
+    old = {"name": "x", "verdict": "holds", "reason": ""} | numbers | changes
+    beside = control and numbers | {"outcome": control}
+    (found,) = read_old(path, old_row(verdict="depends", control=beside, conditions=[old]))
+    (kept,) = found["conditions"]
+    assert (kept["verdict"], kept["reason"]) == (verdict, reason)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["holds", "fails", "unsettled", "not-measured"]),
+            st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False),
+            st.none() | st.floats(0, 9),
+            st.sampled_from(["", "still warming up", "no GPU"]),
+        ),
+        max_size=4,
+    ),
+    st.sampled_from([None, "faster", "slower", "no difference", "undecided", "not measured"]),
+    st.sampled_from([None, "holds", "fails", "depends", "another"]),
+)
+def test_any_old_row_becomes_a_row_of_today_that_invents_nothing(found, control, answer):
+    old = [
+        {"name": f"<{n}>", "verdict": v, "effect": e, "low": e, "high": h, "reason": why}
+        for n, (v, e, h, why) in enumerate(found)
+    ]
+    beside = control and {"effect": 1.0, "low": 0.9, "high": 1.1, "outcome": control}
+    before = old_ledger(old_row(answer=answer, control=beside, conditions=old))
+    assert ledger_schema.problem(before) == ""
+    after = ledger_schema.upgraded(before)
+    assert ledger_schema.problem(after) == ""
+    (row,) = after["rows"]
+    assert (row["answer"] is None) == (answer is None)
+    off = control in ("faster", "slower", "not measured")
+    for one, c in zip(old, row["conditions"], strict=True):
+        assert [c[key] for key in ("name", "effect", "low", "high")] == [
+            one[key] for key in ("name", "effect", "low", "high")
+        ]
+        settled = one["verdict"] in ("holds", "fails")
+        assert c["verdict"] == ("unsettled" if off and settled else one["verdict"])
+        assert c["reason"] or c["verdict"] in ("holds", "fails") or not one["reason"]
+        assert [c[k] for k in ("threshold", "theory", "since", "agreement")] == [None] * 4
+
+
+def test_an_old_ledger_is_written_on_as_a_new_one_and_keeps_its_answers(path):
+    read_old(path, old_row("a.old", answer="holds"), old_row("a.again", answer="fails"))
+    ledger.update(row("a.again"), path)
+    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == 2
+    old, again = ledger.read(path)["rows"]
+    assert (old["answer"], old["answered"], old["judged"]) == ("all", None, None)
+    assert (again["answer"], again["answered"]) == ("none", None)
+    assert again["judged"] is not None
+    assert again["versions"]["python"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"verdict": "true"}, "none of holds"),
+        ({"effect": "1"}, "number or null"),
+        ({"x": 1}, "keys"),
+    ],
+)
+def test_an_old_row_that_breaks_its_schema_is_no_ledger(path, changes, said):
+    with pytest.raises(ledger.LedgerError, match=said):
+        read_old(path, old_row(**changes))
+
+
+@pytest.mark.parametrize("file", LEDGERS, ids=lambda file: file.stem)
+def test_the_committed_ledgers_know_theory_and_threshold_of_every_condition(file):
+    for found in ledger.read(file)["rows"]:
+        for c in found["conditions"]:
+            assert c["theory"]
+            assert c["since"]
+            if c["verdict"] in ("holds", "fails") and None not in (c["low"], c["high"]):
+                met = Threshold.parse(c["threshold"]).settle(c["low"], c["high"])
+                assert met == (c["verdict"] == "holds"), (found["id"], c)
 
 
 def test_processes_that_write_at_once_lose_no_row(path, tmp_path):

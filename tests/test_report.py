@@ -1,9 +1,11 @@
 """The report: one page of its own, every tip and claim on it, and notebooks that may fail."""
 
 import asyncio
+import dataclasses
 import json
 import re
 import sys
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from queue import Empty
@@ -14,18 +16,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dlhelpers.course import claims, ledger, report
-from dlhelpers.course.claims.claim import Claim, Condition, Threshold, Tip
+from dlhelpers.course.claims.claim import Claim, Condition, Tip
+from dlhelpers.course.claims.conditions import Judged
 from dlhelpers.course.report import command
 from dlhelpers.course.report.cells import Cell, cells_of_claims
 from dlhelpers.course.report.running import kernel_of_this_python
+from dlhelpers.course.verdicts import Threshold
 
 BAR = Threshold(">=", 1.05)
 
 
 def a_claim(id="fusion.speeds-up", says="Fusing is faster.", kind="time", **changes):
     conditions = (
-        Condition("batch 1", "wins", "fewer launches", BAR),
-        Condition("batch 64", "cannot", "same arithmetic", BAR),
+        Condition("batch 1", "wins", "fewer launches", BAR, date(2026, 1, 2)),
+        Condition("batch 64", "cannot", "same arithmetic", BAR, date(2026, 1, 2)),
     )
     facts = {
         "id": id,
@@ -37,7 +41,7 @@ def a_claim(id="fusion.speeds-up", says="Fusing is faster.", kind="time", **chan
         "threshold": BAR,
         "unit": "",
         "question": "?",
-        "answers": {"holds": "It holds", "fails": "It fails"},
+        "answers": {"all": "It holds", "none": "It fails"},
         "notebook": "06_fusion",
         "conditions": conditions,
         "control": kind == "time",
@@ -54,21 +58,26 @@ TIPS = (
 )
 
 
-def a_row(id="fusion.speeds-up", verdict="depends", first="holds", second="fails", **changes):
+def a_condition(name, verdict, effect=1.21, low=1.17, high=1.26, theory="wins", **changes):
+    judged = Judged(name, verdict, effect, low, high, BAR, "", theory, date(2026, 1, 2))
+    return dataclasses.replace(judged, **changes).as_row()
+
+
+def a_row(id="fusion.speeds-up", first="holds", second="fails", **changes):
     conditions = [
-        {"name": "batch 1", "verdict": first, "effect": 1.21, "low": 1.17, "high": 1.26},
-        {"name": "batch 64", "verdict": second, "effect": 1.01, "low": 0.99, "high": 1.02},
+        a_condition("batch 1", first),
+        a_condition("batch 64", second, 1.01, 0.99, 1.02, "cannot"),
     ]
     control = {"effect": 1.0, "low": 0.98, "high": 1.02, "outcome": "no difference"}
-    numbers = {"effect": 1.21, "low": 1.17, "high": 1.26}
-    rest = {"conditions": [c | {"reason": ""} for c in conditions], "answer": None}
-    return {"id": id, "verdict": verdict, "control": control} | numbers | rest | changes
+    now = "2026-01-03T00:00:00+00:00"
+    told = {"id": id, "judged": now, "versions": {"torch": "2.13.0"}, "control": control}
+    return told | {"conditions": conditions, "answer": None, "answered": now} | changes
 
 
 def a_ledger(*rows, line="2 cores, AVX2"):
     machine = {"line": line, "key": line, "cores": 2, "extras": {"dali": None}}
     return {
-        "schema": 1,
+        "schema": 2,
         "machine": machine,
         "versions": {"python": "3.12.1", "torch": "2.13.0", "torchvision": None},
         "created": "2026-01-02T03:04:05+00:00",
@@ -90,7 +99,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         named = dict(attrs)
         self.addresses += [named[k] for k in ("href", "src", "action", "data") if k in named]
-        if tag == "tr" and "data-verdict" in named:
+        if tag == "tr" and "data-mechanism" in named:
             self.rows.append(named)
         if tag not in ("meta", "input", "line", "circle", "br"):
             self.stack.append(tag)
@@ -121,15 +130,20 @@ def test_tags_are_balanced_and_ids_unique():
 
 
 def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
-    page = Page(report.render(a_ledger(a_row(answer="holds")), claims=[a_claim()], tips=TIPS))
+    page = Page(report.render(a_ledger(a_row(answer="all")), claims=[a_claim()], tips=TIPS))
     for said in (
-        "DEPENDS",
-        "1.21 [1.17, 1.26]",
+        "Holds in 1 of 2, as the mechanism says",
+        "Confirmed for batch 1 (1.21x [1.17, 1.26]); refuted for batch 64 (1.01x [0.99, 1.02])",
+        "mechanism: must hold",
+        "mechanism: cannot hold",
+        "judged 2026-01-03",
+        "Of those settled: as the mechanism says in 2 of the 2 where it commits itself. "
+        "Theory and thresholds have stood since 2026-01-02 or earlier.",
         "no difference",
         "a paper, table 1",
         "Fuse them.",
-        "predicted: It holds",
-        "0 of 1 predictions right",
+        "predicted: It holds (confirmed)",
+        "0 of 1 prediction right",
         "2 cores, AVX2",
         "torch 2.13.0",
         "torchvision absent",
@@ -146,24 +160,60 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
 def test_filters_offer_what_the_rows_carry():
     rows = [a_claim(), a_claim("pairing.floor", kind="exact")]
     page = report.render(a_ledger(a_row()), claims=rows, tips=TIPS)
-    found = [(r["data-topic"], r["data-verdict"], r["data-kind"]) for r in Page(page).rows]
-    assert found == [("fusion", "depends", "time"), ("pairing", "not-run", "exact")]
-    for value in ("fusion", "pairing", "depends", "not-run", "time", "exact"):
+    found = [(r["data-topic"], r["data-mechanism"], r["data-kind"]) for r in Page(page).rows]
+    assert found == [("fusion", "agrees", "time"), ("pairing", "not-run", "exact")]
+    for value in ("fusion", "pairing", "agrees", "not-run", "time", "exact"):
         assert f"<option value='{value}'>" in page
 
 
 def test_every_tip_is_listed_with_its_verdicts_or_where_it_will_be_treated():
     text = Page(report.render(a_ledger(a_row()), claims=[a_claim()], tips=TIPS)).text
     tips = " ".join(text[text.index("What became of it here") :].split())
-    assert "Fuse them. a README, 2021 DEPENDS Fusing is faster." in tips
+    assert (
+        "Fuse them. a README, 2021 Holds in 1 of 2, as the mechanism says Fusing is faster." in tips
+    )
     assert "Use LMDB. Still there. a README, 2021 not treated yet: 02_lmdb_io" in tips
     assert "Prune. a README, 2021 not treated yet: a later notebook" in tips
 
 
 def test_a_claim_without_a_row_is_shown_as_not_run():
     page = Page(report.render(a_ledger(), claims=[a_claim()], tips=TIPS))
-    assert page.rows[0]["data-verdict"] == "not-run"
-    assert "NOT RUN" in page.text
+    assert page.rows[0]["data-mechanism"] == "not-run"
+    assert "Not run" in page.text
+    assert "2 conditions: 2 not run." in page.text
+
+
+def test_what_goes_against_the_mechanism_stands_out():
+    row = a_row(first="fails")
+    page = Page(report.render(a_ledger(row), claims=[a_claim()], tips=TIPS))
+    text = " ".join(page.text.split())
+    assert "Against the mechanism: Fusing is faster. batch 1" in text
+    assert "Holds in neither of 2, AGAINST THE MECHANISM in 1: batch 1" in text
+    assert "refuted AGAINST THE MECHANISM" in text
+    assert page.rows[0]["data-mechanism"] == "against"
+
+
+def test_an_old_row_is_judged_by_what_it_was_measured_with():
+    old = a_condition("batch 1", "holds", 1.06, 1.055, 1.07, threshold=Threshold(">=", 1.01))
+    older = a_condition("batch 64", "holds", theory=None, threshold=None, since=None)
+    strict = Threshold(">=", 1.5)
+    now = [
+        Condition("batch 1", "cannot", "?", strict, date(2026, 2, 3)),
+        Condition("batch 64", "cannot", "?", strict, date(2026, 2, 3)),
+    ]
+    row = a_row(conditions=[old, older], answer="none", answered=None, judged=None, versions=None)
+    claim = a_claim(conditions=tuple(now), threshold=strict)
+    page = report.render(a_ledger(row), claims=[claim], tips=TIPS)
+    text = " ".join(Page(page).text.split())
+    assert "theory was 'wins', is 'cannot' since 2026-02-03" in text
+    assert "threshold was >= 1.01, is >= 1.5 since 2026-02-03" in text
+    assert "threshold &gt;= 1.01" in page, "the dashed line is the old one"
+    assert "threshold &gt;= 1.5" not in page
+    assert "mechanism unknown" in text
+    assert "what it said of 1 is unknown" in text
+    assert "on a day unknown: not scored" in text
+    assert "day and versions unknown" in text
+    assert "no predictions yet" in text
 
 
 def test_the_course_itself_renders_with_an_empty_ledger():
@@ -182,14 +232,13 @@ def test_a_row_of_an_undeclared_claim_is_named():
 
 @pytest.mark.parametrize("kind", ["exact", "time", "memory", "accuracy"])
 def test_null_numbers_and_renamed_conditions_render(kind):
-    row = a_row(effect=None, low=None, high=None, control=None)
+    row = a_row(control=None)
+    nothing = (None, None, None)
     row["conditions"] = [
-        {"name": "gone", "verdict": "fails", "effect": None, "low": None, "high": None},
-        {"name": "batch 1", "verdict": "unsettled", "effect": 1.3, "low": 0.0, "high": None},
-        {"name": "batch 64", "verdict": "not-measured", "effect": None, "low": None, "high": None},
+        a_condition("gone", "fails", *nothing, threshold=None),
+        a_condition("batch 1", "unsettled", 1.3, 0.0, None),
+        a_condition("batch 64", "not-measured", *nothing, reason="no CUDA device"),
     ]
-    row["conditions"] = [c | {"reason": ""} for c in row["conditions"]]
-    row["conditions"][2]["reason"] = "no CUDA device"
     page = Page(report.render(a_ledger(row), claims=[a_claim(kind=kind)], tips=TIPS))
     assert "not finite" in page.text
     assert "not measured: no CUDA device" in page.text
@@ -205,8 +254,12 @@ KNOWN_TAGS = set(
     Page(
         report.compare([a_ledger(a_row())] * 2, claims=[])
         + report.render(
-            a_ledger(a_row(answer="holds"), a_row("x.y")),
-            claims=[a_claim(), a_claim("fusion.exact", kind="exact", needs="cuda")],
+            a_ledger(a_row(answer="all", first="fails"), a_row("x.y"), a_row("fusion.against")),
+            claims=[
+                a_claim(),
+                a_claim("fusion.old"),
+                a_claim("fusion.exact", kind="exact", needs="cuda"),
+            ],
             tips=TIPS,
             failed=[report.NotebookRun("a", 1.0, 1, "b")],
         )
@@ -222,6 +275,7 @@ KNOWN_TAGS = set(
 def test_arbitrary_text_is_escaped(text):
     row = a_row(text, answer=text)
     row["conditions"][0] |= {"name": text, "reason": text}
+    row["versions"], row["judged"] = {text: text}, text
     row["control"] |= {"outcome": text}
     tip = Tip(text, text, text, text, (text,))
     claim = a_claim(text, says=text, tip=text, source=text, metric=text, unit=text, notebook=text)
@@ -243,7 +297,7 @@ def test_arbitrary_text_is_escaped(text):
 
 
 def machines(*verdicts):
-    books = [a_ledger(a_row(verdict=v), line=f"machine {n}") for n, v in enumerate(verdicts)]
+    books = [a_ledger(a_row(first=v), line=f"machine {n}") for n, v in enumerate(verdicts)]
     return report.compare(books, claims=[a_claim()])
 
 
@@ -251,16 +305,16 @@ def machines(*verdicts):
     ("verdicts", "turned"),
     [
         (("holds", "fails"), True),
-        (("holds", "holds", "depends"), True),
+        (("holds", "holds", "fails"), True),
         (("holds", "holds"), False),
         (("holds", "unsettled"), False),
         (("not-measured", "fails"), False),
     ],
 )
-def test_a_verdict_turns_round_where_two_machines_settled_it_differently(verdicts, turned):
+def test_a_condition_turns_round_where_two_machines_settled_it_differently(verdicts, turned):
     page = machines(*verdicts)
     assert ("data-turned='yes'" in page) == turned
-    assert f"{int(turned)} of 1 claims turn round" in page
+    assert f"{int(turned)} of 2 conditions turn{'s' * turned} round" in page
     assert all(f"machine {n}" in page for n in range(len(verdicts)))
 
 
@@ -272,7 +326,7 @@ def test_a_condition_that_turns_round_is_named():
 
 def test_a_claim_that_one_machine_lacks_is_not_run_there():
     text = Page(report.compare([a_ledger(a_row()), a_ledger()], claims=[a_claim()])).text
-    assert "NOT RUN" in text
+    assert "Not run" in text
 
 
 def test_one_ledger_is_no_comparison():
@@ -305,8 +359,7 @@ def notebooks(tmp_path, monkeypatch):
 RECORD = (
     "from dlhelpers.course import ledger\n"
     "ledger.describe_machine = lambda: {'line': 'm', 'key': 'm'}\n"
-    "ledger.update(dict(id='a.b', verdict='holds', effect=1, low=1, high=1, control=None,"
-    " answer=None, conditions=[]))"
+    "ledger.update(dict(id='a.b', control=None, answer=None, conditions=[]))"
 )
 
 

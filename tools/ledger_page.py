@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.course import claims, ledger
+from dlhelpers.course.claims.conditions import Judged, Tally
+from dlhelpers.course.claims.course import agreement_text
+from dlhelpers.course.claims.sentences import headline, sentence
+from dlhelpers.course.report.page import stands_since
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "where-tips-hold.md"
@@ -17,8 +20,10 @@ Made from `data/ledgers/` by `tools/ledger_page.py`; a test keeps it true. Each 
 on which the whole course was run; your own is written by `make report`, and compared with these by
 `python -m dlhelpers report --compare ledger.json data/ledgers/*.json`.
 
-A *depends* is followed by the conditions under which the claim holds, and after the stroke by those
-under which it fails. Effects with their intervals are in the ledgers.
+The unit is the condition. Each cell says where the tip holds there and where not, with the effect;
+intervals are in the ledgers. **AGAINST THE MECHANISM** marks a condition that came out otherwise
+than theory said beforehand, in the lesson's file. Conditions were chosen so that theory expects the
+tip to fail in some of them: how many hold says nothing of how often such tips are right.
 """
 
 
@@ -33,9 +38,16 @@ def render() -> str:
     ledgers = {file.stem: ledger.read(file) for file in files}
     parts = [HEAD]
     for name, one in ledgers.items():
-        counts = Counter(row["verdict"] for row in one["rows"])
-        said = ", ".join(f"{n} {verdict.replace('-', ' ')}" for verdict, n in counts.most_common())
-        parts.append(f"- **{name}**: {one['machine']['line']}. {said}.")
+        judged = [(row["id"], Judged.from_row(c)) for row in one["rows"] for c in row["conditions"]]
+        tally = Tally.of(c for _, c in judged)
+        counts = (
+            f"Conditions: {tally.holds} hold, {tally.fails} fail, {tally.unsettled} unsettled, "
+            f"{tally.missing} not measured; {agreement_text(tally)}. Theory and thresholds have "
+            f"stood since {stands_since(one['rows'])} or earlier."
+        )
+        against = "; ".join(f"`{id}`: {c.name}" for id, c in judged if c.agreement == "against")
+        counts += f" **Against the mechanism**: {_plain(against)}." if against else ""
+        parts.append(f"- **{name}**: {one['machine']['line']}. {counts}")
     rows = {name: {row["id"]: row for row in one["rows"]} for name, one in ledgers.items()}
     notebook = ""
     for claim in sorted(claims.all_claims(), key=lambda claim: claim.notebook):
@@ -44,22 +56,26 @@ def render() -> str:
             heads = " | ".join(rows)
             parts += ["", f"## [{notebook}](../notebooks/{notebook}.ipynb)", ""]
             parts += [f"| claim | {heads} |", "|---" * (1 + len(rows)) + "|"]
-        cells = " | ".join(_cell(found.get(claim.id)) for found in rows.values())
+        cells = " | ".join(_cell(claim, found.get(claim.id)) for found in rows.values())
         says = claim.says.replace("|", "\\|").replace("\n", " ")
         parts.append(f"| {says} | {cells} |")
     return "\n".join([*parts, ""])
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def _cell(claim: claims.Claim, row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "not run"
-    if row["verdict"] != "depends":
-        return f"**{row['verdict'].replace('-', ' ')}**"
-    sides = [
-        "; ".join(c["name"] for c in row["conditions"] if c["verdict"] == verdict)
-        for verdict in ("holds", "fails")
-    ]
-    return f"**depends**: {sides[0]} / {sides[1]}"
+    conditions = [Judged.from_row(c) for c in row["conditions"]]
+    tally = Tally.of(conditions)
+    said = sentence(claim, conditions, intervals=False)
+    if not tally.settled:
+        return _plain(said)
+    head = _plain(headline(tally))
+    return f"**{head}**. {_plain(said)}." if tally.against else f"{head}. {_plain(said)}."
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,18 @@
 
 A ledger is one JSON file with exactly these keys:
 
-    schema    1
+    schema    2
     machine   what ``dlhelpers.machine.describe()`` found, with its ``line`` and ``key``
-    versions  package -> version
+    versions  package -> version, when it was last written
     created   time of the ledger's beginning, ISO 8601, UTC
-    rows[]    id, verdict, effect, low, high, control, answer, conditions; one row a claim
+    rows[]    one row a claim: id, judged (time, UTC), versions (package -> version), control,
+              answer, answered (time), and of each of its conditions: name, verdict, agreement,
+              effect, low, high, threshold, theory, since, reason
 
-``verdict`` is one of holds, fails, depends, unsettled, not-measured. Numbers that are not finite
-are null: the file is strict JSON. A file is replaced whole (written beside, then renamed) under
+``verdict`` is one of holds, fails, unsettled, not-measured, and ``reason`` says why it is one of
+the last two; ``agreement`` (agrees, against, open) says whether that is what the theory of the
+day predicted. What a ledger of schema 1 lacks is null: unknown. Numbers that are not finite are
+null too: the file is strict JSON. A file is replaced whole (written beside, then renamed) under
 a lock, so that processes which write at once lose no row and no reader sees half a file.
 
 It lies in the user's cache folder, or where the environment variable DLHELPERS_LEDGER says. A
@@ -31,6 +35,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dlhelpers.course import ledger_schema
+from dlhelpers.course.ledger_schema import SCHEMA
+
 __all__ = [
     "SCHEMA",
     "LedgerError",
@@ -42,12 +49,6 @@ __all__ = [
     "update",
 ]
 
-SCHEMA = 1
-_KEYS = ("schema", "machine", "versions", "created", "rows")
-_ROW_KEYS = ("id", "verdict", "effect", "low", "high", "control", "answer", "conditions")
-_CONDITION_KEYS = ("name", "verdict", "effect", "low", "high", "reason")
-_CONTROL_KEYS = ("effect", "low", "high", "outcome")
-_VERDICTS = ("holds", "fails", "depends", "unsettled", "not-measured")
 _PACKAGES = ("dlhelpers", "torch", "torchvision", "numpy")
 _LOCK_S = 20.0
 _warned: set[str] = set()  # ledgers that could not be written, each of them said once
@@ -67,11 +68,11 @@ def default_path() -> Path:
 
 
 def read(path: str | Path | None = None) -> dict[str, Any]:
-    """Return a ledger as a dict, checked.
+    """Return a ledger as a dict, checked; one of schema 1 as schema 2, with null for what it lacks.
 
     Raises:
         FileNotFoundError: there is none yet.
-        LedgerError: the file is no ledger of this schema.
+        LedgerError: the file is no ledger of these schemas.
         OSError: it cannot be read.
     """
     path = default_path() if path is None else Path(path)
@@ -80,9 +81,9 @@ def read(path: str | Path | None = None) -> dict[str, Any]:
         ledger = _strict(json.loads(text, parse_constant=_refuse_constant))  # 1e999 is infinite
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise LedgerError(f"{path} is no ledger: {error}") from error
-    if problem := _problem(ledger):
+    if problem := ledger_schema.problem(ledger):
         raise LedgerError(f"{path} is no ledger: {problem}")
-    return ledger
+    return ledger_schema.upgraded(ledger)
 
 
 def start(path: str | Path) -> None:
@@ -105,7 +106,8 @@ def update(row: Mapping[str, Any], path: str | Path | None = None) -> None:
     aside as ``ledger.json.bad-1`` (-2, ...) with a warning.
 
     Args:
-        row: keys as in the module's docstring.
+        row: keys as in the module's docstring; ``judged``, ``versions`` and ``answered`` are those
+            of now where they are left out.
         path: the ledger; :func:`default_path` where None.
 
     Raises:
@@ -113,15 +115,18 @@ def update(row: Mapping[str, Any], path: str | Path | None = None) -> None:
         OSError: the folder cannot be written, or the lock was not free for 20 s.
     """
     path = default_path() if path is None else Path(path)
-    row = _strict(dict(row))
-    if problem := _row_problem(row):
+    now = _now()
+    answered = None if row.get("answer") is None else now
+    row = _strict({"judged": now, "versions": _versions(), "answered": answered} | dict(row))
+    if problem := ledger_schema.row_problem(row):
         raise LedgerError(f"this row cannot stand in a ledger: {problem}")
+    row = {key: row[key] for key in ledger_schema.ROW_KEYS}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
         ledger = _own(path, _load(path))
         rows = {old["id"]: old for old in ledger["rows"]}
         if row["answer"] is None and row["id"] in rows:
-            row["answer"] = rows[row["id"]]["answer"]
+            row |= {key: rows[row["id"]][key] for key in ("answer", "answered")}
         rows[row["id"]] = row
         _replace(path, ledger | {"rows": list(rows.values())})
 
@@ -157,7 +162,13 @@ def _versions() -> dict[str, str | None]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    for found in describe_machine().get("extras", {}).values():
+        versions |= {package: version for package, version in found.items() if version}
     return versions
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _empty() -> dict[str, Any]:
@@ -165,7 +176,7 @@ def _empty() -> dict[str, Any]:
         "schema": SCHEMA,
         "machine": describe_machine(),
         "versions": _versions(),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": _now(),
         "rows": [],
     }
 
@@ -234,49 +245,3 @@ def _strict(value: Any) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
-
-
-def _problem(ledger: Any) -> str:
-    """Return what keeps this from being a ledger, empty where nothing does."""
-    if not isinstance(ledger, dict) or set(ledger) != set(_KEYS):
-        found = sorted(ledger) if isinstance(ledger, dict) else type(ledger).__name__
-        return f"expected the keys {', '.join(_KEYS)}, got {found}"
-    if ledger["schema"] != SCHEMA or isinstance(ledger["schema"], bool):
-        return f"schema {ledger['schema']!r}, this version reads {SCHEMA}"
-    for key, kind in (("machine", dict), ("versions", dict), ("created", str), ("rows", list)):
-        if not isinstance(ledger[key], kind):
-            return f"{key} must be of type {kind.__name__}, got {ledger[key]!r}"
-    seen: set[str] = set()
-    for number, row in enumerate(ledger["rows"], start=1):
-        if problem := _row_problem(row):
-            return f"row {number}: {problem}"
-        if row["id"] in seen:
-            return f"row {number}: a second row of {row['id']!r}"
-        seen.add(row["id"])
-    return ""
-
-
-def _row_problem(row: Any) -> str:
-    if not isinstance(row, dict) or set(row) != set(_ROW_KEYS):
-        found = sorted(row) if isinstance(row, dict) else type(row).__name__
-        return f"expected the keys {', '.join(_ROW_KEYS)}, got {found}"
-    if not isinstance(row["id"], str) or not isinstance(row["answer"], (str, type(None))):
-        return f"id must be text and answer text or null, got {row['id']!r}, {row['answer']!r}"
-    if not isinstance(row["conditions"], list):
-        return f"conditions must be a list, got {row['conditions']!r}"
-    parts = [("", row, _ROW_KEYS)]
-    parts += [("conditions: ", c, _CONDITION_KEYS) for c in row["conditions"]]
-    if row["control"] is not None:
-        parts.append(("control: ", row["control"], _CONTROL_KEYS))
-    for where, part, keys in parts:
-        if not isinstance(part, dict) or set(part) != set(keys):
-            return f"{where}expected the keys {', '.join(keys)}, got {part!r}"
-        if part.get("verdict", "holds") not in _VERDICTS:
-            return f"{where}verdict {part['verdict']!r} is none of {', '.join(_VERDICTS)}"
-        for key in ("effect", "low", "high"):
-            if not isinstance(part[key], (int, float, type(None))):
-                return f"{where}{key} must be a number or null, got {part[key]!r}"
-        for key in {"name", "reason", "outcome"} & set(part):
-            if not isinstance(part[key], str):
-                return f"{where}{key} must be text, got {part[key]!r}"
-    return ""

@@ -1,11 +1,10 @@
 """What becomes of a tip when it is measured?
 
 A tip is a sentence that people repeat. A claim is that tip with a metric, a threshold and the
-conditions it is tried in. Evidence of one condition meets the threshold, misses it, or its
-interval straddles it; the verdict of the claim follows from all of them:
-
-    all meet it: holds    all miss it: fails    some meet and some miss it: depends
-    a straddling interval, or a control that is off: unsettled    nothing measured: not-measured
+conditions it is tried in. Evidence of one condition meets the threshold (it holds), misses it (it
+fails), or its interval straddles it, as it does where the control is off (unsettled). The verdict
+of the claim is the sentence made from its conditions: where the tip holds, by how much, where not,
+and whether that is as the mechanism says.
 
 In a notebook::
 

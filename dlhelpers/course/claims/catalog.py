@@ -11,16 +11,26 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import date, datetime
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from dlhelpers.course.claims.claim import Claim, Condition, Kind, Lesson, Theory, Threshold, Tip
+from dlhelpers.course.claims.claim import (
+    CONFIRMED,
+    YES,
+    Claim,
+    Condition,
+    Kind,
+    Lesson,
+    Tip,
+)
+from dlhelpers.course.verdicts import Theory, Threshold
 
 __all__ = ["all_claims", "all_tips", "find", "lessons", "load", "load_tips", "tip_of"]
 
-_ANSWERS = {"holds": "It holds", "fails": "It fails", "depends": "It depends"}
+_ANSWERS = {"all": "It holds", "none": "It fails", "some": "In some of the cases"}
 _NEGLIGIBLE = 0.03
 _FOLDER = Path(__file__).resolve().parent.parent
 _STEM = re.compile(r"\d\d[a-z]?_[a-z0-9_]+")  # 06_fusion; 06b_more continues it
@@ -145,26 +155,40 @@ def _claim(row: _Row, tips: list[str], notebook: str) -> Claim:
         control=row.take("control", bool, kind == "time"),
         negligible=float(row.take("negligible", (float, int), _NEGLIGIBLE)),
         needs=row.text("needs", ""),
+        words=_labels(row, "words", CONFIRMED),
+        found=_labels(row, "found", YES),
     )
     row.close()
+    if claim.found != YES and not isinstance(threshold.bound, bool):
+        row.fail(f"found puts truth values into words, and {threshold} asks for none")
     if not 0 < claim.negligible < 1:
         row.fail(f"negligible must lie between 0 and 1, such as 0.03, got {claim.negligible}")
     return claim
 
 
 def _answers(row: _Row) -> Mapping[str, str]:
-    answers = row.take("answers", dict, _ANSWERS)
-    for verdict, label in answers.items():
-        row.one_of("answers", verdict, _ANSWERS)
-        if not isinstance(label, str) or not label.strip():
-            row.fail(f"answers.{verdict} must be a label, got {label!r}")
+    answers = _labels(row, "answers", _ANSWERS, some=True)
     if len(answers) < 2:
         row.fail(f"answers needs two of {', '.join(_ANSWERS)} at least, got {list(answers)}")
-    return dict(answers)
+    return answers
+
+
+def _labels(
+    row: _Row, key: str, usual: Mapping[str, str], *, some: bool = False
+) -> Mapping[str, str]:
+    """Take a table of labels with the keys of the usual one, or some of them."""
+    labels = row.take(key, dict, dict(usual))
+    for name, label in labels.items():
+        row.one_of(key, name, usual)
+        if not isinstance(label, str) or not label.strip():
+            row.fail(f"{key}.{name} must be a label, got {label!r}")
+    if missing := [name for name in usual if name not in labels and not some]:
+        row.fail(f"{key} lacks {missing[0]!r}, it needs {' and '.join(usual)}")
+    return dict(labels)
 
 
 def _conditions(row: _Row, kind: str, threshold: Threshold) -> tuple[Condition, ...]:
-    tables = row.take("condition", list)
+    tables, since, where = row.take("condition", list), row.day("since"), row.before_names("for")
     conditions: dict[str, Condition] = {}
     for number, table in enumerate(tables, start=1):
         inner = _Row(f"{row.where}, condition {number}", table)
@@ -176,8 +200,15 @@ def _conditions(row: _Row, kind: str, threshold: Threshold) -> tuple[Condition, 
             theory=inner.one_of("theory", inner.text("theory"), get_args(Theory)),
             why=inner.text("why"),
             threshold=_threshold(inner, kind) if "threshold" in inner.names() else threshold,
+            since=inner.day("since", since),
+            where=inner.before_names(where),
         )
         inner.close()
+        if conditions[name].since < since:
+            inner.fail(
+                f"since {conditions[name].since} lies before the claim's {since}: give the claim "
+                "the earliest day of its conditions"
+            )
     if not conditions:
         row.fail("needs one [[claim.condition]] at least")
     return tuple(conditions.values())
@@ -221,6 +252,7 @@ class _Row:
         wanted = types if isinstance(types, tuple) else (types,)
         if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             names = " or ".join(t.__name__ for t in wanted)
+            names += ", as in 2026-11-30 without quotes" if date in wanted else ""
             self.fail(f"{key} must be of type {names}, got {value!r}")
         return value
 
@@ -228,6 +260,17 @@ class _Row:
         value = self.take(key, str, default)
         if key in self._table and not value.strip():
             self.fail(f"{key} is empty")
+        return value
+
+    def before_names(self, default: str) -> str:
+        """Return what stands before a condition's name; empty is allowed."""
+        return self.take("where", str, default).strip()
+
+    def day(self, key: str, default: date | None = None) -> date:
+        """Return a day, as TOML writes it: 2026-11-30, without quotes and without a time."""
+        value = self.take(key, date, default)
+        if isinstance(value, datetime):
+            self.fail(f"{key} must be a day without a time, got {value}")
         return value
 
     def identifier(self, pattern: str, example: str) -> str:

@@ -1,33 +1,23 @@
-"""What is a tip, and what does a claim need so that an experiment can settle it?
-
-A threshold splits the line in two: an interval [low, high] meets it where both ends do, misses it
-where neither does, and settles nothing where it straddles the bound.
-"""
+"""What is a tip, and what does a claim need so that an experiment can settle it?"""
 
 from __future__ import annotations
 
-import math
-import operator
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
+
+from dlhelpers.course.verdicts import Theory, Threshold
 
 if TYPE_CHECKING:
     from dlhelpers.course.claims.judging import NotMeasured, Verdict
     from dlhelpers.measure import Comparison
 
-__all__ = ["Claim", "Condition", "Kind", "Theory", "Threshold", "Tip"]
+__all__ = ["Claim", "Condition", "Kind", "Lesson", "Tip"]
 
 Kind = Literal["exact", "time", "memory", "accuracy"]
-Theory = Literal["wins", "cannot", "open"]
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    ">": operator.gt,
-    "<": operator.lt,
-}
+CONFIRMED = {"holds": "confirmed", "fails": "refuted"}
+YES = {"true": "yes", "false": "no"}
 
 
 @dataclass(frozen=True)
@@ -65,57 +55,6 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Threshold:
-    """What a metric must meet, such as ``>= 1.05`` or ``== true``.
-
-    >>> bar = Threshold.parse(">= 1.05")
-    >>> bar.met_by(1.1), bar.settle(1.01, 1.08)
-    (True, None)
-    """
-
-    op: str
-    bound: float | bool
-
-    @classmethod
-    def parse(cls, text: str) -> Threshold:
-        """Read an operator and a finite number, or ``== true`` and ``== false``.
-
-        Raises:
-            ValueError: the text is neither.
-        """
-        match = re.fullmatch(r"\s*(>=|<=|==|>|<)\s*(\S+)\s*", text)
-        if match:
-            op, bound = match.groups()
-            if op == "==" and bound in ("true", "false"):
-                return cls(op, bound == "true")
-            try:
-                if math.isfinite(number := float(bound)):
-                    return cls(op, number)
-            except ValueError:
-                pass
-        raise ValueError(
-            f"{text!r} must be one of {', '.join(_OPERATORS)} and a number, as in '>= 1.05', "
-            "or '== true'"
-        )
-
-    def met_by(self, value: float | bool) -> bool:
-        """Whether a number meets the bound; NaN meets none."""
-        return bool(_OPERATORS[self.op](value, self.bound))
-
-    def settle(self, low: float, high: float) -> bool | None:
-        """Whether a whole interval meets the bound (True) or misses it (False), else None."""
-        if self.op == "==":
-            inside = low <= self.bound <= high
-            return (True if low == high else None) if inside else False
-        ends = {self.met_by(low), self.met_by(high)}
-        return ends.pop() if len(ends) == 1 else None
-
-    def __str__(self) -> str:
-        bound = str(self.bound).lower() if isinstance(self.bound, bool) else f"{self.bound:g}"
-        return f"{self.op} {bound}"
-
-
-@dataclass(frozen=True)
 class Condition:
     """One circumstance in which a claim is tried.
 
@@ -124,12 +63,16 @@ class Condition:
         theory: whether the tip must win here (``wins``), ``cannot``, or theory leaves it open.
         why: what theory says, in a sentence.
         threshold: the claim's own, or this condition's.
+        since: the day from which theory and threshold stand as they are.
+        where: what a sentence puts before the name, such as ``for`` or ``with``; may be empty.
     """
 
     name: str
     theory: Theory
     why: str
     threshold: Threshold
+    since: date
+    where: str = "for"
 
 
 @dataclass(frozen=True)
@@ -144,14 +87,17 @@ class Claim:
         kind: ``exact`` (counted, the same everywhere), ``time``, ``memory`` or ``accuracy``.
         metric: what is measured, in words.
         threshold: what the metric must meet for the claim to hold.
-        unit: of the metric; empty for ratios and counts.
+        unit: of the metric, in the plural; ``x`` for times as much; empty where the metric says it.
         question: asked before the experiment.
-        answers: verdict -> label of the answer's button.
+        answers: ``all``, ``none``, ``some`` -> label of the button that says in how many of the
+            conditions the claim holds.
         notebook: stem of the one notebook that settles it.
         conditions: where it is tried.
         control: whether the evidence must hold the baseline against itself (kind ``time``).
         negligible: speedups within 1 ± this count as no difference (kind ``time``).
         needs: what a machine must have, such as ``cuda``; empty for nothing special.
+        words: ``holds``, ``fails`` -> what a sentence says of the tip there, such as ``pays``.
+        found: ``true``, ``false`` -> what a truth value means, such as ``an error is raised``.
     """
 
     id: str
@@ -169,6 +115,8 @@ class Claim:
     control: bool
     negligible: float
     needs: str
+    words: Mapping[str, str] = field(default_factory=CONFIRMED.copy, hash=False)
+    found: Mapping[str, str] = field(default_factory=YES.copy, hash=False)
 
     @property
     def topic(self) -> str:
@@ -213,7 +161,8 @@ class Claim:
 
         Per condition: an interval that wholly meets the threshold holds, one that wholly misses
         it fails, one that straddles it is unsettled; a number is compared as it is, and NaN
-        meets no threshold. A folder that cannot be written gives one warning, never an error.
+        meets no threshold. Where the control is off, every condition is unsettled. A folder that
+        cannot be written gives one warning, never an error.
 
         Args:
             evidence: condition's name -> what was found there, plus ``"control"`` where the

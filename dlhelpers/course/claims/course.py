@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dlhelpers.course.claims.catalog import all_claims, all_tips, lessons
+from dlhelpers.course.claims.conditions import Judged, Tally
 
-__all__ = ["CourseMap", "Standing", "course_map", "standing"]
+__all__ = ["CourseMap", "Standing", "agreement_text", "course_map", "standing"]
 
-_ORDER = ("holds", "fails", "depends", "unsettled", "not-measured", "not run")
+_ORDER = ("holds", "fails", "unsettled", "not measured", "not run")
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,47 +59,55 @@ class Standing:
     """What the ledger of this machine says of every tip; shows itself.
 
     Attributes:
-        rows: (notebook's stem, tip as people say it, verdict -> number of its claims there).
-        unsettled: (claim's id, why) of those that this machine could not settle.
+        rows: (notebook's stem, tip as people say it, tally of its claims' conditions there, number
+            of its conditions that were not run).
+        against: (claim's id, condition) of what came out against the mechanism.
+        unsettled: (claim's id, condition, why) of what this machine could not settle.
         machine: the machine in a line; empty where there is no ledger yet.
     """
 
-    rows: tuple[tuple[str, str, Mapping[str, int]], ...]
-    unsettled: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, str, Tally, int], ...]
+    against: tuple[tuple[str, str], ...]
+    unsettled: tuple[tuple[str, str, str], ...]
     machine: str
 
     @property
     def counts(self) -> dict[str, int]:
-        """Verdict -> number of claims, all notebooks together."""
-        sums = Counter()
-        for _, _, verdicts in self.rows:
-            sums.update(verdicts)
-        return {name: sums[name] for name in _ORDER if sums[name]}
+        """Verdict -> number of conditions, all notebooks together."""
+        return _counts(self._sum, sum(left for *_, left in self.rows))
 
-    def _head(self) -> str:
+    @property
+    def _sum(self) -> Tally:
+        return sum((tally for _, _, tally, _ in self.rows), Tally())
+
+    def _head(self) -> list[str]:
         where = self.machine or "no notebook has been run on this machine yet"
-        return f"{_said(self.counts)} · {where}"
+        head = [f"{_said(self.counts)} · {where}"]
+        return [*head, agreement_text(self._sum)] if self._sum.settled else head
 
     def __repr__(self) -> str:
-        lines = [self._head()]
-        lines += [f"{stem:16} {_said(found):28} {says}" for stem, says, found in self.rows]
-        return "\n".join([*lines, *(f"unsettled: {id}: {why}" for id, why in self.unsettled)])
+        lines = self._head()
+        lines += [f"AGAINST THE MECHANISM: {id}: {name}" for id, name in self.against]
+        lines += [
+            f"{stem:16} {_said(_counts(tally, left)):28} {says}"
+            for stem, says, tally, left in self.rows
+        ]
+        return "\n".join(
+            [*lines, *(f"unsettled: {id}: {name}: {why}" for id, name, why in self.unsettled)]
+        )
 
     def _repr_html_(self) -> str:
         left = " style='text-align:left'"
         body = "".join(
             f"<tr><td{left}>{_link(stem, True)}</td><td{left}>{html.escape(says)}</td>"
-            f"<td{left}>{_said(found)}</td></tr>"
-            for stem, says, found in self.rows
+            f"<td{left}>{_said(_counts(tally, missing))}{_against_html(tally)}</td></tr>"
+            for stem, says, tally, missing in self.rows
         )
-        why = "".join(
-            f"<li><code>{html.escape(id)}</code>: {html.escape(why)}</li>"
-            for id, why in self.unsettled
-        )
+        head = "<br>".join(map(html.escape, self._head()))
         return (
-            f"<p>{html.escape(self._head())}</p><table><thead><tr><th>notebook</th><th>tip</th>"
-            f"<th>here</th></tr></thead><tbody>{body}</tbody></table>"
-            + (f"<p>Unsettled, and why:</p><ul>{why}</ul>" if why else "")
+            f"<p>{head}</p>{_listed('Against the mechanism:', self.against)}<table><thead><tr>"
+            "<th>notebook</th><th>tip</th><th>conditions here</th></tr></thead>"
+            f"<tbody>{body}</tbody></table>{_listed('Unsettled, and why:', self.unsettled)}"
         )
 
 
@@ -116,41 +123,62 @@ def standing() -> Standing:
         found = ledger.read()
     except FileNotFoundError:
         found = {"rows": [], "machine": {}}
-    verdicts = {row["id"]: row for row in found["rows"]}
-    rows, unsettled = [], []
+    judged = {row["id"]: tuple(map(Judged.from_row, row["conditions"])) for row in found["rows"]}
+    rows, against, unsettled = [], [], []
     for stem in (lesson.stem for lesson in lessons()):
         for tip in all_tips():
             claims = [c for c in all_claims() if (c.tip, c.notebook) == (tip.id, stem)]
-            names = [verdicts.get(c.id, {}).get("verdict", "not run") for c in claims]
+            tally = Tally()
+            for claim in claims:
+                own = judged.get(claim.id, ())
+                tally += Tally.of(own)
+                against += [(claim.id, c.name) for c in own if c.agreement == "against"]
+                unsettled += [
+                    (claim.id, c.name, c.reason or "the reason is unknown")
+                    for c in own
+                    if c.verdict == "unsettled"
+                ]
+            left = sum(len(claim.conditions) for claim in claims if claim.id not in judged)
             if claims:
-                rows.append((stem, tip.says, dict(Counter(names))))
-            unsettled += [
-                (claim.id, _why(verdicts[claim.id]))
-                for claim, name in zip(claims, names, strict=True)
-                if name == "unsettled"
-            ]
-    line = found["machine"].get("line", "") if verdicts else ""
-    return Standing(tuple(rows), tuple(unsettled), line)
+                rows.append((stem, tip.says, tally, left))
+    line = found["machine"].get("line", "") if judged else ""
+    return Standing(tuple(rows), tuple(against), tuple(unsettled), line)
 
 
-def _why(row: Mapping[str, Any]) -> str:
-    """Say from a ledger's row why it is unsettled: the control, or intervals."""
-    outcome = (row.get("control") or {}).get("outcome", "")
-    if outcome in ("faster", "slower", "not measured"):
-        return f"the control came back {outcome}"
-    parts = []
-    for c in row["conditions"]:
-        if c["verdict"] == "unsettled":
-            known = c["low"] and c["high"]
-            interval = f"[{c['low']:.3g}, {c['high']:.3g}]" if known else "without an interval"
-            parts.append(f"{c['name']} {c['effect']:.3g} {interval}")
-    return "too little time to tell: " + "; ".join(parts)
+def agreement_text(tally: Tally) -> str:
+    """Say in how many of the settled conditions the mechanism commits itself, and was right."""
+    committed = tally.agrees + len(tally.against)
+    unknown = tally.settled - committed - tally.open
+    parts = [f"as the mechanism says in {tally.agrees} of the {committed} where it commits itself"]
+    parts += [f"{tally.open} it left open"] * bool(tally.open)
+    parts += [f"what it said of {unknown} is unknown"] * bool(unknown)
+    return ", ".join(parts if committed or not unknown else parts[1:])
 
 
-def _said(verdicts: Mapping[str, int]) -> str:
-    return ", ".join(
-        f"{verdicts[name]} {name.replace('-', ' ')}" for name in _ORDER if verdicts.get(name)
+def _counts(tally: Tally, left: int) -> dict[str, int]:
+    numbers = (tally.holds, tally.fails, tally.unsettled, tally.missing, left)
+    return {name: number for name, number in zip(_ORDER, numbers, strict=True) if number}
+
+
+def _said(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {_plural(name, number)}" for name, number in counts.items())
+
+
+def _plural(name: str, number: int) -> str:
+    verbs = {"holds": "hold", "fails": "fail"}
+    return verbs.get(name, name) if number != 1 else name
+
+
+def _against_html(tally: Tally) -> str:
+    return f"<br><b>{len(tally.against)} against the mechanism</b>" if tally.against else ""
+
+
+def _listed(title: str, entries: Iterable[tuple[str, ...]]) -> str:
+    lines = "".join(
+        f"<li><code>{html.escape(id)}</code>: {html.escape(': '.join(rest))}</li>"
+        for id, *rest in entries
     )
+    return f"<p>{title}</p><ul>{lines}</ul>" if lines else ""
 
 
 def _counted(count: int) -> str:

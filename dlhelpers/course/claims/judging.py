@@ -1,29 +1,29 @@
-"""Does the evidence bear the claim out?
+"""Does the evidence bear the claim out, condition by condition?
 
-Each condition is settled by itself, then all together:
-
-1. a control that is itself ``faster`` or ``slower``, or that was not measured: unsettled
-2. some conditions hold and some fail: depends, on what is named
-3. an interval straddles the threshold: unsettled
-4. all hold: holds; all fail: fails
-
-Conditions that were not measured are named and left out; where none was: not-measured.
+An interval that wholly meets the threshold holds, one that wholly misses it fails, one that
+straddles it is unsettled. A control that is itself *faster* or *slower*, or that was not measured,
+leaves every condition unsettled that was measured beside it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dlhelpers.course.claims.conditions import Judged, Tally
+from dlhelpers.course.verdicts import STRADDLES, Settled, control_off
 
 if TYPE_CHECKING:
-    from dlhelpers.course.claims.claim import Claim, Condition, Threshold
+    from dlhelpers.course.claims.claim import Claim, Condition
+    from dlhelpers.course.verdicts import Threshold
 
-__all__ = ["Control", "Judged", "NotMeasured", "Settled", "Verdict", "not_measured", "settle"]
+__all__ = ["Control", "NotMeasured", "Verdict", "not_measured", "settle"]
 
-Settled = Literal["holds", "fails", "depends", "unsettled", "not-measured"]
-_VERDICTS = {True: "holds", False: "fails", None: "unsettled"}
+TOO_FEW = "too few repetitions for an interval"
+CHANGING = "the ratio was still changing"
+_VERDICTS: dict[bool | None, Settled] = {True: "holds", False: "fails", None: "unsettled"}
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,6 @@ def not_measured(reason: str) -> NotMeasured:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One condition of a claim and what its evidence says.
-
-    Attributes:
-        name: of the condition.
-        verdict: ``holds``, ``fails``, ``unsettled`` or ``not-measured``.
-        effect: the number, mean or speedup; None where it was not measured.
-        low, high: its interval; both equal to ``effect`` where the number is exact.
-        threshold: what it had to meet.
-        reason: why it was not measured or has no interval although there were enough pairs, else
-            empty.
-    """
-
-    name: str
-    verdict: Settled
-    effect: float | bool | None
-    low: float | bool | None
-    high: float | bool | None
-    threshold: Threshold
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class Control:
     """The baseline against itself: its speedup, interval and outcome (``not measured`` too)."""
 
@@ -79,9 +56,9 @@ class Control:
     outcome: str
 
     @property
-    def is_off(self) -> bool:
-        """Whether nothing measured beside it can be trusted."""
-        return self.outcome in ("faster", "slower", "not measured")
+    def off(self) -> str:
+        """Why nothing measured beside it can be trusted; empty where it can."""
+        return control_off(self.outcome)
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,21 +66,17 @@ class Verdict:
     """What became of a claim on this machine; shows itself as a card.
 
     Attributes:
-        claim: the claim that was settled.
-        verdict: ``holds``, ``fails``, ``depends``, ``unsettled`` or ``not-measured``.
+        claim: the claim that was judged.
         conditions: each condition with its own verdict, in the claim's order.
         control: the baseline against itself, None where the claim has none.
         answer: what the learner predicted in this session, None without an answer.
-        reason: on what it depends, or what is missing; empty where it holds or fails throughout.
         machine: this machine in a line; empty for ``exact`` claims, which are the same anywhere.
     """
 
     claim: Claim
-    verdict: Settled
     conditions: tuple[Judged, ...]
     control: Control | None
     answer: str | None
-    reason: str
     machine: str
 
     @property
@@ -111,22 +84,37 @@ class Verdict:
         """The claim's id."""
         return self.claim.id
 
-    def as_row(self) -> dict[str, Any]:
-        """Return the ledger's row.
+    @property
+    def tally(self) -> Tally:
+        """How many conditions hold, fail, agree with the mechanism, and which go against it."""
+        return Tally.of(self.conditions)
 
-        ``effect``, ``low`` and ``high`` are those of the first condition whose own verdict is
-        the claim's, else of the first one that was measured.
-        """
-        measured = [c for c in self.conditions if c.verdict != "not-measured"]
-        agreeing = [c for c in measured if c.verdict == self.verdict]
-        chosen = (agreeing or measured or [None])[0]
+    @property
+    def verdict(self) -> str:
+        """In how many conditions it holds, as in ``holds in 2 of 3``."""
+        from dlhelpers.course.claims.sentences import counted
+
+        return counted(self.tally)
+
+    @property
+    def short(self) -> str:
+        """The same, and whether that is as the mechanism says."""
+        from dlhelpers.course.claims.sentences import short
+
+        return short(self.tally)
+
+    @property
+    def sentence(self) -> str:
+        """Where it holds and where not, with numbers."""
+        from dlhelpers.course.claims.sentences import sentence
+
+        return sentence(self.claim, self.conditions)
+
+    def as_row(self) -> dict[str, Any]:
+        """Return the ledger's row; the ledger adds the time and the versions."""
         control = self.control
         return {
             "id": self.id,
-            "verdict": self.verdict,
-            "effect": chosen and chosen.effect,
-            "low": chosen and chosen.low,
-            "high": chosen and chosen.high,
             "control": control
             and {
                 "effect": control.effect,
@@ -135,17 +123,7 @@ class Verdict:
                 "outcome": control.outcome,
             },
             "answer": self.answer,
-            "conditions": [
-                {
-                    "name": c.name,
-                    "verdict": c.verdict,
-                    "effect": c.effect,
-                    "low": c.low,
-                    "high": c.high,
-                    "reason": c.reason,
-                }
-                for c in self.conditions
-            ],
+            "conditions": [c.as_row() for c in self.conditions],
         }
 
     def __str__(self) -> str:
@@ -168,14 +146,18 @@ def settle(
     evidence = _complete(claim, evidence)
     conditions = tuple(_judge(claim, c, evidence[c.name]) for c in claim.conditions)
     control = _control(claim, evidence["control"]) if "control" in evidence else None
-    verdict, reason = _combine(conditions, control)
+    if control is not None and control.off:
+        conditions = tuple(
+            replace(c, verdict="unsettled", reason=control.off)
+            if c.verdict in ("holds", "fails")
+            else c
+            for c in conditions
+        )
     return Verdict(
         claim=claim,
-        verdict=verdict,
         conditions=conditions,
         control=control,
         answer=answer,
-        reason=reason,
         machine="" if claim.kind == "exact" else _machine_line(),
     )
 
@@ -203,17 +185,29 @@ def _complete(claim: Claim, evidence: Mapping[str, Any] | NotMeasured) -> Mappin
 
 
 def _judge(claim: Claim, condition: Condition, found: Any) -> Judged:
+    verdict, effect, low, high, reason = _settle(claim, condition, found)
+    return Judged(
+        name=condition.name,
+        verdict=verdict,
+        effect=effect,
+        low=low,
+        high=high,
+        threshold=condition.threshold,
+        reason=reason,
+        theory=condition.theory,
+        since=condition.since,
+    )
+
+
+def _settle(claim: Claim, condition: Condition, found: Any) -> tuple[Settled, Any, Any, Any, str]:
+    """Return the condition's verdict, effect, low and high end, and the reason of none."""
     threshold = condition.threshold
     if isinstance(found, NotMeasured):
-        return Judged(
-            condition.name, "not-measured", None, None, None, threshold, reason=found.reason
-        )
+        return "not-measured", None, None, None, found.reason
     where = f"{claim.id}, condition {condition.name!r}"
-    reason = ""
     if claim.kind == "time":
         _need_comparison(found, where)
         value, low, high = found.speedup, found.low, found.high
-        reason = "still warming up" * getattr(found, "still_changing", False)
     elif all(hasattr(found, name) for name in ("value", "low", "high")):
         value, low, high = _estimate(claim, found, where)
     elif claim.kind == "accuracy":
@@ -223,12 +217,14 @@ def _judge(claim: Claim, condition: Condition, found: Any) -> Judged:
         )
     else:
         value = _number(found, threshold, where)
-        met = threshold.met_by(value)
-        return Judged(condition.name, _VERDICTS[met], value, value, value, threshold)
+        return _VERDICTS[threshold.met_by(value)], value, value, value, ""
     if math.isnan(low) or math.isnan(high) or not low <= high:
         raise ValueError(f"{where}: [{low}, {high}] is no interval, low must not exceed high")
-    settled = _VERDICTS[threshold.settle(low, high)]
-    return Judged(condition.name, settled, float(value), float(low), float(high), threshold, reason)
+    verdict, reason = _VERDICTS[threshold.settle(low, high)], ""
+    if verdict == "unsettled":
+        changing = CHANGING if getattr(found, "still_changing", False) else TOO_FEW
+        reason = STRADDLES if math.isfinite(high) else changing
+    return verdict, float(value), float(low), float(high), reason
 
 
 def _need_comparison(found: Any, where: str) -> None:
@@ -279,60 +275,6 @@ def _control(claim: Claim, found: Any) -> Control:
         return Control(None, None, None, "not measured")
     _need_comparison(found, f"{claim.id}, 'control'")
     return Control(found.speedup, found.low, found.high, found.outcome)
-
-
-def _combine(conditions: Sequence[Judged], control: Control | None) -> tuple[Settled, str]:
-    def names(verdict: str) -> str:
-        return "; ".join(c.name for c in conditions if c.verdict == verdict)
-
-    holds, fails, unsettled = names("holds"), names("fails"), names("unsettled")
-    missing = _missing(conditions)
-    verdict: Settled
-    if not (holds or fails or unsettled):
-        return "not-measured", missing
-    if control is not None and control.is_off:
-        verdict, reason = "unsettled", "the control was not measured"
-        if control.outcome != "not measured":
-            reason = f"the control came back {control.outcome}: the baseline differs from itself"
-    elif holds and fails:
-        verdict, reason = "depends", f"holds: {holds} · fails: {fails}"
-        reason += f" · unsettled: {unsettled}" if unsettled else ""
-    elif unsettled:
-        verdict, reason = "unsettled", _unsettled(conditions)
-    else:
-        verdict, reason = ("holds" if holds else "fails"), ""
-    return verdict, " · ".join(filter(None, (reason, missing)))
-
-
-def _unsettled(conditions: Sequence[Judged]) -> str:
-    """Say why conditions are unsettled: an interval that straddles the threshold, or none."""
-    straddles, changes = "the interval straddles the threshold", "the ratio was still changing"
-    too_few = "too few repetitions for an interval"
-    names: dict[str, list[str]] = {straddles: [], too_few: [], changes: []}
-    for c in conditions:
-        if c.verdict == "unsettled":
-            has_interval = c.high is not None and math.isfinite(c.high)
-            why = straddles if has_interval else changes if c.reason else too_few
-            names[why].append(c.name)
-    remedy = " (give a larger budget_s, or stop other programs, and run it again)"
-    return " · ".join(
-        f"{why}: {'; '.join(found)}{remedy * (why != straddles)}"
-        for why, found in names.items()
-        if found
-    )
-
-
-def _missing(conditions: Sequence[Judged]) -> str:
-    """Say what was not measured and why, each reason once."""
-    reasons: dict[str, list[str]] = {}
-    for c in conditions:
-        if c.verdict == "not-measured":
-            reasons.setdefault(c.reason, []).append(c.name)
-    if sum(map(len, reasons.values())) == len(conditions):
-        return "; ".join(reasons)
-    return "; ".join(
-        f"not measured: {', '.join(names)} ({reason})" for reason, names in reasons.items()
-    )
 
 
 def _machine_line() -> str:

@@ -1,5 +1,7 @@
 """What did the learner expect before measuring, and how often were they right?
 
+A question asks in how many conditions the claim holds: ``all``, ``none`` or ``some``.
+
 Answers belong to one kernel session: they are kept in this module's registry until the claim is
 judged, which writes them to the ledger beside the verdict and closes the question.
 """
@@ -8,17 +10,19 @@ from __future__ import annotations
 
 import html
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dlhelpers.course.claims.catalog import find
 from dlhelpers.course.claims.claim import Claim
+from dlhelpers.course.claims.conditions import Judged, Tally
 from dlhelpers.course.notebook import in_ipython, show
 
-__all__ = ["Score", "answer", "close", "given", "predict", "score"]
+__all__ = ["Score", "answer", "close", "given", "predict", "score", "score_of"]
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
-_answers: dict[str, str] = {}  # claim id -> the verdict predicted in this session
+_answers: dict[str, str] = {}  # claim id -> all, none or some, predicted in this session
 _closed: set[str] = set()  # claims judged in this session
 
 
@@ -27,9 +31,9 @@ class Score:
     """How many predictions the ledger holds, and how many were right.
 
     Attributes:
-        right: the answer is the verdict.
-        given: answers to claims that hold, fail or depend here.
-        open: answers to claims that came out unsettled or not measured here.
+        right: the claim holds in all conditions, in none or in some of them, as predicted.
+        given: answers to claims whose conditions were settled here.
+        open: answers to claims that this machine could not settle.
     """
 
     right: int
@@ -39,7 +43,8 @@ class Score:
     def __str__(self) -> str:
         if not self.given and not self.open:
             return "no predictions yet"
-        text = f"{self.right} of {self.given} predictions right"
+        noun = "prediction" if self.given == 1 else "predictions"
+        text = f"{self.right} of {self.given} {noun} right"
         return f"{text}, {self.open} more not settled on this machine" if self.open else text
 
     def _repr_html_(self) -> str:
@@ -73,7 +78,8 @@ def answer(id: str, choice: str) -> None:
 
     Args:
         id: the claim's.
-        choice: ``holds``, ``fails`` or ``depends``, as far as the claim offers it.
+        choice: it holds in ``all`` conditions, in ``none`` or in ``some`` of them, as far as the
+            claim offers it.
 
     Raises:
         ValueError: no such claim or choice; or another choice after the claim was judged.
@@ -110,10 +116,19 @@ def score() -> Score:
     except (OSError, ledger.LedgerError) as error:
         warnings.warn(f"no score: {error}", stacklevel=2)
         rows = []
-    answered = [row for row in rows if row["answer"] is not None]
-    settled = [row for row in answered if row["verdict"] in ("holds", "fails", "depends")]
-    right = sum(row["answer"] == row["verdict"] for row in settled)
-    return Score(right, len(settled), len(answered) - len(settled))
+    return score_of(rows)
+
+
+def score_of(rows: Iterable[Mapping[str, Any]]) -> Score:
+    """Return the score of a ledger's rows; an answer without its time is an old one, left out."""
+    pairs = [
+        (row["answer"], Tally.of(map(Judged.from_row, row["conditions"])).answer)
+        for row in rows
+        if row["answer"] is not None and row["answered"] is not None
+    ]
+    settled = [(said, found) for said, found in pairs if found is not None]
+    right = sum(said == found for said, found in settled)
+    return Score(right, len(settled), len(pairs) - len(settled))
 
 
 def _question(claim: Claim) -> str:

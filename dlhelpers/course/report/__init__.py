@@ -2,8 +2,8 @@
 
 ``render`` makes one self-contained page of a ledger, ``compare`` puts several ledgers side by
 side, ``run_notebooks`` fills a fresh ledger by running the notebooks without a browser, and
-``main`` is ``python -m dlhelpers report``. A verdict turns round between two machines where it
-is settled on both and differs.
+``main`` is ``python -m dlhelpers report``. A condition turns round between two machines where it
+holds on one and fails on the other.
 """
 
 from dlhelpers.course.report.command import main

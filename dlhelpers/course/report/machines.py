@@ -1,7 +1,6 @@
-"""Where does a verdict turn round between machines?
+"""Where does a condition turn round between machines?
 
-A claim turns round where two machines settled it (holds, fails or depends) and differ, or where
-one of its conditions holds on one machine and fails on another.
+It turns round where it holds on one machine and fails on another.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dlhelpers.course.claims.cards import effect_text
+from dlhelpers.course.claims.cards import word_of
 from dlhelpers.course.claims.catalog import all_claims
 from dlhelpers.course.claims.claim import Claim
-from dlhelpers.course.report.page import badge, document, machine_line
+from dlhelpers.course.claims.sentences import effect_text
+from dlhelpers.course.report.page import badge, conditions_of, document, machine_line, tally_of
 
 __all__ = ["compare"]
 
-_SETTLED = {"holds", "fails", "depends"}
 _SCRIPT = """
 const box = document.getElementById('turned');
 box.addEventListener('change', () => {
@@ -54,9 +53,13 @@ def compare(ledgers: Sequence[Mapping[str, Any]], *, claims: Sequence[Claim] | N
         "</th>"
         for ledger in ledgers
     )
-    count = sum(map(bool, turned.values()))
+    count = sum(map(len, turned.values()))
+    every = len(
+        {(id, c["name"]) for t in tables for id, row in t.items() for c in row["conditions"]}
+    )
+    turn = "turns" if count == 1 else "turn"
     sections = [
-        f"<p>{count} of {len(ids)} claims turn round between these {len(ledgers)} machines.</p>",
+        f"<p>{count} of {every} conditions {turn} round between these {len(ledgers)} machines.</p>",
         "<p><label><input type='checkbox' id='turned'> only those that turn round</label></p>",
         f"<div class='wide'><table id='machines'><thead><tr><th>Claim</th>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div><script>{_SCRIPT}</script>",
@@ -64,23 +67,19 @@ def compare(ledgers: Sequence[Mapping[str, Any]], *, claims: Sequence[Claim] | N
     return document("Deep learning, measured: machines side by side", sections)
 
 
-def _turn(rows: Sequence[Mapping[str, Any] | None]) -> str:
-    """Say where the verdict turns round, empty where it does not."""
-    found = [row for row in rows if row is not None]
-    conditions: dict[str, set[str]] = {}
-    for row in found:
-        for condition in row["conditions"]:
-            conditions.setdefault(condition["name"], set()).add(condition["verdict"])
-    names = [name for name, seen in conditions.items() if {"holds", "fails"} <= seen]
-    if names:
-        return f"turns round at {'; '.join(names)}"
-    return "turns round" if len({row["verdict"] for row in found} & _SETTLED) > 1 else ""
+def _turn(rows: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """Name the conditions that hold on one machine and fail on another."""
+    seen: dict[str, set[str]] = {}
+    for row in rows:
+        for condition in row["conditions"] if row else ():
+            seen.setdefault(condition["name"], set()).add(condition["verdict"])
+    return [name for name, verdicts in seen.items() if {"holds", "fails"} <= verdicts]
 
 
 def _row(
-    id: str, claim: Claim | None, rows: Sequence[Mapping[str, Any] | None], turned: str
+    id: str, claim: Claim | None, rows: Sequence[Mapping[str, Any] | None], turned: Sequence[str]
 ) -> str:
-    mark = f"<div><b>{escape(turned)}</b></div>" if turned else ""
+    mark = f"<div><b>turns round at {escape('; '.join(turned))}</b></div>" if turned else ""
     says = escape(claim.says) if claim else "not declared by this version"
     cells = "".join(f"<td>{_cell(claim, row)}</td>" for row in rows)
     return (
@@ -90,15 +89,10 @@ def _row(
 
 
 def _cell(claim: Claim | None, row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return badge("not-run")
     lines = []
-    thresholds = {c.name: c.threshold for c in claim.conditions} if claim else {}
-    for c in row["conditions"]:
-        text = c["reason"]
-        if claim and c["verdict"] != "not-measured":
-            bar = thresholds.get(c["name"], claim.threshold)
-            text = effect_text(claim.kind, bar, c["effect"], c["low"], c["high"], claim.unit)
-        verdict = c["verdict"].replace("-", " ")
-        lines.append(f"<div class='quiet'>{escape(c['name'])}: {escape(text)} {verdict}</div>")
-    return badge(row["verdict"]) + "".join(lines)
+    for c in conditions_of(row):
+        said = word_of(claim, c.verdict) if claim else c.verdict
+        found = ", ".join(filter(None, (claim and effect_text(claim, c), said)))
+        text = ": ".join(filter(None, (c.name, found, c.reason)))
+        lines.append(f"<div class='quiet'>{escape(text)}</div>")
+    return badge(tally_of(row)) + "".join(lines)

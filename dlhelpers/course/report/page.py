@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from dlhelpers.course.claims.cards import Scale, colour_of, effect_text, interval_svg
+from dlhelpers.course.claims.cards import THEORIES, said_by_answer, word_of
 from dlhelpers.course.claims.catalog import all_claims, all_tips
 from dlhelpers.course.claims.claim import Claim, Tip
-from dlhelpers.course.claims.judging import Judged
+from dlhelpers.course.claims.conditions import STANDINGS, Judged, Tally
+from dlhelpers.course.claims.course import agreement_text
+from dlhelpers.course.claims.intervals import Scale, colour_of, interval_svg
+from dlhelpers.course.claims.predictions import score_of
+from dlhelpers.course.claims.sentences import asked, effect_text, headline, number_text, sentence
 from dlhelpers.course.report.cells import Cell
 from dlhelpers.course.report.running import NotebookRun
 
-__all__ = ["badge", "document", "machine_line", "render"]
+__all__ = [
+    "badge",
+    "conditions_of",
+    "document",
+    "machine_line",
+    "render",
+    "stands_since",
+    "tally_of",
+]
 
 _NOT_RUN = "not-run"
 _STYLE = """
@@ -33,12 +45,11 @@ thead th { border-bottom: 2px solid var(--jp-border-color1); }
 tbody > tr { border-top: 1px solid var(--jp-border-color1); }
 td table { width: auto; } td table td { padding: 0 0.8rem 0.2rem 0; }
 td table tr { border: none; }
-.badge { border-left: 5px solid; padding-left: 0.4rem; font-weight: 600; white-space: nowrap; }
+.badge { border-left: 5px solid; padding-left: 0.4rem; font-weight: 600; display: block; }
 .badge span { color: var(--jp-ui-font-color1); }
 .quiet { opacity: 0.75; font-size: 0.9em; }
 .filters label { margin-right: 1.2rem; }
 .alert { border: 2px solid; padding: 0.5rem 1rem; }
-.bound { white-space: nowrap; }
 .wide { overflow-x: auto; }
 [hidden] { display: none; }
 """
@@ -77,7 +88,7 @@ def render(
     claims = all_claims() if claims is None else claims
     tips = all_tips() if tips is None else tips
     rows = {row["id"]: row for row in ledger["rows"]}
-    verdicts = {claim.id: rows.get(claim.id, {"verdict": _NOT_RUN})["verdict"] for claim in claims}
+    tallies = {claim.id: tally_of(rows.get(claim.id)) for claim in claims}
     said = {tip.id: tip for tip in tips}
     body = "".join(
         _claim_row(
@@ -92,16 +103,17 @@ def render(
         f"<p>{escape(machine_line(ledger))}<br><span class='quiet'>"
         f"{escape(_versions(ledger))} · begun {escape(str(ledger['created']))}</span></p>",
         _failures(failed),
-        f"<p>{_counts(verdicts.values())}{_predictions(rows.values())}</p>",
+        _headline(tallies, {claim.id: claim for claim in claims}, stands_since(rows.values())),
+        f"<p>{escape(str(score_of(rows.values())))}{_undated(rows.values())}</p>",
         "<h2>Claims</h2>",
-        f"<p class='filters'>{_filters(claims, verdicts)}<span id='shown' aria-live='polite'>"
+        f"<p class='filters'>{_filters(claims, tallies)}<span id='shown' aria-live='polite'>"
         "</span></p>",
         "<div class='wide'><table id='claims'><thead><tr><th>Verdict</th><th>Claim</th>"
-        "<th>Evidence</th><th>Holds if</th></tr></thead>"
+        "<th>Evidence</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>",
-        _orphans(row for id, row in rows.items() if id not in verdicts),
+        _orphans(row for id, row in rows.items() if id not in tallies),
         "<h2>Tips</h2>",
-        _tips(tips, claims, verdicts, notebooks),
+        _tips(tips, claims, tallies, notebooks),
         "<h2>Machine</h2>",
         _machine(ledger),
         f"<script>{_SCRIPT}</script>",
@@ -119,10 +131,21 @@ def document(title: str, sections: Iterable[str]) -> str:
     )
 
 
-def badge(verdict: str) -> str:
-    """Return a verdict in capitals with its colour beside it."""
-    label = escape(verdict.replace("-", " ").upper())
-    return f"<span class='badge' style='color:{colour_of(verdict)}'><span>{label}</span></span>"
+def badge(tally: Tally | None) -> str:
+    """Return the short form of a claim's verdict with its colour beside it; None was not run."""
+    said = escape("Not run" if tally is None else headline(tally))
+    colour = colour_of(_standing(tally))
+    return f"<span class='badge' style='color:{colour}'><span>{said}</span></span>"
+
+
+def conditions_of(row: Mapping[str, Any] | None) -> tuple[Judged, ...]:
+    """Return the conditions of a ledger's row; none of a claim that was not run."""
+    return () if row is None else tuple(map(Judged.from_row, row["conditions"]))
+
+
+def tally_of(row: Mapping[str, Any] | None) -> Tally | None:
+    """Return how the conditions of a row came out; None for a claim that was not run."""
+    return None if row is None else Tally.of(conditions_of(row))
 
 
 def machine_line(ledger: Mapping[str, Any]) -> str:
@@ -130,57 +153,85 @@ def machine_line(ledger: Mapping[str, Any]) -> str:
     return str(ledger["machine"].get("line") or "a machine that is not described")
 
 
+def _standing(tally: Tally | None) -> str:
+    return _NOT_RUN if tally is None else tally.standing
+
+
 def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, link: str) -> str:
-    verdict = row["verdict"] if row else _NOT_RUN
+    tally = tally_of(row)
     told = f"“{escape(tip.says)}” ({escape(tip.said_by)})" if tip else escape(claim.tip)
     needs = f"<br>needs {escape(claim.needs)}" if claim.needs else ""
-    unit = f" {claim.unit}" if claim.unit else ""
+    said = f"<div>{escape(sentence(claim, conditions_of(row)))}</div>" if row else ""
     return (
         f"<tr id='{escape(claim.id)}' data-topic='{escape(claim.topic)}' "
-        f"data-verdict='{escape(verdict)}' data-kind='{escape(claim.kind)}'>"
-        f"<td>{badge(verdict)}{_answer(claim, row)}</td>"
-        f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Source: {escape(claim.source)}"
+        f"data-mechanism='{_standing(tally)}' data-kind='{escape(claim.kind)}'>"
+        f"<td>{badge(tally)}{_answer(claim, row)}</td>"
+        f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Holds if: {escape(asked(claim))} "
+        f"({escape(claim.kind)}){needs}<br>Source: {escape(claim.source)}"
         f"<br><code>{escape(claim.id)}</code> · {link}</div></td>"
-        f"<td>{_evidence(claim, row) if row else ''}</td>"
-        f"<td>{escape(claim.metric)} <span class='bound'>{escape(str(claim.threshold))}</span>"
-        f"{escape(unit)}"
-        f"<div class='quiet'>{escape(claim.kind)}{needs}</div></td></tr>"
+        f"<td>{said}{_evidence(claim, row) if row else ''}</td></tr>"
     )
 
 
 def _evidence(claim: Claim, row: Mapping[str, Any]) -> str:
-    thresholds = {c.name: c.threshold for c in claim.conditions}
-    found = [
-        Judged(**condition, threshold=thresholds.get(condition["name"], claim.threshold))
-        for condition in row["conditions"]
-    ]
+    """Return mechanism, prediction and measurement of each condition, as they were that day."""
+    found = conditions_of(row)
+    declared = {condition.name: condition for condition in claim.conditions}
     scale = Scale.over(found, log=claim.kind == "time")
     lines = []
     for c in found:
-        missing = c.verdict == "not-measured"
-        text = effect_text(claim.kind, c.threshold, c.effect, c.low, c.high, claim.unit)
-        drawn = claim.kind != "exact" and not missing
+        drawn = claim.kind != "exact" and c.verdict != "not-measured"
         picture = interval_svg(c.effect, c.low, c.high, c.threshold, scale, c.verdict)
-        verdict = c.verdict.replace("-", " ") + (f": {c.reason}" if c.reason else "")
-        lines.append((c.name, "" if missing else text, picture if drawn else "", verdict))
+        theory = f"mechanism: {THEORIES[c.theory]}" if c.theory else "mechanism unknown"
+        said = word_of(claim, c.verdict) + (f": {c.reason}" if c.reason else "")
+        against = " AGAINST THE MECHANISM" if c.agreement == "against" else ""
+        changes = c.changes(declared[c.name]) if c.name in declared else ()
+        notes = "".join(f"<div class='quiet'>{escape(change)}</div>" for change in changes)
+        lines.append(
+            (
+                escape(c.name) + notes,
+                f"<span class='quiet'>{escape(theory)}</span>",
+                picture if drawn else "",
+                escape(effect_text(claim, c)),
+                f"<b>{escape(said)}{against}</b>",
+            )
+        )
     if control := row["control"]:
         numbers = (control["effect"], control["low"], control["high"])
-        text = effect_text("time", claim.threshold, *numbers) if numbers[0] is not None else ""
-        picture = interval_svg(*numbers, None, scale) if text else ""
-        lines.append(("control", text, picture, control["outcome"]))
+        has_interval = None not in numbers
+        picture = interval_svg(*numbers, None, scale) if has_interval else ""
+        texts = [number_text("time", n) for n in numbers if n is not None]
+        text = f"{texts[0]}x [{texts[1]}, {texts[2]}]" if has_interval else "".join(texts[:1])
+        lines.append(("control", "", picture, text, f"<b>{escape(control['outcome'])}</b>"))
     cells = "".join(
-        f"<tr><td>{escape(name)}</td><td>{picture}</td><td>{escape(text)}</td>"
-        f"<td><b>{escape(verdict)}</b></td></tr>"
-        for name, text, picture, verdict in lines
+        "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines
     )
-    return f"<table><tbody>{cells}</tbody></table>"
+    return f"<table><tbody>{cells}</tbody></table>{_judged_when(row)}"
+
+
+def _judged_when(row: Mapping[str, Any]) -> str:
+    """Say when a row was judged, and with which versions; nothing where that is unknown."""
+    if row["judged"] is None:
+        return ""
+    with_ = " · ".join(f"{name} {found}" for name, found in (row["versions"] or {}).items())
+    summary = f"<summary>judged {escape(row['judged'])}</summary>"
+    return f"<details class='quiet'>{summary}{escape(with_)}</details>"
+
+
+def _undated(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Say how many rows an earlier version wrote, which kept neither day nor versions."""
+    number = sum(row["judged"] is None for row in rows)
+    verdicts = "1 verdict" if number == 1 else f"{number} verdicts"
+    return f"<br>day and versions unknown: {verdicts}" if number else ""
 
 
 def _answer(claim: Claim, row: Mapping[str, Any] | None) -> str:
     if not row or row["answer"] is None:
         return ""
     label = claim.answers.get(row["answer"], row["answer"])
-    return f"<div class='quiet'>predicted: {escape(label)}</div>"
+    day = "" if row["answered"] else ", on a day unknown: not scored"
+    means = f" ({said_by_answer(claim, row['answer'])})" if row["answer"] in claim.answers else ""
+    return f"<div class='quiet'>predicted: {escape(label)}{escape(means)}{day}</div>"
 
 
 def _link(notebook: str, folder: str, cell: Cell | None = None) -> str:
@@ -200,31 +251,47 @@ def _failures(failed: Sequence[NotebookRun]) -> str:
     )
 
 
-def _counts(verdicts: Iterable[str]) -> str:
-    counts = Counter(verdicts)
-    order = ("holds", "fails", "depends", "unsettled", "not-measured", _NOT_RUN)
-    return " · ".join(f"{counts[v]} {v.replace('-', ' ')}" for v in order if counts[v])
+def stands_since(rows: Iterable[Mapping[str, Any]]) -> date | None:
+    """Return the last day on which a theory or a threshold of these rows was written down."""
+    days = [c.since for row in rows for c in conditions_of(row) if c.since is not None]
+    return max(days, default=None)
 
 
-def _predictions(rows: Iterable[Mapping[str, Any]]) -> str:
-    settled = [
-        row["answer"] == row["verdict"]
-        for row in rows
-        if row["answer"] is not None and row["verdict"] in ("holds", "fails", "depends")
-    ]
-    return f" · {sum(settled)} of {len(settled)} predictions right" if settled else ""
+def _headline(
+    tallies: Mapping[str, Tally | None], claims: Mapping[str, Claim], since: date | None
+) -> str:
+    """Say how the conditions came out and agree with the mechanism; name those that do not."""
+    run = {id: tally for id, tally in tallies.items() if tally is not None}
+    total = sum(run.values(), Tally())
+    left = sum(len(claims[id].conditions) for id in tallies if id not in run)
+    counts = (
+        ("hold", total.holds), ("fail", total.fails), ("unsettled", total.unsettled),
+        ("not measured", total.missing), ("not run", left),
+    )  # fmt: skip
+    said = " · ".join(f"{number} {name}" for name, number in counts if number)
+    every = left + total.settled + total.unsettled + total.missing
+    mechanism = f"<br>Of those settled: {escape(agreement_text(total))}." if total.settled else ""
+    mechanism += f" Theory and thresholds have stood since {since} or earlier." if since else ""
+    against = "".join(
+        f"<li><a href='#{escape(quote(id))}'>{escape(claims[id].says)}</a> {escape(name)}</li>"
+        for id, tally in run.items()
+        for name in tally.against
+    )
+    alert = f"<div class='alert'>Against the mechanism:<ul>{against}</ul></div>" if against else ""
+    return f"<p>{every} conditions: {said}.{mechanism}</p>{alert}"
 
 
-def _filters(claims: Sequence[Claim], verdicts: Mapping[str, str]) -> str:
+def _filters(claims: Sequence[Claim], tallies: Mapping[str, Tally | None]) -> str:
+    standings = {_standing(tally) for tally in tallies.values()}
     choices = {
         "topic": [claim.topic for claim in claims],
-        "verdict": list(verdicts.values()),
+        "mechanism": [standing for standing in STANDINGS if standing in standings],
         "kind": [claim.kind for claim in claims],
     }
     return "".join(
         f"<label>{name} <select data-filter='{name}'><option value=''>all</option>"
         + "".join(
-            f"<option value='{escape(value)}'>{escape(value.replace('-', ' '))}</option>"
+            f"<option value='{escape(value)}'>{escape(STANDINGS.get(value, value))}</option>"
             for value in dict.fromkeys(values)
         )
         + "</select></label>"
@@ -234,20 +301,23 @@ def _filters(claims: Sequence[Claim], verdicts: Mapping[str, str]) -> str:
 
 def _orphans(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = "".join(
-        f"<li><code>{escape(row['id'])}</code>: {badge(row['verdict'])}</li>" for row in rows
+        f"<li><code>{escape(row['id'])}</code>: {badge(tally_of(row))}</li>" for row in rows
     )
     told = "Rows of claims that this version does not declare:"
     return f"<p>{told}</p><ul>{lines}</ul>" if lines else ""
 
 
 def _tips(
-    tips: Sequence[Tip], claims: Sequence[Claim], verdicts: Mapping[str, str], folder: str
+    tips: Sequence[Tip],
+    claims: Sequence[Claim],
+    tallies: Mapping[str, Tally | None],
+    folder: str,
 ) -> str:
     lines = []
     for tip in tips:
         own = [claim for claim in claims if claim.tip == tip.id]
         became = "<br>".join(
-            f"{badge(verdicts[c.id])} <a href='#{escape(quote(c.id))}'>{escape(c.says)}</a>"
+            f"{badge(tallies[c.id])} <a href='#{escape(quote(c.id))}'>{escape(c.says)}</a>"
             for c in own
         )
         if not own:

@@ -1,0 +1,163 @@
+"""What must a ledger hold, and how is one of an earlier schema read?
+
+Schema 1 had a verdict and a number for the claim, and for its conditions neither threshold nor
+theory; what it lacks stays null, which means unknown. Nothing is taken from today's claims. Its
+answers are kept without a time, and what has none is not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date, datetime
+from typing import Any, get_args
+
+from dlhelpers.course.verdicts import (
+    STRADDLES,
+    Settled,
+    Theory,
+    Threshold,
+    agreement_of,
+    control_off,
+)
+
+__all__ = ["ROW_KEYS", "SCHEMA", "problem", "row_problem", "upgraded"]
+
+SCHEMA = 2
+_KEYS = ("schema", "machine", "versions", "created", "rows")
+ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
+_CONDITION_KEYS = (
+    "name", "verdict", "agreement", "effect", "low", "high", "threshold", "theory", "since",
+    "reason",
+)  # fmt: skip
+_CONTROL_KEYS = ("effect", "low", "high", "outcome")
+_VERDICTS = get_args(Settled)
+_OLD_ROW_KEYS = ("id", "verdict", "effect", "low", "high", "control", "answer", "conditions")
+_OLD_CONDITION_KEYS = ("name", "verdict", "effect", "low", "high", "reason")
+_NO_INTERVAL = "no interval, the reason is unknown"
+_OLD_ANSWERS = {"holds": "all", "fails": "none", "depends": "some"}
+
+
+def problem(ledger: Any) -> str:
+    """Return what keeps this from being a ledger of schema 1 or 2, empty where nothing does."""
+    if not isinstance(ledger, dict) or set(ledger) != set(_KEYS):
+        found = sorted(ledger) if isinstance(ledger, dict) else type(ledger).__name__
+        return f"expected the keys {', '.join(_KEYS)}, got {found}"
+    schema = ledger["schema"]
+    if schema not in (1, SCHEMA) or isinstance(schema, bool):
+        return f"schema {schema!r}, this version reads 1 and {SCHEMA}"
+    for key, kind in (("machine", dict), ("versions", dict), ("created", str), ("rows", list)):
+        if not isinstance(ledger[key], kind):
+            return f"{key} must be of type {kind.__name__}, got {ledger[key]!r}"
+    seen: set[str] = set()
+    for number, row in enumerate(ledger["rows"], start=1):
+        if said := (row_problem(row) if schema == SCHEMA else _old_row_problem(row)):
+            return f"row {number}: {said}"
+        if row["id"] in seen:
+            return f"row {number}: a second row of {row['id']!r}"
+        seen.add(row["id"])
+    return ""
+
+
+def row_problem(row: Any) -> str:
+    """Return what keeps this from being a row of schema 2, empty where nothing does."""
+    if said := _parts_problem(row, ROW_KEYS, _CONDITION_KEYS):
+        return said
+    for key in ("judged", "answered"):
+        if said := _unlike(row, key, datetime.fromisoformat, "a time, 2026-11-30T12:00:00+00:00"):
+            return said
+    if not isinstance(row["versions"], (dict, type(None))):
+        return f"versions must map packages to versions or be null, got {row['versions']!r}"
+    for c in row["conditions"]:
+        said = _unlike(c, "threshold", Threshold.parse, "text such as '>= 1.05'")
+        said = said or _unlike(c, "since", date.fromisoformat, "a day such as 2026-11-30")
+        if said:
+            return f"conditions: {said}"
+        if c["theory"] not in (*get_args(Theory), None):
+            return f"conditions: theory {c['theory']!r} is none of {', '.join(get_args(Theory))}"
+        if c["agreement"] != (right := agreement_of(c["verdict"], c["theory"])):
+            return (
+                f"conditions: agreement {c['agreement']!r} of {c['name']!r} must be {right!r}, for "
+                f"the verdict is {c['verdict']!r} and theory says {c['theory']!r}"
+            )
+    return ""
+
+
+def upgraded(ledger: dict[str, Any]) -> dict[str, Any]:
+    """Return a checked ledger as one of schema 2."""
+    if ledger["schema"] == SCHEMA:
+        return ledger
+    return ledger | {"schema": SCHEMA, "rows": list(map(_upgraded_row, ledger["rows"]))}
+
+
+def _upgraded_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    off = control_off(row["control"]["outcome"]) if row["control"] else ""
+    return {
+        "id": row["id"],
+        "judged": None,
+        "versions": None,
+        "control": row["control"],
+        "answer": _OLD_ANSWERS.get(row["answer"], row["answer"]),
+        "answered": None,
+        "conditions": [_upgraded_condition(c, off) for c in row["conditions"]],
+    }
+
+
+def _upgraded_condition(condition: Mapping[str, Any], off: str) -> dict[str, Any]:
+    """Return a condition of schema 2; a control that was off leaves it unsettled."""
+    verdict, reason = condition["verdict"], condition["reason"]
+    if off and verdict in ("holds", "fails"):
+        verdict, reason = "unsettled", off
+    elif verdict == "unsettled" and not reason:
+        reason = _NO_INTERVAL if condition["high"] is None else STRADDLES
+    unknown = dict.fromkeys(_CONDITION_KEYS)
+    return unknown | dict(condition) | {"verdict": verdict, "reason": reason}
+
+
+def _old_row_problem(row: Any) -> str:
+    if said := _parts_problem(row, _OLD_ROW_KEYS, _OLD_CONDITION_KEYS):
+        return said
+    if row["verdict"] not in (*_VERDICTS, "depends"):
+        return f"verdict {row['verdict']!r} is none of {', '.join(_VERDICTS)}, depends"
+    return _not_numbers(row)
+
+
+def _parts_problem(row: Any, row_keys: tuple[str, ...], condition_keys: tuple[str, ...]) -> str:
+    if not isinstance(row, dict) or set(row) != set(row_keys):
+        found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        return f"expected the keys {', '.join(row_keys)}, got {found}"
+    if not isinstance(row["id"], str) or not isinstance(row["answer"], (str, type(None))):
+        return f"id must be text and answer text or null, got {row['id']!r}, {row['answer']!r}"
+    if not isinstance(row["conditions"], list):
+        return f"conditions must be a list, got {row['conditions']!r}"
+    parts = [("conditions: ", c, condition_keys) for c in row["conditions"]]
+    if row["control"] is not None:
+        parts.append(("control: ", row["control"], _CONTROL_KEYS))
+    for where, part, keys in parts:
+        if not isinstance(part, dict) or set(part) != set(keys):
+            return f"{where}expected the keys {', '.join(keys)}, got {part!r}"
+        if part.get("verdict", "holds") not in _VERDICTS:
+            return f"{where}verdict {part['verdict']!r} is none of {', '.join(_VERDICTS)}"
+        if said := _not_numbers(part):
+            return where + said
+        for key in {"name", "reason", "outcome"} & set(part):
+            if not isinstance(part[key], str):
+                return f"{where}{key} must be text, got {part[key]!r}"
+    return ""
+
+
+def _not_numbers(part: Mapping[str, Any]) -> str:
+    for key in ("effect", "low", "high"):
+        if not isinstance(part[key], (int, float, type(None))):
+            return f"{key} must be a number or null, got {part[key]!r}"
+    return ""
+
+
+def _unlike(part: Mapping[str, Any], key: str, read: Any, wanted: str) -> str:
+    """Say what is wrong with a text that must be read by a function, or be null."""
+    value = part[key]
+    try:
+        if value is not None:
+            read(value)
+    except (TypeError, ValueError):
+        return f"{key} must be {wanted}, or null, got {value!r}"
+    return ""
