@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -145,9 +144,9 @@ def test_a_worker_that_dies_each_time_is_named(tmp_path, in_time):
     assert is_whole(source.folder)
 
 
-def test_ctrl_c_stops_the_tasks_and_the_same_call_goes_on(tmp_path, in_time):
+def test_after_ctrl_c_the_same_call_goes_on(tmp_path, in_time):
     def dawdle(_):
-        for _ in range(6000):
+        for _ in range(200):
             time.sleep(0.01)
 
     def press():
@@ -163,8 +162,8 @@ def test_ctrl_c_stops_the_tasks_and_the_same_call_goes_on(tmp_path, in_time):
             on_ray.write(source, source.folder, SHARDS, progress=False)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "the same call goes on" in stopped.value.__notes__[0]
-    assert not any(source.folder.glob(".stop-*"))
+    assert "the same call continues" in stopped.value.__notes__[0]
+    # the tasks of the first call are still at work, and have their locks
     report = on_ray.write(source, source.folder, SHARDS, progress=False)
     assert report.resumed_from >= 16
     assert is_whole(source.folder)
@@ -235,20 +234,6 @@ def test_odd_arguments_are_named_before_anything_starts(monkeypatch, tmp_path, o
 def test_the_command_asks_for_the_number_of_shards(more, tmp_path, capsys):
     assert main(["lmdb", "write", str(tmp_path), str(tmp_path / "db"), "--ray", *more]) == 2
     assert "--shard" in capsys.readouterr().err
-
-
-def test_a_cluster_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
-    (tmp_path / "ray").mkdir()
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert on_ray._address_here() == "local"  # none has run
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
-        assert on_ray._address_here() is None  # Ray finds it
-    assert on_ray._address_here() == "local"
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    assert on_ray._address_here() is None  # which was asked for
 
 
 # ---- what is finished ----

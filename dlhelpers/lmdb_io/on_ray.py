@@ -16,21 +16,19 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import os
-import socket
-import tempfile
 import time
-import uuid
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
-from dlhelpers.lmdb_io.ray_tasks import FIXED, list_folder, write_shard
+from dlhelpers.lmdb_io.merging import is_database
+from dlhelpers.lmdb_io.scanning import write_listing
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.verifying import info_lmdb
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
@@ -39,7 +37,8 @@ from dlhelpers.progress import bar
 
 __all__ = ["write"]
 
-_FAREWELL_S = 30.0  # that stopped tasks have to end
+_FIXED = {"resume": True, "append": False, "progress": False}  # of write_lmdb, in a task
+_PATIENCE_S = 120.0  # a worker that Ray gave up may hold its lock for a while, over NFS above all
 
 
 def write(
@@ -62,9 +61,10 @@ def write(
             scanned once, into ``source.listing`` in it.
         shards: how many; several per core keep all cores busy to the end, and lose less with a
             worker that dies.
-        address: of the cluster, such as ``10.0.0.1:6379`` or ``ray://10.0.0.1:10001``. None takes
-            the Ray that this process is connected to, the one of ``RAY_ADDRESS`` or of this
-            machine; where none runs, it starts one here and stops it at the end.
+        address: of the cluster, such as ``10.0.0.1:6379`` or ``ray://10.0.0.1:10001``; ``auto`` is
+            the one that runs on this machine. None takes the Ray that this process is connected
+            to, or the one of ``RAY_ADDRESS``; without either it starts one here, and stops it at
+            the end.
         cpus_per_task: cores that Ray reserves for a task; 1 + ``workers`` where that is given.
         retries: times that the task of a worker that died is started again.
         progress: a bar over the shards; None draws it in a terminal only.
@@ -76,7 +76,8 @@ def write(
 
     Raises:
         SourceError, OSError, ValueError, TypeError: as ``write_lmdb``; names the shard. It is not
-            tried again, the other tasks are stopped, and what was converted stays.
+            tried again, and what was converted stays. The other tasks end with the connection; on
+            a Ray that this process was connected to before, they finish their shards.
         ChildProcessError: the workers of one shard died each time.
         ConnectionError: no cluster answers at the address, or it asks for another token.
         ImportError: Ray is not installed.
@@ -94,36 +95,50 @@ def write(
             num_cpus=cpus_per_task, max_retries=retries, scheduling_strategy="SPREAD"
         )
         if isinstance(source, Path):
-            source = _result(ray, remote(list_folder).remote(source, folder), "scan")
-        shared = source if isinstance(source, Path) else _put(ray, source)
-        task, stop = remote(write_shard), folder / f".stop-{uuid.uuid4().hex}"
-        left = {
-            task.remote(shared, folder, (rank, shards), options, stop): rank
-            for rank in range(shards)
-        }
+            source = _result(ray, remote(_list_folder).remote(source, folder), "scan")
+        shared, task = _put(ray, source), remote(_write_shard)
+        left = {task.remote(shared, folder, (n, shards), options): n for n in range(shards)}
         reports: dict[int, WriteReport] = {}
         try:
             while left:
                 (done,), _ = ray.wait(list(left), num_returns=1)
                 reports[left[done]] = _result(ray, done, shard_name(left[done], shards))
                 del left[done]
-                count = sum(report.count for report in reports.values())
-                shown.set_postfix_str(f"{count} images", refresh=False)
+                shown.set_postfix_str(f"{sum(r.count for r in reports.values())} images", False)
                 shown.update()
             _result(ray, remote(info_lmdb).remote(folder), "the folder of all shards")
         except BaseException as error:
-            _stop_all(ray, [*left], stop)
-            error.add_note("what was converted is kept: the same call goes on after it")
+            error.add_note("what was converted is kept: the same call continues after it")
             raise
     return _together(folder, [reports[rank] for rank in range(shards)], start)
 
 
-def _stop_all(ray: Any, left: Sequence[Any], stop: Path) -> None:
-    """End tasks by a file: ray.cancel ends the driver where a task ends at that moment (#54785)."""
-    at_once = ray.remote(num_cpus=0)
-    ray.get(at_once(Path.touch).remote(stop), timeout=_FAREWELL_S)
-    if len(ray.wait(list(left), num_returns=len(left), timeout=_FAREWELL_S)[0]) == len(left):
-        ray.get(at_once(Path.unlink).remote(stop), timeout=_FAREWELL_S)
+def _list_folder(source: Path, folder: Path) -> Path:
+    """Scan an image folder once for all shards; a task, since the driver may not see it."""
+    if not source.is_dir() or is_database(source):  # known already, or what write_lmdb refuses
+        return source
+    folder.mkdir(parents=True, exist_ok=True)
+    write_listing(source, folder / "source.listing", progress=False)
+    return folder / "source.listing"
+
+
+def _write_shard(
+    source: Any, folder: Path, shard: tuple[int, int], options: Mapping[str, Any]
+) -> WriteReport:
+    """Write one shard, a task."""
+    until, report = time.monotonic() + _PATIENCE_S, None
+    settings = {"shard": shard, "shards": shard[1], **_FIXED, **options}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        while report is None:
+            try:
+                report = write_lmdb(source, folder, **settings)
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+    notes = [str(one.message) for one in caught if "starting afresh" in str(one.message)]
+    return replace(report, notes=(*report.notes, *notes))
 
 
 @contextmanager
@@ -132,37 +147,23 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         if address is not None:
             raise ValueError(
-                f"this process is connected to Ray already, address={address!r} would be another "
-                "cluster: leave it out, or call ray.shutdown() first"
+                f"this process is connected to Ray already: leave out address={address!r}, or "
+                "call ray.shutdown() first"
             )
         yield
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     try:
-        ray.init(address or _address_here(), **quiet)
+        ray.init(address or os.environ.get("RAY_ADDRESS", "local"), **quiet)
     except ConnectionError as error:
         raise ConnectionError(
-            f"no Ray at {address or 'the address found here'} lets this process in ({error}): give "
-            "the address that ray start --head prints, and where it asks for one, its token "
-            "(RAY_AUTH_TOKEN)"
+            f"no Ray at {address or 'RAY_ADDRESS'} lets this process in ({error}): give the address "
+            "that ray start --head prints, and RAY_AUTH_TOKEN where it asks for a token"
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _address_here() -> str | None:
-    """Return None for ray.init to find a cluster, which waits minutes for one that was killed."""
-    found = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "ray_current_cluster")
-    if "RAY_ADDRESS" in os.environ:
-        return None
-    try:
-        host, _, port = found.read_text().strip().rpartition(":")
-        socket.create_connection((host, int(port)), 5).close()
-    except (OSError, ValueError):
-        return "local"
-    return None
 
 
 def _put(ray: Any, source: Any) -> Any:
@@ -188,18 +189,17 @@ def _result(ray: Any, done: Any, what: str) -> Any:
     except ray.exceptions.RayError as error:
         why = one_line(str(error).strip().partition("\n")[0])
         raise ChildProcessError(
-            f"{what}: its worker died each time that the task was started ({why}); where memory "
-            "ran out, give more cpus_per_task, so that fewer run at once"
+            f"{what}: its worker died each time ({why}); where memory ran out, give more "
+            "cpus_per_task, so that fewer run at once"
         ) from error
 
 
 def _check(cpus_per_task: Any, options: Mapping[str, Any]) -> None:
-    if not (isinstance(cpus_per_task, Real) and 0 < cpus_per_task < math.inf):
+    if not (isinstance(cpus_per_task, (int, float)) and 0 < cpus_per_task < 1e6):
         raise ValueError(f"cpus_per_task must be a positive number, got {cpus_per_task!r}")
-    known = set(inspect.signature(write_lmdb).parameters)
-    for name in options:
-        if name not in known - {"shard", *FIXED}:
-            raise TypeError(f"on_ray.write has no option {name!r}: expected one of write_lmdb")
+    known = set(inspect.signature(write_lmdb).parameters) - {"shard", *_FIXED}
+    if odd := sorted(set(options) - known):
+        raise TypeError(f"on_ray.write has no option {odd[0]!r}: expected one of write_lmdb")
 
 
 def _together(folder: Path, reports: Sequence[WriteReport], start: float) -> WriteReport:
