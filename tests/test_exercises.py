@@ -783,7 +783,10 @@ def test_the_solution_passes(id):
     assert result.passed, str(result)
 
 
-@pytest.mark.parametrize(("id", "answer", "case"), MISTAKES)
+@pytest.mark.parametrize(
+    ("id", "answer", "case"),
+    [pytest.param(*row, marks=[pytest.mark.slow] * (row[1] is expands)) for row in MISTAKES],
+)
 def test_the_mistake_is_named(id, answer, case):
     result = check(id, answer)
     assert result.failed == case

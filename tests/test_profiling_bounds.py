@@ -302,7 +302,9 @@ def through_the_weights(x, model):
     + [(chain, 1) for chain in (greedy, greedy_by_number, greedy_by_list, rollout, diffusion,
                                 through_a_buffer, through_the_weights)],
 )  # fmt: skip
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "mode", [torch.enable_grad, pytest.param(torch.inference_mode, marks=pytest.mark.slow)]
+)
 def test_calls_of_a_model_are_a_loop_unless_one_needs_another(run, at_once, mode):
     if mode is torch.inference_mode and run in (by_sample_with_a_sum, through_the_weights):
         pytest.skip("it has a backward")

@@ -81,6 +81,7 @@ def test_photographs_decoded_small_are_nearly_the_whole_ones(tmp_path):
         assert whole[index][1] == small[index][1]
 
 
+@pytest.mark.slow  # every engine
 def test_the_fastest_road_gives_the_networks_numbers_on_photographs_it_has_not_seen(script):
     model = script.train(after("one call stacks a batch"))[0].eval()
     road = script.road(after("the fastest road"), model)

@@ -302,7 +302,12 @@ def test_what_cannot_be_counted_is_said():
 
 experiments = pytest.mark.parametrize(
     ("guideline", "channels", "scale"),
-    [(g, c, s) for g in TABLES for c in ("gpu", "arm") for s in (1, 2, 4)],
+    [
+        pytest.param(g, c, s, marks=[pytest.mark.slow] * (s > 1))
+        for g in TABLES
+        for c in ("gpu", "arm")
+        for s in (1, 2, 4)
+    ],
 )
 
 
