@@ -166,7 +166,8 @@ CHANGE = {  # what each changes in a model that is given
     "models.uncompiled_": "compiled parts are replaced by the modules that were compiled",
     "quantization.AwareModel": "nothing: quantize_aware makes it of a copy",
 }
-ANOTHER_MODULE = {"extras.install_hint", "extras.need"}  # one of Python's
+# one of Python's; a number of records
+ANOTHER_MODULE = {"extras.install_hint", "extras.need", "lmdb_io.WindowSampler"}
 NAMES = {"model", "module", "layer", "bn", "block", "model_or_outputs", "models"}
 
 

@@ -883,7 +883,8 @@ def test_openvino_bfloat16_that_is_float32_says_so(monkeypatch):
         "its output is bit for bit that of OpenVINO float32: OpenVINO has no bfloat16 on this "
         "processor"
     )
-    assert not report["OpenVINO float32"].dropped
+    # of so small a model a busy machine may find it too slow
+    assert "bit for bit" not in report["OpenVINO float32"].dropped
 
 
 def test_a_model_that_stays_eager_is_not_called_compiled():
