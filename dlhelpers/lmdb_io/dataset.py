@@ -17,8 +17,7 @@ from torch.utils.data import Dataset, default_collate
 from dlhelpers.arguments import whole_number
 from dlhelpers.lmdb_io import decoding, schema
 from dlhelpers.lmdb_io.batching import BatchBuffer, Threads
-from dlhelpers.lmdb_io.environments import Environment, open_environment
-from dlhelpers.lmdb_io.fields import Fields
+from dlhelpers.lmdb_io.database_file import DatabaseFile
 from dlhelpers.lmdb_io.listed import Columns, Samples, Targets
 from dlhelpers.lmdb_io.raw_batches import RawBatch, transactions
 from dlhelpers.lmdb_io.samples import SampleReader
@@ -119,7 +118,7 @@ class LMDBDataset(Dataset):
         )
         self._planar_batch = memory_format == "contiguous"
         self._collates, self.checksum = collate, checksum
-        self._files = [_File(path, readahead) for path in shard_files(self.path)]
+        self._files = [DatabaseFile(path, readahead) for path in shard_files(self.path)]
         self._metas = [file.meta for file in self._files]
         check_shards(self.path, [file.path for file in self._files], self._metas)
         self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
@@ -248,7 +247,7 @@ class LMDBDataset(Dataset):
 
     # ---- private ----
 
-    def _locate(self, index: int) -> tuple[_File, int]:
+    def _locate(self, index: int) -> tuple[DatabaseFile, int]:
         count = self._ends[-1]
         number = operator.index(index)
         if not -count <= number < count:
@@ -385,66 +384,6 @@ class LMDBDataset(Dataset):
         )
 
 
-class _File:
-    """One file of a dataset: opened when it is read, in each process anew."""
-
-    def __init__(self, path: Path, readahead: bool | None) -> None:
-        self.path, self._readahead = path, readahead
-        self._environment: Environment | None = None
-        environment = open_environment(path, readahead=readahead)
-        self.stored_meta = environment.get_entry(schema.META)
-        self.meta = schema.unpack_meta(self.stored_meta, path)
-        self.fields = Fields.stored(self.meta, path)
-
-    def open(self) -> Environment:
-        environment = self._environment
-        if environment is not None and environment.pid == os.getpid():
-            return environment
-        environment = open_environment(self.path, readahead=self._readahead)
-        if environment.get_entry(schema.META) != self.stored_meta:
-            raise schema.DatabaseError(
-                f"{self.path} was replaced after this dataset was made: make a new LMDBDataset"
-            )
-        self._environment = environment
-        return environment
-
-    @property
-    def identity(self) -> bytes:
-        if "contents" in self.meta:
-            return self.stored_meta
-        # an earlier version wrote no digest of what it stored
-        environment = self.open()
-        checksums = (record[:4] for _, record in environment.items(environment.records))
-        return self.stored_meta + b"".join(checksums)
-
-    def read(self, txn: Any, position: int, check: bool) -> schema.Record:
-        try:
-            view = txn.get(schema.position_key(position))
-        except Exception as error:
-            import lmdb  # only a failure needs it: reading pays for no import
-
-            if not isinstance(error, lmdb.Error):
-                raise
-            raise schema.DatabaseError(
-                f"{self.path}: record {position} cannot be read ({error}): verify_lmdb tells what "
-                "else is damaged"
-            ) from None
-        if view is None:
-            raise schema.DatabaseError(
-                f"{self.path}: record {position} is missing of {self.meta['count']}: verify_lmdb "
-                "tells what else is damaged"
-            )
-        try:
-            return schema.unpack_record(view, position, check)
-        except schema.DatabaseError as error:
-            damage = self.fields.damage(view) if self.fields else ""
-            part = f"; what differs is {damage}" if damage else ""
-            raise schema.DatabaseError(f"{self.path}: {error}{part}") from None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_environment": None}
-
-
 def _resizes_first(transform: Any) -> bool:
     """Whether a torchvision transform begins with a resize."""
     steps = getattr(transform, "transforms", None)
@@ -452,4 +391,4 @@ def _resizes_first(transform: Any) -> bool:
     return type(first).__name__ in _RESIZES_FIRST
 
 
-_Place = tuple[_File, int]  # a file and a position in it
+_Place = tuple[DatabaseFile, int]  # a file and a position in it

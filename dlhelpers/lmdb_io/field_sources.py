@@ -19,17 +19,17 @@ from dlhelpers.lmdb_io.fields import FieldEncoding, Fields
 from dlhelpers.lmdb_io.identity import Stamp
 from dlhelpers.lmdb_io.plain import is_plain_folder
 from dlhelpers.lmdb_io.sources import (
+    DatasetSource,
     Loaded,
     Source,
     SourceError,
-    _Dataset,
-    _Triples,
+    TripleSource,
     open_source,
 )
 from dlhelpers.lmdb_io.wrappers import (
-    _is_plain_database,
-    _Records,
+    RecordSource,
     inner_datasets,
+    is_plain_database,
     look_through,
 )
 
@@ -65,7 +65,7 @@ def open_samples(
 
 def _stored_fields(source: Any) -> Fields | None:
     """Return the fields of the databases that lie inside a source."""
-    inside = [data for data in inner_datasets(source) if _is_plain_database(data) and data.fields]
+    inside = [data for data in inner_datasets(source) if is_plain_database(data) and data.fields]
     return Fields.given(inside[0].fields) if inside else None
 
 
@@ -77,13 +77,13 @@ def _open(source: Any, encoding: FieldEncoding) -> Source:
 
     def open_database(dataset: Any) -> Source:
         if dataset.fields is None:
-            return _Pairs(_Records(dataset), encoding)
+            return _Pairs(RecordSource(dataset), encoding)
         if (stored := Fields.given(dataset.fields)) != encoding.fields:
             raise SourceError(
                 f"{dataset.path} has the fields {stored}, expected were {encoding.fields}: give "
                 "fields= as they are there, or read it with a transform that gives the others"
             )
-        return _Records(dataset)
+        return RecordSource(dataset)
 
     if isinstance(source, (list, tuple)):
         return _KeyedSamples(source, encoding)
@@ -104,7 +104,7 @@ def _open(source: Any, encoding: FieldEncoding) -> Source:
     return _Pairs(open_source(source), encoding)  # a folder, or nothing that can be read
 
 
-class _Samples(_Dataset):
+class _Samples(DatasetSource):
     """A dataset whose items are samples."""
 
     def __init__(self, dataset: Any, encoding: FieldEncoding) -> None:
@@ -116,7 +116,7 @@ class _Samples(_Dataset):
         return Loaded(str(task), label, packed, self.stamp(task))
 
 
-class _KeyedSamples(_Triples):
+class _KeyedSamples(TripleSource):
     """An iterable of (key, sample)."""
 
     def __init__(self, items: Iterable[Any], encoding: FieldEncoding) -> None:

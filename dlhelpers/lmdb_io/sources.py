@@ -23,10 +23,12 @@ from dlhelpers.printable import printable
 
 __all__ = [
     "PROBES",
+    "DatasetSource",
     "FolderSource",
     "Loaded",
     "Source",
     "SourceError",
+    "TripleSource",
     "file_stamp",
     "folder_place",
     "open_source",
@@ -154,14 +156,14 @@ def open_source(source: Any) -> Source:
             from dlhelpers.lmdb_io.merging import open_databases
 
             return open_databases([Path(path).expanduser() for path in source])
-        return _Triples(source)
+        return TripleSource(source)
     if (found := look_through(source, _open_dataset)) is not None:
         return found
     if not isinstance(source, (bytes, bytearray, Mapping)):
         if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
             return _open_dataset(source)
         if isinstance(source, Iterable):
-            return _Triples(source)
+            return TripleSource(source)
     raise TypeError(
         "source must be an image folder, a map-style dataset of (image, target), or an iterable "
         f"of (key, bytes, target), got {type(source).__name__}"
@@ -171,7 +173,7 @@ def open_source(source: Any) -> Source:
 def _open_dataset(source: Any) -> Source:
     if is_plain_folder(source):
         return FolderSource.of_image_folder(source)  # its files, instead of what it decodes of them
-    return _Dataset(source)
+    return DatasetSource(source)
 
 
 class FolderSource(Source):
@@ -256,7 +258,9 @@ def folder_place(root: str | Path) -> tuple[str, ...]:
         return place_of(0)[:1]
 
 
-class _Dataset(Source):
+class DatasetSource(Source):
+    """The items of a map-style dataset; a task is an index."""
+
     kind = "dataset"
     hides = True
 
@@ -277,6 +281,7 @@ class _Dataset(Source):
             )
 
     def load(self, task: Any) -> Loaded:
+        """Read an item: (image, target)."""
         item = self._dataset[task]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise ValueError(
@@ -286,15 +291,19 @@ class _Dataset(Source):
         return Loaded(str(task), item[1], item[0], self.stamp(task))
 
     def name(self, task: Any) -> str:
+        """Return "item" and its index."""
         return f"item {task}"
 
     def stamp(self, task: Any) -> Stamp:
+        """Return the index; what is there, only loading can tell."""
         return Stamp(b"%d" % task, 0)
 
     def probes(self) -> list[Any]:
+        """Return some of the indices, evenly spread."""
         return spread(self.count, PROBES)
 
     def content(self, task: Any) -> bytes:
+        """Return a digest of an item, or of why it cannot be loaded."""
         try:
             _, target, image, _ = self.load(task)
             return b"%d|%s" % (_checksum(image), encode_target(target))
@@ -302,7 +311,9 @@ class _Dataset(Source):
             return type(error).__name__.encode()
 
 
-class _Triples(Source):
+class TripleSource(Source):
+    """An iterable of (key, bytes, target); a task is (number, item)."""
+
     kind = "iterable"
     lists = False
 
@@ -312,9 +323,11 @@ class _Triples(Source):
         self.restarts = not isinstance(items, Iterator)
 
     def tasks(self) -> Iterator[Any]:
+        """Yield (number, item) in order; an iterator gives them once."""
         return zip(itertools.count(), self._items, strict=False)
 
     def load(self, task: Any) -> Loaded:
+        """Return the item of a task, which is there already."""
         _, item = task
         if not isinstance(item, (tuple, list)) or len(item) != 3:
             raise ValueError(f"an item must be (key, bytes, target), got {_shown(item)}")
@@ -323,11 +336,13 @@ class _Triples(Source):
         return Loaded(key, target, image, Stamp(f"{key!r}|{target!r}".encode(), _checksum(image)))
 
     def name(self, task: Any) -> str:
+        """Return the number of an item, and its key where it has one."""
         number, item = task
         is_triple = isinstance(item, (tuple, list)) and len(item) == 3
         return f"item {number}" + (f", key {item[0]!r}" if is_triple else "")
 
     def stamp(self, task: Any) -> Stamp:
+        """Return key, target and checksum of an item."""
         try:
             return self.load(task).stamp
         except Exception:  # whatever a tensor or a target of others raises

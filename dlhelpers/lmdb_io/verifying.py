@@ -133,7 +133,7 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -
     seen: list[dict[str, Any]] = []
     for file in files:
         if not file.exists():
-            Environment(file)  # says how to mend it
+            Environment(file)  # says how to fix it
         found, facts = _in_a_child(file, progress)
         prefix = f"{file.name}: " if len(files) > 1 else ""
         problems += [prefix + problem for problem in found]

@@ -18,7 +18,7 @@ from dlhelpers.lmdb_io.identity import Stamp, spread
 from dlhelpers.lmdb_io.plain import is_plain_folder
 from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source, SourceError
 
-__all__ = ["inner_datasets", "look_through"]
+__all__ = ["RecordSource", "inner_datasets", "is_plain_database", "look_through"]
 
 
 def look_through(
@@ -33,8 +33,8 @@ def look_through(
         open_plain: opens what is no wrapper.
         open_database: opens a database; None for its records as they are.
     """
-    open_database = open_database or _Records
-    if _is_plain_database(source):
+    open_database = open_database or RecordSource
+    if is_plain_database(source):
         return open_database(source)
     if not _wrapped(source) or not any(map(_is_plain, inner_datasets(source))):
         return None
@@ -43,7 +43,7 @@ def look_through(
     opened: dict[int, Source] = {}
     for number in np.unique(order[:, 0]).tolist():
         dataset = inner[number]
-        opener = open_database if _is_plain_database(dataset) else open_plain
+        opener = open_database if is_plain_database(dataset) else open_plain
         opened[number] = opener(dataset)
     return _Selected(opened, order)
 
@@ -93,10 +93,11 @@ def _flatten(source: Any, inner: list[Any]) -> np.ndarray:
 
 
 def _is_plain(source: Any) -> bool:
-    return is_plain_folder(source) or _is_plain_database(source)
+    return is_plain_folder(source) or is_plain_database(source)
 
 
-def _is_plain_database(source: Any) -> bool:
+def is_plain_database(source: Any) -> bool:
+    """Whether it is an LMDBDataset that gives its records without a transform."""
     module = sys.modules.get("dlhelpers.lmdb_io.dataset")
     return (
         module is not None
@@ -106,7 +107,9 @@ def _is_plain_database(source: Any) -> bool:
     )
 
 
-class _Records(Source):
+class RecordSource(Source):
+    """The records of an LMDBDataset as they are stored; a task is an index."""
+
     kind = "database"
 
     def __init__(self, dataset: Any) -> None:
@@ -116,16 +119,20 @@ class _Records(Source):
         self._version = hashlib.blake2b(dataset.identity, digest_size=16).hexdigest().encode()
 
     def load(self, task: Any) -> Loaded:
+        """Return a record as it is stored."""
         key, target, image = self._dataset.record(task)
         return Loaded(key, target, bytes(image), self.stamp(task))
 
     def name(self, task: Any) -> str:
+        """Return "record", its index and the database."""
         return f"record {task} of {self._dataset.path}"
 
     def key(self, task: Any) -> str:
+        """Return the key of a record."""
         return self._dataset.samples[task][0]
 
     def stamp(self, task: Any) -> Stamp:
+        """Return the version of the database and the index."""
         return Stamp(b"%s|%d" % (self._version, task), 0)
 
 
