@@ -196,7 +196,7 @@ def unpack_record(view: memoryview, position: int, check: bool = True) -> Record
     if check and crc32(view[4:]) != checksum:
         raise DatabaseError(
             f"record {position} is damaged: its checksum differs; verify_lmdb finds all such "
-            "records, convert the source again"
+            "records, a new conversion mends them"
         )
     first = HEADER.size + key_size
     last = first + target_size
