@@ -32,6 +32,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from scale_page import PAGE, render
 from scale_peers import PEERS
@@ -117,7 +118,7 @@ def read(folder: Path, count: int) -> dict[str, float]:
 
     peer, reads = PEERS["dlhelpers, one LMDB file"], min(READS, count)
     warm = peer.open(folder / "warm")
-    warm[0], warm.targets, list(RandomSampler(warm))  # imports again
+    warm[0], np.asarray(warm.targets), list(RandomSampler(warm))  # imports again
     found: dict[str, float] = {}
     memory = Memory()
     seconds, dataset = timed(lambda: peer.open(folder))
@@ -128,8 +129,9 @@ def read(folder: Path, count: int) -> dict[str, float]:
     found["read_us"] = timed(lambda: peer.read(dataset, numbers))[0] / reads * 1e6
     found["read_mb"] = memory.grown
     memory = Memory()
-    seconds, targets = timed(lambda: dataset.targets)
+    seconds, targets = timed(lambda: np.asarray(dataset.targets))
     found |= {"targets_ms": seconds * 1e3, "targets_mb": memory.grown}
+    found["samples_ms"] = timed(lambda: sum(1 for _ in dataset.samples))[0] * 1e3
     for number in numbers[:100]:
         if int(targets[number]) != number * CLASSES // count:
             raise ValueError(f"record {number} of {count} has the target {targets[number]}")
@@ -160,7 +162,8 @@ def race(name: str, folder: Path, count: int) -> dict[str, float]:
     seconds, _ = timed(lambda: peer.write(folder, records))
     found = {"write_us": seconds / count * 1e6}
     files = [path for path in folder.rglob("*") if path.is_file()]
-    found["own_bytes"] = sum(path.stat().st_size for path in files) / count - len(records.image)
+    on_disk = sum(path.stat().st_blocks * 512 for path in files)
+    found["own_bytes"] = on_disk / count - len(records.image)
     found["files"] = len(files)
     seconds, reader = timed(lambda: peer.open(folder))
     found["open_ms"] = seconds * 1e3

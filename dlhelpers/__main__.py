@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make photographs to try things on")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     photos = kinds.add_parser("photos", help="an image folder of crops of real photographs")
-    photos.add_argument("directory", metavar="DIR", help="where the image folder shall lie")
+    photos.add_argument("directory", metavar="DIR", help="the folder to create")
     photos.add_argument("--count", type=int, default=5000, help="number of crops (%(default)s)")
     photos.add_argument("--size", type=int, default=256, help="their side in pixels (%(default)s)")
     photos.add_argument("--quality", type=int, default=90, help="of the JPEGs (%(default)s)")
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     selftest.set_defaults(run=_selftest)
 
-    add_actions(commands.add_parser("lmdb", help="write, merge, verify or describe a database"))
+    add_actions(commands.add_parser("lmdb", help="write, convert, merge or verify a database"))
 
     machine = commands.add_parser("machine", help="what this machine is")
     machine.description = "Print the processor, memory, builds, devices, and what is installed."

@@ -347,7 +347,7 @@ def test_every_source_is_written_in_shards(kind, scanned, tmp_path):
     assert write(source, tmp_path / "out", shards=4).count == 10
     assert stored(tmp_path / "out") == stored(tmp_path / "one")
     report = write(source, tmp_path / "out", shards=4, resume=True)
-    assert "4 of 4 shards, 4 of them whole before" in str(report)
+    assert "4 of 4 shards, 4 of them already complete" in str(report)
 
 
 def test_the_source_is_looked_at_once_for_all_shards(scanned, tmp_path, monkeypatch):
@@ -367,7 +367,7 @@ def test_whole_shards_are_kept_and_others_written(scanned, tmp_path):
     files_[1].unlink()
     before = [file.stat().st_ino for file in files_ if file.exists()]
     report = write(root, tmp_path / "out", shards=4, resume=True)
-    assert "4 of 4 shards, 3 of them whole before" in str(report)
+    assert "4 of 4 shards, 3 of them already complete" in str(report)
     assert (report.count, report.resumed_from) == (25, 25 - 6)
     assert [file.stat().st_ino for file in files_ if file != files_[1]] == before
 

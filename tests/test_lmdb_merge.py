@@ -287,7 +287,7 @@ def test_names_of_two_classes_are_matched_only_where_nothing_moves():
 def test_a_target_of_no_class_is_named(tmp_path, made):
     write(folder(tmp_path / "p", ["ant"], [1]), tmp_path / "odd.lmdb")
     write([("x", bitmap(0), 0)], tmp_path / "odd.lmdb", append=True)
-    with pytest.raises(SourceError, match="key 'x': its target 5 is the number of no class: 1"):
+    with pytest.raises(SourceError, match="key 'x': its target 5 is not the number of a class: 1"):
         write([("x", bitmap(0), 5)], tmp_path / "odd.lmdb", append=True)
 
 
@@ -559,3 +559,21 @@ def test_the_command_merges_and_appends(made, tmp_path, capsys):
     assert "12 of them appended to the 10" in capsys.readouterr().out
     assert main(["lmdb", "merge", a]) == 2
     assert "merge needs a database and a destination" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--shards", "2"]])
+def test_a_merge_without_a_destination_touches_no_database(tmp_path, capsys, more):
+    """The last of the paths would be replaced by the others."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    png = buffer.getvalue()
+    for name, first in (("a", 0), ("b", 3)):
+        images = [(f"{name}{n}", png, n) for n in range(first, first + 3)]
+        write_lmdb(images, tmp_path / name, progress=False, **({"shards": 2} if more else {}))
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    paths = [str(tmp_path / name) for name in "ab"]
+    assert main(["lmdb", "merge", *paths, "--quiet", *more]) == 2
+    assert "name a new destination" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    assert main(["lmdb", "merge", *paths, str(tmp_path / "new"), "--quiet", *more]) == 0
+    assert len(LMDBDataset(tmp_path / "new")) == 6

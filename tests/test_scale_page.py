@@ -49,7 +49,7 @@ def test_the_prose_of_the_page_stands_in_the_program():
 
 def test_totals_follow_the_line_and_costs_per_image_stay():
     page = rendered(_1000={"targets_ms": 10.0}, _2000={"targets_ms": 20.0, "write_us": 3.0})
-    assert cells(page, "`targets` of all records") == ["10.0 ms", "20.0 ms", "2.3 min"]  # 140 s
+    assert cells(page, "`np.asarray(targets)`") == ["10.0 ms", "20.0 ms", "2.3 min"]  # 140 s
     assert cells(page, "conversion, per image, one process") == ["1.0 us", "3.0 us", "3.0 us"]
     assert cells(page, "conversion, one process, in whole")[-1] == "42.0 s"
     falling = rendered(_1000={"open_ms": 9.0}, _2000={"open_ms": 4.0})

@@ -17,9 +17,9 @@ the decoder matters more than the store; notebook 02 measures both.
 Of many images each rank writes a shard, from one scan; databases are merged as they are stored:
 
     write_listing("photos", "photos.listing")                      # one scan, for all ranks
-    write_lmdb("photos.listing", "photos", shards=64, shard=(rank, world))
-    write_lmdb(["photos", "more.lmdb"], "all", shards=16)          # no image is decoded
-    write_lmdb("new", "photos.lmdb", append=True)                  # behind those that are there
+    write_lmdb("photos.listing", "shards", shards=64, shard=(rank, world))
+    write_lmdb(["shards", "more.lmdb"], "all", shards=16)          # no image is decoded
+    write_lmdb("new", "photos.lmdb", append=True)                  # after the records in it
 
 A sample may hold more than an image and a target, in named fields:
 

@@ -1,4 +1,4 @@
-"""How do new images come behind those of a database, which stays in use until they are all there?
+"""How are images appended to a database that stays in use until all of them are stored?
 
 The file is copied as it is, page by page (on file systems that can, without taking space), and the
 copy grows as an interrupted conversion would that is continued. At the end it is renamed over the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 __all__ = ["add_actions"]
@@ -13,7 +14,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     """Add write, convert, merge, list, verify and info to the parser of ``lmdb``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    write = actions.add_parser("write", help="convert an image folder into one LMDB file")
+    write = actions.add_parser("write", help="convert an image folder into a database")
     write.add_argument(
         "source", metavar="SRC", help="a folder with one folder for each class, or a listing of one"
     )
@@ -53,7 +54,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="databases, files or folders of shards, and at last where their records go",
+        help="databases (files or folders of shards), then the destination, which must be new",
     )
     _add_writing(merge)
     merge.set_defaults(run=_merge)
@@ -65,7 +66,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         default=0,
-        help="that look at files, for network mounts (%(default)s)",
+        help="threads that read file sizes; useful on network mounts (%(default)s)",
     )
     listing.add_argument("--quiet", action="store_true", help="show no bar")
     listing.set_defaults(run=_list)
@@ -92,15 +93,19 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
 
 def _add_writing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes that load (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted run")
     parser.add_argument("--skip-errors", action="store_true", help="list what cannot be stored")
     parser.add_argument(
         "--shard",
         metavar="RANK/WORLD|torchrun",
-        help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE",
+        help="write one part into the folder DST; torchrun reads RANK and WORLD_SIZE, under Slurm "
+        "give $SLURM_PROCID/$SLURM_NTASKS",
     )
     parser.add_argument(
-        "--shards", type=int, metavar="N", help="write N shards; with --shard each WORLD-th of them"
+        "--shards",
+        type=int,
+        metavar="N",
+        help="write N shards; with --shard every WORLD-th of them",
     )
     parser.add_argument(
         "--no-lock", action="store_true", help="for a mount without locks, and one writer alone"
@@ -166,6 +171,12 @@ def _merge(options: argparse.Namespace) -> int:
     *sources, path = options.paths
     if not sources:
         raise ValueError(f"merge needs a database and a destination, got {path!r} alone")
+    starts = options.shard is None and not options.resume  # neither one of several nor again
+    if os.path.isfile(path) or (starts and next(Path(path).glob("shard-*-of-*.lmdb"), None)):
+        raise ValueError(
+            f"{path} exists, and merge would replace it: name a new destination after the "
+            "databases. To add records to it: lmdb write SRC DST --append"
+        )
     print(lmdb_io.write_lmdb(sources, path, **_writing(options)))
     return 0
 
@@ -212,8 +223,12 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    sides = [int(side) for side in text.lower().split("x")]
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"expected SIDE or HEIGHTxWIDTH, such as 256x192, got {text!r}"
+        )
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -226,7 +241,7 @@ def _shard(text: str | None) -> tuple[int, int] | None:
                 f"--shard torchrun needs {' and '.join(missing)} in the environment: start it as "
                 "torchrun --nproc-per-node 2 -m dlhelpers lmdb write SRC DST --shard torchrun"
             )
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        text = f"{os.environ['RANK']}/{os.environ['WORLD_SIZE']}"
     rank, separator, world = text.partition("/")
     if not (separator and rank.isdigit() and world.isdigit()):
         raise ValueError(f"--shard must be RANK/WORLD, such as 0/2, or torchrun, got {text!r}")

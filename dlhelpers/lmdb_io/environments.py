@@ -165,8 +165,8 @@ def open_environment(
             if type(found) is kind:
                 return found
             raise schema.DatabaseError(
-                f"{path} is open in this process already, as a database of another kind: let go "
-                "of that first, LMDB allows one for each file"
+                f"{path} is open in this process already, as a database of another kind: close "
+                "that one first, LMDB allows one for each file"
             )
         if found is not None:  # inherited through a fork
             found.close()

@@ -157,7 +157,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         ray.init(address or os.environ.get("RAY_ADDRESS", "local"), **quiet)
     except ConnectionError as error:
         raise ConnectionError(
-            f"no Ray at {address or 'RAY_ADDRESS'} lets this process in ({error}): give what "
+            f"no Ray at {address or 'RAY_ADDRESS'} accepts this process ({error}): give what "
             "ray start --head prints, and RAY_AUTH_TOKEN where it asks for a token"
         ) from error
     try:

@@ -62,7 +62,7 @@ def renumbered(target: Any, numbers: Sequence[int] | None) -> Any:
     """Return a target under the new numbers; what is no class number stays.
 
     Raises:
-        ValueError: it is the number of no class, or may hold numbers that cannot be told apart.
+        ValueError: it is not the number of a class, or may hold numbers that cannot be told apart.
     """
     if numbers is None:
         return target
@@ -75,7 +75,7 @@ def renumbered(target: Any, numbers: Sequence[int] | None) -> Any:
         return target
     if target >= len(numbers):
         raise ValueError(
-            f"its target {target} is the number of no class: {len(numbers)} are named, from 0 to "
+            f"its target {target} is not the number of a class: {len(numbers)} are named, 0 to "
             f"{len(numbers) - 1}"
         )
     return numbers[target]

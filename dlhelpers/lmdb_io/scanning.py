@@ -95,7 +95,7 @@ def write_listing(
         FileExistsError: path holds something that is no listing.
 
     >>> write_listing("photos", "photos.listing")                          # doctest: +SKIP
-    >>> write_lmdb("photos.listing", "photos", shard=(rank, world))        # doctest: +SKIP
+    >>> write_lmdb("photos.listing", "shards", shard=(rank, world))        # doctest: +SKIP
     """
     start = time.perf_counter()
     threads = whole_number("threads", threads, 0, 1024)

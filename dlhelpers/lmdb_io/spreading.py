@@ -40,7 +40,7 @@ class Totals:
         """Return what a report says of the shards."""
         lines = [f"{self.shards} of {world} shard{'s' * (world != 1)}"]
         if self.whole:
-            lines.append(f"{self.whole} of them whole before")
+            lines.append(f"{self.whole} of them already complete")
         return (", ".join(lines),)
 
 
