@@ -39,6 +39,6 @@ def timed_headline(rows: Iterable[Mapping[str, Any]], claims: Sequence[Claim]) -
     text += f"It leaves {opened} more open."
     text += f" What it said of {unknown} is unknown." if unknown else ""
     days = [c.since for c in judged if c.since is not None]
-    return text + (
-        f" It counts from {max(days)}, when a theory or a threshold last changed." if days else ""
-    )
+    if days:
+        text += f" It counts from {max(days)}, when a theory or a threshold last changed."
+    return text

@@ -30,14 +30,16 @@ _TONE_STYLE = "".join(
 )
 STYLE = f"""
 #picture td.sq {{ text-align: center; padding: 1px 4px; white-space: nowrap; position: relative;
-  border: 1px solid var(--page); min-width: 4.6rem; font-size: 0.85em; }}
+  border: 1px solid var(--page); min-width: 4rem; max-width: 7rem;
+  font-size: 0.85em; }}
 #picture th[scope=row], #picture td.says {{ padding: 1px 0.8rem 1px 0; font-weight: normal;
-  max-width: 19rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
+  max-width: 17rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
 #picture th {{ vertical-align: middle; }} #picture tr {{ border: none; }}
 #picture tr.tip th {{ padding-top: 0.6rem; font-weight: 600; }}
 #picture:not(.flat) tr.again td.says {{ color: transparent; }}
 #picture a:not(:hover) {{ text-decoration: none; }} #picture thead th {{ text-align: center; }}
 #picture .n, #picture .x, .legend .n {{ outline: 1px dashed; outline-offset: -3px; }}
+#picture .seen {{ display: block; overflow: hidden; text-overflow: ellipsis; }}
 .against {{ box-shadow: inset 0 0 0 3px var(--jp-ui-font-color1); font-weight: 700; }}
 .more {{ position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }}
 td:hover > .more {{ width: max-content; max-width: 26rem; height: auto; clip-path: none;
@@ -131,6 +133,8 @@ def picture_svg(
     height, width = _TOP + max(filled) + 10, 2 * _WIDTH + _GAP + 20
     parts = [
         f"<rect class='page' x='-10' width='{width}' height='{height}'/>",
+        _svg_legend("holds", 4),
+        _svg_legend("fails", 22),
         *(
             _column(column, n * (_WIDTH + _GAP), machines, folder)
             for n, column in enumerate(columns)
@@ -173,8 +177,9 @@ def _row(
 def _cell(square: Square) -> str:
     mark = " !" if square.against else ""
     return (
-        f"<td class='sq {square.tone}{' against' * square.against}'><span aria-hidden='true'>"
-        f"<b>{square.letter}{mark}</b> {escape(square.found)}</span>"
+        f"<td class='sq {square.tone}{' against' * square.against}'>"
+        f"<span class='seen' aria-hidden='true'><b>{square.letter}{mark}</b> "
+        f"{escape(square.found)}</span>"
         f"<span class='more'>{escape(square.said)}</span></td>"
     )
 
