@@ -26,7 +26,8 @@ on which the whole course was run; your own is written by `make report`, and com
 {CHOSEN}
 """
 OPEN = f"""Open [the picture]({PICTURE.name}) by itself to see numbers and intervals where you
-point. Machines on which all came out alike share a line, with numbers from the least to the largest."""
+point. Machines on which all came out alike share a line, with numbers from the least to the
+largest."""
 ALT = "A square for each condition and machine; the tables below say the same in words"
 
 

@@ -212,13 +212,13 @@ def _svg_legend(verdict: str, y: int) -> str:
     for n, (tone, said) in enumerate(drawn):
         square = Square(letters.get(tone, ""), tone, None, False, "", said)
         parts.append(
-            f"<g transform='translate({150 + 95 * n},{y})'>{_drawn(square, 0)}"
+            f"<g transform='translate({150 + 105 * n},{y})'>{_drawn(square, 0)}"
             f"<text x='26' y='10'>{said}</text></g>"
         )
     if key == "f":
         against = Square("H", "h1", None, True, "", "against the mechanism")
         parts.append(
-            f"<g transform='translate(625,{y})'>{_drawn(against, 0)}"
+            f"<g transform='translate(675,{y})'>{_drawn(against, 0)}"
             f"<text x='26' y='10'>against the mechanism</text></g>"
         )
     return "".join(parts)
