@@ -80,9 +80,11 @@ def test_the_notebooks_link_to_their_neighbours_and_the_first_to_all():
         assert path.read_text(encoding="utf-8") == text, "make it: .venv/bin/python tools/links.py"
 
 
-def test_the_page_of_ledgers_is_up_to_date():
+def test_the_page_of_ledgers_and_its_picture_are_up_to_date():
     page = (ROOT / "docs" / "where-tips-hold.md").read_text(encoding="utf-8")
-    assert page == tool("ledger_page").render(), "make it: .venv/bin/python tools/ledger_page.py"
+    svg = (ROOT / "docs" / "where-tips-hold.svg").read_text(encoding="utf-8")
+    made = tool("ledger_page")
+    assert (page, svg) == (made.render(), made.drawn()), "make it: python tools/ledger_page.py"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data" / "ledgers").glob("*.json")))

@@ -9,6 +9,7 @@ from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from queue import Empty
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -16,11 +17,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dlhelpers.course import claims, ledger, report
+from dlhelpers.course.claims.advice import advice
 from dlhelpers.course.claims.claim import Claim, Condition, Tip
 from dlhelpers.course.claims.conditions import Judged
 from dlhelpers.course.report import command
+from dlhelpers.course.report import machines as machines_page
 from dlhelpers.course.report.cells import Cell, cells_of_claims
+from dlhelpers.course.report.headlines import timed_headline
+from dlhelpers.course.report.picture import picture_svg
 from dlhelpers.course.report.running import kernel_of_this_python
+from dlhelpers.course.report.squares import lines_of
 from dlhelpers.course.verdicts import Threshold
 
 BAR = Threshold(">=", 1.05)
@@ -137,8 +143,8 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
         "mechanism: must hold",
         "mechanism: cannot hold",
         "judged 2026-01-03",
-        "Of those settled: as the mechanism says in 2 of the 2 where it commits itself. "
-        "Theory and thresholds have stood since 2026-01-02 or earlier.",
+        "Timed conditions for which the mechanism commits itself: 2 of 2 came out as it says; "
+        "0 unsettled; 0 not measured. It leaves 0 more open. It counts from 2026-01-02,",
         "no difference",
         "a paper, table 1",
         "Fuse them.",
@@ -166,14 +172,15 @@ def test_filters_offer_what_the_rows_carry():
         assert f"<option value='{value}'>" in page
 
 
-def test_every_tip_is_listed_with_its_verdicts_or_where_it_will_be_treated():
-    text = Page(report.render(a_ledger(a_row()), claims=[a_claim()], tips=TIPS)).text
-    tips = " ".join(text[text.index("What became of it here") :].split())
+def test_every_tip_is_listed_with_advice_or_where_it_will_be_treated():
+    tips = (dataclasses.replace(TIPS[0], do="Fuse"), *TIPS[1:])
+    text = Page(report.render(a_ledger(a_row()), claims=[a_claim()], tips=tips)).text
+    told = " ".join(text[text.index("Advice for this machine") :].split())
     assert (
-        "Fuse them. a README, 2021 Holds in 1 of 2, as the mechanism says Fusing is faster." in tips
+        "Fuse for batch 1 (1.21x); it does nothing for batch 64 (1.01x). fusion.speeds-up" in told
     )
-    assert "Use LMDB. Still there. a README, 2021 not treated yet: 02_lmdb_io" in tips
-    assert "Prune. a README, 2021 not treated yet: a later notebook" in tips
+    assert "Use LMDB. Still there. a README, 2021 not treated yet: 02_lmdb_io" in told
+    assert "Prune. a README, 2021 not treated yet: a later notebook" in told
 
 
 def test_a_claim_without_a_row_is_shown_as_not_run():
@@ -210,7 +217,7 @@ def test_an_old_row_is_judged_by_what_it_was_measured_with():
     assert "threshold &gt;= 1.01" in page, "the dashed line is the old one"
     assert "threshold &gt;= 1.5" not in page
     assert "mechanism unknown" in text
-    assert "what it said of 1 is unknown" in text
+    assert "What it said of 1 is unknown" in text
     assert "on a day unknown: not scored" in text
     assert "day and versions unknown" in text
     assert "no predictions yet" in text
@@ -313,20 +320,124 @@ def machines(*verdicts):
 )
 def test_a_condition_turns_round_where_two_machines_settled_it_differently(verdicts, turned):
     page = machines(*verdicts)
-    assert ("data-turned='yes'" in page) == turned
     assert f"{int(turned)} of 2 conditions turn{'s' * turned} round" in page
     assert all(f"machine {n}" in page for n in range(len(verdicts)))
 
 
-def test_a_condition_that_turns_round_is_named():
-    books = [a_ledger(a_row(first="holds")), a_ledger(a_row(first="fails"))]
-    page = report.compare(books, claims=[a_claim()])
-    assert "turns round at batch 1<" in page
-
-
 def test_a_claim_that_one_machine_lacks_is_not_run_there():
     text = Page(report.compare([a_ledger(a_row()), a_ledger()], claims=[a_claim()])).text
-    assert "Not run" in text
+    assert "not run" in text
+
+
+def interval(effect, low, high, verdict="holds", **changes):
+    return a_condition("batch 1", verdict, effect, low, high, **changes)
+
+
+def of_machines(*conditions, kind="time"):
+    books = [a_ledger(a_row(conditions=[c])) for c in conditions]
+    return next(iter(lines_of(books, [a_claim(kind=kind)])))
+
+
+@pytest.mark.parametrize(
+    ("others", "gap"),
+    [
+        ([(2.0, 1.9, 2.1), (1.0, 0.9, 1.0)], (1, 0, 1.9)),
+        ([(2.0, 1.9, 2.1), (1.0, 0.9, 1.0), (0.5, 0.4, 0.5)], (2, 0, 3.8)),
+        ([(1.2, 1.1, 1.3), (1.3, 1.3, 1.4)], None),
+        ([(1.2, 1.1, None), (9.0, 8.0, 9.0)], None),
+    ],
+)
+def test_machines_differ_where_their_intervals_do_not_meet(others, gap):
+    found = of_machines(*(interval(*numbers) for numbers in others)).gap
+    assert (found and (found.low, found.high, pytest.approx(found.factor))) == gap
+
+
+def test_what_a_bad_control_left_unsettled_differs_from_nothing():
+    off = interval(9.0, 8.0, 9.5, "unsettled", reason="the control came back slower")
+    assert of_machines(interval(1.2, 1.1, 1.3), off).gap is None
+
+
+def test_differences_are_told_largest_first():
+    books = [
+        a_ledger(a_row("a.small"), a_row("a.large")),
+        a_ledger(
+            a_row("a.small", conditions=[interval(1.4, 1.3, 1.5)]),
+            a_row("a.large", conditions=[interval(9.0, 6.3, 9.5)]),
+        ),
+    ]
+    told = machines_page.differences(books, claims=[a_claim("a.small"), a_claim("a.large")])
+    assert told == [
+        "5x: a.large, batch 1: 1.21x on 1, 9.00x on 2",
+        "1.03x: a.small, batch 1: 1.21x on 1, 1.40x on 2",
+    ]
+
+
+# Squares and advice
+
+
+@pytest.mark.parametrize(
+    ("threshold", "verdict", "effect", "tone"),
+    [
+        (">= 1.05", "holds", 1.06, "h0"),
+        (">= 1.05", "holds", 1.3, "h1"),
+        (">= 1.05", "holds", 30.0, "h3"),
+        (">= 2", "fails", 1.0, "f2"),
+        ("<= 1.3", "holds", 1.0, "h1"),
+        ("<= 1.3", "fails", 4.0, "f3"),
+        (">= 1.05", "unsettled", 1.06, "u"),
+        (">= 1.05", "not-measured", None, "n"),
+        (">= 1.05", "fails", None, "fc"),
+    ],
+)
+def test_a_colour_is_the_distance_from_the_threshold(threshold, verdict, effect, tone):
+    bar = Threshold.parse(threshold)
+    (square,) = of_machines(interval(effect, effect, effect, verdict, threshold=bar)).squares
+    assert square.tone == tone
+    assert square.distance is None or (square.distance > 0) == (tone[0] in "hu")
+
+
+@pytest.mark.parametrize("kind", ["exact", "accuracy"])
+def test_what_is_counted_or_a_difference_has_a_fixed_tone(kind):
+    assert [s.tone for s in of_machines(interval(9, 9, 9), kind=kind).squares] == ["hc"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "numbers", "said"),
+    [
+        ("holds", (1.21, 1.17, 1.26), "Fuse for batch 1 (1.21x)."),
+        ("fails", (1.01, 0.99, 1.02), "Of no use here: it does nothing for batch 1 (1.01x)."),
+        ("fails", (0.5, 0.4, 0.6), "it costs more than it saves for batch 1 (0.50x)."),
+        ("fails", (1.09, 1.07, 1.1), "too little for batch 1 (1.09x)."),
+        ("unsettled", (1.21, 0.9, 1.5), "Unsettled for batch 1 (1.21x)."),
+    ],
+)
+def test_advice_says_what_was_found(verdict, numbers, said):
+    bar = Threshold(">=", 1.15)
+    judged = Judged.from_row(interval(*numbers, verdict, threshold=bar))
+    tip = dataclasses.replace(TIPS[0], do="Fuse")
+    assert advice(tip, a_claim(), [judged]).endswith(said)
+
+
+def test_the_headline_counts_what_is_timed_and_committed_only():
+    rows = [
+        a_row("a.timed", first="fails", second="unsettled"),
+        a_row("a.open", conditions=[interval(1.2, 1.1, 1.3, theory="open")]),
+        a_row("a.counted"),
+    ]
+    kinds = {"a.timed": "time", "a.open": "time", "a.counted": "exact"}
+    said = timed_headline(rows, [a_claim(id, kind=kind) for id, kind in kinds.items()])
+    assert "0 of 1 came out as it says, 1 against it; 1 unsettled; 0 not measured." in said
+    assert "It leaves 1 more open." in said
+
+
+def test_the_svg_is_xml_with_every_condition_and_its_interval():
+    claim = a_claim()
+    lines = lines_of([a_ledger(a_row(first="fails")), a_ledger()], [claim])
+    root = ElementTree.fromstring(picture_svg(lines, TIPS, ["1", "2"], "../notebooks"))
+    text = " ".join(root.itertext())
+    assert "1.21x [1.17, 1.26], threshold >= 1.05, against the mechanism" in text
+    assert "batch 64" in text
+    assert "F!" in text
 
 
 def test_one_ledger_is_no_comparison():

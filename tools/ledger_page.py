@@ -1,77 +1,126 @@
-"""Write docs/where-tips-hold.md: what the committed ledgers say of every claim."""
+"""Write docs/where-tips-hold.md and its picture: what the committed ledgers say of every tip."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.course import claims, ledger
-from dlhelpers.course.claims.conditions import Judged, Tally
-from dlhelpers.course.claims.course import agreement_text
-from dlhelpers.course.claims.sentences import headline, sentence
-from dlhelpers.course.report.page import stands_since
+from dlhelpers.course.claims.advice import advice, gain_of, main_claim
+from dlhelpers.course.claims.conditions import Judged
+from dlhelpers.course.claims.sentences import effect_text, sentence
+from dlhelpers.course.report.headlines import CHOSEN, timed_headline
+from dlhelpers.course.report.picture import picture_svg
+from dlhelpers.course.report.squares import lines_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "where-tips-hold.md"
-HEAD = """# Where each tip holds
+PICTURE = PAGE.with_suffix(".svg")
+HEAD = f"""# Where each tip holds
 
-Made from `data/ledgers/` by `tools/ledger_page.py`; a test keeps it true. Each column is a machine
+Made from `data/ledgers/` by `tools/ledger_page.py`; a test keeps it true. Each number is a machine
 on which the whole course was run; your own is written by `make report`, and compared with these by
 `python -m dlhelpers report --compare ledger.json data/ledgers/*.json`.
 
-The unit is the condition. Each cell says where the tip holds there and where not, with the effect;
-intervals are in the ledgers. **AGAINST THE MECHANISM** marks a condition that came out otherwise
-than theory said beforehand, in the lesson's file. Conditions were chosen so that theory expects the
-tip to fail in some of them: how many hold says nothing of how often such tips are right.
+{CHOSEN}
 """
+OPEN = f"""Open [the picture]({PICTURE.name}) by itself to see numbers and intervals where you
+point. Machines on which all came out alike share a line, with numbers from the least to the
+largest."""
+ALT = "A square for each condition and machine; the tables below say the same in words"
 
 
 def main() -> None:
-    PAGE.write_text(render(), encoding="utf-8", newline="\n")
-    print(f"wrote {PAGE}")
+    for path, text in ((PAGE, render()), (PICTURE, drawn())):
+        path.write_text(text, encoding="utf-8", newline="\n")
+        print(f"wrote {path}")
+
+
+def drawn() -> str:
+    """Return the picture as SVG."""
+    ledgers = list(_ledgers().values())
+    machines = [str(number) for number in range(1, len(ledgers) + 1)]
+    lines = lines_of(ledgers, claims.all_claims())
+    return picture_svg(lines, claims.all_tips(), machines, "../notebooks")
 
 
 def render() -> str:
     """Return the page as Markdown."""
-    files = sorted((ROOT / "data" / "ledgers").glob("*.json"))
-    ledgers = {file.stem: ledger.read(file) for file in files}
+    ledgers = _ledgers()
+    every = claims.all_claims()
     parts = [HEAD]
-    for name, one in ledgers.items():
-        judged = [(row["id"], Judged.from_row(c)) for row in one["rows"] for c in row["conditions"]]
-        tally = Tally.of(c for _, c in judged)
-        counts = (
-            f"Conditions: {tally.holds} hold, {tally.fails} fail, {tally.unsettled} unsettled, "
-            f"{tally.missing} not measured; {agreement_text(tally)}. Theory and thresholds have "
-            f"stood since {stands_since(one['rows'])} or earlier."
+    for number, (name, one) in enumerate(ledgers.items(), 1):
+        against = "; ".join(
+            f"`{row['id']}`: {c['name']}"
+            for row in one["rows"]
+            for c in row["conditions"]
+            if c["agreement"] == "against"
         )
-        against = "; ".join(f"`{id}`: {c.name}" for id, c in judged if c.agreement == "against")
-        counts += f" **Against the mechanism**: {_plain(against)}." if against else ""
-        parts.append(f"- **{name}**: {one['machine']['line']}. {counts}")
-    rows = {name: {row["id"]: row for row in one["rows"]} for name, one in ledgers.items()}
+        told = f" **Against the mechanism**: {_plain(against)}." if against else ""
+        line = one["machine"]["line"]
+        parts.append(f"{number}. **{name}**: {line}. {timed_headline(one['rows'], every)}{told}")
+    parts += ["", f"![{ALT}]({PICTURE.name})", ""]
+    parts += [
+        "Open [the picture](where-tips-hold.svg) by itself to see numbers and intervals where"
+    ]
+    parts += ["you point. Numbers that differ between machines are given from the least to the"]
+    parts += ["largest.", "", "## What to do", "", "| tip | machines | advice |", "|---|---|---|"]
+    rows = [{row["id"]: row for row in one["rows"]} for one in ledgers.values()]
+    for tip in claims.all_tips():
+        if claim := main_claim(tip, every):
+            parts += _lines(
+                tip.says, claim, rows, lambda cs, found, tip=tip, claim=claim: advice(
+                    tip, claim, cs, found
+                )
+            )  # fmt: skip
     notebook = ""
-    for claim in sorted(claims.all_claims(), key=lambda claim: claim.notebook):
+    for claim in sorted(every, key=lambda claim: claim.notebook):
         if claim.notebook != notebook:
             notebook = claim.notebook
-            heads = " | ".join(rows)
             parts += ["", f"## [{notebook}](../notebooks/{notebook}.ipynb)", ""]
-            parts += [f"| claim | {heads} |", "|---" * (1 + len(rows)) + "|"]
-        cells = " | ".join(_cell(claim, found.get(claim.id)) for found in rows.values())
-        says = claim.says.replace("|", "\\|").replace("\n", " ")
-        parts.append(f"| {says} | {cells} |")
+            parts += ["| claim | machines | what came out |", "|---|---|---|"]
+        parts += _lines(
+            claim.says, claim, rows, lambda cs, found, claim=claim: sentence(claim, cs, found)
+        )
     return "\n".join([*parts, ""])
 
 
-def _cell(claim: claims.Claim, row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "not run"
-    conditions = [Judged.from_row(c) for c in row["conditions"]]
-    tally = Tally.of(conditions)
-    said = sentence(claim, conditions, intervals=False)
-    if not tally.settled:
-        return _plain(said)
-    head = _plain(headline(tally))
-    return f"**{head}**. {_plain(said)}." if tally.against else f"{head}. {_plain(said)}."
+def _ledgers() -> dict[str, dict[str, Any]]:
+    files = sorted((ROOT / "data" / "ledgers").glob("*.json"))
+    return {file.stem: ledger.read(file) for file in files}
+
+
+def _lines(
+    says: str,
+    claim: claims.Claim,
+    rows: Sequence[Mapping[str, Any]],
+    told: Callable[[Sequence[Judged], Callable[[Judged], str]], str],
+) -> Iterator[str]:
+    """Give a line for all machines on which the conditions of a claim came out alike."""
+    alike: dict[tuple[tuple[str, str, str], ...], list[tuple[int, list[Judged]]]] = {}
+    for number, found in enumerate(rows, 1):
+        row = found.get(claim.id)
+        conditions = [Judged.from_row(c) for c in row["conditions"]] if row else []
+        key = tuple((c.name, gain_of(claim, c), c.reason) for c in conditions)
+        alike.setdefault(key, []).append((number, conditions))
+    for group in alike.values():
+        together: dict[str, list[Judged]] = {}
+        for _, conditions in group:
+            for c in conditions:
+                together.setdefault(c.name, []).append(c)
+        first = group[0][1]
+        text = told(first, lambda c, t=together: _range(claim, t[c.name])) if first else "Not run"
+        who = "all" if len(group) == len(rows) else ", ".join(str(number) for number, _ in group)
+        yield f"| {_plain(says)} | {who} | {_plain(text)} |"
+        says = ""
+
+
+def _range(claim: claims.Claim, found: Sequence[Judged]) -> str:
+    """Return the number of a condition on several machines, or the least and the largest."""
+    ordered = sorted(found, key=lambda c: (c.effect is None, c.effect or 0))
+    texts = [effect_text(claim, c, interval=False) for c in (ordered[0], ordered[-1])]
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
 
 def _plain(text: str) -> str:

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import lab_session
 
 from dlhelpers.course import ledger
+from dlhelpers.course.report.machines import compare
 from dlhelpers.course.report.page import render
 
 LEDGERS = sorted((lab_session.ROOT / "data" / "ledgers").glob("*.json"))
@@ -59,4 +60,33 @@ def test_the_report_is_legible_and_its_filters_filter(browser, report, scheme):
     page.screenshot(path=SCREENSHOTS / f"report_{scheme}.png")
     assert said == []
     assert [url for url in asked if url.startswith("http")] == []  # nothing from outside
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_of_several_machines_sorts_and_tells_more_where_one_points(
+    browser, tmp_path, scheme
+):
+    file = tmp_path / "compare.html"
+    file.write_text(compare([ledger.read(path) for path in LEDGERS]), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1280, "height": 1600}, color_scheme=scheme)
+    page.goto(file.as_uri())
+    lines = page.locator("#picture tbody tr.line")
+    before = lines.all_inner_texts()
+    for key in ("gap", "effect"):
+        page.locator("#sort").select_option(key)
+        values = lines.evaluate_all(f"rows => rows.map(r => r.dataset.{key})")
+        known = [float(v) for v in values if v]
+        assert known == sorted(known, reverse=True)
+        assert all(values[: len(known)]), "what has no number comes last"
+        assert page.locator("#picture tr.tip:visible").count() == 0
+    square = page.locator("#picture td.sq").first
+    square.hover()
+    more = square.locator(".more").bounding_box()
+    assert more["width"] > 50
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"machines_{scheme}.png")
+    page.locator("#sort").select_option("tip")
+    assert lines.all_inner_texts() == before
+    assert page.evaluate("document.querySelector('.wide').scrollWidth") <= 1280
     page.close()

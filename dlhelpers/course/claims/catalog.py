@@ -111,6 +111,7 @@ def load_tips(path: str | Path) -> tuple[Tip, ...]:
             says=row.text("says"),
             said_by=row.text("said_by"),
             note=row.text("note", ""),
+            do=row.text("do", ""),
         )
         row.close()
         tips.append(tip)

@@ -30,6 +30,7 @@ class Tip:
         said_by: who repeats it, and when.
         note: what became of it where that is on record, else empty.
         notebooks: stems of the notebooks with claims of it; empty where none treats it yet.
+        do: what to do where it pays, such as ``Use LMDB``; empty where it only states a fact.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Tip:
     said_by: str
     note: str = ""
     notebooks: tuple[str, ...] = ()
+    do: str = ""
 
 
 @dataclass(frozen=True)

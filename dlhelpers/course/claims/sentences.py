@@ -10,7 +10,7 @@ sentence names each of them with its number::
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dlhelpers.course.claims.claim import CONFIRMED
@@ -26,6 +26,7 @@ __all__ = [
     "counted",
     "effect_text",
     "headline",
+    "listed",
     "number_text",
     "sentence",
     "short",
@@ -78,25 +79,47 @@ def headline(tally: Tally) -> str:
     return said[:1].upper() + said[1:]
 
 
-def sentence(claim: Claim, conditions: Sequence[Judged], *, intervals: bool = True) -> str:
-    """Name every condition once: where the tip holds, where not, and where nobody can tell."""
+def sentence(
+    claim: Claim, conditions: Sequence[Judged], found: Callable[[Judged], str] | None = None
+) -> str:
+    """Name every condition once: where the tip holds, where not, and where nobody can tell.
+
+    ``found`` gives the number of a condition in words, :func:`effect_text` where it is None.
+    """
     groups = {"holds": [], "fails": [], "unsettled": []}
     for c in conditions:
         if c.verdict in groups:
             groups[c.verdict].append(c)
     words, parts = claim.words, []
     if groups["holds"]:
-        parts.append(f"{words['holds']} {_listed(claim, groups['holds'], intervals)}")
+        parts.append(f"{words['holds']} {listed(claim, groups['holds'], found)}")
     if groups["fails"]:
         said = words["fails"] if words == CONFIRMED or not parts else "not"
-        parts.append(f"{said} {_listed(claim, groups['fails'], intervals)}")
+        parts.append(f"{said} {listed(claim, groups['fails'], found)}")
     for reason in dict.fromkeys(c.reason for c in groups["unsettled"]):
         these = [c for c in groups["unsettled"] if c.reason == reason]
         why = f": {reason}" if reason else ""
-        parts.append(f"unsettled {_listed(claim, these, intervals)}{why}")
+        parts.append(f"unsettled {listed(claim, these, found)}{why}")
     parts += _missing(conditions)
     text = "; ".join(" ".join(part.split()) for part in parts)
     return text[:1].upper() + text[1:]
+
+
+def listed(
+    claim: Claim, conditions: Sequence[Judged], found: Callable[[Judged], str] | None = None
+) -> str:
+    """Join conditions with their numbers; what stands before a name is said once for a row."""
+    before = {c.name: c.where for c in claim.conditions}
+    items, last = [], None
+    for c in conditions:
+        where = before.get(c.name, "for")
+        number = effect_text(claim, c) if found is None else found(c)
+        name = f"{c.name} ({number})" if number else c.name
+        items.append(name if where == last else f"{where} {name}".strip())
+        last = where
+    if len(items) == 1:
+        return items[0]
+    return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def effect_text(claim: Claim, condition: Judged, *, interval: bool = True) -> str:
@@ -197,21 +220,6 @@ def _rest(tally: Tally) -> str:
     if tally.missing:
         parts.append(f"{tally.missing} not measured")
     return ", ".join(parts)
-
-
-def _listed(claim: Claim, conditions: Sequence[Judged], intervals: bool) -> str:
-    """Join conditions with their numbers; what stands before a name is said once for a row."""
-    before = {c.name: c.where for c in claim.conditions}
-    items, last = [], None
-    for c in conditions:
-        where = before.get(c.name, "for")
-        found = effect_text(claim, c, interval=intervals)
-        name = f"{c.name} ({found})" if found else c.name
-        items.append(name if where == last else f"{where} {name}")
-        last = where
-    if len(items) == 1:
-        return items[0]
-    return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _missing(conditions: Sequence[Judged]) -> list[str]:

@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlhelpers.course import ledger as ledgers
-from dlhelpers.course.report.cells import cells_of_claims
-from dlhelpers.course.report.machines import compare
-from dlhelpers.course.report.page import machine_line, render
+from dlhelpers.course.report.cells import Cell, cells_of_claims
+from dlhelpers.course.report.document import machine_line
+from dlhelpers.course.report.machines import compare, differences
+from dlhelpers.course.report.page import render
 from dlhelpers.course.report.running import NotebookRun, run_notebooks
 from dlhelpers.files import write_whole
 
 __all__ = ["main"]
+
+_SHOWN = 10  # differences that the terminal shows; the page has all
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--compare needs two ledgers at least")
     try:
         if options.compare:
-            page = compare([ledgers.read(path) for path in options.compare])
-            _write(options.output, page)
+            _compare(options)
             return 0
         return _report(options)
     except FileNotFoundError as error:
@@ -81,11 +83,29 @@ def _report(options: argparse.Namespace) -> int:
     else:
         path = Path(options.ledger) if options.ledger else ledgers.default_path()
     ledger = ledgers.read(path)
-    folder = _seen_from(Path(options.output).absolute().parent, Path(options.notebooks))
-    cells = cells_of_claims(options.notebooks)
+    folder, cells = _links(options)
     _write(options.output, render(ledger, notebooks=folder, failed=failed, cells=cells))
     print(f"{len(ledger['rows'])} verdicts in {path}, on {machine_line(ledger)}")
     return 1 if failed else 0
+
+
+def _compare(options: argparse.Namespace) -> None:
+    found = [ledgers.read(path) for path in options.compare]
+    folder, cells = _links(options)
+    _write(options.output, compare(found, notebooks=folder, cells=cells))
+    apart = differences(found)
+    conditions = "condition differs" if len(apart) == 1 else "conditions differ"
+    print(f"{len(apart)} {conditions} beyond both intervals{', by at least:' if apart else ''}")
+    for line in apart[:_SHOWN]:
+        print(f"  {line}")
+    if len(apart) > _SHOWN:
+        print(f"  and {len(apart) - _SHOWN} more in {options.output}")
+
+
+def _links(options: argparse.Namespace) -> tuple[str, dict[str, Cell]]:
+    """Return the folder of the notebooks as seen from the page, and the cells in it."""
+    folder = _seen_from(Path(options.output).absolute().parent, Path(options.notebooks))
+    return folder, cells_of_claims(options.notebooks)
 
 
 def _seen_from(page: Path, notebooks: Path) -> str:

@@ -1,6 +1,7 @@
-"""Where does a condition turn round between machines?
+"""Where do machines differ?
 
-It turns round where it holds on one machine and fails on another.
+A condition turns round where it holds on one machine and fails on another; two machines differ
+beyond both intervals where these do not meet, whatever the threshold says.
 """
 
 from __future__ import annotations
@@ -9,90 +10,102 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from dlhelpers.course.claims.cards import word_of
-from dlhelpers.course.claims.catalog import all_claims
-from dlhelpers.course.claims.claim import Claim
-from dlhelpers.course.claims.sentences import effect_text
-from dlhelpers.course.report.page import badge, conditions_of, document, machine_line, tally_of
+from dlhelpers.course.claims.catalog import all_claims, all_tips
+from dlhelpers.course.claims.claim import Claim, Tip
+from dlhelpers.course.report import picture
+from dlhelpers.course.report.cells import Cell
+from dlhelpers.course.report.document import cell_link, document, machine_line
+from dlhelpers.course.report.headlines import CHOSEN, timed_headline
+from dlhelpers.course.report.page import orphans
+from dlhelpers.course.report.squares import Line, gaps, lines_of
 
-__all__ = ["compare"]
-
-_SCRIPT = """
-const box = document.getElementById('turned');
-box.addEventListener('change', () => {
-  for (const row of document.querySelectorAll('#machines > tbody > tr'))
-    row.hidden = box.checked && row.dataset.turned !== 'yes';
-});
-"""
+__all__ = ["compare", "differences"]
 
 
-def compare(ledgers: Sequence[Mapping[str, Any]], *, claims: Sequence[Claim] | None = None) -> str:
-    """Return a page with one column for each ledger, marking where a verdict turns round.
+def compare(
+    ledgers: Sequence[Mapping[str, Any]],
+    *,
+    notebooks: str = "notebooks",
+    cells: Mapping[str, Cell] | None = None,
+    claims: Sequence[Claim] | None = None,
+    tips: Sequence[Tip] | None = None,
+) -> str:
+    """Return a page with one column for each ledger, and where two of them differ.
 
     Args:
         ledgers: two or more, as :func:`dlhelpers.course.ledger.read` returns them.
-        claims: those of the course where None; rows of other claims come last.
+        notebooks, cells: as of :func:`dlhelpers.course.report.render`.
+        claims, tips: those of the course where None.
 
     Raises:
         ValueError: fewer than two ledgers.
     """
     if len(ledgers) < 2:
         raise ValueError(f"a comparison needs two ledgers at least, got {len(ledgers)}")
-    declared = {claim.id: claim for claim in (all_claims() if claims is None else claims)}
-    tables = [{row["id"]: row for row in ledger["rows"]} for ledger in ledgers]
-    measured = dict.fromkeys(id for table in tables for id in table)
-    ids = [id for id in declared if id in measured]
-    ids += [id for id in measured if id not in declared]
-    turned = {id: _turn([table.get(id) for table in tables]) for id in ids}
-    body = "".join(
-        _row(id, declared.get(id), [table.get(id) for table in tables], turned[id]) for id in ids
-    )
-    head = "".join(
-        f"<th>{escape(machine_line(ledger))}<div class='quiet'>torch "
-        f"{escape(str(ledger['versions'].get('torch')))} · {escape(str(ledger['created']))}</div>"
-        "</th>"
+    claims = all_claims() if claims is None else claims
+    tips = all_tips() if tips is None else tips
+    lines = lines_of(ledgers, claims)
+    known = {claim.id for claim in claims}
+    turned = sum(line.turned for line in lines)
+    machines = "".join(
+        f"<li>{escape(machine_line(ledger))} <span class='quiet'>torch "
+        f"{escape(str(ledger['versions'].get('torch')))} · {escape(str(ledger['created']))}</span>"
+        f"<br>{escape(timed_headline(ledger['rows'], claims))}</li>"
         for ledger in ledgers
     )
-    count = sum(map(len, turned.values()))
-    every = len(
-        {(id, c["name"]) for t in tables for id, row in t.items() for c in row["conditions"]}
-    )
-    turn = "turns" if count == 1 else "turn"
+    turn = "turns" if turned == 1 else "turn"
     sections = [
-        f"<p>{count} of {every} conditions {turn} round between these {len(ledgers)} machines.</p>",
-        "<p><label><input type='checkbox' id='turned'> only those that turn round</label></p>",
-        f"<div class='wide'><table id='machines'><thead><tr><th>Claim</th>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div><script>{_SCRIPT}</script>",
+        f"<ol>{machines}</ol>",
+        f"<p>{turned} of {len(lines)} conditions {turn} round between these {len(ledgers)} "
+        f"machines: each holds on one and fails on another. {CHOSEN}</p>",
+        picture.picture_table(
+            lines,
+            tips,
+            [str(number) for number in range(1, len(ledgers) + 1)],
+            lambda claim, text: cell_link(
+                claim.notebook, notebooks, (cells or {}).get(claim.id), text
+            ),
+        ),
+        "<h2>Beyond both intervals, largest first</h2>",
+        _gaps_table(lines),
+        *(orphans(row for row in ledger["rows"] if row["id"] not in known) for ledger in ledgers),
+        f"<script>{picture.SCRIPT}</script>",
     ]
     return document("Deep learning, measured: machines side by side", sections)
 
 
-def _turn(rows: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """Name the conditions that hold on one machine and fail on another."""
-    seen: dict[str, set[str]] = {}
-    for row in rows:
-        for condition in row["conditions"] if row else ():
-            seen.setdefault(condition["name"], set()).add(condition["verdict"])
-    return [name for name, verdicts in seen.items() if {"holds", "fails"} <= verdicts]
+def differences(
+    ledgers: Sequence[Mapping[str, Any]], *, claims: Sequence[Claim] | None = None
+) -> list[str]:
+    """Say of each condition where two machines differ beyond both intervals; largest first.
+
+    Machines are numbered from 1 in the order of the ledgers.
+    """
+    claims = all_claims() if claims is None else claims
+    return [
+        f"{times or 'a difference'}: {line.claim.id}, {line.name}: {low}, {high}"
+        for line, times, low, high in map(_told, gaps(lines_of(ledgers, claims)))
+    ]
 
 
-def _row(
-    id: str, claim: Claim | None, rows: Sequence[Mapping[str, Any] | None], turned: Sequence[str]
-) -> str:
-    mark = f"<div><b>turns round at {escape('; '.join(turned))}</b></div>" if turned else ""
-    says = escape(claim.says) if claim else "not declared by this version"
-    cells = "".join(f"<td>{_cell(claim, row)}</td>" for row in rows)
-    return (
-        f"<tr data-turned='{'yes' if turned else 'no'}'><td>{says}"
-        f"<div class='quiet'><code>{escape(id)}</code></div>{mark}</td>{cells}</tr>"
+def _told(line: Line) -> tuple[Line, str, str, str]:
+    gap = line.gap
+    times = "" if gap.factor is None else f"{gap.factor:.3g}x"
+    low, high = (f"{line.squares[n].found} on {n + 1}" for n in (gap.low, gap.high))
+    return line, times, low, high
+
+
+def _gaps_table(lines: Sequence[Line]) -> str:
+    body = "".join(
+        f"<tr><td>{times or 'a difference'}</td><td>{escape(line.claim.says)}</td>"
+        f"<td>{escape(line.name)}</td><td>{escape(low)}</td><td>{escape(high)}</td>"
+        f"<td>{'turns round' if line.turned else ''}</td></tr>"
+        for line, times, low, high in map(_told, gaps(lines))
     )
-
-
-def _cell(claim: Claim | None, row: Mapping[str, Any] | None) -> str:
-    lines = []
-    for c in conditions_of(row):
-        said = word_of(claim, c.verdict) if claim else c.verdict
-        found = ", ".join(filter(None, (claim and effect_text(claim, c), said)))
-        text = ": ".join(filter(None, (c.name, found, c.reason)))
-        lines.append(f"<div class='quiet'>{escape(text)}</div>")
-    return badge(tally_of(row)) + "".join(lines)
+    if not body:
+        return "<p>No two machines differ beyond both intervals.</p>"
+    return (
+        "<div class='wide'><table id='gaps'><thead><tr><th>Apart by at least</th><th>Claim</th>"
+        "<th>Condition</th><th>Lowest</th><th>Highest</th><th></th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )

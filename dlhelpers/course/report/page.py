@@ -4,55 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date
 from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from dlhelpers.course.claims.advice import advice, main_claim
 from dlhelpers.course.claims.cards import THEORIES, said_by_answer, word_of
 from dlhelpers.course.claims.catalog import all_claims, all_tips
 from dlhelpers.course.claims.claim import Claim, Tip
 from dlhelpers.course.claims.conditions import STANDINGS, Judged, Tally
-from dlhelpers.course.claims.course import agreement_text
 from dlhelpers.course.claims.intervals import Scale, colour_of, interval_svg
 from dlhelpers.course.claims.predictions import score_of
 from dlhelpers.course.claims.sentences import asked, effect_text, headline, number_text, sentence
+from dlhelpers.course.report import picture
 from dlhelpers.course.report.cells import Cell
+from dlhelpers.course.report.document import cell_link, document, machine_line
+from dlhelpers.course.report.headlines import CHOSEN, timed_headline
 from dlhelpers.course.report.running import NotebookRun
+from dlhelpers.course.report.squares import lines_of
 
-__all__ = [
-    "badge",
-    "conditions_of",
-    "document",
-    "machine_line",
-    "render",
-    "stands_since",
-    "tally_of",
-]
+__all__ = ["orphans", "render"]
 
 _NOT_RUN = "not-run"
-_STYLE = """
-:root { color-scheme: light dark; --page: #ffffff; --jp-ui-font-color1: #1f2328;
-  --jp-layout-color2: #f3f4f6; --jp-border-color1: #c3c8cf; --link: #0b5cad; }
-@media (prefers-color-scheme: dark) { :root { --page: #15181c; --jp-ui-font-color1: #e4e7eb;
-  --jp-layout-color2: #22262c; --jp-border-color1: #4a515b; --link: #7fb7f0; } }
-body { background: var(--page); color: var(--jp-ui-font-color1); max-width: 82rem;
-  font: 15px/1.45 system-ui, sans-serif; margin: 1.5rem auto; padding: 0 1rem; }
-a { color: var(--link); }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; vertical-align: top; padding: 0.5rem 0.8rem 0.5rem 0; }
-thead th { border-bottom: 2px solid var(--jp-border-color1); }
-tbody > tr { border-top: 1px solid var(--jp-border-color1); }
-td table { width: auto; } td table td { padding: 0 0.8rem 0.2rem 0; }
-td table tr { border: none; }
-.badge { border-left: 5px solid; padding-left: 0.4rem; font-weight: 600; display: block; }
-.badge span { color: var(--jp-ui-font-color1); }
-.quiet { opacity: 0.75; font-size: 0.9em; }
-.filters label { margin-right: 1.2rem; }
-.alert { border: 2px solid; padding: 0.5rem 1rem; }
-.wide { overflow-x: auto; }
-[hidden] { display: none; }
-"""
 _SCRIPT = """
 const selects = [...document.querySelectorAll('select[data-filter]')];
 const rows = [...document.querySelectorAll('#claims > tbody > tr')];
@@ -88,14 +61,18 @@ def render(
     claims = all_claims() if claims is None else claims
     tips = all_tips() if tips is None else tips
     rows = {row["id"]: row for row in ledger["rows"]}
-    tallies = {claim.id: tally_of(rows.get(claim.id)) for claim in claims}
+
+    def link(claim: Claim, text: str) -> str:
+        return cell_link(claim.notebook, notebooks, (cells or {}).get(claim.id), text)
+
+    tallies = {claim.id: _tally_of(rows.get(claim.id)) for claim in claims}
     said = {tip.id: tip for tip in tips}
     body = "".join(
         _claim_row(
             claim,
             said.get(claim.tip),
             rows.get(claim.id),
-            _link(claim.notebook, notebooks, (cells or {}).get(claim.id)),
+            link(claim, ""),
         )
         for claim in claims
     )
@@ -103,54 +80,40 @@ def render(
         f"<p>{escape(machine_line(ledger))}<br><span class='quiet'>"
         f"{escape(_versions(ledger))} · begun {escape(str(ledger['created']))}</span></p>",
         _failures(failed),
-        _headline(tallies, {claim.id: claim for claim in claims}, stands_since(rows.values())),
+        _headline(tallies, {claim.id: claim for claim in claims}, rows.values()),
+        picture.picture_table(lines_of([ledger], claims), tips, ["this machine"], link),
         f"<p>{escape(str(score_of(rows.values())))}{_undated(rows.values())}</p>",
+        "<h2>Tips and what to do here</h2>",
+        _tips(tips, claims, rows, notebooks),
         "<h2>Claims</h2>",
         f"<p class='filters'>{_filters(claims, tallies)}<span id='shown' aria-live='polite'>"
         "</span></p>",
         "<div class='wide'><table id='claims'><thead><tr><th>Verdict</th><th>Claim</th>"
         "<th>Evidence</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>",
-        _orphans(row for id, row in rows.items() if id not in tallies),
-        "<h2>Tips</h2>",
-        _tips(tips, claims, tallies, notebooks),
+        orphans(row for id, row in rows.items() if id not in tallies),
         "<h2>Machine</h2>",
         _machine(ledger),
-        f"<script>{_SCRIPT}</script>",
+        f"<script>{_SCRIPT}{picture.SCRIPT}</script>",
     ]
     return document("Deep learning, measured: the verdicts of this machine", sections)
 
 
-def document(title: str, sections: Iterable[str]) -> str:
-    """Return a whole HTML page with the report's style."""
-    return (
-        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body><h1>{escape(title)}</h1>{''.join(sections)}</body></html>\n"
-    )
-
-
-def badge(tally: Tally | None) -> str:
+def _badge(tally: Tally | None) -> str:
     """Return the short form of a claim's verdict with its colour beside it; None was not run."""
     said = escape("Not run" if tally is None else headline(tally))
     colour = colour_of(_standing(tally))
     return f"<span class='badge' style='color:{colour}'><span>{said}</span></span>"
 
 
-def conditions_of(row: Mapping[str, Any] | None) -> tuple[Judged, ...]:
+def _conditions_of(row: Mapping[str, Any] | None) -> tuple[Judged, ...]:
     """Return the conditions of a ledger's row; none of a claim that was not run."""
     return () if row is None else tuple(map(Judged.from_row, row["conditions"]))
 
 
-def tally_of(row: Mapping[str, Any] | None) -> Tally | None:
+def _tally_of(row: Mapping[str, Any] | None) -> Tally | None:
     """Return how the conditions of a row came out; None for a claim that was not run."""
-    return None if row is None else Tally.of(conditions_of(row))
-
-
-def machine_line(ledger: Mapping[str, Any]) -> str:
-    """Return the machine of a ledger in a line."""
-    return str(ledger["machine"].get("line") or "a machine that is not described")
+    return None if row is None else Tally.of(_conditions_of(row))
 
 
 def _standing(tally: Tally | None) -> str:
@@ -158,14 +121,14 @@ def _standing(tally: Tally | None) -> str:
 
 
 def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, link: str) -> str:
-    tally = tally_of(row)
+    tally = _tally_of(row)
     told = f"“{escape(tip.says)}” ({escape(tip.said_by)})" if tip else escape(claim.tip)
     needs = f"<br>needs {escape(claim.needs)}" if claim.needs else ""
-    said = f"<div>{escape(sentence(claim, conditions_of(row)))}</div>" if row else ""
+    said = f"<div>{escape(sentence(claim, _conditions_of(row)))}</div>" if row else ""
     return (
         f"<tr id='{escape(claim.id)}' data-topic='{escape(claim.topic)}' "
         f"data-mechanism='{_standing(tally)}' data-kind='{escape(claim.kind)}'>"
-        f"<td>{badge(tally)}{_answer(claim, row)}</td>"
+        f"<td>{_badge(tally)}{_answer(claim, row)}</td>"
         f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Holds if: {escape(asked(claim))} "
         f"({escape(claim.kind)}){needs}<br>Source: {escape(claim.source)}"
         f"<br><code>{escape(claim.id)}</code> · {link}</div></td>"
@@ -175,7 +138,7 @@ def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, lin
 
 def _evidence(claim: Claim, row: Mapping[str, Any]) -> str:
     """Return mechanism, prediction and measurement of each condition, as they were that day."""
-    found = conditions_of(row)
+    found = _conditions_of(row)
     declared = {condition.name: condition for condition in claim.conditions}
     scale = Scale.over(found, log=claim.kind == "time")
     lines = []
@@ -234,13 +197,6 @@ def _answer(claim: Claim, row: Mapping[str, Any] | None) -> str:
     return f"<div class='quiet'>predicted: {escape(label)}{escape(means)}{day}</div>"
 
 
-def _link(notebook: str, folder: str, cell: Cell | None = None) -> str:
-    address = quote(f"{folder}/{notebook}.ipynb" if folder else f"{notebook}.ipynb")
-    address += f"#cell-id={quote(cell.id)}" if cell and cell.id else ""
-    name = f"{notebook}, cell [{cell.number}]" if cell else notebook
-    return f"<a href='{escape(address)}'>{escape(name)}</a>"
-
-
 def _failures(failed: Sequence[NotebookRun]) -> str:
     if not failed:
         return ""
@@ -251,16 +207,12 @@ def _failures(failed: Sequence[NotebookRun]) -> str:
     )
 
 
-def stands_since(rows: Iterable[Mapping[str, Any]]) -> date | None:
-    """Return the last day on which a theory or a threshold of these rows was written down."""
-    days = [c.since for row in rows for c in conditions_of(row) if c.since is not None]
-    return max(days, default=None)
-
-
 def _headline(
-    tallies: Mapping[str, Tally | None], claims: Mapping[str, Claim], since: date | None
+    tallies: Mapping[str, Tally | None],
+    claims: Mapping[str, Claim],
+    rows: Iterable[Mapping[str, Any]],
 ) -> str:
-    """Say how the conditions came out and agree with the mechanism; name those that do not."""
+    """Say how timed conditions agree with the mechanism; count all; name those against it."""
     run = {id: tally for id, tally in tallies.items() if tally is not None}
     total = sum(run.values(), Tally())
     left = sum(len(claims[id].conditions) for id in tallies if id not in run)
@@ -270,15 +222,14 @@ def _headline(
     )  # fmt: skip
     said = " · ".join(f"{number} {name}" for name, number in counts if number)
     every = left + total.settled + total.unsettled + total.missing
-    mechanism = f"<br>Of those settled: {escape(agreement_text(total))}." if total.settled else ""
-    mechanism += f" Theory and thresholds have stood since {since} or earlier." if since else ""
     against = "".join(
         f"<li><a href='#{escape(quote(id))}'>{escape(claims[id].says)}</a> {escape(name)}</li>"
         for id, tally in run.items()
         for name in tally.against
     )
     alert = f"<div class='alert'>Against the mechanism:<ul>{against}</ul></div>" if against else ""
-    return f"<p>{every} conditions: {said}.{mechanism}</p>{alert}"
+    timed = escape(timed_headline(rows, tuple(claims.values())))
+    return f"<p><b>{timed}</b></p><p>All {every} conditions: {said}. {CHOSEN}</p>{alert}"
 
 
 def _filters(claims: Sequence[Claim], tallies: Mapping[str, Tally | None]) -> str:
@@ -299,9 +250,10 @@ def _filters(claims: Sequence[Claim], tallies: Mapping[str, Tally | None]) -> st
     )
 
 
-def _orphans(rows: Iterable[Mapping[str, Any]]) -> str:
+def orphans(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Name the rows of claims that this version does not declare."""
     lines = "".join(
-        f"<li><code>{escape(row['id'])}</code>: {badge(tally_of(row))}</li>" for row in rows
+        f"<li><code>{escape(row['id'])}</code>: {_badge(_tally_of(row))}</li>" for row in rows
     )
     told = "Rows of claims that this version does not declare:"
     return f"<p>{told}</p><ul>{lines}</ul>" if lines else ""
@@ -310,25 +262,30 @@ def _orphans(rows: Iterable[Mapping[str, Any]]) -> str:
 def _tips(
     tips: Sequence[Tip],
     claims: Sequence[Claim],
-    tallies: Mapping[str, Tally | None],
+    rows: Mapping[str, Mapping[str, Any]],
     folder: str,
 ) -> str:
+    """Return every tip with the advice that follows from this machine's rows."""
     lines = []
     for tip in tips:
-        own = [claim for claim in claims if claim.tip == tip.id]
-        became = "<br>".join(
-            f"{badge(tallies[c.id])} <a href='#{escape(quote(c.id))}'>{escape(c.says)}</a>"
-            for c in own
-        )
-        if not own:
-            where = ", ".join(_link(n, folder) for n in tip.notebooks) or "a later notebook"
-            became = f"not treated yet: {where}"
+        main = main_claim(tip, claims)
+        if main is None:
+            where = ", ".join(cell_link(n, folder) for n in tip.notebooks) or "a later notebook"
+            told = f"not treated yet: {where}"
+        else:
+            links = ", ".join(
+                f"<a href='#{escape(quote(claim.id))}'>{escape(claim.id)}</a>"
+                for claim in claims
+                if claim.tip == tip.id
+            )
+            said = advice(tip, main, _conditions_of(rows.get(main.id)))
+            told = f"{escape(said)}<div class='quiet'>{links}</div>"
         note = f"<div class='quiet'>{escape(tip.note)}</div>" if tip.note else ""
         lines.append(
             f"<tr><td>{escape(tip.says)}{note}</td><td>{escape(tip.said_by)}</td>"
-            f"<td>{became}</td></tr>"
+            f"<td>{told}</td></tr>"
         )
-    head = "<tr><th>Tip</th><th>Said by</th><th>What became of it here</th></tr>"
+    head = "<tr><th>Tip</th><th>Said by</th><th>Advice for this machine</th></tr>"
     return (
         f"<div class='wide'><table id='tips'><thead>{head}</thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
