@@ -1,5 +1,6 @@
 """One scan of a folder serves all ranks, and any number of shards any number of writers."""
 
+import io
 import os
 import pickle
 import random
@@ -421,3 +422,29 @@ def test_the_command_lists_and_writes(scanned, tmp_path, capsys, monkeypatch):
     for _, key, target, _, _ in Listing(tmp_path / "l").tasks():
         assert schema.decode_key(schema.encode_key(key)) == key
         assert target < 3
+
+
+def test_a_list_is_gone_through_twice_however_many_shards(tmp_path):
+    """Once to know all of it, once to write it."""
+
+    class Counted(list):
+        taken = 0
+
+        def __iter__(self):
+            for item in list.__iter__(self):
+                Counted.taken += 1
+                yield item
+
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    images = Counted((f"key {n}", buffer.getvalue(), n) for n in range(60))
+    write_lmdb(images, tmp_path / "db", shards=12, progress=False)
+    assert Counted.taken <= 2 * 60
+    assert LMDBDataset(tmp_path / "db").targets == list(range(60))
+    single = tmp_path / "single"
+    for rank in range(12):  # the same identity, whoever looked
+        write_lmdb(list(images), single, shard=(rank, 12), progress=False)
+    write_lmdb(list(images), single, shards=12, resume=True, progress=False)
+    assert "12 of them already complete" in str(
+        write_lmdb(list(images), single, shards=12, resume=True, progress=False)
+    )

@@ -16,7 +16,7 @@ __all__ = ["Seen", "Share", "survey"]
 
 
 class Seen(NamedTuple):
-    """What a look at a source that can be listed has found.
+    """What a look at a source has found.
 
     Attributes:
         identity: of the whole source.
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 def survey(source: Source, workers: int, world: int, numbers: Sequence[int]) -> dict[int, Seen]:
-    """Look once at a source that can be listed, for some of its ``world`` shards.
+    """Look once at a source that knows its length, for some of its ``world`` shards.
 
     Args:
         source: to look at.
@@ -58,6 +58,7 @@ class Share:
         self, source: Source, shard: tuple[int, int] | None, seen: Seen | None = None
     ) -> None:
         self._source, self._shard, self._seen = source, shard, seen
+        self._is_listed = source.lists or seen is not None
         self._whole: Whole | None = None
         self._identity: dict[str, Any] | None = None
         self._listed: Trace | None = None  # own items, as they were looked at
@@ -79,7 +80,7 @@ class Share:
         if self._source.count is None:
             return self._watched(tasks, lambda number: number % world == rank)
         own = part(self._source.count, rank, world)
-        if self._source.lists:
+        if self._is_listed:
             return self._source.part(own)
         return self._watched(tasks, own.__contains__)
 
@@ -93,7 +94,7 @@ class Share:
 
     def look(self, workers: int) -> None:
         """Take down the identity of a source that can be listed, before any of it is read."""
-        if self._shard is None or not self._source.lists:
+        if self._shard is None or not self._is_listed:
             return
         rank, world = self._shard
         seen = self._seen or survey(self._source, workers, world, [rank])[rank]

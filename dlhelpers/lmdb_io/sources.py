@@ -326,6 +326,12 @@ class TripleSource(Source):
         """Yield (number, item) in order; an iterator gives them once."""
         return zip(itertools.count(), self._items, strict=False)
 
+    def part(self, own: range) -> Iterator[Any]:
+        """Yield (number, item) of some positions; of a list, no others are looked at."""
+        if isinstance(self._items, (list, tuple)):
+            return zip(own, self._items[own.start : own.stop], strict=True)
+        return super().part(own)
+
     def load(self, task: Any) -> Loaded:
         """Return the item of a task, which is there already."""
         _, item = task

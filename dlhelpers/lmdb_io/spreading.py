@@ -62,7 +62,8 @@ def write_shards(
     write: Callable[[Conversion], None],
     resume: bool,
 ) -> Totals:
-    """Write shards one after the other; the source is looked at once for all of them.
+    """Write shards one after the other; the source is looked at once for all of them, but for an
+    iterable without a length, which is gone through for each.
 
     Args:
         source: of all shards.
@@ -82,7 +83,7 @@ def write_shards(
     if source.count == 0:
         raise SourceError("the source holds no image that could be stored")
     totals, seen = Totals(), {}
-    if source.lists and numbers:
+    if numbers and (source.lists or (source.count is not None and len(numbers) > 1)):
         seen = survey(source, begin((numbers[0], world), None).workers, world, numbers)
     identity = next(iter(seen.values())).identity if seen else None
     for number in numbers:
