@@ -685,6 +685,7 @@ def test_nothing_is_written_beside_the_old_database(tmp_path):
     assert (old / "data.mdb").read_bytes() == data
 
 
+@pytest.mark.slow
 def test_damaged_files_end_with_an_error(tmp_path):
     old = old_database(tmp_path / "old", {b"%d" % n: PNGS[n] * 40 for n in range(8)}, subdir=False)
     whole = old.read_bytes()

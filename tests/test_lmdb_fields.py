@@ -151,7 +151,7 @@ def test_every_text_comes_back():
     assert back({"a": "text", "b": "json"}, (text, {text: [text]})) == (text, {text: [text]})
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(ARRAYS, TEXTS, JSON, JSON, st.binary(max_size=20))
 def test_arrays_texts_json_and_bytes_come_back_exactly(array, text, value, label, data):
     survive(array, text, value, label, data)

@@ -30,6 +30,7 @@ from dlhelpers.lmdb_io import (
     schema,
     verify_lmdb,
     write_lmdb,
+    writing,
 )
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.renumbering import match_classes
@@ -415,6 +416,22 @@ def test_a_reader_goes_on_with_the_old_file(made, tmp_path):
     assert len(reader) == 7
     assert reader[0] == first
     assert len(LMDBDataset(tmp_path / "a.lmdb")) == 12
+
+
+def test_of_two_appends_at_the_same_time_none_is_lost(made, tmp_path, monkeypatch):
+    shutil.copy(made / "plain.lmdb", tmp_path / "a.lmdb")
+    other, lock = [triples(range(20, 25))], writing.only_writer
+
+    def late(target, wanted):  # the other one ends while this one waits for the lock
+        if other:
+            write(other.pop(), tmp_path / "a.lmdb", append=True)
+        return lock(target, wanted)
+
+    monkeypatch.setattr(writing, "only_writer", late)
+    with pytest.raises(BlockingIOError, match="was replaced just now: append again"):
+        write(triples(range(30, 35)), tmp_path / "a.lmdb", append=True)
+    write(triples(range(30, 35)), tmp_path / "a.lmdb", append=True)
+    assert len(LMDBDataset(tmp_path / "a.lmdb")) == 17
 
 
 def in_a_child(run):

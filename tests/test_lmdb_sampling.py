@@ -273,6 +273,7 @@ def pages_in_memory(path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's page cache is looked at")
+@pytest.mark.slow
 def test_neighbors_are_read_ahead_where_that_is_wanted(tmp_path):
     path = tmp_path / "many.lmdb"
     write_lmdb(Pixels(200, 128), path, encode="raw", progress=False)
