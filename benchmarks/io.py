@@ -12,7 +12,8 @@ B  the same, collated to [64, 3, H, W] in memory of its own (DALI's copied out o
 C  two workers: one epoch over a part of the images a call, workers stay; DALI, SPDL and FFCV with
    two threads of their own. DataLoader's workers collate to contiguous batches
 D  no decoding: stored JPEG bytes copied out of each container; arrays of encode="raw" to tensors
-   against copies of arrays in memory; batches of three sizes in one copy, and checksums alone
+   against copies of arrays in memory; batches of three sizes in one copy, and beside them copies
+   from a map of the same file, which has small pages, and checksums alone
 E  a training transform: random resized crop 224, flip, float, normalise; collated
 F  write_lmdb as a whole call, fsync included, against `tar cf` as a process (its start is tar's),
    with and without fsync; resize=128 with two workers against two processes, started beforehand,

@@ -19,6 +19,8 @@ from torchvision.transforms import v2
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
 from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.decoding import planar
+from dlhelpers.lmdb_io.environments import open_environment
+from dlhelpers.lmdb_io.schema import position_key
 
 
 def random_batches(count: int) -> Iterator[list[int]]:
@@ -295,6 +297,23 @@ def table_raw_batches(bench: Bench, photos: Photos, title: str, side: int) -> No
 
         return call
 
+    def from_file() -> Callable[[], Any]:
+        # what a reader of the file can reach: small pages, where memcpy's source has huge ones
+        environment, batches = open_environment(path), random_batches(count)
+        txn, own = environment.begin(), np.empty_like(pixels[:BATCH])
+        views = [txn.get(position_key(i)) for i in range(count)]
+        size = pixels[0].nbytes
+        mapped = [np.frombuffer(v, np.uint8)[-size:].reshape(pixels.shape[1:]) for v in views]
+
+        def call() -> Any:
+            numbers = next(batches)
+            for place, i in enumerate(numbers):
+                np.copyto(own[place], mapped[i])
+            return numbers, own, [photos.targets[i] for i in numbers]
+
+        call.open = environment, txn  # the views lie in its map
+        return call
+
     def batch(**options: Any) -> Callable[[], Any]:
         dataset, batches = LMDBDataset(path, collate=True, **options), random_batches(count)
 
@@ -326,6 +345,7 @@ def table_raw_batches(bench: Bench, photos: Photos, title: str, side: int) -> No
         return "same bytes"
 
     rows: dict[str, Make] = {"memcpy into one buffer": memcpy}
+    rows["memcpy from a map of the file"] = from_file
     for layout, name in (("auto", "channels_last"), ("contiguous", "contiguous")):
         for threads in (1, 2):
             for checksum, more in ((True, ""), (False, ", no checksum")):
