@@ -21,9 +21,11 @@ from dlhelpers.lmdb_io import (
     Listing,
     LMDBDataset,
     SourceError,
+    listing,
     scanning,
     schema,
     sharing,
+    verify_lmdb,
     write_listing,
     write_lmdb,
 )
@@ -448,3 +450,59 @@ def test_a_list_is_gone_through_twice_however_many_shards(tmp_path):
     assert "12 of them already complete" in str(
         write_lmdb(list(images), single, shards=12, resume=True, progress=False)
     )
+
+
+def pictures(root, count=6):
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    for number in range(count):
+        path = root / f"c{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    return root
+
+
+def test_a_listing_can_be_sent_to_another_process(tmp_path, monkeypatch):
+    source = pictures(tmp_path / "photos")
+    write_listing(source, tmp_path / "photos.listing", progress=False)
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(Listing("photos.listing", root=source))
+    monkeypatch.chdir(source)
+    assert write_lmdb(pickle.loads(sent), tmp_path / "db", progress=False).count == 6
+
+
+def test_a_file_of_the_far_future_is_listed(tmp_path):
+    source = pictures(tmp_path / "photos")
+    os.utime(source / "c0" / "0.png", ns=(0, 10_413_792_000_000_000_000))
+    write_listing(source, tmp_path / "photos.listing", progress=False)
+    assert write_lmdb(tmp_path / "photos.listing", tmp_path / "db", progress=False).count == 6
+
+
+def test_a_copy_at_the_root_of_a_mount_is_a_copy(tmp_path, monkeypatch):
+    """The roots of two mounts have the same inode."""
+    source, copy = pictures(tmp_path / "photos"), tmp_path / "copy"
+    write_listing(source, tmp_path / "photos.listing", progress=False)
+    shutil.copytree(source, copy, copy_function=shutil.copyfile)
+    place = listing.folder_place(source)
+    monkeypatch.setattr(listing, "folder_place", lambda root: place)
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    report = write_lmdb(Listing(tmp_path / "photos.listing", copy), tmp_path / "db", progress=False)
+    assert report.count == 6
+    assert "is not the folder that was listed" in str(report)
+
+
+def test_a_problem_that_is_gone_is_not_listed_after_a_stop_at_the_end(tmp_path, monkeypatch):
+    source = pictures(tmp_path / "photos")
+    (source / "c9").mkdir()
+
+    def stops(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stops)
+        with pytest.raises(KeyboardInterrupt):
+            write_lmdb(source, tmp_path / "db", on_error="skip", progress=False)
+    shutil.copy(source / "c0" / "0.png", source / "c9" / "0.png")
+    options = {"on_error": "skip", "resume": True, "progress": False}
+    assert write_lmdb(source, tmp_path / "db", **options).count == 7
+    assert verify_lmdb(tmp_path / "db", progress=False).count == 7

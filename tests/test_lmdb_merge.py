@@ -9,10 +9,11 @@ import signal
 import lmdb
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from dlhelpers.__main__ import main
@@ -594,3 +595,29 @@ def test_a_merge_without_a_destination_touches_no_database(tmp_path, capsys, mor
     assert before == {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
     assert main(["lmdb", "merge", *paths, str(tmp_path / "new"), "--quiet", *more]) == 0
     assert len(LMDBDataset(tmp_path / "new")) == 6
+
+
+def test_a_folder_of_shards_may_hold_the_file_systems_own_folders(made, tmp_path):
+    write(triples(range(4)), tmp_path / "db", shards=2)
+    (tmp_path / "db" / ".snapshot").mkdir()
+    (tmp_path / "db" / "lost+found").mkdir()
+    assert write([tmp_path / "db"], tmp_path / "new").count == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="rights of POSIX")
+def test_an_append_leaves_the_rights_and_may_be_repeated(made, tmp_path):
+    path = tmp_path / "a.lmdb"
+    shutil.copy(made / "plain.lmdb", path)
+    path.chmod(0o640)
+    write(triples(range(20, 25)), path, append=True)
+    assert path.stat().st_mode & 0o777 == 0o640
+    report = write(triples(range(20, 25)), path, append=True, on_error="skip")  # as after a requeue
+    assert len(report.skipped) == 5
+    assert len(LMDBDataset(path)) == 12
+
+
+def test_keys_that_are_item_numbers_are_told(tmp_path):
+    images = TensorDataset(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.arange(3))
+    write(images, tmp_path / "a.lmdb")
+    with pytest.raises(SourceError, match=r"item numbers: give \(key, bytes, target\)"):
+        write(images, tmp_path / "a.lmdb", append=True)

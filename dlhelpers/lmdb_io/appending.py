@@ -190,6 +190,8 @@ def _same_encoding(
 def _copy_file(source: Path, target: Path) -> None:
     """Copy a file; where the file system can, both share the space of equal pages."""
     with open(source, "rb") as old, open(target, "wb") as new:
+        with suppress(OSError):  # of a file system without them
+            os.chmod(target, os.fstat(old.fileno()).st_mode & 0o777)
         try:
             while os.copy_file_range(old.fileno(), new.fileno(), _STEP):
                 pass

@@ -239,6 +239,8 @@ class Conversion:
             if not txn.put(key, entry, overwrite=False, db=self.index):
                 first = json.loads(txn.get(key, db=self.index))[0]
                 why = f"its key {item.name!r} is taken by record {first}: keys must be unique"
+                if item.name.isdecimal():
+                    why += ", and a dataset's are item numbers: give (key, bytes, target) instead"
         if why and not self.skips:
             self.kept = self.count  # this commit's among them
             advice = f'on_error="skip" leaves it out. {self.advice()}'.strip()

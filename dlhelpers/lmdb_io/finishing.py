@@ -36,6 +36,8 @@ def finish(conversion: Conversion) -> None:
             conversion.loader, conversion.trace, conversion.workers
         )
     if conversion.count == conversion.base and conversion.shard is None:
+        if conversion.base and conversion.skips:  # all that was to be appended is there
+            return
         first = conversion.skipped[0] if conversion.skipped else ()
         reasons = "".join(f": {one_line(text)}" for text in first)
         raise SourceError(f"the source holds no image that could be stored{reasons}")

@@ -95,7 +95,9 @@ class Listing(FolderSource):
         self.ignored, self.identity = tuple(header["ignored"]), header["identity"]
         here, listed = folder_place(self.root), tuple(header["identity"]["place"])
         is_at_its_path = str(self.root) == header["root"] and here[0] == listed[0]
-        self._times = is_at_its_path or here[1:] == listed[1:]
+        # the roots of mounts have the same inodes
+        is_at_another = here[1:] == listed[1:] and not os.path.ismount(self.root)
+        self._times = is_at_its_path or is_at_another
         if not self._times:
             self.notes = (
                 f"{one_line(str(self.root))} is not the folder that was listed: names and sizes "
@@ -179,8 +181,8 @@ class Listing(FolderSource):
         _, key, target, size, modified = task
         return file_stamp(key, target, None)._replace(size=size, time=modified)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_times": self._times}  # a worker gets its tasks one by one
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Listing, (self.path.absolute(), self.root)  # opened again where it is used
 
 
 def _checked(text: bytes) -> dict[str, Any]:

@@ -35,7 +35,10 @@ def is_database(path: Path) -> bool:
     """Whether a path holds a file of LMDB, or shards and no class folders."""
     if path.is_dir():
         with os.scandir(path) as entries:
-            has_folders = any(entry.is_dir() for entry in entries)
+            has_folders = any(
+                entry.is_dir() and entry.name[:1] != "." and entry.name != "lost+found"
+                for entry in entries
+            )
         return not has_folders and next(path.glob("shard-*-of-*.lmdb"), None) is not None
     try:
         with open(path, "rb") as file:

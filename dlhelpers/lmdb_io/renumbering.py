@@ -52,7 +52,8 @@ def match_classes(
                 f"{name} has several classes of the name {one_line(double[0])!r}, so that its "
                 "classes cannot be matched by their names: rename one of them"
             )
-    classes = [*known, *(name for name in new if name not in set(known))]
+    there = set(known)
+    classes = [*known, *(name for name in new if name not in there)]
     numbers = {name: number for number, name in enumerate(classes)}
     mapping = [numbers[name] for name in new]
     return classes, None if mapping == list(range(len(new))) else mapping

@@ -91,6 +91,9 @@ def adopt(conversion: Conversion, state: Mapping[str, Any], trace: Trace, map_si
         skipped = [tuple(json.loads(v)) for key, v in txn.cursor() if own[0] <= key < own[1]]
         conversion.skipped = skipped
     with conversion.env.begin(write=True) as txn:
+        for key in [*txn.cursor(conversion.skips_db).iternext(keys=True, values=False)]:
+            if key >= own[1]:  # of a run that ended before its rename; they may be gone
+                txn.delete(key, db=conversion.skips_db)
         conversion.columns.take_up(txn, conversion.columns_db, conversion.records, conversion.count)
 
 

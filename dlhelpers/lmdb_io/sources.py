@@ -247,6 +247,7 @@ class FolderSource(Source):
 def file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
     """Return the stamp of an image file; ``stat`` is None where there is no such file."""
     size, time = (-1, 0) if stat is None else (stat.st_size, stat.st_mtime_ns)
+    time = min(max(time, -(1 << 63)), (1 << 63) - 1)  # a listing holds 64 bits, until 2262
     return Stamp(f"{key}|{target}".encode("utf-8", "surrogateescape"), size, time)
 
 
