@@ -32,6 +32,7 @@ from dlhelpers.lmdb_io import (
 )
 from dlhelpers.lmdb_io.datum import Datum, read_datum
 from dlhelpers.lmdb_io.old_databases import open_old
+from dlhelpers.lmdb_io.old_values import plain_target, read_plain
 from dlhelpers.lmdb_io.unpickling import PickleError, unpickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -726,3 +727,39 @@ def test_the_command_converts_and_names_what_it_refuses(tmp_path, capsys):
     assert "1 skipped" in out
     pixels = LMDBDataset(new, decode=None)[0][0][12:]
     assert pixels == PIXELS[0, ..., ::-1].tobytes()
+
+
+def test_which_of_two_arrays_is_the_image_is_not_guessed(tmp_path):
+    mask = np.zeros((24, 32), np.uint8)
+    samples = [
+        (np.zeros((3, 24, 32), np.float32), mask),
+        {"ct": np.zeros((24, 32), np.int16), "mask": mask},
+        (np.zeros((24, 32, 3)), np.eye(10, dtype=np.uint8)[:1]),
+    ]
+    for number, sample in enumerate(samples):
+        old = old_database(tmp_path / f"{number}", {b"0": pickle.dumps(sample)}, subdir=False)
+        with pytest.raises(ValueError, match=r"which of its arrays|one image"):
+            convert_lmdb(old, tmp_path / f"new{number}", progress=False)
+    boxes = (np.zeros((24, 32, 3), np.uint8), np.zeros((5, 4), np.float32))
+    old = old_database(tmp_path / "boxes", {b"0": pickle.dumps(boxes)}, subdir=False)
+    assert convert_lmdb(old, tmp_path / "kept", progress=False).count == 1
+
+
+def test_labels_that_look_like_an_image_are_texts():
+    for text in ("P1 24h", "BMW", "GIF89a?"):
+        assert plain_target(text.encode()) == text
+    with pytest.raises(ValueError, match="neither text nor a number"):
+        plain_target(b"\x01")
+
+
+def test_a_deep_list_beside_the_samples_is_no_crash():
+    assert read_plain(b"[" * 100_000) == "[" * 100_000
+
+
+def test_a_call_costs_what_it_is_given(tmp_path):
+    size = 2000
+    pairs = b"".join(b"K\x01K\x02\x86" for _ in range(size))
+    data = b"\x80\x02ccollections\nOrderedDict\nq\x00(" + pairs + b"tq\x010"
+    data += b"h\x00h\x01\x85R0" * size + b"N."
+    with pytest.raises(PickleError):
+        unpickle(data)

@@ -25,8 +25,10 @@ from dlhelpers.lmdb_io import (
     info_lmdb,
     schema,
     verifying,
+    write_listing,
     write_lmdb,
 )
+from dlhelpers.lmdb_io.arrays import pack_array
 from dlhelpers.lmdb_io.fields import Fields
 from dlhelpers.lmdb_io.samples import SampleReader
 
@@ -709,3 +711,89 @@ def test_dali_refuses_other_fields_by_name(database, fields, words):
         image_pipeline(
             LMDBDataset(database), fields=fields, size=2, batch_size=3, train=False, device="cpu"
         )
+
+
+class Masked:
+    """An image, and a mask whose values are the class."""
+
+    def __init__(self, classes):
+        self.classes = classes
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        image = np.full((8, 8, 3), index, np.uint8)
+        return {"image": image, "mask": np.full((8, 8), index % 2, np.uint8), "label": index % 2}
+
+
+MASKED = {"image": "png", "mask": "png", "label": "json"}
+
+
+def test_classes_of_fields_are_not_renumbered_since_masks_hold_them_too(tmp_path):
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["cow", "dog"])):
+        write_lmdb(Masked(classes), tmp_path / name, fields=MASKED, progress=False)
+    before = (tmp_path / "a").read_bytes()
+    with pytest.raises(SourceError, match="masks, boxes and json fields may hold the old ones"):
+        write_lmdb([tmp_path / "a", tmp_path / "b"], tmp_path / "m", progress=False)
+    with pytest.raises(SourceError, match="masks, boxes and json fields may hold the old ones"):
+        write_lmdb(tmp_path / "b", tmp_path / "a", append=True, progress=False)
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_paths_are_sources_of_fields_as_datasets_are(tmp_path):
+    images = [(f"key {n}", Image.new("L", (8, 8), n), n) for n in range(4)]
+    write_lmdb(images, tmp_path / "plain", progress=False)
+    two = {"image": "image", "label": "json"}
+    for number, source in enumerate((tmp_path / "plain", [tmp_path / "plain"])):
+        write_lmdb(source, tmp_path / f"{number}", fields=two, progress=False)
+        assert LMDBDataset(tmp_path / f"{number}").targets == [0, 1, 2, 3]
+    write_lmdb(tmp_path / "0", tmp_path / "again", fields=two, progress=False)  # its own
+    assert LMDBDataset(tmp_path / "again").targets == [0, 1, 2, 3]
+    with pytest.raises(SourceError, match="leave out fields= to keep them"):
+        write_lmdb(tmp_path / "0", tmp_path / "x", fields=MASKED, progress=False)
+    with pytest.raises(ValueError, match="resize=4 does not go with fields"):
+        write_lmdb(tmp_path / "0", tmp_path / "x", resize=4, progress=False)
+    folder = tmp_path / "photos"
+    for name in "ab":
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / name / "1.png")
+    write_listing(folder, tmp_path / "photos.listing", progress=False)
+    options = {"fields": two, "shards": 2, "progress": False}
+    write_lmdb(tmp_path / "photos.listing", tmp_path / "shards", **options)
+    assert LMDBDataset(tmp_path / "shards").targets == [0, 1]
+
+
+def test_what_is_appended_to_fields_is_stored_as_they_are(tmp_path):
+    fields = {"image": "jpeg", "label": "json"}
+    keyed = [(f"key {n}", {"image": noise(n), "label": n}) for n in range(4)]
+    write_lmdb(keyed[:2], tmp_path / "a", fields=fields, quality=30, progress=False)
+    options = {"append": True, "progress": False}
+    with pytest.raises(ValueError, match="give quality=30"):
+        write_lmdb(keyed[2:], tmp_path / "a", fields=fields, **options)
+    with pytest.raises(ValueError, match="give samples of these fields, and fields="):
+        write_lmdb([("x", b"", 1)], tmp_path / "a", **options)
+    write_lmdb(keyed[2:], tmp_path / "a", fields=fields, quality=30, **options)
+    assert LMDBDataset(tmp_path / "a").targets == [0, 1, 2, 3]
+
+
+def noise(seed):
+    return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def test_boxes_that_know_their_canvas_are_refused():
+    from torchvision.tv_tensors import BoundingBoxes
+
+    boxes = BoundingBoxes(torch.tensor([[1.0, 2, 3, 4]]), format="XYWH", canvas_size=(24, 32))
+    with pytest.raises(ValueError, match=r"holds more than its values.*as_subclass"):
+        pack_array(boxes)
+
+
+def test_jpeg_and_webp_are_rgb_for_every_decoder(tmp_path):
+    grey, clear = io.BytesIO(), io.BytesIO()
+    Image.new("L", (8, 8), 99).save(grey, "JPEG")
+    Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(clear, "WEBP")
+    sample = {"a": grey.getvalue(), "b": clear.getvalue()}
+    write_lmdb([("k", sample)], tmp_path / "d", fields={"a": "jpeg", "b": "webp"}, progress=False)
+    assert [v.shape for v in LMDBDataset(tmp_path / "d")[0].values()] == [(3, 8, 8)] * 2
+    assert [v.mode for v in LMDBDataset(tmp_path / "d", decode="pil")[0].values()] == ["RGB"] * 2

@@ -167,10 +167,17 @@ def _same_encoding(
     """Return how new images are stored: as the old ones are."""
     given = encoding.as_dict()
     fields = stored.get("fields")
-    if (given | dict(source.settings)).get("fields") != fields:
+    own = (given | dict(source.settings)).get("fields")
+    if own != fields:
+        if fields:
+            remedy = f"give samples of these fields, and fields={dict(map(tuple, fields))!r}"
+        else:
+            remedy = "it takes (image, target) without fields="
+        raise ValueError(f"{target} has the fields {fields}, the source {own}: {remedy}")
+    if fields and not source.copies and given["quality"] != stored["quality"]:
         raise ValueError(
-            f"{target} has {f'the fields {fields}' if fields else 'one image per record'}, which "
-            "the source has not: append what has the same fields"
+            f"quality={given['quality']!r} differs from {stored['quality']!r}, which the images of "
+            f"{target} were stored with: give quality={stored['quality']!r}"
         )
     copies_all = source.copies and dict(source.settings) == stored and not encoding.changes
     if fields or copies_all:

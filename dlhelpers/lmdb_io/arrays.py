@@ -94,6 +94,11 @@ def _packed_tensor(value: Any) -> bytes:
             f"a {what} tensor cannot be stored: give a dense one (to_dense(), dequantize()), or "
             "its parts as fields of their own"
         )
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) and vars(value):
+        raise ValueError(
+            f"a {type(value).__name__} holds more than its values ({', '.join(vars(value))}): give "
+            "value.as_subclass(torch.Tensor), and the rest as a field of its own, such as json"
+        )
     tensor = value.detach().as_subclass(torch.Tensor).cpu().resolve_conj().resolve_neg()
     elements = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     name = str(tensor.dtype).removeprefix("torch.")

@@ -7,7 +7,8 @@ that has the same fields its records as they are. Any other dataset gives its sa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,15 @@ def open_samples(
     if fields is not None:
         found = Fields.given(fields)
     elif (found := _stored_fields(source)) is None:
-        encoding = Encoding(encode, resize, quality)
-        return open_source(source), encoding
+        encoding, opened = Encoding(encode, resize, quality), open_source(source)
+        if opened.settings.get("fields"):
+            _refuse_changes(encode, resize)
+        return opened, encoding
+    _refuse_changes(encode, resize)
+    return _open(source, FieldEncoding(found, quality)), FieldEncoding(found, quality)
+
+
+def _refuse_changes(encode: Any, resize: Any) -> None:
     for name, value in (("encode", encode), ("resize", resize)):
         if value is not None:
             raise ValueError(
@@ -60,7 +68,6 @@ def open_samples(
                 "same image: resize all of them alike in the dataset (masks without "
                 "interpolation), and name the encoding of each field in fields="
             )
-    return _open(source, FieldEncoding(found, quality)), FieldEncoding(found, quality)
 
 
 def _stored_fields(source: Any) -> Fields | None:
@@ -85,6 +92,16 @@ def _open(source: Any, encoding: FieldEncoding) -> Source:
             )
         return RecordSource(dataset)
 
+    if isinstance(source, (str, os.PathLike, Source)) or _are_paths(source):
+        opened = open_source(source)
+        if (stored := opened.settings.get("fields")) is None:
+            return _Pairs(opened, encoding)
+        if stored != encoding.as_dict()["fields"]:
+            raise SourceError(
+                f"the databases have the fields {stored}, expected were {encoding.fields}: leave "
+                "out fields= to keep them, or read them with a transform that gives the others"
+            )
+        return opened
     if isinstance(source, (list, tuple)):
         return _KeyedSamples(source, encoding)
     if (found := look_through(source, open_plain, open_database)) is not None:
@@ -101,7 +118,12 @@ def _open(source: Any, encoding: FieldEncoding) -> Source:
             "source must be a map-style dataset of samples, or an iterable of (key, sample), got "
             f"{type(source).__name__}"
         )
-    return _Pairs(open_source(source), encoding)  # a folder, or nothing that can be read
+    raise TypeError(f"source must be a dataset, a path or an iterable, got {type(source).__name__}")
+
+
+def _are_paths(source: Any) -> bool:
+    is_list = isinstance(source, (list, tuple)) and len(source) > 0
+    return is_list and all(isinstance(path, (str, os.PathLike)) for path in source)
 
 
 class _Samples(DatasetSource):
@@ -183,10 +205,23 @@ class _Pairs(Source):
                 'such as {"image": "image", "label": "json"}'
             )
         self._inner, self._encoding = inner, encoding
-        for name in ("items", "kind", "count", "classes", "problems", "ignored", "restarts"):
+        for name in ("kind", "count", "classes", "problems", "ignored", "restarts", "lists"):
             setattr(self, name, getattr(inner, name))
-        for name in ("lists", "hides", "place", "notes"):
+        for name in ("hides", "place", "notes", "identity", "refused", "paths"):
             setattr(self, name, getattr(inner, name))
+        self.items = getattr(inner, "items", ())  # where tasks are taken by number
+
+    def tasks(self) -> Iterator[Any]:
+        return self._inner.tasks()
+
+    def part(self, own: range) -> Iterator[Any]:
+        return self._inner.part(own)
+
+    def probes(self) -> list[Any]:
+        return self._inner.probes()
+
+    def content(self, task: Any) -> bytes:
+        return self._inner.content(task)
 
     def load(self, task: Any) -> Loaded:
         loaded = self._inner.load(task)

@@ -20,7 +20,7 @@ import numpy as np
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.identity import Stamp
-from dlhelpers.lmdb_io.renumbering import match_classes, note_of, renumbered
+from dlhelpers.lmdb_io.renumbering import match_classes, note_of, refuse_fields, renumbered
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
 from dlhelpers.printable import one_line
@@ -120,6 +120,7 @@ class Databases(Source):
             names = (f"{paths[0]}", f"{path}")
             self.classes, numbers = match_classes(known, classes, names)
             if numbers is not None:
+                refuse_fields(f"{path}", metas[0]["settings"])
                 notes.append(note_of(one_line(str(path)), classes, numbers))
             for file, (meta, entry, version) in zip(files, facts, strict=True):
                 self._parts.append(_Part(file, entry, version, meta["count"], numbers))

@@ -26,7 +26,7 @@ from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.identity import Stamp, place_of
 from dlhelpers.lmdb_io.old_files import OldEnvironment, open_old_file
 from dlhelpers.lmdb_io.old_layouts import Layout
-from dlhelpers.lmdb_io.old_values import form_of, plain_target, sample_of
+from dlhelpers.lmdb_io.old_values import form_of, plain_target, printable_text, sample_of
 from dlhelpers.lmdb_io.sources import Loaded, Source
 from dlhelpers.lmdb_io.unpickling import unpickle
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
@@ -150,7 +150,7 @@ class OldDatabase(Source):
 def _label_of(value: bytes | None) -> Any:
     if value is None:
         raise ValueError("the database has no label for it")
-    if form_of(value) == "image":
+    if printable_text(value) is None and form_of(value) == "image":
         raise ValueError("its label is an image, and an image cannot be a target")
     # no text begins like a pickle of protocol 2 or later
     return plain_target(unpickle(value) if value[:1] == b"\x80" else value)

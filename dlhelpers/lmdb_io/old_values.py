@@ -19,7 +19,15 @@ from dlhelpers.extras import need
 from dlhelpers.lmdb_io.datum import read_datum
 from dlhelpers.lmdb_io.unpickling import PickleError, unpickle
 
-__all__ = ["FORMS", "form_of", "plain_target", "read_plain", "sample_of", "shown_bytes"]
+__all__ = [
+    "FORMS",
+    "form_of",
+    "plain_target",
+    "printable_text",
+    "read_plain",
+    "sample_of",
+    "shown_bytes",
+]
 
 FORMS = {
     "image": "encoded images",
@@ -92,7 +100,7 @@ def read_plain(value: bytes) -> Any:
     text = value.decode()
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -129,17 +137,24 @@ def plain_target(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, bytes):
-        if not _IMAGES.match(value) and b"\0" not in value:
-            try:
-                return value.decode()
-            except UnicodeDecodeError:
-                pass
+        if (text := printable_text(value)) is not None:
+            return text
         raise ValueError(f"its label is neither text nor a number: {shown_bytes(value)}")
     if isinstance(value, Mapping):
         return {_text_of(key): plain_target(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_target(inner) for inner in value]
     return value
+
+
+def printable_text(value: bytes) -> str | None:
+    """Return the text that bytes are; None where they hold control characters or no UTF-8."""
+    if any(byte < 32 and byte not in b"\t\n\r" for byte in value):
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _text_of(key: Any) -> Any:
@@ -231,9 +246,19 @@ def _split(item: Any) -> tuple[Any, Any]:
         )
     (key, image), *_ = images.items()
     del parts[key]
+    if isinstance(image, np.ndarray) and any(map(_may_be_image, parts.values())):
+        raise ValueError(f"which of its arrays is the image cannot be told: {_shown(item, parts)}")
     if len(parts) <= 1:
         return image, next(iter(parts.values()), None)
     return image, parts if isinstance(item, Mapping) else [*parts.values()]
+
+
+def _may_be_image(value: Any) -> bool:
+    """Whether it is an array with the axes of pixels, of any type; boxes [N, 4] are none."""
+    if not isinstance(value, np.ndarray):
+        return False
+    sides = [side for side in value.shape if side > 5]
+    return value.ndim in (2, 3, 4) and len(sides) >= 2
 
 
 def _image_of(value: Any) -> Any:

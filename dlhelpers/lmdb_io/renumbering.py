@@ -14,7 +14,7 @@ from dlhelpers.lmdb_io.schema import encode_target
 from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
 from dlhelpers.printable import one_line
 
-__all__ = ["Renumbered", "match_classes", "note_of", "renumbered"]
+__all__ = ["Renumbered", "match_classes", "note_of", "refuse_fields", "renumbered"]
 
 _SHOWN = 5
 
@@ -92,6 +92,19 @@ def note_of(name: str, classes: Sequence[str], numbers: Sequence[int]) -> str:
     return f"{name}: {count} {new}, matched by name: {shown}{more}"
 
 
+def refuse_fields(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise where records with fields would get other class numbers than their masks have.
+
+    Raises:
+        SourceError: there are fields.
+    """
+    if settings.get("fields") is not None:
+        raise SourceError(
+            f"{name}: its classes would get new numbers, and masks, boxes and json fields may hold "
+            "the old ones: give samples with the new numbers"
+        )
+
+
 class Renumbered(Source):
     """A source under the class numbers of a database that it is appended to."""
 
@@ -122,6 +135,7 @@ class Renumbered(Source):
             what = "class is" if len(added) == 1 else "classes are"
             notes.append(f"{len(added)} {what} new: {shown}")
         if self._numbers is not None:
+            refuse_fields("the source", settings)
             notes.append(note_of("the source", source.classes or [], self._numbers))
         self.notes = tuple(notes)
 

@@ -72,9 +72,10 @@ class SampleReader:
     def _picture(self, data: memoryview) -> Any:
         if self._decode is None:
             return bytes(data)
+        is_rgb = image_format(data) in ("jpeg", "webp", "raw")
         if self._decode == "pil":
-            return open_picture(data)
-        if image_format(data) in ("jpeg", "raw"):
+            return decoding.open_pil(data) if is_rgb else open_picture(data)
+        if is_rgb:
             pixels = decoding.load_decoder(self._decode)(data)
             if not self._channels_last:
                 return torch.from_numpy(decoding.planar(pixels))

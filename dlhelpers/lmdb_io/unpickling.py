@@ -278,7 +278,8 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
 
     def load_reduce(self) -> None:
         args = self.stack[-1]  # each call may copy what it is given
-        self._budget.spend(sum(len(one) for one in args if isinstance(one, (str, bytes, list))))
+        kinds = (str, bytes, list, tuple, dict)
+        self._budget.spend(1 + sum(len(one) for one in args if isinstance(one, kinds)))
         pickle._Unpickler.load_reduce(self)  # type: ignore[attr-defined]
 
     def _instantiate(self, kind: Any, _args: Any) -> None:
