@@ -28,7 +28,7 @@ from dlhelpers.lmdb_io import (
     write_listing,
     write_lmdb,
 )
-from dlhelpers.lmdb_io.arrays import pack_array
+from dlhelpers.lmdb_io.arrays import pack_array, unpack_array
 from dlhelpers.lmdb_io.fields import Fields
 from dlhelpers.lmdb_io.samples import SampleReader
 
@@ -779,6 +779,13 @@ def test_what_is_appended_to_fields_is_stored_as_they_are(tmp_path):
 
 def noise(seed):
     return np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+
+
+def test_one_element_of_a_column_and_zeros_at_the_end_of_a_text():
+    column = torch.tensor([[0.0, 0, 3, 4]])[:, 3]  # of an image with one box
+    assert torch.equal(unpack_array(pack_array(column)), column)
+    with pytest.raises(ValueError, match="use the kind bytes or text"):
+        pack_array(np.bytes_(b"a\0"))
 
 
 def test_boxes_that_know_their_canvas_are_refused():

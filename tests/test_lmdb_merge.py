@@ -264,7 +264,7 @@ def test_samples_of_fields_are_merged_and_appended(tmp_path):
         assert repr(found) == repr([sample for _, sample in samples])
     for source, path in (("b", "plain"), ("plain", "b")):
         write(triples(range(3)), tmp_path / "plain")
-        with pytest.raises(ValueError, match="has the fields .*, the source"):
+        with pytest.raises(ValueError, match=r"has the fields .*, the source"):
             write(tmp_path / source, tmp_path / path, append=True)
 
 

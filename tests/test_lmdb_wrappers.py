@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 
 from dlhelpers.course import data
-from dlhelpers.lmdb_io import LMDBDataset, verify_lmdb, write_lmdb
+from dlhelpers.lmdb_io import LMDBDataset, SourceError, verify_lmdb, write_lmdb
 from dlhelpers.lmdb_io.wrappers import inner_datasets
 
 
@@ -287,3 +287,10 @@ def test_a_damaged_record_of_a_source_is_named(database, tmp_path):
     assert report.count == 19
     assert "record 4" in report.skipped[0][0]
     assert "checksum differs" in report.skipped[0][1]
+
+
+def test_an_empty_subset_holds_no_image(tmp_path):
+    source = TensorDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2))
+    write_lmdb(source, tmp_path / "db", progress=False)
+    with pytest.raises(SourceError, match="holds no image that could be stored"):
+        write_lmdb(Subset(LMDBDataset(tmp_path / "db"), []), tmp_path / "new", progress=False)

@@ -38,6 +38,10 @@ def pack_array(value: Any) -> bytes:
         return _packed_tensor(value)
     if isinstance(value, (bool, int, float, complex, np.generic)):
         kind, array = "scalar", np.asarray(value)
+        if array.dtype.kind in "SU" and array[()] != value:
+            raise ValueError(
+                "a text of NumPy loses the zeros at its end: use the kind bytes or text"
+            )
     elif type(value) in _PLAIN:
         kind, array = "array", np.asarray(value)
     elif isinstance(value, np.ndarray):
@@ -100,7 +104,8 @@ def _packed_tensor(value: Any) -> bytes:
             "value.as_subclass(torch.Tensor), and the rest as a field of its own, such as json"
         )
     tensor = value.detach().as_subclass(torch.Tensor).cpu().resolve_conj().resolve_neg()
-    elements = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.reshape(-1).clone(memory_format=torch.contiguous_format)  # one keeps any stride
+    elements = flat.view(torch.uint8).numpy().tobytes()
     name = str(tensor.dtype).removeprefix("torch.")
     return _packed("tensor", name, tensor.shape, elements)
 

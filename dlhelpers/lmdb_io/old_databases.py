@@ -151,7 +151,10 @@ def _label_of(value: bytes | None) -> Any:
     if value is None:
         raise ValueError("the database has no label for it")
     if printable_text(value) is None and form_of(value) == "image":
-        raise ValueError("its label is an image, and an image cannot be a target")
+        raise ValueError(
+            "its label is an image, and an image cannot be a target: read it with the code that "
+            'wrote it, and give write_lmdb samples of fields={"image": "image", "mask": "png"}'
+        )
     # no text begins like a pickle of protocol 2 or later
     return plain_target(unpickle(value) if value[:1] == b"\x80" else value)
 

@@ -21,6 +21,7 @@ _CLASSES = (b"__classes__", b"classes", b"class_names")
 _WORDS = {
     **dict.fromkeys((b"image", b"images", b"img", b"imgs", b"data", b"x"), "image"),
     **dict.fromkeys((b"label", b"labels", b"lbl", b"target", b"targets", b"class", b"y"), "label"),
+    **dict.fromkeys((b"mask", b"masks", b"gt", b"seg"), "label"),  # images, which are refused
 }
 _TOKENS = re.compile(rb"[A-Za-z]+|[^A-Za-z]+")
 _NUMBERED = re.compile(rb"\D*(\d+)\D*")

@@ -28,7 +28,7 @@ from dlhelpers.printable import printable
 
 __all__ = ["PickleError", "unpickle"]
 
-_LEAST_WEIGHT = 10_000
+_LEAST_WEIGHT = 1_000_000
 _MOST_AXES = 32
 _EXPANSION = 4  # bytes and values that a byte of a pickle may stand for
 _DTYPE = re.compile(r"[?bBhHiIlLqQefd]|[biuf][1248]|[SU]\d{1,9}")

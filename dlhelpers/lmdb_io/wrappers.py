@@ -149,9 +149,9 @@ class _Selected(Source):
         self._keys, again = self._unique_keys()
         classes = [part.classes for part in parts.values()]
         notes = [note for part in parts.values() for note in part.notes]
-        if all(found == classes[0] for found in classes):
+        if classes and all(found == classes[0] for found in classes):
             self.classes = classes[0]
-        else:
+        elif classes:
             notes.append(
                 "no class names are stored, since the parts of the source have others; a list of "
                 "the paths of databases matches their classes by name"
