@@ -506,3 +506,25 @@ def test_a_problem_that_is_gone_is_not_listed_after_a_stop_at_the_end(tmp_path, 
     options = {"on_error": "skip", "resume": True, "progress": False}
     assert write_lmdb(source, tmp_path / "db", **options).count == 7
     assert verify_lmdb(tmp_path / "db", progress=False).count == 7
+
+
+def test_shards_do_not_become_a_class_of_their_source(tmp_path):
+    source = pictures(tmp_path / "photos")
+    write_listing(source, tmp_path / "photos.listing", progress=False)
+    for one in (source, tmp_path / "photos.listing", ImageFolder(source)):
+        for options in ({"shards": 2}, {"shard": (0, 2)}):
+            with pytest.raises(ValueError, match="would become a class of it"):
+                write_lmdb(one, source / "db", progress=False, **options)
+    assert sorted(os.listdir(source)) == ["c0", "c1"]
+
+
+def test_what_was_skipped_is_tried_again(tmp_path):
+    source = pictures(tmp_path / "photos")
+    write_listing(source, tmp_path / "photos.listing", progress=False)
+    options = {"shards": 3, "on_error": "skip", "resume": True, "progress": False}
+    (source / "c0" / "0.png").rename(tmp_path / "away.png")
+    assert write_lmdb(tmp_path / "photos.listing", tmp_path / "db", **options).count == 5
+    (tmp_path / "away.png").rename(source / "c0" / "0.png")
+    report = write_lmdb(tmp_path / "photos.listing", tmp_path / "db", **options)
+    assert (report.count, report.skipped) == (6, ())
+    assert "2 of them already complete" in str(report)

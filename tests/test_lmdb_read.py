@@ -529,7 +529,7 @@ def test_a_missing_shard_is_named(photos, tmp_path):
         write_lmdb(photos, tmp_path, shard=(rank, 3), progress=False)
     with pytest.raises(DatabaseError, match=r"missing are the ranks \[1\]"):
         LMDBDataset(tmp_path)
-    with pytest.raises(FileExistsError, match="shards of another world size"):
+    with pytest.raises(FileExistsError, match="shards of another number"):
         write_lmdb(photos, tmp_path, shard=(0, 2), progress=False)
 
 

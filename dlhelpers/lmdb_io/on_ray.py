@@ -30,6 +30,7 @@ from dlhelpers.extras import need
 from dlhelpers.lmdb_io.merging import is_database
 from dlhelpers.lmdb_io.scanning import write_listing
 from dlhelpers.lmdb_io.shards import shard_name
+from dlhelpers.lmdb_io.sources import need_outside
 from dlhelpers.lmdb_io.verifying import info_lmdb
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
 from dlhelpers.printable import one_line
@@ -90,6 +91,10 @@ def write(
     folder = Path(path).expanduser().resolve()
     if isinstance(source, (str, os.PathLike)):
         source = Path(source).expanduser().resolve()  # tasks have other working directories
+    elif isinstance(source, (list, tuple)) and all(
+        isinstance(path, (str, os.PathLike)) for path in source
+    ):
+        source = [Path(path).expanduser().resolve() for path in source]
     with _connected(ray, address), bar(progress=progress, total=shards, unit="shard") as shown:
         remote = ray.remote(
             num_cpus=cpus_per_task, max_retries=retries, scheduling_strategy="SPREAD"
@@ -117,6 +122,7 @@ def _list_folder(source: Path, folder: Path) -> Path:
     """Scan an image folder once for all shards; a task, since the driver may not see it."""
     if not source.is_dir() or is_database(source):  # known already, or what write_lmdb refuses
         return source
+    need_outside(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
     write_listing(source, folder / "source.listing", progress=False)
     return folder / "source.listing"

@@ -110,7 +110,8 @@ class Order:
 def _layout(dataset: Any) -> tuple[np.ndarray | None, np.ndarray]:
     """Return where each item is stored, None for one behind the other, and where shards end."""
     if isinstance(dataset, LMDBDataset):
-        return None, np.array(dataset._ends, np.int64)
+        ends = np.array(dataset._ends, np.int64)
+        return None, ends if ends[-1] == len(dataset) else np.array([len(dataset)], np.int64)
     if isinstance(dataset, Subset):
         places, ends = _layout(dataset.dataset)
         indices = np.fromiter(map(operator.index, dataset.indices), np.int64)

@@ -31,6 +31,7 @@ __all__ = [
     "TripleSource",
     "file_stamp",
     "folder_place",
+    "need_outside",
     "open_source",
 ]
 
@@ -68,6 +69,7 @@ class Source:
         hides: whether an item's stamp says nothing of its content.
         place: where modification times can be compared; empty where there are none.
         notes: what a report says of the source.
+        root: of an image folder; None of all else.
         identity: of the whole source, where it is known without a look at each item.
         copies: whether :meth:`copy` gives records as they are stored.
         settings: of the conversion that its records come from, where they are copied.
@@ -87,6 +89,7 @@ class Source:
     hides = False
     place: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    root: Path | None = None
     identity: Mapping[str, Any] | None = None
     copies = False
     settings: Mapping[str, Any] = MappingProxyType({})
@@ -198,6 +201,7 @@ class FolderSource(Source):
             samples,
             walk.classes,
             place=folder_place(root),
+            root=root,
             problems=tuple(walk.problems),
             ignored=tuple(sorted(walk.ignored)),
         )
@@ -211,7 +215,8 @@ class FolderSource(Source):
             (path, key, target) for (path, target), key in zip(dataset.samples, keys, strict=True)
         ]
         classes = [c if isinstance(c, str) else ", ".join(c) for c in dataset.classes]
-        return cls(samples, classes, place=folder_place(root))  # ImageNet's are tuples of names
+        # ImageNet's classes are tuples of names
+        return cls(samples, classes, place=folder_place(root), root=Path(root))
 
     def load(self, task: Any) -> Loaded:
         """Read the bytes of a file."""
@@ -249,6 +254,22 @@ def file_stamp(key: str, target: int, stat: os.stat_result | None) -> Stamp:
     size, time = (-1, 0) if stat is None else (stat.st_size, stat.st_mtime_ns)
     time = min(max(time, -(1 << 63)), (1 << 63) - 1)  # a listing holds 64 bits, until 2262
     return Stamp(f"{key}|{target}".encode("utf-8", "surrogateescape"), size, time)
+
+
+def need_outside(path: Path, root: Path) -> None:
+    """Raise where a folder of shards would lie in the image folder that it is made from.
+
+    Raises:
+        ValueError: it would become one of its classes.
+    """
+    root = root.expanduser().resolve()
+    if path == root or root in path.parents:
+        raise ValueError(
+            printable(
+                f"{path} lies in the image folder {root} and would become a class of it: give a "
+                "folder outside of it"
+            )
+        )
 
 
 def folder_place(root: str | Path) -> tuple[str, ...]:

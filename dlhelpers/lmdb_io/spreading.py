@@ -115,7 +115,7 @@ def _take_whole(conversion: Conversion, identity: dict[str, Any], totals: Totals
             return False
     listed = [tuple(json.loads(v)) for _, v in environment.items(environment.skipped)]
     skipped = listed[: len(listed) - len(conversion.source.problems)]
-    if skipped and not conversion.skips:
+    if skipped:  # what could not be stored then, such as for a fault of the network, may be now
         return False
     totals.count += meta["count"]
     totals.image_bytes += meta["image_bytes"]

@@ -21,7 +21,7 @@ from dlhelpers.lmdb_io.finishing import finish
 from dlhelpers.lmdb_io.locking import only_writer
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sharing import Seen
-from dlhelpers.lmdb_io.sources import SourceError
+from dlhelpers.lmdb_io.sources import SourceError, need_outside
 from dlhelpers.lmdb_io.spreading import Totals, own_shards, write_shards
 from dlhelpers.printable import one_line, printable
 
@@ -197,6 +197,8 @@ def write_lmdb(
             printable(f"{path} is read and cannot be written at the same time: give another path")
         )
 
+    if (shard, shards) != (None, None) and opened.root is not None:
+        need_outside(path, opened.root)
     if append:
         if (shard, shards) != (None, None):
             raise ValueError("append=True goes into a single file: leave out shard and shards")
@@ -258,7 +260,7 @@ def _target(path: Path, shard: tuple[int, int] | None) -> Path:
     if others - {f"{world:05d}.lmdb"}:
         raise FileExistsError(
             printable(
-                f"{path} holds shards of another world size ({', '.join(sorted(others))}): remove "
+                f"{path} holds shards of another number (shard-*-of-{min(others)}): remove "
                 "them or give another folder"
             )
         )
