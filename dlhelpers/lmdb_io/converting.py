@@ -27,6 +27,7 @@ from dlhelpers.lmdb_io.encoding import Encoding, is_turned
 from dlhelpers.lmdb_io.environments import lmdb_path
 from dlhelpers.lmdb_io.identity import Trace
 from dlhelpers.lmdb_io.loading import Item, Loader, load_chunks
+from dlhelpers.lmdb_io.reading_ahead import ReadAhead
 from dlhelpers.lmdb_io.sharing import Seen, Share
 from dlhelpers.lmdb_io.sources import Source, SourceError
 from dlhelpers.lmdb_io.writing_back import WriteBack
@@ -182,7 +183,10 @@ class Conversion:
     def _loaded(self) -> Iterator[list[Item]]:
         """Yield what is left of the source, and note when its own code is at work."""
         self.reading = True
-        for items in load_chunks(self.loader, self.tasks, self.workers):
+        can_go_on = self.source.in_thread and not self.workers
+        chunks = load_chunks(self.loader, self.tasks, self.workers)
+        self.ahead = ReadAhead(chunks, _COMMIT_BYTES if can_go_on else 0)
+        for items in self.ahead:
             self.reading = False
             yield items
             self.reading = True
@@ -205,12 +209,15 @@ class Conversion:
                             break
                     self.columns.put(txn, self.columns_db)
                     self._put_state(txn)
+                    self.ahead.start()  # until the transaction, which ends here, is committed
                 break
             except lmdb.MapFullError:
                 self.count, self.done, self.image_bytes, skipped, trace = before
                 self.trace, self.columns = replace(trace), columns.copy()
                 del self.skipped[skipped:]
                 self._grow(self.map_size)
+            finally:
+                self.ahead.stop()
         self.kept = self.count
         self.unwritten_bytes += self.pending_bytes
         if self.unwritten_bytes >= _COMMIT_BYTES:

@@ -38,6 +38,8 @@ ENCODINGS = ("jpeg", "png", "webp", "raw")
 RAW = struct.Struct("<3sBII")  # b"RAW", EXIF orientation or 0, height, width
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that tell the size
 _SEGMENT = struct.Struct(">BBH")  # 0xFF, the marker, bytes behind the marker
+_FRAME_SIZE = 9  # bytes of a frame's segment up to the end of height and width
+_known_header = (b"", b"", 0, 0)  # of a JPEG up to height, after width, and where; where it scans
 _ORIENTATION = 274  # the tag in EXIF
 _TIFF_BITS = 258  # the tag
 _PNM = re.compile(rb"P[2356](?:\s+(?:#[^\n]*\n\s*)*\d+){2}\s+(?:#[^\n]*\n\s*)*(\d+)\s")
@@ -211,12 +213,23 @@ def jpeg_segments(data: bytes | memoryview) -> Iterator[tuple[int, int]]:
 
 
 def _first_scan(data: bytes) -> int:
-    """Return where a JPEG's first scan begins, 0 where there is no frame or no scan."""
-    frame = False
+    """Return where a JPEG's first scan begins, 0 where there is no frame or no scan.
+
+    Files of one encoder have the same header but for height and width: it is walked once.
+    """
+    global _known_header
+    first, second, resumes, scan = _known_header
+    if scan and data.startswith(first) and data.startswith(second, resumes):
+        return scan
+    frame = 0
     for marker, at in jpeg_segments(data):
         if marker == 0xDA:
+            if frame:
+                sized = frame + _FRAME_SIZE
+                _known_header = (data[: sized - 4], data[sized : at + _SEGMENT.size], sized, at)
             return at if frame else 0
-        frame = frame or marker in JPEG_FRAMES
+        if marker in JPEG_FRAMES and not frame:
+            frame = at
     return 0
 
 

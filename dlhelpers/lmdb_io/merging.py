@@ -102,7 +102,7 @@ class Databases(Source):
     """
 
     kind = "database"
-    copies = True
+    copies = in_thread = True
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = frozenset(path.resolve() for path in paths)

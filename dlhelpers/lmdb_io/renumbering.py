@@ -120,7 +120,8 @@ class Renumbered(Source):
         """Match the classes; ``kind`` names the database's version, ``name`` the database."""
         self._source, self.kind = source, kind
         self.settings, self.version = settings, version
-        for fact in ("count", "problems", "ignored", "restarts", "lists", "hides", "place"):
+        facts = ("count", "problems", "ignored", "restarts", "lists", "hides", "in_thread", "place")
+        for fact in facts:
             setattr(self, fact, getattr(source, fact))
         self.identity, self.copies, self._numbers = source.identity, source.copies, None
         if classes is not None and source.classes is None and not source.copies:

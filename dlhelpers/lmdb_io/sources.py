@@ -67,6 +67,7 @@ class Source:
         restarts: whether :meth:`tasks` can be called twice.
         lists: whether :meth:`stamp` needs no item to be loaded.
         hides: whether an item's stamp says nothing of its content.
+        in_thread: whether items may be loaded in another thread, since no code of others does it.
         place: where modification times can be compared; empty where there are none.
         notes: what a report says of the source.
         root: of an image folder; None of all else.
@@ -87,6 +88,7 @@ class Source:
     restarts = True
     lists = True
     hides = False
+    in_thread = False
     place: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     root: Path | None = None
@@ -183,6 +185,7 @@ class FolderSource(Source):
     """The files of an image folder; a task is (path, key, target)."""
 
     kind = "folder"
+    in_thread = True
 
     def __init__(
         self, samples: Sequence[tuple[str, str, int]], classes: list[str], **facts: Any

@@ -143,6 +143,7 @@ class _Selected(Source):
         self._parts, self._order = parts, order  # [N, 2], number of the part and of its item
         self.count = len(order)
         self.hides = any(part.hides for part in parts.values())
+        self.in_thread = all(part.in_thread for part in parts.values())
         kinds = {part.kind for part in parts.values()}
         self.kind = kinds.pop() if len(kinds) == 1 else "dataset"
         self.place = next((part.place for part in parts.values() if part.place), ())
