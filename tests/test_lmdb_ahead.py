@@ -163,7 +163,7 @@ def test_what_was_read_ahead_counts_only_once_it_is_stored(photos, stored, tmp_p
     bad = ImageFolder(source).samples[20][0]
     with open(bad, "wb"):
         pass
-    with pytest.raises(SourceError, match="not an image.* 20 images are kept"):
+    with pytest.raises(SourceError, match=r"not an image.* 20 images are kept"):
         write_lmdb(source, tmp_path / "db", progress=False)
     with open(bad, "wb") as file:
         file.write(stored[20][0])
