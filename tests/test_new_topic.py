@@ -48,7 +48,7 @@ EXERCISES = (
 )
 """
 CELLS = [
-    ("markdown", "# 90 · Is a toy fast?\n\n> Minutes: 5 to read."),
+    ("markdown", "# 90 · Is a toy fast?\n\n**Minutes:** 5 to read."),
     ("code", 'claims.card("toy.is-fast").judge({"one toy": 1})'),
     ("markdown", "## Take away\n\nPrevious: [nothing yet](00_start_here.ipynb)."),
 ]

@@ -106,6 +106,17 @@ def test_has_every_section_in_order(path):
     assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
 
 
+@every_notebook
+def test_opens_with_what_the_reader_will_be_able_to_do_and_ends_with_three_readings(path):
+    first, *_, last = [source(cell) for cell in cells(path, "markdown")]
+    names = re.findall(r"^\*\*(.+?)\*\*", first, re.M)
+    assert names == ["You will be able to", "Minutes:", "You need"]
+    total, *parts = map(int, re.findall(r"\d+", re.search(r"\*\*Minutes:\*\*(.+)", first)[1]))
+    assert total == sum(parts) or not parts
+    assert last.startswith("## Read on")
+    assert len(re.findall(r"^- \[.+\]\(https://\S+\): .{20,}\.$", last, re.M)) == 3
+
+
 @every_lesson
 def test_links_back_to_the_previous_and_to_the_next(path):
     text = "\n".join(source(cell) for cell in cells(path, "markdown"))
@@ -156,7 +167,7 @@ def test_no_measured_number_stands_in_the_text(path):
     for cell in cells(path, "markdown"):
         for paragraph in source(cell).split("\n\n"):
             number = re.search(rf"(?<![\w.$-])\d+(?:[.,]\d+)?\s?{UNIT}(?![\w$])", paragraph)
-            has_source = re.search(r"arXiv|doi|https?://|\[.+\]\(.+\)|Minutes:", paragraph)
+            has_source = re.search(r"arXiv|doi|https?://|\[.+\]\(.+\)|Minutes:\*\*", paragraph)
             assert not number or has_source, number
 
 

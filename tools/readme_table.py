@@ -65,9 +65,9 @@ def _question(module: str) -> str:
 def _minutes(stem: str) -> str:
     path = ROOT / "notebooks" / f"{stem}.ipynb"
     opening = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-    found = re.search(r"Minutes: (\d+)", opening)
+    found = re.search(r"\*\*Minutes:\*\* (\d+)", opening)
     if not found:
-        raise ValueError(f"{path.name}: its first cell must say 'Minutes: ' and a number")
+        raise ValueError(f"{path.name}: its first cell must say '**Minutes:**' and a number")
     return found[1]
 
 
