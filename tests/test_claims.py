@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -147,6 +148,13 @@ def by_time(claim, first, second, control=QUIET):
         ("question =", "negligible = 3\nquestion =", "negligible must lie between 0 and 1"),
         ("question =", 'answers = {perhaps="?"}\nquestion =', "answers 'perhaps' is not known"),
         ("question =", 'answers = {all="yes"}\nquestion =', "answers needs two of"),
+        ("question =", 'answers = {all="yes", none="no"}\nquestion =', "answers lacks 'some'"),
+        (">= 1.05", "within 0.9x", "a band such as 'within 1.2x' of a factor above 1"),
+        (
+            'kind = "time"\nmetric = "latency unfused / fused"\nthreshold = ">= 1.05"',
+            'kind = "accuracy"\nmetric = "points"\nthreshold = "within 2x"',
+            "is a band of a ratio",
+        ),
         ("question =", 'words = {holds="pays"}\nquestion =', "words lacks 'fails'"),
         (
             "question =",
@@ -236,6 +244,34 @@ def test_an_interval_is_settled_only_where_every_point_of_it_agrees(op, bound, a
     assert settled is None or settled == met
 
 
+@given(st.floats(1.01, 3), st.floats(-3, 3), st.floats(-3, 3))
+@example(1.2, math.log(0.78), math.log(1.09))  # a ratio of 0.78 is as far from 1 as one of 1.28
+@example(1.2, math.log(0.5), math.log(2.0))
+def test_a_band_is_settled_alike_for_a_ratio_and_its_inverse(factor, a, b):
+    low, high = sorted(map(math.exp, (a, b)))
+    band = Threshold.parse(f"within {factor!r}x")
+    inside, outside = abs(a) < math.log(factor), min(a, b) * max(a, b) > 0
+    inside, outside = inside and abs(b) < math.log(factor), outside and min(abs(a), abs(b))
+    wanted = True if inside else False if outside > math.log(factor) else None
+    assert band.settle(low, high) is wanted
+    assert band.settle(1 / high, 1 / low) is wanted
+
+
+def test_a_band_is_measured_and_shown_by_both_of_its_ends(tmp_path, monkeypatch):
+    (claim,) = load(TIME.replace(">= 1.05", "within 1.25x"), tmp_path)
+    monkeypatch.setattr("dlhelpers.measure.compare", lambda a, b, **kw: kw["threshold"])
+    assert claim.compare(int, int) == (0.8, 1.25)
+    assert asked(claim) == "latency unfused / fused: between 0.8x and 1.25x"
+    wide = comparison(1.0, 0.78, 1.09, "undecided")
+    verdict = claim.judge(by_time(claim, wide, comparison(0.7, 0.6, 0.75, "slower")))
+    assert [c.verdict for c in verdict.conditions] == ["unsettled", "fails"]
+    assert verdict._repr_html_().count("stroke-dasharray") == 2 * 2
+    (row,) = ledger.read()["rows"]
+    judged = [Judged.from_row(c) for c in row["conditions"]]
+    assert judged == list(verdict.conditions)
+    assert {str(c.threshold) for c in judged} == {"within 1.25x"}
+
+
 @given(st.floats(-5, 5), st.floats(-5, 5), st.floats(-5, 5))
 @example(1.0, 1.0, 1.0)
 def test_equality_holds_for_no_interval_wider_than_a_point(bound, a, b):
@@ -247,6 +283,8 @@ def test_equality_holds_for_no_interval_wider_than_a_point(bound, a, b):
 @given(st.text(max_size=12))
 @example(">= 1_000")
 @example(">=1e999")
+@example("within 1.2x")
+@example("within 0.9x")
 def test_a_threshold_reads_back_as_it_prints_or_is_refused(text):
     try:
         threshold = Threshold.parse(text)
@@ -257,6 +295,15 @@ def test_a_threshold_reads_back_as_it_prints_or_is_refused(text):
 
 
 # Judging
+
+
+@given(st.lists(st.sampled_from(["holds", "fails", "unsettled", "not-measured"]), max_size=4))
+def test_the_answer_is_known_where_no_condition_could_still_change_it(verdicts):
+    tally = Tally(*map(verdicts.count, ["holds", "fails", "unsettled", "not-measured"]))
+    known = [("holds", "fails") if v[0] in "un" else (v,) for v in verdicts]
+    outcomes = map(set, itertools.product(*known))
+    answers = {"some" if len(o) == 2 else "all" if "holds" in o else "none" for o in outcomes}
+    assert tally.answer == (answers.pop() if len(answers) == 1 and verdicts else None)
 
 
 def test_the_line_of_a_verdict_is_the_one_of_the_style_guide(time_claim):

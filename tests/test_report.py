@@ -384,6 +384,8 @@ def test_differences_are_told_largest_first():
         (">= 2", "fails", 1.0, "f2"),
         ("<= 1.3", "holds", 1.0, "h1"),
         ("<= 1.3", "fails", 4.0, "f3"),
+        ("within 1.3x", "holds", 0.97, "h1"),
+        ("within 1.3x", "fails", 0.2, "f3"),
         (">= 1.05", "unsettled", 1.06, "u"),
         (">= 1.05", "not-measured", None, "n"),
         (">= 1.05", "fails", None, "fc"),

@@ -155,7 +155,9 @@ class Claim:
         threshold = self.threshold if condition is None else self._condition(condition).threshold
         from dlhelpers import measure
 
-        usual = {"threshold": threshold.bound, "negligible": self.negligible, "overtime": 2.0}
+        edges = threshold.edges
+        usual = {"threshold": edges if len(edges) > 1 else edges[0], "overtime": 2.0}
+        usual |= {"negligible": self.negligible}
         return measure.compare(baseline, candidate, **(usual | options))
 
     def judge(self, evidence: Mapping[str, Any] | NotMeasured) -> Verdict:

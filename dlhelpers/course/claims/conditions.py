@@ -139,10 +139,10 @@ class Tally:
 
     @property
     def answer(self) -> Literal["all", "none", "some"] | None:
-        """In how many conditions it holds; None where what is unsettled could decide it."""
+        """In how many conditions it holds; None where what is not settled could decide it."""
         if self.holds and self.fails:
             return "some"
-        if self.unsettled or not self.settled:
+        if self.unsettled or self.missing or not self.settled:
             return None
         return "all" if self.holds else "none"
 

@@ -31,7 +31,7 @@ class Scale:
         values: list[float] = [1.0] if log else []
         for c in conditions:
             values += [c.effect, c.low, c.high]
-            values += [] if c.threshold is None else [c.threshold.bound]
+            values += [] if c.threshold is None else c.threshold.edges
         values = [float(v) for v in values if v is not None and math.isfinite(v)]
         if log:  # an end farther than that runs to the end of the axis
             values = [v for v in values if 1e-6 < v < 1e6]
@@ -60,7 +60,7 @@ def interval_svg(
     scale: Scale,
     verdict: str = "",
 ) -> str:
-    """Return a point with its interval on a shared axis, the threshold as a dashed line.
+    """Return a point with its interval on a shared axis, the threshold as a dashed line, or two.
 
     An end that is None or infinite runs to the end of the axis; without an effect only the
     threshold is drawn.
@@ -71,8 +71,8 @@ def interval_svg(
         one = scale.x(1.0)
         parts.append(_line(one, 4, one, _HEIGHT - 4, "opacity='0.5'"))
     if threshold is not None:
-        bar = scale.x(float(threshold.bound))
-        parts.append(_line(bar, 0, bar, _HEIGHT, "stroke-width='1.5' stroke-dasharray='3 2'"))
+        for bar in map(scale.x, threshold.edges):
+            parts.append(_line(bar, 0, bar, _HEIGHT, "stroke-width='1.5' stroke-dasharray='3 2'"))
         said.append(f"threshold {threshold}")
     if effect is not None and math.isfinite(effect):
         colour = colour_of(verdict)

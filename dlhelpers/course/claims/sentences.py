@@ -164,12 +164,16 @@ def asked(claim: Claim, threshold: Threshold | None = None) -> str:
         mark = "" if claim.metric.endswith("?") else ":"
         return f"{claim.metric}{mark} {'yes' if threshold.bound else 'no'}"
     said = bound_text(claim, threshold)
-    return f"{claim.metric}: {said[3:]}" if threshold.op == "==" else f"{claim.metric} {said}"
+    if threshold.op == "==":
+        return f"{claim.metric}: {said[3:]}"
+    return f"{claim.metric}{':' if len(threshold.edges) > 1 else ''} {said}"
 
 
 def bound_text(claim: Claim, threshold: Threshold) -> str:
-    """Return a bound with its unit, such as ``>= 5 points`` or ``>= 1.3x``."""
+    """Return a bound with its unit, such as ``>= 5 points``, or ``between 0.833x and 1.2x``."""
     unit = _unit(claim)
+    if len(threshold.edges) > 1:
+        return "between " + " and ".join(f"{edge:.3g}{unit}" for edge in threshold.edges)
     if claim.kind == "exact" and unit != "x":  # the metric says what is counted
         return str(threshold)
     return _with_unit(str(threshold), threshold.bound, unit)
