@@ -326,16 +326,17 @@ GONE = claims.not_measured("DALI is not installed")
     [
         (FAST, SAME, QUIET, "holds in 1 of 2, as the mechanism says"),
         (FAST, FAST, QUIET, "holds in both, against the mechanism in 1: batch 64, compute-bound"),
-        (SAME, SAME, QUIET, "holds in neither of 2, against the mechanism in 1: batch 1, "
+        (SAME, SAME, QUIET, "fails in both, against the mechanism in 1: batch 1, "
          "launch-bound"),
         (
             SAME, FAST, QUIET,
             "holds in 1 of 2, against the mechanism in 2: batch 1, launch-bound; "
             "batch 64, compute-bound",
         ),
-        (FAST, STRADDLES, QUIET, "holds in 1 of 1 settled, as the mechanism says; 1 unsettled"),
-        (SAME, ABSENT, QUIET, "holds in none of 1 settled, against the mechanism in 1: batch 1, "
-         "launch-bound; 1 not measured"),
+        (FAST, STRADDLES, QUIET, "holds in the one that is settled, as the mechanism says; "
+         "1 unsettled"),
+        (SAME, ABSENT, QUIET, "fails in the one that is settled, against the mechanism in 1: "
+         "batch 1, launch-bound; 1 not measured"),
         (FEW, STRADDLES, QUIET, "2 unsettled"),
         (FAST, FAST, OFF, "2 unsettled"),
         (FAST, SAME, comparison(0.9, 0.85, 0.95, "slower"), "2 unsettled"),
@@ -359,7 +360,7 @@ def test_the_short_form_counts_conditions_and_compares_them_with_the_mechanism(
     [
         (claims.not_measured("no GPU"), "not measured"),
         (0.5, "holds, as the mechanism says"),
-        (0.1, "does not hold, against the mechanism in 1: ten classes"),
+        (0.1, "fails, against the mechanism in 1: ten classes"),
     ],
 )
 def test_one_condition_is_not_counted(exact_claim, found, said):
@@ -368,7 +369,7 @@ def test_one_condition_is_not_counted(exact_claim, found, said):
 
 def test_what_goes_against_the_mechanism_stands_out(time_claim):
     verdict = time_claim.judge(by_time(time_claim, SAME, SAME))
-    said = "Holds in neither of 2, AGAINST THE MECHANISM in 1: batch 1, launch-bound"
+    said = "Fails in both, AGAINST THE MECHANISM in 1: batch 1, launch-bound"
     assert str(verdict).startswith(f"{said} · ")
     assert said in verdict._repr_html_()
     assert "AGAINST IT" in verdict._repr_html_()
@@ -383,7 +384,7 @@ def test_a_claim_may_say_it_in_its_own_words(tmp_path):
         "not with batch 64, compute-bound (1.01x [0.99, 1.02])"
     )
     assert claim.judge(by_time(claim, SAME, SAME)).sentence == (
-        "Does not pay at batch 1, launch-bound (1.01x [0.99, 1.02]) and "
+        "Does not pay at batch 1, launch-bound (1.01x [0.99, 1.02]) or "
         "with batch 64, compute-bound (1.01x [0.99, 1.02])"
     )
 
@@ -428,7 +429,7 @@ def test_a_control_that_is_off_unsettles_what_was_measured_beside_it(time_claim)
     verdict = time_claim.judge(by_time(time_claim, FAST, ABSENT, OFF))
     assert [c.verdict for c in verdict.conditions] == ["unsettled", "not-measured"]
     assert verdict.conditions[0].reason == "the control came back faster"
-    assert str(verdict).endswith("control 1.08x [1.05, 1.11] faster")
+    assert str(verdict).endswith("control 1.08x [1.05, 1.11], faster")
     unmeasured = time_claim.judge(by_time(time_claim, FAST, STRADDLES, ABSENT))
     reasons = [c.reason for c in unmeasured.conditions]
     assert reasons == ["the control was not measured", "the interval straddles the threshold"]
@@ -659,9 +660,9 @@ def test_judging_where_nothing_can_be_written_gives_one_warning(exact_claim, mon
     [
         (">= 0.3", 1.46123456, "1.461"),
         (">= 0.3", 11904.7, "11900"),
-        ("<= 1e-6", 3.3e-8, "within 1e-06"),
-        ("<= 1e-6", 2.0, "beyond 1e-06"),
-        ("< 1e-6", 1e-7, "within 1e-06"),
+        ("<= 1e-6", 3.3e-8, "within 1e-6"),
+        ("<= 1e-6", 2.0, "beyond 1e-6"),
+        ("< 1e-6", 1e-7, "within 1e-6"),
         ("<= 1e-6", math.nan, "not a number"),
         (">= 0.3", math.inf, "infinite"),
         (">= 0.3", -math.inf, "minus infinite"),
@@ -1051,7 +1052,7 @@ def test_the_standing_counts_each_tips_conditions(declared, standing):
     assert after.counts == {"holds": 3}
     assert after.machine == "this machine"
     assert after.against == ((timed.id, "batch 64, compute-bound"),)
-    assert "as the mechanism says in 2 of the 3 where it commits itself" in str(after)
+    assert "2 of 3 as the mechanism says" in str(after)
     assert "AGAINST THE MECHANISM: fusion.speeds-up: batch 64, compute-bound" in str(after)
     assert "1 against the mechanism" in after._repr_html_()
 

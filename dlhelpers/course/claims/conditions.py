@@ -16,7 +16,7 @@ STANDINGS = {
     "against": "against the mechanism",
     "agrees": "as the mechanism says",
     "open": "the mechanism leaves it open",
-    "unknown": "the mechanism of that time is unknown",
+    "unknown": "what the mechanism said was not recorded",
     "unsettled": "unsettled",
     "not-measured": "not measured",
     "not-run": "not run",

@@ -9,10 +9,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dlhelpers.course.claims.conditions import Judged
+    from dlhelpers.course.claims.conditions import Judged, Tally
     from dlhelpers.course.verdicts import Threshold
 
-__all__ = ["Scale", "colour_of", "interval_svg"]
+__all__ = ["Scale", "bar_colour", "colour_of", "interval_svg"]
 
 _WIDTH, _HEIGHT, _MARGIN = 220, 22, 6
 
@@ -96,16 +96,25 @@ def interval_svg(
 
 
 def colour_of(verdict: str) -> str:
-    """Return the colour of a condition's verdict, or of a claim's standing, as in every figure.
+    """Return the colour of a condition's verdict, as in every figure.
 
-    What holds is blue and what fails orange; a claim that goes against the mechanism stands out
-    in orange, one that agrees or that theory leaves open is blue; grey is what nobody can tell.
+    What holds is blue and what fails orange; grey is what nobody can tell.
     """
     from dlhelpers.course import plots
 
-    if verdict in ("holds", "agrees", "open"):
-        return plots.TREATMENT
-    return plots.FAILING if verdict in ("fails", "against") else plots.BASELINE
+    return {"holds": plots.TREATMENT, "fails": plots.FAILING}.get(verdict, plots.BASELINE)
+
+
+def bar_colour(tally: Tally | None) -> str:
+    """Return the colour of the bar beside a claim; None was not run.
+
+    What goes against the mechanism stands out in orange; grey is where more conditions are left
+    than settled, or where it is unknown what the mechanism said; the others are blue.
+    """
+    if tally is None or tally.against:
+        return colour_of("fails" if tally else "")
+    is_grey = tally.unsettled + tally.missing > tally.settled or tally.standing == "unknown"
+    return colour_of("" if is_grey else "holds")
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
