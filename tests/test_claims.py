@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -147,6 +148,13 @@ def by_time(claim, first, second, control=QUIET):
         ("question =", "negligible = 3\nquestion =", "negligible must lie between 0 and 1"),
         ("question =", 'answers = {perhaps="?"}\nquestion =', "answers 'perhaps' is not known"),
         ("question =", 'answers = {all="yes"}\nquestion =', "answers needs two of"),
+        ("question =", 'answers = {all="yes", none="no"}\nquestion =', "answers lacks 'some'"),
+        (">= 1.05", "within 0.9x", "a band such as 'within 1.2x' of a factor above 1"),
+        (
+            'kind = "time"\nmetric = "latency unfused / fused"\nthreshold = ">= 1.05"',
+            'kind = "accuracy"\nmetric = "points"\nthreshold = "within 2x"',
+            "is a band of a ratio",
+        ),
         ("question =", 'words = {holds="pays"}\nquestion =', "words lacks 'fails'"),
         (
             "question =",
@@ -236,6 +244,34 @@ def test_an_interval_is_settled_only_where_every_point_of_it_agrees(op, bound, a
     assert settled is None or settled == met
 
 
+@given(st.floats(1.01, 3), st.floats(-3, 3), st.floats(-3, 3))
+@example(1.2, math.log(0.78), math.log(1.09))  # a ratio of 0.78 is as far from 1 as one of 1.28
+@example(1.2, math.log(0.5), math.log(2.0))
+def test_a_band_is_settled_alike_for_a_ratio_and_its_inverse(factor, a, b):
+    low, high = sorted(map(math.exp, (a, b)))
+    band = Threshold.parse(f"within {factor!r}x")
+    inside, outside = abs(a) < math.log(factor), min(a, b) * max(a, b) > 0
+    inside, outside = inside and abs(b) < math.log(factor), outside and min(abs(a), abs(b))
+    wanted = True if inside else False if outside > math.log(factor) else None
+    assert band.settle(low, high) is wanted
+    assert band.settle(1 / high, 1 / low) is wanted
+
+
+def test_a_band_is_measured_and_shown_by_both_of_its_ends(tmp_path, monkeypatch):
+    (claim,) = load(TIME.replace(">= 1.05", "within 1.25x"), tmp_path)
+    monkeypatch.setattr("dlhelpers.measure.compare", lambda a, b, **kw: kw["threshold"])
+    assert claim.compare(int, int) == (0.8, 1.25)
+    assert asked(claim) == "latency unfused / fused: between 0.8x and 1.25x"
+    wide = comparison(1.0, 0.78, 1.09, "undecided")
+    verdict = claim.judge(by_time(claim, wide, comparison(0.7, 0.6, 0.75, "slower")))
+    assert [c.verdict for c in verdict.conditions] == ["unsettled", "fails"]
+    assert verdict._repr_html_().count("stroke-dasharray") == 2 * 2
+    (row,) = ledger.read()["rows"]
+    judged = [Judged.from_row(c) for c in row["conditions"]]
+    assert judged == list(verdict.conditions)
+    assert {str(c.threshold) for c in judged} == {"within 1.25x"}
+
+
 @given(st.floats(-5, 5), st.floats(-5, 5), st.floats(-5, 5))
 @example(1.0, 1.0, 1.0)
 def test_equality_holds_for_no_interval_wider_than_a_point(bound, a, b):
@@ -247,6 +283,8 @@ def test_equality_holds_for_no_interval_wider_than_a_point(bound, a, b):
 @given(st.text(max_size=12))
 @example(">= 1_000")
 @example(">=1e999")
+@example("within 1.2x")
+@example("within 0.9x")
 def test_a_threshold_reads_back_as_it_prints_or_is_refused(text):
     try:
         threshold = Threshold.parse(text)
@@ -257,6 +295,15 @@ def test_a_threshold_reads_back_as_it_prints_or_is_refused(text):
 
 
 # Judging
+
+
+@given(st.lists(st.sampled_from(["holds", "fails", "unsettled", "not-measured"]), max_size=4))
+def test_the_answer_is_known_where_no_condition_could_still_change_it(verdicts):
+    tally = Tally(*map(verdicts.count, ["holds", "fails", "unsettled", "not-measured"]))
+    known = [("holds", "fails") if v[0] in "un" else (v,) for v in verdicts]
+    outcomes = map(set, itertools.product(*known))
+    answers = {"some" if len(o) == 2 else "all" if "holds" in o else "none" for o in outcomes}
+    assert tally.answer == (answers.pop() if len(answers) == 1 and verdicts else None)
 
 
 def test_the_line_of_a_verdict_is_the_one_of_the_style_guide(time_claim):
@@ -279,16 +326,17 @@ GONE = claims.not_measured("DALI is not installed")
     [
         (FAST, SAME, QUIET, "holds in 1 of 2, as the mechanism says"),
         (FAST, FAST, QUIET, "holds in both, against the mechanism in 1: batch 64, compute-bound"),
-        (SAME, SAME, QUIET, "holds in neither of 2, against the mechanism in 1: batch 1, "
+        (SAME, SAME, QUIET, "fails in both, against the mechanism in 1: batch 1, "
          "launch-bound"),
         (
             SAME, FAST, QUIET,
             "holds in 1 of 2, against the mechanism in 2: batch 1, launch-bound; "
             "batch 64, compute-bound",
         ),
-        (FAST, STRADDLES, QUIET, "holds in 1 of 1 settled, as the mechanism says; 1 unsettled"),
-        (SAME, ABSENT, QUIET, "holds in none of 1 settled, against the mechanism in 1: batch 1, "
-         "launch-bound; 1 not measured"),
+        (FAST, STRADDLES, QUIET, "holds in the one that is settled, as the mechanism says; "
+         "1 unsettled"),
+        (SAME, ABSENT, QUIET, "fails in the one that is settled, against the mechanism in 1: "
+         "batch 1, launch-bound; 1 not measured"),
         (FEW, STRADDLES, QUIET, "2 unsettled"),
         (FAST, FAST, OFF, "2 unsettled"),
         (FAST, SAME, comparison(0.9, 0.85, 0.95, "slower"), "2 unsettled"),
@@ -312,7 +360,7 @@ def test_the_short_form_counts_conditions_and_compares_them_with_the_mechanism(
     [
         (claims.not_measured("no GPU"), "not measured"),
         (0.5, "holds, as the mechanism says"),
-        (0.1, "does not hold, against the mechanism in 1: ten classes"),
+        (0.1, "fails, against the mechanism in 1: ten classes"),
     ],
 )
 def test_one_condition_is_not_counted(exact_claim, found, said):
@@ -321,7 +369,7 @@ def test_one_condition_is_not_counted(exact_claim, found, said):
 
 def test_what_goes_against_the_mechanism_stands_out(time_claim):
     verdict = time_claim.judge(by_time(time_claim, SAME, SAME))
-    said = "Holds in neither of 2, AGAINST THE MECHANISM in 1: batch 1, launch-bound"
+    said = "Fails in both, AGAINST THE MECHANISM in 1: batch 1, launch-bound"
     assert str(verdict).startswith(f"{said} · ")
     assert said in verdict._repr_html_()
     assert "AGAINST IT" in verdict._repr_html_()
@@ -336,7 +384,7 @@ def test_a_claim_may_say_it_in_its_own_words(tmp_path):
         "not with batch 64, compute-bound (1.01x [0.99, 1.02])"
     )
     assert claim.judge(by_time(claim, SAME, SAME)).sentence == (
-        "Does not pay at batch 1, launch-bound (1.01x [0.99, 1.02]) and "
+        "Does not pay at batch 1, launch-bound (1.01x [0.99, 1.02]) or "
         "with batch 64, compute-bound (1.01x [0.99, 1.02])"
     )
 
@@ -381,7 +429,7 @@ def test_a_control_that_is_off_unsettles_what_was_measured_beside_it(time_claim)
     verdict = time_claim.judge(by_time(time_claim, FAST, ABSENT, OFF))
     assert [c.verdict for c in verdict.conditions] == ["unsettled", "not-measured"]
     assert verdict.conditions[0].reason == "the control came back faster"
-    assert str(verdict).endswith("control 1.08x [1.05, 1.11] faster")
+    assert str(verdict).endswith("control 1.08x [1.05, 1.11], faster")
     unmeasured = time_claim.judge(by_time(time_claim, FAST, STRADDLES, ABSENT))
     reasons = [c.reason for c in unmeasured.conditions]
     assert reasons == ["the control was not measured", "the interval straddles the threshold"]
@@ -612,9 +660,9 @@ def test_judging_where_nothing_can_be_written_gives_one_warning(exact_claim, mon
     [
         (">= 0.3", 1.46123456, "1.461"),
         (">= 0.3", 11904.7, "11900"),
-        ("<= 1e-6", 3.3e-8, "within 1e-06"),
-        ("<= 1e-6", 2.0, "beyond 1e-06"),
-        ("< 1e-6", 1e-7, "within 1e-06"),
+        ("<= 1e-6", 3.3e-8, "within 1e-6"),
+        ("<= 1e-6", 2.0, "beyond 1e-6"),
+        ("< 1e-6", 1e-7, "within 1e-6"),
         ("<= 1e-6", math.nan, "not a number"),
         (">= 0.3", math.inf, "infinite"),
         (">= 0.3", -math.inf, "minus infinite"),
@@ -1004,7 +1052,7 @@ def test_the_standing_counts_each_tips_conditions(declared, standing):
     assert after.counts == {"holds": 3}
     assert after.machine == "this machine"
     assert after.against == ((timed.id, "batch 64, compute-bound"),)
-    assert "as the mechanism says in 2 of the 3 where it commits itself" in str(after)
+    assert "2 of 3 as the mechanism says" in str(after)
     assert "AGAINST THE MECHANISM: fusion.speeds-up: batch 64, compute-bound" in str(after)
     assert "1 against the mechanism" in after._repr_html_()
 

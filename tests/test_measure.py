@@ -254,6 +254,10 @@ def test_a_threshold_is_measured_until_it_is_cleared(clock):
     assert plain.outcome == decided.outcome == "faster"
     assert decided.low > 1.07
     assert decided.pairs > plain.pairs
+    band = compare(*pair(), budget_s=20, threshold=(1 / 1.07, 1.07))  # either end may be near
+    swapped = compare(*pair()[::-1], budget_s=20, threshold=(1 / 1.07, 1.07))
+    assert band.low > 1.07
+    assert swapped.high < 1 / 1.07
 
 
 @pytest.mark.parametrize(("ratio", "same"), [(2.0, True), (3.9, True), (8.0, False)])

@@ -105,7 +105,7 @@ class Page(HTMLParser):
         self.tags.append(tag)
         named = dict(attrs)
         self.addresses += [named[k] for k in ("href", "src", "action", "data") if k in named]
-        if tag == "tr" and "data-mechanism" in named:
+        if tag == "tr" and "data-condition" in named:
             self.rows.append(named)
         if tag not in ("meta", "input", "line", "circle", "br"):
             self.stack.append(tag)
@@ -143,8 +143,8 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
         "mechanism: must hold",
         "mechanism: cannot hold",
         "judged 2026-01-03",
-        "Timed conditions for which the mechanism commits itself: 2 of 2 came out as it says; "
-        "0 unsettled; 0 not measured. It leaves 0 more open. It counts from 2026-01-02,",
+        "Timed conditions for which the mechanism commits itself: 2 of 2 came out as it says. "
+        "Theories and thresholds are those of 2026-01-02.",
         "no difference",
         "a paper, table 1",
         "Fuse them.",
@@ -166,7 +166,7 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
 def test_filters_offer_what_the_rows_carry():
     rows = [a_claim(), a_claim("pairing.floor", kind="exact")]
     page = report.render(a_ledger(a_row()), claims=rows, tips=TIPS)
-    found = [(r["data-topic"], r["data-mechanism"], r["data-kind"]) for r in Page(page).rows]
+    found = [(r["data-topic"], r["data-condition"], r["data-kind"]) for r in Page(page).rows]
     assert found == [("fusion", "agrees", "time"), ("pairing", "not-run", "exact")]
     for value in ("fusion", "pairing", "agrees", "not-run", "time", "exact"):
         assert f"<option value='{value}'>" in page
@@ -185,7 +185,7 @@ def test_every_tip_is_listed_with_advice_or_where_it_will_be_treated():
 
 def test_a_claim_without_a_row_is_shown_as_not_run():
     page = Page(report.render(a_ledger(), claims=[a_claim()], tips=TIPS))
-    assert page.rows[0]["data-mechanism"] == "not-run"
+    assert page.rows[0]["data-condition"] == "not-run"
     assert "Not run" in page.text
     assert "2 conditions: 2 not run." in page.text
 
@@ -195,9 +195,9 @@ def test_what_goes_against_the_mechanism_stands_out():
     page = Page(report.render(a_ledger(row), claims=[a_claim()], tips=TIPS))
     text = " ".join(page.text.split())
     assert "Against the mechanism: Fusing is faster. batch 1" in text
-    assert "Holds in neither of 2, AGAINST THE MECHANISM in 1: batch 1" in text
+    assert "Fails in both, AGAINST THE MECHANISM in 1: batch 1" in text
     assert "refuted AGAINST THE MECHANISM" in text
-    assert page.rows[0]["data-mechanism"] == "against"
+    assert page.rows[0]["data-condition"] == "against agrees"
 
 
 def test_an_old_row_is_judged_by_what_it_was_measured_with():
@@ -217,10 +217,10 @@ def test_an_old_row_is_judged_by_what_it_was_measured_with():
     assert "threshold &gt;= 1.01" in page, "the dashed line is the old one"
     assert "threshold &gt;= 1.5" not in page
     assert "mechanism unknown" in text
-    assert "What it said of 1 is unknown" in text
+    assert "Of 1 more condition no prediction by the mechanism was recorded" in text
     assert "on a day unknown: not scored" in text
     assert "day and versions unknown" in text
-    assert "no predictions yet" in text
+    assert "no predictions yet; 1 older one without a day is kept and not scored" in text
 
 
 def test_the_course_itself_renders_with_an_empty_ledger():
@@ -384,6 +384,8 @@ def test_differences_are_told_largest_first():
         (">= 2", "fails", 1.0, "f2"),
         ("<= 1.3", "holds", 1.0, "h1"),
         ("<= 1.3", "fails", 4.0, "f3"),
+        ("within 1.3x", "holds", 0.97, "h1"),
+        ("within 1.3x", "fails", 0.2, "f3"),
         (">= 1.05", "unsettled", 1.06, "u"),
         (">= 1.05", "not-measured", None, "n"),
         (">= 1.05", "fails", None, "fc"),
@@ -426,7 +428,7 @@ def test_the_headline_counts_what_is_timed_and_committed_only():
     ]
     kinds = {"a.timed": "time", "a.open": "time", "a.counted": "exact"}
     said = timed_headline(rows, [a_claim(id, kind=kind) for id, kind in kinds.items()])
-    assert "0 of 1 came out as it says, 1 against it; 1 unsettled; 0 not measured." in said
+    assert "0 of 1 came out as it says, 1 against it, 1 unsettled." in said
     assert "It leaves 1 more open." in said
 
 

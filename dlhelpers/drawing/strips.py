@@ -19,7 +19,7 @@ def strip_svg(
     *,
     negligible: float,
     estimate: float,
-    threshold: float | None = None,
+    threshold: float | tuple[float, ...] | None = None,
     width: int = 360,
     height: int = 56,
 ) -> str:
@@ -29,14 +29,15 @@ def strip_svg(
         ratios: paired ratios, positive and finite (others are left out); at most 200 are drawn.
         low, high, estimate: the interval and the typical ratio; 0 and infinity reach the edge.
         negligible: half width of the band around 1.
-        threshold: of a claim, drawn as a dashed line.
+        threshold: of a claim, drawn as a dashed line; of a band both ends.
         width, height: in pixels.
     """
     shown = [r for r in ratios if 0 < r < math.inf][:: max(1, -(-len(ratios) // 200))]
     inner = sorted(math.log(r) for r in shown) or [0.0]
     cut = max(1, len(inner) // 50)  # a far outlier must not squeeze the rest
     ends = [inner[: cut + 1][-1], inner[-cut - 1 :][0], math.log1p(negligible)]
-    ends += [math.log(v) for v in (low, high, threshold or 1.0) if v > 0 and math.isfinite(v)]
+    bounds = threshold if isinstance(threshold, tuple) else (threshold,) if threshold else ()
+    ends += [math.log(v) for v in (low, high, *bounds) if v > 0 and math.isfinite(v)]
     reach = min(max(*map(abs, ends), 1e-3), math.log(1e6)) * 1.1
 
     def x(ratio: float) -> float:
@@ -49,11 +50,10 @@ def strip_svg(
         f'<circle cx="{x(r)}" cy="{round(jitter.uniform(6, height - 26), 1)}" r="1.6"/>'
         for r in shown
     )
-    dashed = (
-        f'<line x1="{x(threshold)}" x2="{x(threshold)}" y1="0" y2="{height - 14}" '
+    dashed = "".join(
+        f'<line x1="{x(bound)}" x2="{x(bound)}" y1="0" y2="{height - 14}" '
         'stroke="currentColor" stroke-dasharray="3 3"/>'
-        if threshold
-        else ""
+        for bound in bounds
     )
     interval = f"{figures(low)} to {figures(high)}"
     label = f"paired ratios, speedup {figures(estimate)}, interval {interval}"

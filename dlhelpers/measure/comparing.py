@@ -26,7 +26,7 @@ def compare(
     overtime: float = 0.0,
     confidence: float = 0.95,
     negligible: float = 0.03,
-    threshold: float | None = None,
+    threshold: float | tuple[float, ...] | None = None,
     setup: Callable[[], Any] | None = None,
     cache: Literal["warm", "cold"] = "warm",
 ) -> Comparison:
@@ -54,7 +54,8 @@ def compare(
             fit into it, as on a slow machine; measuring ends with the last pair that is needed.
         confidence: of the interval, over all the looks together.
         negligible: speedups within [1/(1+negligible), 1+negligible] count as no difference.
-        threshold: a speedup to decide on: measuring goes on until the interval clears it.
+        threshold: a speedup to decide on, or several, as for the two ends of a band: measuring
+            goes on until the interval clears it.
         setup: runs untimed before every single call.
         cache: ``cold`` streams a buffer larger than the last-level cache before every single
             call, ``warm`` leaves the caches as the last call left them.
@@ -94,7 +95,7 @@ def compare_many(
     overtime: float = 0.0,
     confidence: float = 0.95,
     negligible: float = 0.03,
-    threshold: float | None = None,
+    threshold: float | tuple[float, ...] | None = None,
     setup: Callable[[], Any] | None = None,
     cache: Literal["warm", "cold"] = "warm",
 ) -> Comparisons:
@@ -116,7 +117,8 @@ def compare_many(
         TypeError, ValueError: as :func:`compare`; or ``baseline`` is not among ``functions``.
     """
     _validate(functions, baseline, setup)
-    _validate_options(budget_s, overtime, confidence, negligible, threshold, cache)
+    bounds = () if threshold is None else tuple(np.atleast_1d(threshold).tolist())
+    _validate_options(budget_s, overtime, confidence, negligible, bounds, cache)
     with _garbage_collector_off():
         race = Race(
             functions,
@@ -127,7 +129,7 @@ def compare_many(
             cache,
             negligible,
         )
-        race.run(1 - confidence, lambda f: _is_settled(f, confidence, negligible, threshold))
+        race.run(1 - confidence, lambda f: _is_settled(f, confidence, negligible, bounds))
     rows = {}
     for name, found in race.found.items():
         interval = found.interval
@@ -169,13 +171,11 @@ def _outcome(interval: Interval, negligible: float) -> Outcome:
 
 
 def _is_settled(
-    found: Found, confidence: float, negligible: float, threshold: float | None
+    found: Found, confidence: float, negligible: float, bounds: tuple[float, ...]
 ) -> bool:
     interval = found.interval
     outcome = _outcome(interval, negligible)
-    if outcome == "undecided" or (
-        threshold is not None and (interval.low < threshold <= interval.high)
-    ):
+    if outcome == "undecided" or any(interval.low < b <= interval.high for b in bounds):
         return False
     # a few long calls are too few to tell whether all calls together say otherwise: go on
     hint = total_interval(found.baseline_s, found.candidate_s, alpha=HINT)
@@ -210,7 +210,7 @@ def _validate_options(
     overtime: float,
     confidence: float,
     negligible: float,
-    threshold: float | None,
+    bounds: tuple[float, ...],
     cache: str,
 ) -> None:
     need_seconds("budget_s", budget_s)
@@ -222,8 +222,9 @@ def _validate_options(
         raise ValueError(f"confidence must lie between 0 and 1, such as 0.95, got {confidence}")
     if not 0 < negligible < 1:
         raise ValueError(f"negligible must lie between 0 and 1, such as 0.03, got {negligible}")
-    if threshold is not None and not (math.isfinite(threshold) and threshold > 0):
-        raise ValueError(f"threshold must be a positive speedup, such as 1.05, got {threshold}")
+    for bound in bounds:
+        if not (math.isfinite(bound) and bound > 0):
+            raise ValueError(f"threshold must be a positive speedup, such as 1.05, got {bound}")
     if cache not in ("warm", "cold"):
         raise ValueError(f'cache must be "warm" or "cold", got {cache!r}')
 

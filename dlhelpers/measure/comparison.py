@@ -62,7 +62,7 @@ class Comparison:
     candidate_s: float
     confidence: float
     negligible: float
-    threshold: float | None
+    threshold: float | tuple[float, ...] | None
     ratios: tuple[float, ...]
     device: str
     threads: int | None

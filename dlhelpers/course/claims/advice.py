@@ -28,6 +28,7 @@ _SAID = {
     "nothing": "it does nothing",
     "worse": "it costs more than it saves",
 }
+_NEGATIONS = ("fails", "nothing")
 
 
 def main_claim(tip: Tip, claims: Sequence[Claim]) -> Claim | None:
@@ -39,16 +40,17 @@ def main_claim(tip: Tip, claims: Sequence[Claim]) -> Claim | None:
 def gain_of(claim: Claim, c: Judged) -> str:
     """Return the verdict of a condition, where it fails by what it brings instead.
 
-    A ratio that had to be large and is not is ``worse`` (surely below 1), ``nothing`` (close to 1)
-    or ``short`` (of the threshold).
+    A ratio that had to be large and is not is ``nothing`` (close to 1, or below 1 for all one
+    knows), ``worse`` (surely below 1) or ``short`` (of the threshold).
     """
     has_gain = c.threshold is not None and c.threshold.op in (">=", ">") and c.threshold.bound > 1
     is_ratio = claim.kind == "time" or (claim.kind == "memory" and claim.unit == "x")
     if c.verdict != "fails" or not (has_gain and is_ratio) or not c.effect or c.effect <= 0:
         return c.verdict
-    if max(c.effect, 1 / c.effect) <= _NOTHING:
+    is_worse = c.high is not None and c.high < 1
+    if max(c.effect, 1 / c.effect) <= _NOTHING or (c.effect < 1 and not is_worse):
         return "nothing"
-    return "worse" if c.high is not None and c.high < 1 else "short"
+    return "worse" if is_worse else "short"
 
 
 def advice(
@@ -79,14 +81,19 @@ def advice(
     groups: dict[str, list[Judged]] = {}
     for c in conditions:
         groups.setdefault(gain_of(claim, c), []).append(c)
-    said = {name: _clearest(claim, group, found or number) for name, group in groups.items()}
+    said = {
+        name: _clearest(claim, group, found or number, "or" if name in _NEGATIONS else "and")
+        for name, group in groups.items()
+    }
     against = "; ".join(f"{words} {said[name]}" for name, words in _SAID.items() if name in said)
     parts = []
     if "holds" in said:
         parts += [f"{tip.do or 'Rely on it'} {said['holds']}", against]
     elif against:
-        head = "Of no use here:" if tip.do else "Do not rely on it"
-        parts.append(f"{head} {against if tip.do else against.removeprefix('not ')}")
+        if tip.do:
+            parts.append(against if "unsettled" in said else f"Of no use here: {against}")
+        else:
+            parts.append(f"Do not rely on it {against.removeprefix('not ')}")
     if "unsettled" in said:
         parts.append(f"unsettled {said['unsettled']}")
     if "not-measured" in said:
@@ -96,7 +103,9 @@ def advice(
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _clearest(claim: Claim, group: Sequence[Judged], found: Callable[[Judged], str]) -> str:
+def _clearest(
+    claim: Claim, group: Sequence[Judged], found: Callable[[Judged], str], last: str
+) -> str:
     """Name a few conditions, those that are furthest from where nothing happens."""
 
     def size(c: Judged) -> float:
@@ -106,6 +115,5 @@ def _clearest(claim: Claim, group: Sequence[Judged], found: Callable[[Judged], s
         return abs(math.log(value)) if value > 0 and claim.kind == "time" else abs(value)
 
     named = sorted(group, key=size, reverse=True)[:_NAMED]
-    text = listed(claim, [c for c in group if c in named], found)
     more = len(group) - len(named)
-    return f"{text}, and {more} more" if more else text
+    return listed(claim, [c for c in group if c in named], found, last, more)

@@ -7,19 +7,18 @@ Cards of exact claims are the same on every machine; the others show intervals, 
 
 from __future__ import annotations
 
-import math
 from html import escape
 from typing import TYPE_CHECKING
 
 from dlhelpers.course.claims.catalog import find, tip_of
-from dlhelpers.course.claims.intervals import Scale, colour_of, interval_svg
-from dlhelpers.course.claims.sentences import asked, bound_text, effect_text, headline, number_text
+from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
+from dlhelpers.course.claims.sentences import asked, bound_text, effect_text, headline
 from dlhelpers.course.notebook import show
 
 if TYPE_CHECKING:
     from dlhelpers.course.claims.claim import Claim, Condition
     from dlhelpers.course.claims.conditions import Judged
-    from dlhelpers.course.claims.judging import Control, Verdict
+    from dlhelpers.course.claims.judging import Verdict
 
 __all__ = [
     "THEORIES",
@@ -88,7 +87,7 @@ def verdict_text(verdict: Verdict) -> str:
     if verdict.tally.standing == "not-measured":
         parts = parts[1:]
     elif verdict.control:
-        parts.append(f"control {_control_text(verdict.control)}")
+        parts.append(f"control {_control_text(verdict)}")
     if _wants_time(verdict):
         parts.append(_REMEDY)
     if verdict.answer:
@@ -121,14 +120,14 @@ def verdict_html(verdict: Verdict) -> str:
     if (control := verdict.control) is not None:
         picture = interval_svg(control.effect, control.low, control.high, None, scale)
         empty = [""] * (1 + bool(verdict.answer))
-        rows += _row("control", *empty, _unbroken(_control_text(control), exact), picture, "")
+        rows += _row("control", *empty, _unbroken(_control_text(verdict), exact), picture, "")
     small = f"{_needed(claim)}{f' · {verdict.machine}' if verdict.machine else ''}"
     remedy = f"<div>{_REMEDY}</div>" if _wants_time(verdict) else ""
     head = f"<div><b>{escape(headline(verdict.tally))}</b></div>"
     if verdict.tally.standing == "not-measured":  # which the sentence says
         head = ""
     return _frame(
-        colour_of(verdict.tally.standing),
+        bar_colour(verdict.tally),
         f"<div>{escape(claim.says)}</div>{head}<div>{escape(verdict.sentence)}</div>"
         f"<table style='border:none;margin:0.3em 0'>{rows}</table>{remedy}"
         f"<div style='opacity:0.7'><small>{escape(small)}</small></div>" + _answer_html(verdict),
@@ -187,13 +186,9 @@ def _wants_time(verdict: Verdict) -> bool:
     return any(c.reason in (CHANGING, TOO_FEW) for c in verdict.conditions)
 
 
-def _control_text(control: Control) -> str:
-    if control.effect is None or control.low is None or control.high is None:
-        return control.outcome
-    ends = f"[{number_text('time', control.low)}, {number_text('time', control.high)}]"
-    interval = ends if math.isfinite(control.high) else "[no interval]"
-    off = f" {control.outcome}" if control.off else ""
-    return f"{number_text('time', control.effect)}x {interval}{off}"
+def _control_text(verdict: Verdict) -> str:
+    told = verdict.control.told(c.threshold for c in verdict.conditions)
+    return ", ".join(filter(None, told))
 
 
 def _answer_html(verdict: Verdict) -> str:

@@ -160,6 +160,12 @@ def _claim(row: _Row, tips: list[str], notebook: str) -> Claim:
         found=_labels(row, "found", YES),
     )
     row.close()
+    theories = {condition.theory for condition in claim.conditions}
+    if {"wins", "cannot"} <= theories and "some" not in claim.answers:
+        row.fail(
+            "answers lacks 'some', the only one that can be right where theory says wins of one "
+            "condition and cannot of another"
+        )
     if claim.found != YES and not isinstance(threshold.bound, bool):
         row.fail(f"found puts truth values into words, and {threshold} asks for none")
     if not 0 < claim.negligible < 1:
@@ -223,6 +229,8 @@ def _threshold(row: _Row, kind: str) -> Threshold:
         row.fail(f"threshold {error}")
     if isinstance(threshold.bound, bool) and kind != "exact":
         row.fail(f"threshold {text!r} is for kind 'exact', this one is {kind!r}")
+    if threshold.op == "within" and kind == "accuracy":
+        row.fail(f"threshold {text!r} is a band of a ratio, and kind 'accuracy' is a difference")
     if kind == "time" and (threshold.op == "==" or threshold.bound <= 0):
         row.fail(f"threshold of a time must bound a positive speedup, such as '>= 1.05': {text!r}")
     return threshold

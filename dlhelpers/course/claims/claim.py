@@ -89,7 +89,8 @@ class Claim:
         kind: ``exact`` (counted, the same everywhere), ``time``, ``memory`` or ``accuracy``.
         metric: what is measured, in words.
         threshold: what the metric must meet for the claim to hold.
-        unit: of the metric, in the plural; ``x`` for times as much; empty where the metric says it.
+        unit: of the metric, in the plural; ``x`` for times as much; ``% of the file`` shows a share
+            in percent, ``a loss of {}`` has a place for the number; empty where none is needed.
         question: asked before the experiment.
         answers: ``all``, ``none``, ``some`` -> label of the button that says in how many of the
             conditions the claim holds.
@@ -155,7 +156,9 @@ class Claim:
         threshold = self.threshold if condition is None else self._condition(condition).threshold
         from dlhelpers import measure
 
-        usual = {"threshold": threshold.bound, "negligible": self.negligible, "overtime": 2.0}
+        edges = threshold.edges
+        usual = {"threshold": edges if len(edges) > 1 else edges[0], "overtime": 2.0}
+        usual |= {"negligible": self.negligible}
         return measure.compare(baseline, candidate, **(usual | options))
 
     def judge(self, evidence: Mapping[str, Any] | NotMeasured) -> Verdict:

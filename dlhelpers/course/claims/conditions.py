@@ -16,7 +16,7 @@ STANDINGS = {
     "against": "against the mechanism",
     "agrees": "as the mechanism says",
     "open": "the mechanism leaves it open",
-    "unknown": "the mechanism of that time is unknown",
+    "unknown": "what the mechanism said was not recorded",
     "unsettled": "unsettled",
     "not-measured": "not measured",
     "not-run": "not run",
@@ -139,10 +139,10 @@ class Tally:
 
     @property
     def answer(self) -> Literal["all", "none", "some"] | None:
-        """In how many conditions it holds; None where what is unsettled could decide it."""
+        """In how many conditions it holds; None where what is not settled could decide it."""
         if self.holds and self.fails:
             return "some"
-        if self.unsettled or not self.settled:
+        if self.unsettled or self.missing or not self.settled:
             return None
         return "all" if self.holds else "none"
 

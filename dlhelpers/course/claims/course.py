@@ -146,13 +146,22 @@ def standing() -> Standing:
 
 
 def agreement_text(tally: Tally) -> str:
-    """Say in how many of the settled conditions the mechanism commits itself, and was right."""
+    """Say how many settled conditions came out as the mechanism says, and where it said nothing.
+
+    >>> agreement_text(Tally(holds=3, agrees=2, open=1)), agreement_text(Tally(fails=1, open=1))
+    ('2 of 2 as the mechanism says, 1 more that the mechanism leaves open', \
+'1 that the mechanism leaves open')
+    """
     committed = tally.agrees + len(tally.against)
     unknown = tally.settled - committed - tally.open
-    parts = [f"as the mechanism says in {tally.agrees} of the {committed} where it commits itself"]
-    parts += [f"{tally.open} it left open"] * bool(tally.open)
-    parts += [f"what it said of {unknown} is unknown"] * bool(unknown)
-    return ", ".join(parts if committed or not unknown else parts[1:])
+    parts = []
+    if committed:
+        parts.append(f"{tally.agrees} of {committed} as the mechanism says")
+    if tally.open:
+        parts.append(f"{tally.open} {'more ' * bool(committed)}that the mechanism leaves open")
+    if unknown:
+        parts.append(f"{unknown} of which no prediction by the mechanism was recorded")
+    return ", ".join(parts)
 
 
 def _counts(tally: Tally, left: int) -> dict[str, int]:

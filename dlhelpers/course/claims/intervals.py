@@ -9,10 +9,10 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dlhelpers.course.claims.conditions import Judged
+    from dlhelpers.course.claims.conditions import Judged, Tally
     from dlhelpers.course.verdicts import Threshold
 
-__all__ = ["Scale", "colour_of", "interval_svg"]
+__all__ = ["Scale", "bar_colour", "colour_of", "interval_svg"]
 
 _WIDTH, _HEIGHT, _MARGIN = 220, 22, 6
 
@@ -31,7 +31,7 @@ class Scale:
         values: list[float] = [1.0] if log else []
         for c in conditions:
             values += [c.effect, c.low, c.high]
-            values += [] if c.threshold is None else [c.threshold.bound]
+            values += [] if c.threshold is None else c.threshold.edges
         values = [float(v) for v in values if v is not None and math.isfinite(v)]
         if log:  # an end farther than that runs to the end of the axis
             values = [v for v in values if 1e-6 < v < 1e6]
@@ -60,7 +60,7 @@ def interval_svg(
     scale: Scale,
     verdict: str = "",
 ) -> str:
-    """Return a point with its interval on a shared axis, the threshold as a dashed line.
+    """Return a point with its interval on a shared axis, the threshold as a dashed line, or two.
 
     An end that is None or infinite runs to the end of the axis; without an effect only the
     threshold is drawn.
@@ -71,8 +71,8 @@ def interval_svg(
         one = scale.x(1.0)
         parts.append(_line(one, 4, one, _HEIGHT - 4, "opacity='0.5'"))
     if threshold is not None:
-        bar = scale.x(float(threshold.bound))
-        parts.append(_line(bar, 0, bar, _HEIGHT, "stroke-width='1.5' stroke-dasharray='3 2'"))
+        for bar in map(scale.x, threshold.edges):
+            parts.append(_line(bar, 0, bar, _HEIGHT, "stroke-width='1.5' stroke-dasharray='3 2'"))
         said.append(f"threshold {threshold}")
     if effect is not None and math.isfinite(effect):
         colour = colour_of(verdict)
@@ -96,16 +96,25 @@ def interval_svg(
 
 
 def colour_of(verdict: str) -> str:
-    """Return the colour of a condition's verdict, or of a claim's standing, as in every figure.
+    """Return the colour of a condition's verdict, as in every figure.
 
-    What holds is blue and what fails orange; a claim that goes against the mechanism stands out
-    in orange, one that agrees or that theory leaves open is blue; grey is what nobody can tell.
+    What holds is blue and what fails orange; grey is what nobody can tell.
     """
     from dlhelpers.course import plots
 
-    if verdict in ("holds", "agrees", "open"):
-        return plots.TREATMENT
-    return plots.FAILING if verdict in ("fails", "against") else plots.BASELINE
+    return {"holds": plots.TREATMENT, "fails": plots.FAILING}.get(verdict, plots.BASELINE)
+
+
+def bar_colour(tally: Tally | None) -> str:
+    """Return the colour of the bar beside a claim; None was not run.
+
+    What goes against the mechanism stands out in orange; grey is where more conditions are left
+    than settled, or where it is unknown what the mechanism said; the others are blue.
+    """
+    if tally is None or tally.against:
+        return colour_of("fails" if tally else "")
+    is_grey = tally.unsettled + tally.missing > tally.settled or tally.standing == "unknown"
+    return colour_of("" if is_grey else "holds")
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:

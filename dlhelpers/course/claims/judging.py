@@ -8,7 +8,7 @@ leaves every condition unsettled that was measured beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,28 @@ class Control:
     def off(self) -> str:
         """Why nothing measured beside it can be trusted; empty where it can."""
         return control_off(self.outcome)
+
+    def told(self, thresholds: Iterable[Threshold | None]) -> tuple[str, str]:
+        """Return its number in words, and what keeps it from telling much; may be empty.
+
+        Args:
+            thresholds: of the conditions beside it. Where its interval reaches one of them, a
+                difference of that size may be the experiment's and not the tip's.
+        """
+        from dlhelpers.course.claims.sentences import number_text
+
+        if self.effect is None:
+            return "", self.outcome
+        text = f"{number_text('time', self.effect)}x"
+        if self.low is None or self.high is None or not math.isfinite(self.high):
+            return f"{text} [no interval]", "too few repetitions to tell anything"
+        text += f" [{number_text('time', self.low)}, {number_text('time', self.high)}]"
+        if self.off:
+            return text, self.outcome
+        factors = [max(edge, 1 / edge) for t in thresholds if t for edge in t.edges]
+        least = min(factors, default=math.inf)
+        is_narrow = self.high < least and self.low > 1 / least
+        return text, "" if is_narrow else f"too wide to rule out {least:.3g}x"
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,8 +15,8 @@ _EXTRAS = {
     "dali": ("DALI", "preprocessing by DALI in 03, and in the script of 08"),
     "codecs": ("other decoders of images", "OpenCV, simplejpeg and torchcodec in 02"),
     "stores": ("other containers", "TFRecord, HDF5 and WebDataset in 02"),
-    "engines": ("ONNX Runtime, OpenVINO", "their roads in 06 and 07, and in the script of 08"),
-    "quant": ("torchao", "its roads in 07"),
+    "engines": ("ONNX Runtime, OpenVINO", "their backends in 06 and 07, and in the script of 08"),
+    "quant": ("torchao", "its backends in 07"),
     "profiling": ("line_profiler, pyinstrument", "two more profilers in 08"),
 }
 _NO_BUILD = {("torchcodec", "win32")}  # the extra leaves it out there

@@ -34,18 +34,24 @@ class Score:
         right: the claim holds in all conditions, in none or in some of them, as predicted.
         given: answers to claims whose conditions were settled here.
         open: answers to claims that this machine could not settle.
+        undated: older answers, of which the day is not known: kept and not scored.
     """
 
     right: int
     given: int
     open: int = 0
+    undated: int = 0
 
     def __str__(self) -> str:
+        one = self.undated == 1
+        older = f"{self.undated} older one{'s' * (not one)} without a day {'is' if one else 'are'} "
+        older = f"; {older}kept and not scored" if self.undated else ""
         if not self.given and not self.open:
-            return "no predictions yet"
+            return f"no predictions yet{older}"
         noun = "prediction" if self.given == 1 else "predictions"
         text = f"{self.right} of {self.given} {noun} right"
-        return f"{text}, {self.open} more not settled on this machine" if self.open else text
+        text += f", {self.open} more not settled on this machine" if self.open else ""
+        return text + older
 
     def _repr_html_(self) -> str:
         share = 100 * self.right / self.given if self.given else 0
@@ -121,14 +127,15 @@ def score() -> Score:
 
 def score_of(rows: Iterable[Mapping[str, Any]]) -> Score:
     """Return the score of a ledger's rows; an answer without its time is an old one, left out."""
+    rows = [row for row in rows if row["answer"] is not None]
     pairs = [
         (row["answer"], Tally.of(map(Judged.from_row, row["conditions"])).answer)
         for row in rows
-        if row["answer"] is not None and row["answered"] is not None
+        if row["answered"] is not None
     ]
     settled = [(said, found) for said, found in pairs if found is not None]
     right = sum(said == found for said, found in settled)
-    return Score(right, len(settled), len(pairs) - len(settled))
+    return Score(right, len(settled), len(pairs) - len(settled), len(rows) - len(pairs))
 
 
 def _question(claim: Claim) -> str:

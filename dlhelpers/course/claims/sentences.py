@@ -10,6 +10,7 @@ sentence names each of them with its number::
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def counted(tally: Tally) -> str:
 
     >>> from dlhelpers.course.claims.conditions import Tally
     >>> counted(Tally(holds=2, fails=1)), counted(Tally(fails=1, missing=1))
-    ('holds in 2 of 3', 'holds in none of 1 settled; 1 not measured')
+    ('holds in 2 of 3', 'fails in the one that is settled; 1 not measured')
     """
     return "; ".join(filter(None, (_holds(tally), _rest(tally))))
 
@@ -95,7 +96,8 @@ def sentence(
         parts.append(f"{words['holds']} {listed(claim, groups['holds'], found)}")
     if groups["fails"]:
         said = words["fails"] if words == CONFIRMED or not parts else "not"
-        parts.append(f"{said} {listed(claim, groups['fails'], found)}")
+        last = "or" if "not" in said.split() else "and"
+        parts.append(f"{said} {listed(claim, groups['fails'], found, last)}")
     for reason in dict.fromkeys(c.reason for c in groups["unsettled"]):
         these = [c for c in groups["unsettled"] if c.reason == reason]
         why = f": {reason}" if reason else ""
@@ -106,27 +108,37 @@ def sentence(
 
 
 def listed(
-    claim: Claim, conditions: Sequence[Judged], found: Callable[[Judged], str] | None = None
+    claim: Claim,
+    conditions: Sequence[Judged],
+    found: Callable[[Judged], str] | None = None,
+    last: str = "and",
+    more: int = 0,
 ) -> str:
-    """Join conditions with their numbers; what stands before a name is said once for a row."""
+    """Join conditions with their numbers; the preposition before equal ones is said once.
+
+    ``last`` joins the last two (``or`` after a negation); ``more`` others are only counted.
+    """
     before = {c.name: c.where for c in claim.conditions}
-    items, last = [], None
+    items, previous = [], None
     for c in conditions:
         where = before.get(c.name, "for")
         number = effect_text(claim, c) if found is None else found(c)
         name = f"{c.name} ({number})" if number else c.name
-        items.append(name if where == last else f"{where} {name}".strip())
-        last = where
+        said = where.partition(" ")[2] if where == previous else where  # "the" of "with the"
+        items.append(f"{said} {name}".strip())
+        previous = where
+    items += [f"{more} more"] * bool(more)
     if len(items) == 1:
         return items[0]
-    return f"{', '.join(items[:-1])} and {items[-1]}"
+    return f"{', '.join(items[:-1])} {last} {items[-1]}"
 
 
 def effect_text(claim: Claim, condition: Judged, *, interval: bool = True) -> str:
     """Return what was found in a condition, with its interval and unit; empty without any.
 
     An exact number stands alone: a truth value in words, a float with four digits, and a
-    rounding error only as within or beyond its bound, so that it reads the same everywhere.
+    rounding error only as within or beyond its bound, so that it reads the same everywhere. An
+    interval of no width, as from seeds that all gave the same, is none.
     """
     effect, threshold = condition.effect, condition.threshold
     if condition.verdict == "not-measured":
@@ -136,20 +148,30 @@ def effect_text(claim: Claim, condition: Judged, *, interval: bool = True) -> st
     if isinstance(effect, bool):
         return claim.found[str(effect).lower()]
     if claim.kind == "exact":
-        if isinstance(effect, float) and _is_small(threshold) and not math.isnan(effect):
-            return f"{'within' if threshold.met_by(effect) else 'beyond'} {threshold.bound:g}"
-        return _with_unit(_counted_text(effect), effect, claim.unit)
-    unit = _unit(claim)
-    text, low, high = number_text(claim.kind, effect), condition.low, condition.high
-    attached = unit == "x"
+        if not math.isfinite(effect):
+            return _counted_text(effect)
+        if isinstance(effect, float) and _is_small(threshold):
+            within = "within" if threshold.met_by(effect) else "beyond"
+            return f"{within} {_shortened(f'{threshold.bound:g}')}"
+        return _with_unit(_counted_text(_scaled(effect, claim.unit)), effect, claim.unit)
+    if not math.isfinite(effect):
+        return _counted_text(effect)
+    unit, low, high = _unit(claim), condition.low, condition.high
+
+    def told(value: float) -> str:
+        return number_text(claim.kind, _scaled(value, unit))
+
+    text, attached = told(effect), unit == "x"
     text += "x" * attached
-    if not interval or (low == high and low is not None):
+    is_point = low == high and low is not None
+    if not interval or is_point:
         pass
-    elif high is None or low is None or not math.isfinite(high):
+    elif low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         text += " [no interval]"
     else:
-        text += f" [{number_text(claim.kind, low)}, {number_text(claim.kind, high)}]"
-    return text if attached else _with_unit(text, effect if low == high else None, unit)
+        text += f" [{told(low)}, {told(high)}]"
+    text = text if attached else _with_unit(text, effect if is_point else None, unit)
+    return f"{text} each time" if is_point and claim.kind == "accuracy" else text
 
 
 def number_text(kind: str, value: float) -> str:
@@ -164,15 +186,22 @@ def asked(claim: Claim, threshold: Threshold | None = None) -> str:
         mark = "" if claim.metric.endswith("?") else ":"
         return f"{claim.metric}{mark} {'yes' if threshold.bound else 'no'}"
     said = bound_text(claim, threshold)
-    return f"{claim.metric}: {said[3:]}" if threshold.op == "==" else f"{claim.metric} {said}"
+    if threshold.op == "==":
+        return f"{claim.metric}: {said[3:]}"
+    return f"{claim.metric}{':' if len(threshold.edges) > 1 else ''} {said}"
 
 
 def bound_text(claim: Claim, threshold: Threshold) -> str:
-    """Return a bound with its unit, such as ``>= 5 points`` or ``>= 1.3x``."""
+    """Return a bound with its unit, such as ``>= 5 points``, or ``between 0.833x and 1.2x``."""
     unit = _unit(claim)
-    if claim.kind == "exact" and unit != "x":  # the metric says what is counted
-        return str(threshold)
-    return _with_unit(str(threshold), threshold.bound, unit)
+    if len(threshold.edges) > 1:
+        return "between " + " and ".join(f"{edge:.3g}{unit}" for edge in threshold.edges)
+    if unit.startswith("%"):
+        return f"{threshold.op} {100 * threshold.bound:g} %"
+    text = _shortened(str(threshold))
+    if (claim.kind == "exact" and unit != "x") or "{}" in unit:  # the metric says what is counted
+        return text
+    return _with_unit(text, threshold.bound, unit)
 
 
 def _counted_text(value: float) -> str:
@@ -188,26 +217,36 @@ def _unit(claim: Claim) -> str:
     return "x" if claim.kind == "time" else claim.unit
 
 
+def _scaled(value: float, unit: str) -> float:
+    """Return a share in percent, where that is the unit."""
+    return 100 * value if unit.startswith("%") else value
+
+
+def _shortened(text: str) -> str:
+    return re.sub(r"e([+-])0+(?=\d)", r"e\1", text)  # 1e-06, as Python writes it
+
+
 def _with_unit(text: str, value: float | None, unit: str) -> str:
+    if "{}" in unit:
+        return unit.format(text)
     if unit == "x" or not unit:
         return text + unit
-    one = value is not None and abs(value) == 1 and len(unit) > 2
-    return f"{text} {unit.removesuffix('s') if one else unit}"
+    one = value is not None and abs(value) == 1
+    return f"{text} {re.sub(r's(?= |$)', '', unit, count=1) if one else unit}"
 
 
 def _holds(tally: Tally) -> str:
     settled = tally.settled
     if not settled:
         return ""
-    if tally.unsettled or tally.missing:
-        return f"holds in {tally.holds or 'none'} of {settled} settled"
+    some = bool(tally.unsettled or tally.missing)
+    if tally.holds and tally.fails:
+        return f"holds in {tally.holds} of {f'the {settled} that are settled' if some else settled}"
+    word = "holds" if tally.holds else "fails"
     if settled == 1:
-        return "holds" if tally.holds else "does not hold"
-    if not tally.fails:
-        return "holds in both" if settled == 2 else f"holds in all {settled}"
-    if not tally.holds:
-        return "holds in neither of 2" if settled == 2 else f"holds in none of {settled}"
-    return f"holds in {tally.holds} of {settled}"
+        return f"{word} in the one that is settled" if some else word
+    every = "both" if settled == 2 else f"all {settled}"
+    return f"{word} in {every}{' that are settled' * some}"
 
 
 def _rest(tally: Tally) -> str:

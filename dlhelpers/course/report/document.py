@@ -28,6 +28,7 @@ td table { width: auto; } td table td { padding: 0 0.8rem 0.2rem 0; }
 td table tr { border: none; }
 .badge { border-left: 5px solid; padding-left: 0.4rem; font-weight: 600; display: block; }
 .badge span { color: var(--jp-ui-font-color1); }
+.number { white-space: nowrap; }
 .quiet { opacity: 0.75; font-size: 0.9em; }
 .filters label { margin-right: 1.2rem; }
 .alert { border: 2px solid; padding: 0.5rem 1rem; }

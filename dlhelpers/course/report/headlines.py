@@ -29,16 +29,24 @@ def timed_headline(rows: Iterable[Mapping[str, Any]], claims: Sequence[Claim]) -
     committed = Tally.of(c for c in judged if c.theory in ("wins", "cannot"))
     opened = sum(c.theory == "open" for c in judged)
     unknown = sum(c.theory is None for c in judged)
-    parts = [
-        f"{committed.agrees} of {committed.settled} came out as it says"
-        + (f", {len(committed.against)} against it" if committed.against else ""),
-        f"{committed.unsettled} unsettled",
-        f"{committed.missing} not measured",
-    ]
-    text = f"Timed conditions for which the mechanism commits itself: {'; '.join(parts)}. "
-    text += f"It leaves {opened} more open."
-    text += f" What it said of {unknown} is unknown." if unknown else ""
+    parts = []
+    if committed.settled:
+        parts.append(f"{committed.agrees} of {committed.settled} came out as it says")
+    if committed.against:
+        parts.append(f"{len(committed.against)} against it")
+    if committed.unsettled:
+        parts.append(f"{committed.unsettled} unsettled")
+    if committed.missing:
+        parts.append(f"{committed.missing} not measured")
+    said = []
+    if parts:
+        said.append(f"Timed conditions for which the mechanism commits itself: {', '.join(parts)}.")
+    if opened:
+        said.append(f"It leaves {opened} {'more ' if parts else 'timed conditions '}open.")
+    if unknown:
+        of = f"{unknown} {'more' if said else 'timed'} condition{'s' * (unknown > 1)}"
+        said.append(f"Of {of} no prediction by the mechanism was recorded.")
     days = [c.since for c in judged if c.since is not None]
     if days:
-        text += f" It counts from {max(days)}, when a theory or a threshold last changed."
-    return text
+        said.append(f"Theories and thresholds are those of {max(days)}.")
+    return " ".join(said)

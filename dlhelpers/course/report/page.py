@@ -13,9 +13,10 @@ from dlhelpers.course.claims.cards import THEORIES, said_by_answer, word_of
 from dlhelpers.course.claims.catalog import all_claims, all_tips
 from dlhelpers.course.claims.claim import Claim, Tip
 from dlhelpers.course.claims.conditions import STANDINGS, Judged, Tally
-from dlhelpers.course.claims.intervals import Scale, colour_of, interval_svg
+from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
+from dlhelpers.course.claims.judging import Control
 from dlhelpers.course.claims.predictions import score_of
-from dlhelpers.course.claims.sentences import asked, effect_text, headline, number_text, sentence
+from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence
 from dlhelpers.course.report import picture
 from dlhelpers.course.report.cells import Cell
 from dlhelpers.course.report.document import cell_link, document, machine_line
@@ -26,16 +27,25 @@ from dlhelpers.course.report.squares import lines_of
 __all__ = ["orphans", "render"]
 
 _NOT_RUN = "not-run"
+_FILTERS = {"topic": "topic", "condition": "with a condition", "kind": "kind"}
 _SCRIPT = """
 const selects = [...document.querySelectorAll('select[data-filter]')];
 const rows = [...document.querySelectorAll('#claims > tbody > tr')];
 function filter() {
   for (const row of rows)
-    row.hidden = selects.some(s => s.value && row.dataset[s.dataset.filter] !== s.value);
+    row.hidden = selects.some(
+      s => s.value && !row.dataset[s.dataset.filter].split(' ').includes(s.value));
   const shown = rows.filter(row => !row.hidden).length;
   document.getElementById('shown').textContent = `${shown} of ${rows.length} claims shown`;
 }
 for (const select of selects) select.addEventListener('change', filter);
+document.addEventListener('click', event => {  // a link to a row that the filter hides
+  const link = event.target.closest("a[href^='#']");
+  const row = link && document.getElementById(decodeURIComponent(link.hash.slice(1)));
+  if (!row || !row.hidden) return;
+  for (const select of selects) select.value = '';
+  filter();
+});
 filter();
 """
 
@@ -102,7 +112,7 @@ def render(
 def _badge(tally: Tally | None) -> str:
     """Return the short form of a claim's verdict with its colour beside it; None was not run."""
     said = escape("Not run" if tally is None else headline(tally))
-    colour = colour_of(_standing(tally))
+    colour = bar_colour(tally)
     return f"<span class='badge' style='color:{colour}'><span>{said}</span></span>"
 
 
@@ -116,8 +126,16 @@ def _tally_of(row: Mapping[str, Any] | None) -> Tally | None:
     return None if row is None else Tally.of(_conditions_of(row))
 
 
-def _standing(tally: Tally | None) -> str:
-    return _NOT_RUN if tally is None else tally.standing
+def _kinds_of(tally: Tally | None) -> list[str]:
+    """Return the keys of STANDINGS that some condition of a claim has."""
+    if tally is None:
+        return [_NOT_RUN]
+    unknown = tally.settled - tally.agrees - tally.open - len(tally.against)
+    numbers = {
+        "against": len(tally.against), "agrees": tally.agrees, "open": tally.open,
+        "unknown": unknown, "unsettled": tally.unsettled, "not-measured": tally.missing,
+    }  # fmt: skip
+    return [kind for kind, number in numbers.items() if number]
 
 
 def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, link: str) -> str:
@@ -127,7 +145,7 @@ def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, lin
     said = f"<div>{escape(sentence(claim, _conditions_of(row)))}</div>" if row else ""
     return (
         f"<tr id='{escape(claim.id)}' data-topic='{escape(claim.topic)}' "
-        f"data-mechanism='{_standing(tally)}' data-kind='{escape(claim.kind)}'>"
+        f"data-condition='{' '.join(_kinds_of(tally))}' data-kind='{escape(claim.kind)}'>"
         f"<td>{_badge(tally)}{_answer(claim, row)}</td>"
         f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Holds if: {escape(asked(claim))} "
         f"({escape(claim.kind)}){needs}<br>Source: {escape(claim.source)}"
@@ -155,21 +173,26 @@ def _evidence(claim: Claim, row: Mapping[str, Any]) -> str:
                 escape(c.name) + notes,
                 f"<span class='quiet'>{escape(theory)}</span>",
                 picture if drawn else "",
-                escape(effect_text(claim, c)),
+                _number(effect_text(claim, c), claim.kind),
                 f"<b>{escape(said)}{against}</b>",
             )
         )
-    if control := row["control"]:
-        numbers = (control["effect"], control["low"], control["high"])
-        has_interval = None not in numbers
-        picture = interval_svg(*numbers, None, scale) if has_interval else ""
-        texts = [number_text("time", n) for n in numbers if n is not None]
-        text = f"{texts[0]}x [{texts[1]}, {texts[2]}]" if has_interval else "".join(texts[:1])
-        lines.append(("control", "", picture, text, f"<b>{escape(control['outcome'])}</b>"))
+    if row["control"]:
+        control = Control(**row["control"])
+        number, note = control.told(c.threshold for c in found)
+        numbers = (control.effect, control.low, control.high)
+        picture = "" if None in numbers else interval_svg(*numbers, None, scale)
+        said = ", ".join(filter(None, dict.fromkeys((control.outcome, note))))
+        lines.append(("control", "", picture, _number(number, claim.kind), escape(said)))
     cells = "".join(
         "<tr>" + "".join(f"<td>{cell}</td>" for cell in line) + "</tr>" for line in lines
     )
     return f"<table><tbody>{cells}</tbody></table>{_judged_when(row)}"
+
+
+def _number(text: str, kind: str) -> str:
+    """Return a number with its interval in one line; words of exact claims may break."""
+    return escape(text) if kind == "exact" else f"<span class='number'>{escape(text)}</span>"
 
 
 def _judged_when(row: Mapping[str, Any]) -> str:
@@ -228,19 +251,34 @@ def _headline(
         for name in tally.against
     )
     alert = f"<div class='alert'>Against the mechanism:<ul>{against}</ul></div>" if against else ""
+    rows = list(rows)
     timed = escape(timed_headline(rows, tuple(claims.values())))
-    return f"<p><b>{timed}</b></p><p>All {every} conditions: {said}. {CHOSEN}</p>{alert}"
+    text = f"<p><b>{timed}</b></p><p>All {every} conditions: {said}. {CHOSEN}</p>{alert}"
+    return text + _weak_controls(row for row in rows if row["id"] in claims)
+
+
+def _weak_controls(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Name the claims whose control was measured, and is too wide to vouch for the others."""
+    weak = []
+    for row in rows:
+        control = Control(**row["control"]) if row["control"] else None
+        if control and control.effect is not None and not control.off:
+            _, note = control.told(c.threshold for c in _conditions_of(row))
+            if note:
+                weak.append(f"<a href='#{escape(quote(row['id']))}'>{escape(row['id'])}</a>")
+    told = "Controls that rule out little, for their interval reaches a threshold of their claim"
+    return f"<p class='quiet'>{told}: {', '.join(weak)}</p>" if weak else ""
 
 
 def _filters(claims: Sequence[Claim], tallies: Mapping[str, Tally | None]) -> str:
-    standings = {_standing(tally) for tally in tallies.values()}
+    kinds = {kind for tally in tallies.values() for kind in _kinds_of(tally)}
     choices = {
         "topic": [claim.topic for claim in claims],
-        "mechanism": [standing for standing in STANDINGS if standing in standings],
+        "condition": [kind for kind in STANDINGS if kind in kinds],
         "kind": [claim.kind for claim in claims],
     }
     return "".join(
-        f"<label>{name} <select data-filter='{name}'><option value=''>all</option>"
+        f"<label>{_FILTERS[name]} <select data-filter='{name}'><option value=''>all</option>"
         + "".join(
             f"<option value='{escape(value)}'>{escape(STANDINGS.get(value, value))}</option>"
             for value in dict.fromkeys(values)

@@ -141,6 +141,8 @@ def _distance(claim: Claim, c: Judged) -> float | None:
     effect, bound = float(c.effect), float(c.threshold.bound)
     if not (0 < effect < math.inf and bound > 0):
         return None
+    if c.threshold.op == "within":
+        return math.log2(bound) - abs(math.log2(effect))
     distance = math.log2(effect / bound)
     return distance if c.threshold.op in (">", ">=") else -distance
 
