@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from dlhelpers.course import claims, ledger, notebook
+from dlhelpers.course import claims, ledger
 from dlhelpers.course.claims import catalog, judging, predictions
 from dlhelpers.course.claims.cards import claim_html, claim_text, verdict_html
 from dlhelpers.course.claims.conditions import Judged, Tally
@@ -45,7 +44,6 @@ kind = "time"
 metric = "latency unfused / fused"
 threshold = ">= 1.05"
 since = 2026-01-02
-question = "Is it faster?"
 [[claim.condition]]
 name = "batch 1, launch-bound"
 theory = "wins"
@@ -65,7 +63,6 @@ kind = "exact"
 metric = "loss of a perfect output"
 threshold = "{threshold}"
 since = 2026-01-02
-question = "Is there a floor?"
 [[claim.condition]]
 name = "ten classes"
 theory = "wins"
@@ -104,7 +101,7 @@ def own_session(monkeypatch, tmp_path):
     """A ledger, a machine and a registry of this test alone."""
     monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "ledger.json"))
     monkeypatch.setattr(ledger, "describe_machine", lambda: {"line": "this machine", "key": "k"})
-    monkeypatch.setattr(predictions, "_answers", {})
+    monkeypatch.setattr(predictions, "_said", {})
     monkeypatch.setattr(predictions, "_closed", set())
 
 
@@ -144,29 +141,33 @@ def by_time(claim, first, second, control=QUIET):
         ('"batch 64, compute-bound"', '"batch 1, launch-bound"', "is taken"),
         ('"fusion.speeds-up"', '"Fusion"', "id 'Fusion' must be lower case"),
         ('metric = "latency unfused / fused"', "metric = 3", "metric must be of type str"),
-        ("question =", "negligible = true\nquestion =", "negligible must be of type float or int"),
-        ("question =", "negligible = 3\nquestion =", "negligible must lie between 0 and 1"),
-        ("question =", 'answers = {perhaps="?"}\nquestion =', "answers 'perhaps' is not known"),
-        ("question =", 'answers = {all="yes"}\nquestion =', "answers needs two of"),
-        ("question =", 'answers = {all="yes", none="no"}\nquestion =', "answers lacks 'some'"),
+        ("since =", "negligible = true\nsince =", "negligible must be of type float or int"),
+        ("since =", "negligible = 3\nsince =", "negligible must lie between 0 and 1"),
         (">= 1.05", "within 0.9x", "a band such as 'within 1.2x' of a factor above 1"),
         (
             'kind = "time"\nmetric = "latency unfused / fused"\nthreshold = ">= 1.05"',
             'kind = "accuracy"\nmetric = "points"\nthreshold = "within 2x"',
             "is a band of a ratio",
         ),
-        ("question =", 'words = {holds="pays"}\nquestion =', "words lacks 'fails'"),
+        ("since =", 'words = {holds="pays"}\nsince =', "words lacks 'fails'"),
         (
-            "question =",
-            'words = {holds="pays", fails=""}\nquestion =',
+            "since =",
+            'words = {holds="pays", fails=""}\nsince =',
             "words.fails must be a label",
         ),
-        ("question =", 'found = {true="a", false="b"}\nquestion =', "and >= 1.05 asks for none"),
+        ("since =", 'found = {true="a", false="b"}\nsince =', "and >= 1.05 asks for none"),
         ("since = 2026-01-02\n", "", "lacks the key 'since'"),
         ("2026-01-02", '"2026-01-02"', "2026-11-30 without quotes"),
         ("2026-01-02", "2026-01-02T03:04:05", "since must be a day without a time"),
         ('theory = "wins"', 'theory = "wins"\nsince = 2026-01-01', "lies before the claim's 2026"),
-        ('question = "Is it faster?"', 'question = " "', "question is empty"),
+        ("since =", 'ask = ["batch 2"]\nsince =', "ask names 'batch 2', the conditions are"),
+        ("since =", 'ask = "all"\nsince =', "ask must be of type list"),
+        (
+            "since =",
+            'ask = ["batch 1, launch-bound", "batch 1, launch-bound"]\nsince =',
+            "ask names a condition twice",
+        ),
+        ("since =", 'size = "batch 2"\nsince =', "size names 'batch 2'"),
     ],
 )
 def test_a_bad_claim_is_an_error_that_names_file_entry_and_mistake(old, new, said, tmp_path):
@@ -295,15 +296,6 @@ def test_a_threshold_reads_back_as_it_prints_or_is_refused(text):
 
 
 # Judging
-
-
-@given(st.lists(st.sampled_from(["holds", "fails", "unsettled", "not-measured"]), max_size=4))
-def test_the_answer_is_known_where_no_condition_could_still_change_it(verdicts):
-    tally = Tally(*map(verdicts.count, ["holds", "fails", "unsettled", "not-measured"]))
-    known = [("holds", "fails") if v[0] in "un" else (v,) for v in verdicts]
-    outcomes = map(set, itertools.product(*known))
-    answers = {"some" if len(o) == 2 else "all" if "holds" in o else "none" for o in outcomes}
-    assert tally.answer == (answers.pop() if len(answers) == 1 and verdicts else None)
 
 
 def test_the_line_of_a_verdict_is_the_one_of_the_style_guide(time_claim):
@@ -721,19 +713,6 @@ def test_a_timed_card_shows_intervals_threshold_control_and_machine(time_claim):
     assert "<script" not in page
 
 
-def test_the_answer_stands_beside_the_truth(declared):
-    claim = declared[0]
-    claims.answer(claim.id, "all")
-    verdict = claim.judge(by_time(claim, FAST, SAME))
-    assert verdict.answer == "all"
-    page = verdict._repr_html_()
-    assert "You said: It holds. What was found: In some of the cases." in page
-    assert (
-        page.count("<td style='text-align:left;padding:0.15em 0.8em 0.15em 0'>confirmed</td>") == 2
-    )
-    assert str(verdict).endswith("you said: It holds")
-
-
 @given(st.text(max_size=30), st.text(min_size=1, max_size=30).filter(str.strip))
 @example("<script>alert(1)</script>", "'\"><img src=x onerror=alert(1)>")
 def test_arbitrary_text_is_escaped_in_cards(says, reason):
@@ -747,11 +726,13 @@ def test_arbitrary_text_is_escaped_in_cards(says, reason):
     )
     claim = SimpleNamespace(
         id=says, says=says, kind="time", metric=reason, threshold=Threshold(">=", 1.05), unit=says,
-        conditions=(condition,), control=False, answers={"all": reason},
+        conditions=(condition,), control=False, asks=(says,), sized="",
         words={"holds": says, "fails": says}, found={"true": says, "false": says},
     )  # fmt: skip
     for found in (judging.not_measured(reason), FAST):
-        page = verdict_html(judging.settle(claim, {says: found}, answer="all"))
+        said = Said(says, "holds", 2, reason), Said(says, 2.0, None, None)
+        verdict = judging.settle(claim, {says: found}, said)
+        page = verdict_html(dataclasses.replace(verdict, earlier=said))
         assert tags_of(page) <= {
             "div", "b", "table", "tbody", "tr", "td", "svg", "line", "circle", "small", "code",
             "span", "br",
@@ -824,99 +805,6 @@ def test_the_card_of_a_claim_gives_nothing_away_of_what_theory_says():
         page = claim_text(claim) + claim_html(claim)
         assert all(condition.why not in page for condition in claim.conditions)
         assert not any(word in page for word in ("theory", "must hold", "cannot hold"))
-
-
-# Predictions
-
-
-@pytest.fixture
-def displayed(monkeypatch):
-    """Act as IPython and keep what is displayed."""
-    shown = []
-    for module in (predictions, notebook):
-        monkeypatch.setattr(module, "in_ipython", lambda: True)
-    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: shown.append(bundle))
-    return shown
-
-
-def widget_of(claim):
-    box = predictions._widget(claim)
-    question, buttons, note = box.children
-    return question, {button.description: button for button in buttons.children}, note
-
-
-def test_the_text_of_a_question_is_the_same_in_every_run(declared, displayed):
-    claims.predict("fusion.speeds-up")
-    claims.answer("fusion.speeds-up", "some")
-    claims.predict("fusion.speeds-up")
-    assert len({shown["text/plain"] for shown in displayed}) == 1
-    assert displayed[0]["text/plain"] == (
-        "Predict: Is it faster? (It holds / It fails / In some of the cases)"
-    )
-    assert "application/vnd.jupyter.widget-view+json" in displayed[0]
-
-
-def test_a_click_notes_the_answer_until_the_claim_is_judged(declared):
-    claim = declared[0]
-    _, buttons, note = widget_of(claim)
-    buttons["It holds"].click()
-    buttons["It fails"].click()
-    assert note.value == "noted: It fails"
-    assert [b.button_style for b in buttons.values()] == ["", "info", ""]
-    assert widget_of(claim)[2].value == "noted: It fails", "running the cell again shows it"
-    assert claim.judge(by_time(claim, SAME, SAME)).answer == "none"
-    buttons["It holds"].click()
-    assert predictions.given(claim.id) == "none"
-    assert "the claim is judged" in note.value
-
-
-def test_an_answer_after_the_verdict_is_no_prediction(declared):
-    claim = declared[0]
-    claim.judge(by_time(claim, SAME, SAME))
-    with pytest.raises(ValueError, match="judged already"):
-        claims.answer(claim.id, "none")
-
-
-def test_the_same_answer_may_be_given_again_when_a_notebook_runs_twice(declared):
-    claim = declared[0]
-    for _ in range(2):
-        claims.answer(claim.id, "none")
-        claim.judge(by_time(claim, SAME, SAME))
-    assert ledger.read()["rows"][0]["answer"] == "none"
-
-
-def test_an_answer_that_the_claim_does_not_offer_is_refused(declared):
-    with pytest.raises(ValueError, match="all, none, some, got 'perhaps'"):
-        claims.answer("fusion.speeds-up", "perhaps")
-
-
-def test_a_question_without_ipywidgets_is_shown_as_text(declared, displayed, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    claims.predict("fusion.speeds-up", "pairing.floor")
-    assert [list(shown) for shown in displayed] == [["text/plain"]] * 2
-
-
-def test_a_question_outside_ipython_does_nothing(declared, capsys):
-    assert claims.predict("fusion.speeds-up") is None
-    assert capsys.readouterr() == ("", "")
-
-
-def test_the_score_counts_right_answers_of_those_that_could_be_right(declared):
-    timed, exact = declared
-    assert str(claims.score()) == "no predictions yet"
-    claims.answer(timed.id, "none")
-    claims.answer(exact.id, "none")
-    timed.judge(by_time(timed, SAME, SAME))
-    exact.judge({"ten classes": 1.0})
-    assert str(claims.score()) == "1 of 2 predictions right"
-    timed.judge(by_time(timed, SAME, STRADDLES))
-    assert str(claims.score()) == "0 of 1 prediction right, 1 more not settled on this machine"
-
-
-def test_the_score_of_a_broken_ledger_warns_and_goes_on():
-    Path(ledger.default_path()).write_text("{")
-    with pytest.warns(UserWarning, match="is no ledger"):
-        assert claims.score() == predictions.Score(0, 0, 0)
 
 
 # The course's own tips and claims

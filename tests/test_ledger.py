@@ -39,7 +39,7 @@ def condition(verdict="holds", **changes):
 
 
 def row(id="pairing.floor", verdict="holds", **changes):
-    rest = {"control": None, "answer": None, "conditions": [condition(verdict)]}
+    rest = {"control": None, "conditions": [condition(verdict)]}
     return {"id": id} | rest | changes
 
 
@@ -59,7 +59,7 @@ def test_a_ledger_holds_exactly_the_keys_of_its_schema(path):
     ledger.update(row(), path)
     found = json.loads(path.read_text(encoding="utf-8"))
     assert list(found) == ["schema", "machine", "versions", "created", "rows"]
-    keys = "id judged versions control answer answered conditions"
+    keys = "id judged versions control predictions earlier conditions"
     assert " ".join(found["rows"][0]) == keys
     assert found["schema"] == 2
     assert found["machine"] == MACHINE
@@ -76,18 +76,31 @@ def test_a_second_verdict_replaces_the_first_in_its_place(path):
     ]
 
 
-def test_an_answer_outlives_runs_without_one_and_gives_way_to_a_new_one(path, monkeypatch):
+def told(says="holds", when="2026-01-01T00:00:00+00:00", condition="ten classes", sure=2):
+    return {"condition": condition, "says": says, "sure": sure, "when": when}
+
+
+def test_predictions_outlive_runs_without_any_and_move_on_when_new_ones_come(path):
+    first, second = told("fails"), told("holds", "2026-01-03T00:00:00+00:00")
     kept = []
-    for day, answer in enumerate(("none", None, "all"), start=1):
-        monkeypatch.setattr(ledger, "_now", lambda day=day: f"2026-01-0{day}T00:00:00+00:00")
-        ledger.update(row(answer=answer), path)
+    for new in ([first], [], [second], [second]):
+        written = ledger.update(row(predictions=new), path)
         (found,) = ledger.read(path)["rows"]
-        kept.append((found["answer"], found["answered"][:10], found["judged"][:10]))
-    assert kept == [
-        ("none", "2026-01-01", "2026-01-01"),
-        ("none", "2026-01-01", "2026-01-02"),
-        ("all", "2026-01-03", "2026-01-03"),
-    ]
+        assert written == found
+        kept.append((found["predictions"], found["earlier"]))
+    assert kept == [([first], []), ([first], []), ([second], [first]), ([second], [first])]
+
+
+def test_an_answer_on_all_conditions_is_read_as_an_earlier_prediction(path):
+    ledger.update(row(), path)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    (old,) = found["rows"]
+    del old["predictions"], old["earlier"]
+    old |= {"answer": "some", "answered": "2026-01-01T00:00:00+00:00"}
+    path.write_text(json.dumps(found), encoding="utf-8")
+    (read,) = ledger.read(path)["rows"]
+    assert read["earlier"] == [told("some", condition="", sure=None)]
+    assert read["predictions"] == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -162,9 +175,12 @@ def test_what_is_no_ledger_is_put_aside_and_never_lost(path, text):
         ({"conditions": [condition(agreement=None)]}, "must be 'agrees'"),
         ({"conditions": [condition("fails", theory=None)]}, "must be None"),
         ({"judged": "noon"}, "judged must be a time"),
-        ({"answered": 3}, "answered must be a time"),
+        ({"predictions": [told(when="noon")]}, "when must be a time"),
+        ({"predictions": [told(sure=4)]}, "sure must be 1, 2, 3 or null, got 4"),
+        ({"earlier": [{"says": 1}]}, "earlier: expected the keys condition, says, sure, when"),
+        ({"predictions": None}, "predictions: must be a list"),
         ({"versions": "2.13"}, "versions must map"),
-        ({"answer": 3}, "answer text or null"),
+        ({"predictions": [told(says=None)]}, "says text or a number"),
         ({"conditions": [{"name": "x"}]}, "conditions: expected the keys"),
         ({"control": {"effect": 1}}, "control: expected the keys"),
         ({"more": 1}, "expected the keys"),
@@ -194,7 +210,7 @@ def read_old(path, *rows):
 
 def test_what_an_old_row_lacks_is_unknown_and_nothing_of_it_is_lost(path):
     (found,) = read_old(path, old_row(answer="depends"))
-    for key in ("judged", "versions", "answered"):
+    for key in ("judged", "versions"):
         assert found[key] is None
     (kept,) = found["conditions"]
     for key in ("threshold", "theory", "since", "agreement"):
@@ -202,7 +218,7 @@ def test_what_an_old_row_lacks_is_unknown_and_nothing_of_it_is_lost(path):
     assert {key: kept[key] for key in ("name", "verdict", "effect")} == {
         "name": "ten classes", "verdict": "holds", "effect": 1.0,
     }  # fmt: skip
-    assert found["answer"] == "some"
+    assert found["earlier"] == [told("some", when=None, condition="", sure=None)]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +269,7 @@ def test_any_old_row_becomes_a_row_of_today_that_invents_nothing(found, control,
     after = ledger_schema.upgraded(before)
     assert ledger_schema.problem(after) == ""
     (row,) = after["rows"]
-    assert (row["answer"] is None) == (answer is None)
+    assert len(row["earlier"]) == (answer is not None)
     off = control in ("faster", "slower", "not measured")
     for one, c in zip(old, row["conditions"], strict=True):
         assert [c[key] for key in ("name", "effect", "low", "high")] == [
@@ -270,8 +286,8 @@ def test_an_old_ledger_is_written_on_as_a_new_one_and_keeps_its_answers(path):
     ledger.update(row("a.again"), path)
     assert json.loads(path.read_text(encoding="utf-8"))["schema"] == 2
     old, again = ledger.read(path)["rows"]
-    assert (old["answer"], old["answered"], old["judged"]) == ("all", None, None)
-    assert (again["answer"], again["answered"]) == ("none", None)
+    assert [(p["says"], p["when"]) for p in old["earlier"]] == [("all", None)]
+    assert [(p["says"], p["when"]) for p in again["earlier"]] == [("none", None)]
     assert again["judged"] is not None
     assert again["versions"]["python"]
 

@@ -24,7 +24,6 @@ kind = "exact"
 metric = "toys"
 threshold = "== 1"
 since = 2026-11-30
-question = "Is it?"
 [[claim.condition]]
 name = "one toy"
 theory = "wins"

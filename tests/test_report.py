@@ -46,8 +46,6 @@ def a_claim(id="fusion.speeds-up", says="Fusing is faster.", kind="time", **chan
         "metric": "latency",
         "threshold": BAR,
         "unit": "",
-        "question": "?",
-        "answers": {"all": "It holds", "none": "It fails"},
         "notebook": "06_fusion",
         "conditions": conditions,
         "control": kind == "time",
@@ -77,7 +75,11 @@ def a_row(id="fusion.speeds-up", first="holds", second="fails", **changes):
     control = {"effect": 1.0, "low": 0.98, "high": 1.02, "outcome": "no difference"}
     now = "2026-01-03T00:00:00+00:00"
     told = {"id": id, "judged": now, "versions": {"torch": "2.13.0"}, "control": control}
-    return told | {"conditions": conditions, "answer": None, "answered": now} | changes
+    return told | {"conditions": conditions, "predictions": [], "earlier": []} | changes
+
+
+def predicted(says, condition="batch 1", sure=2, when="2026-01-02T00:00:00+00:00"):
+    return {"condition": condition, "says": says, "sure": sure, "when": when}
 
 
 def a_ledger(*rows, line="2 cores, AVX2"):
@@ -136,7 +138,8 @@ def test_tags_are_balanced_and_ids_unique():
 
 
 def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
-    page = Page(report.render(a_ledger(a_row(answer="all")), claims=[a_claim()], tips=TIPS))
+    row = a_row(predictions=[predicted("fails"), predicted(2.0, sure=None)])
+    page = Page(report.render(a_ledger(row), claims=[a_claim()], tips=TIPS))
     for said in (
         "Holds in 1 of 2, as the mechanism says",
         "Confirmed for batch 1 (1.21x [1.17, 1.26]); refuted for batch 64 (1.01x [0.99, 1.02])",
@@ -148,7 +151,8 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
         "no difference",
         "a paper, table 1",
         "Fuse them.",
-        "predicted: It holds (confirmed)",
+        "predicted (2026-01-02): batch 1: does not hold (likely)",
+        "predicted (2026-01-02): batch 1: 2",
         "0 of 1 prediction right",
         "2 cores, AVX2",
         "torch 2.13.0",
@@ -208,7 +212,8 @@ def test_an_old_row_is_judged_by_what_it_was_measured_with():
         Condition("batch 1", "cannot", "?", strict, date(2026, 2, 3)),
         Condition("batch 64", "cannot", "?", strict, date(2026, 2, 3)),
     ]
-    row = a_row(conditions=[old, older], answer="none", answered=None, judged=None, versions=None)
+    row = a_row(conditions=[old, older], judged=None, versions=None)
+    row["earlier"] = [predicted("none", condition="", sure=None, when=None)]
     claim = a_claim(conditions=tuple(now), threshold=strict)
     page = report.render(a_ledger(row), claims=[claim], tips=TIPS)
     text = " ".join(Page(page).text.split())
@@ -218,9 +223,9 @@ def test_an_old_row_is_judged_by_what_it_was_measured_with():
     assert "threshold &gt;= 1.5" not in page
     assert "mechanism unknown" in text
     assert "Of 1 more condition no prediction by the mechanism was recorded" in text
-    assert "on a day unknown: not scored" in text
+    assert "predicted (on a day unknown): none of them" in text
     assert "day and versions unknown" in text
-    assert "no predictions yet; 1 older one without a day is kept and not scored" in text
+    assert "no predictions yet; 1 of an earlier release, kept and not scored" in text
 
 
 def test_the_course_itself_renders_with_an_empty_ledger():
@@ -261,7 +266,11 @@ KNOWN_TAGS = set(
     Page(
         report.compare([a_ledger(a_row())] * 2, claims=[])
         + report.render(
-            a_ledger(a_row(answer="all", first="fails"), a_row("x.y"), a_row("fusion.against")),
+            a_ledger(
+                a_row(predictions=[predicted("fails", sure=1)], first="fails"),
+                a_row("x.y"),
+                a_row("fusion.against"),
+            ),
             claims=[
                 a_claim(),
                 a_claim("fusion.old"),
@@ -280,7 +289,7 @@ KNOWN_TAGS = set(
 @example('"><img src=x>&amp;')
 @example("</style></script><b>")
 def test_arbitrary_text_is_escaped(text):
-    row = a_row(text, answer=text)
+    row = a_row(text, predictions=[predicted("holds", text, when=text)])
     row["conditions"][0] |= {"name": text, "reason": text}
     row["versions"], row["judged"] = {text: text}, text
     row["control"] |= {"outcome": text}

@@ -7,14 +7,17 @@ A ledger is one JSON file with exactly these keys:
     versions  package -> version, when it was last written
     created   time of the ledger's beginning, ISO 8601, UTC
     rows[]    one row a claim: id, judged (time, UTC), versions (package -> version), control,
-              answer, answered (time), and of each of its conditions: name, verdict, agreement,
-              effect, low, high, threshold, theory, since, reason
+              predictions and earlier ones (condition, says, sure, when), and of each of its
+              conditions: name, verdict, agreement, effect, low, high, threshold, theory, since,
+              reason
 
 ``verdict`` is one of holds, fails, unsettled, not-measured, and ``reason`` says why it is one of
 the last two; ``agreement`` (agrees, against, open) says whether that is what the theory of the
-day predicted. What a ledger of schema 1 lacks is null: unknown. Numbers that are not finite are
-null too: the file is strict JSON. A file is replaced whole (written beside, then renamed) under
-a lock, so that processes which write at once lose no row and no reader sees half a file.
+day predicted. ``predictions`` are the reader's, empty where nobody was asked; those of an earlier
+run move to ``earlier`` when new ones come. What a ledger of schema 1 lacks is null: unknown.
+Numbers that are not finite are null too: the file is strict JSON. A file is replaced whole (written
+beside, then renamed) under a lock, so that processes which write at once lose no row and no reader
+sees half a file.
 
 It lies in the user's cache folder, or where the environment variable DLHELPERS_LEDGER says. A
 ledger belongs to one machine and one build of torch: where another machine's is found it is put
@@ -99,15 +102,15 @@ def start(path: str | Path) -> None:
         _replace(path, _empty())
 
 
-def update(row: Mapping[str, Any], path: str | Path | None = None) -> None:
-    """Write the row of one claim, in place of an earlier one.
+def update(row: Mapping[str, Any], path: str | Path | None = None) -> dict[str, Any]:
+    """Write the row of one claim, in place of an earlier one; return it as it is kept.
 
-    An earlier row's answer is kept where the new one has none. A file that is no ledger is put
+    The earlier row's predictions are kept. A file that is no ledger is put
     aside as ``ledger.json.bad-1`` (-2, ...) with a warning.
 
     Args:
-        row: keys as in the module's docstring; ``judged``, ``versions`` and ``answered`` are those
-            of now where they are left out.
+        row: keys as in the module's docstring; ``judged`` and ``versions`` are those of now
+            where they are left out, and ``earlier`` is filled in.
         path: the ledger; :func:`default_path` where None.
 
     Raises:
@@ -116,8 +119,8 @@ def update(row: Mapping[str, Any], path: str | Path | None = None) -> None:
     """
     path = default_path() if path is None else Path(path)
     now = _now()
-    answered = None if row.get("answer") is None else now
-    row = _strict({"judged": now, "versions": _versions(), "answered": answered} | dict(row))
+    usual = {"judged": now, "versions": _versions(), "predictions": [], "earlier": []}
+    row = _strict(usual | dict(row))
     if problem := ledger_schema.row_problem(row):
         raise LedgerError(f"this row cannot stand in a ledger: {problem}")
     row = {key: row[key] for key in ledger_schema.ROW_KEYS}
@@ -125,17 +128,30 @@ def update(row: Mapping[str, Any], path: str | Path | None = None) -> None:
     with _lock(path):
         ledger = _own(path, _load(path))
         rows = {old["id"]: old for old in ledger["rows"]}
-        if row["answer"] is None and row["id"] in rows:
-            row |= {key: rows[row["id"]][key] for key in ("answer", "answered")}
+        if old := rows.get(row["id"]):
+            before = {_key(said): said for said in (*old["earlier"], *old["predictions"])}
+            if row["predictions"]:
+                new = {_key(said) for said in row["predictions"]}
+                row["earlier"] = [said for key, said in before.items() if key not in new]
+            else:
+                row |= {key: old[key] for key in ("predictions", "earlier")}
         rows[row["id"]] = row
         _replace(path, ledger | {"rows": list(rows.values())})
+    return row
 
 
-def record(row: Mapping[str, Any]) -> None:
-    """Write a row to the default ledger; one warning, and no error, where that is not writable."""
+def _key(said: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(said.values())
+
+
+def record(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Write a row to the default ledger and return it as it is kept.
+
+    Where that is not writable there is one warning, and None is returned.
+    """
     path = default_path()
     try:
-        update(row, path)
+        return update(row, path)
     except OSError as error:
         if str(path) not in _warned:
             _warned.add(str(path))

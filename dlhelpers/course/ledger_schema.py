@@ -1,8 +1,9 @@
 """What must a ledger hold, and how is one of an earlier schema read?
 
 Schema 1 had a verdict and a number for the claim, and for its conditions neither threshold nor
-theory; what it lacks stays null, which means unknown. Nothing is taken from today's claims. Its
-answers are kept without a time, and what has none is not scored.
+theory; what it lacks stays null, which means unknown. Nothing is taken from today's claims. It had
+one answer for all conditions, as had the first rows of schema 2: it is kept as an earlier
+prediction that names no condition, and not scored.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ __all__ = ["ROW_KEYS", "SCHEMA", "problem", "row_problem", "upgraded"]
 
 SCHEMA = 2
 _KEYS = ("schema", "machine", "versions", "created", "rows")
-ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
+ROW_KEYS = ("id", "judged", "versions", "control", "predictions", "earlier", "conditions")
+_FIRST_ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
+_SAID_KEYS = ("condition", "says", "sure", "when")
 _CONDITION_KEYS = (
     "name", "verdict", "agreement", "effect", "low", "high", "threshold", "theory", "since",
     "reason",
@@ -33,6 +36,7 @@ _CONTROL_KEYS = ("effect", "low", "high", "outcome")
 _VERDICTS = get_args(Settled)
 _OLD_ROW_KEYS = ("id", "verdict", "effect", "low", "high", "control", "answer", "conditions")
 _OLD_CONDITION_KEYS = ("name", "verdict", "effect", "low", "high", "reason")
+_A_TIME = "a time, 2026-11-30T12:00:00+00:00"
 _NO_INTERVAL = "no interval, the reason is unknown"
 _OLD_ANSWERS = {"holds": "all", "fails": "none", "depends": "some"}
 
@@ -60,11 +64,16 @@ def problem(ledger: Any) -> str:
 
 def row_problem(row: Any) -> str:
     """Return what keeps this from being a row of schema 2, empty where nothing does."""
-    if said := _parts_problem(row, ROW_KEYS, _CONDITION_KEYS):
+    is_first = isinstance(row, dict) and "answer" in row
+    keys = _FIRST_ROW_KEYS if is_first else ROW_KEYS
+    if said := _parts_problem(row, keys, _CONDITION_KEYS):
         return said
-    for key in ("judged", "answered"):
-        if said := _unlike(row, key, datetime.fromisoformat, "a time, 2026-11-30T12:00:00+00:00"):
+    for key in ("judged", "answered") if is_first else ("judged",):
+        if said := _unlike(row, key, datetime.fromisoformat, _A_TIME):
             return said
+    for key in () if is_first else ("predictions", "earlier"):
+        if said := _said_problem(row[key]):
+            return f"{key}: {said}"
     if not isinstance(row["versions"], (dict, type(None))):
         return f"versions must map packages to versions or be null, got {row['versions']!r}"
     for c in row["conditions"]:
@@ -84,9 +93,21 @@ def row_problem(row: Any) -> str:
 
 def upgraded(ledger: dict[str, Any]) -> dict[str, Any]:
     """Return a checked ledger as one of schema 2."""
-    if ledger["schema"] == SCHEMA:
-        return ledger
-    return ledger | {"schema": SCHEMA, "rows": list(map(_upgraded_row, ledger["rows"]))}
+    upgrade = _with_predictions if ledger["schema"] == SCHEMA else _upgraded_row
+    return ledger | {"schema": SCHEMA, "rows": list(map(upgrade, ledger["rows"]))}
+
+
+def _with_predictions(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of schema 2 with predictions of single conditions."""
+    if "answer" not in row:
+        return dict(row)
+    rest = {key: value for key, value in row.items() if key not in ("answer", "answered")}
+    return rest | {"predictions": [], "earlier": _as_earlier(row["answer"], row["answered"])}
+
+
+def _as_earlier(answer: str | None, when: str | None) -> list[dict[str, Any]]:
+    said = {"condition": "", "says": answer, "sure": None, "when": when}
+    return [] if answer is None else [said]
 
 
 def _upgraded_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,8 +117,8 @@ def _upgraded_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "judged": None,
         "versions": None,
         "control": row["control"],
-        "answer": _OLD_ANSWERS.get(row["answer"], row["answer"]),
-        "answered": None,
+        "predictions": [],
+        "earlier": _as_earlier(_OLD_ANSWERS.get(row["answer"], row["answer"]), None),
         "conditions": [_upgraded_condition(c, off) for c in row["conditions"]],
     }
 
@@ -125,8 +146,9 @@ def _parts_problem(row: Any, row_keys: tuple[str, ...], condition_keys: tuple[st
     if not isinstance(row, dict) or set(row) != set(row_keys):
         found = sorted(row) if isinstance(row, dict) else type(row).__name__
         return f"expected the keys {', '.join(row_keys)}, got {found}"
-    if not isinstance(row["id"], str) or not isinstance(row["answer"], (str, type(None))):
-        return f"id must be text and answer text or null, got {row['id']!r}, {row['answer']!r}"
+    answer = row.get("answer")
+    if not isinstance(row["id"], str) or not isinstance(answer, (str, type(None))):
+        return f"id must be text and answer text or null, got {row['id']!r}, {answer!r}"
     if not isinstance(row["conditions"], list):
         return f"conditions must be a list, got {row['conditions']!r}"
     parts = [("conditions: ", c, condition_keys) for c in row["conditions"]]
@@ -142,6 +164,23 @@ def _parts_problem(row: Any, row_keys: tuple[str, ...], condition_keys: tuple[st
         for key in {"name", "reason", "outcome"} & set(part):
             if not isinstance(part[key], str):
                 return f"{where}{key} must be text, got {part[key]!r}"
+    return ""
+
+
+def _said_problem(predictions: Any) -> str:
+    if not isinstance(predictions, list):
+        return f"must be a list, got {predictions!r}"
+    for said in predictions:
+        if not isinstance(said, dict) or set(said) != set(_SAID_KEYS):
+            return f"expected the keys {', '.join(_SAID_KEYS)}, got {said!r}"
+        if not isinstance(said["condition"], str) or not isinstance(
+            said["says"], (str, float, int)
+        ):
+            return f"condition must be text and says text or a number, got {said!r}"
+        if said["sure"] not in (1, 2, 3, None) or isinstance(said["sure"], bool):
+            return f"sure must be 1, 2, 3 or null, got {said['sure']!r}"
+        if wrong := _unlike(said, "when", datetime.fromisoformat, _A_TIME):
+            return wrong
     return ""
 
 

@@ -163,17 +163,19 @@ def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
     run = partial(lab_session.run_cell, page)
     run("notebook.setup(")
     run("from dlhelpers.course import claims")
-    asked = run("claims.predict(")
-    button = asked.locator("button.widget-button").first
+    asked = run('claims.card("pairing.logsoftmax-nll-is-ce")')
+    button = asked.locator("button.widget-button").last  # surely, of the last condition
     button.wait_for(timeout=30_000)
-    label = button.inner_text()
     button.click()
-    page.wait_for_timeout(1000)
+    asked.get_by_text("noted: holds (sure)").wait_for(timeout=30_000)
     keep_screenshot(page, "01_prediction")
-    run('claims.card("pairing.logsoftmax-nll-is-ce")')
     run("def two_steps(z, y):\n    return F.nll_loss")
     judged = run("pairing.largest_difference(F.cross_entropy, two_steps, logits, y)")
     card = judged.locator(".jp-OutputArea-output").last
     card.wait_for(timeout=30_000)
-    assert label in card.inner_text() or "you said" in card.inner_text().lower()
+    assert "holds (sure)" in card.inner_text()
+    assert "Your predictions: 1 of 1 right." in card.inner_text()
+    keep_screenshot(page, "01_verdict")
+    button.click()
+    asked.get_by_text("the verdict is on the screen").wait_for(timeout=30_000)
     assert lab_session.errors(page) == []

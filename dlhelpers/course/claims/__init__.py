@@ -8,8 +8,7 @@ and whether that is as the mechanism says.
 
 In a notebook::
 
-    claims.predict("fusion.speeds-up-inference")          # the question, asked beforehand
-    claim = claims.card("fusion.speeds-up-inference")     # tip, source, metric, conditions
+    claim = claims.card("fusion.speeds-up-inference")     # tip, metric, conditions: predict them
     claim.judge({"batch 1": claim.compare(unfolded, folded), ...})
 
 Source: tips.toml and lessons/ beside this package, which name the source of each.
@@ -21,7 +20,8 @@ from dlhelpers.course.claims.claim import Claim, Lesson, Tip
 from dlhelpers.course.claims.course import course_map, standing
 from dlhelpers.course.claims.judging import Verdict, not_measured
 from dlhelpers.course.claims.lights import lights_up
-from dlhelpers.course.claims.predictions import answer, predict, score
+from dlhelpers.course.claims.predictions import answer, guess
+from dlhelpers.course.claims.said import score
 
 __all__ = [
     "Claim",
@@ -33,11 +33,11 @@ __all__ = [
     "answer",
     "card",
     "course_map",
+    "guess",
     "lessons",
     "lights_up",
     "load",
     "not_measured",
-    "predict",
     "score",
     "standing",
 ]

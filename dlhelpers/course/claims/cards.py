@@ -10,6 +10,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from dlhelpers.course.claims import predictions
 from dlhelpers.course.claims.catalog import find, tip_of
 from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
 from dlhelpers.course.claims.sentences import asked, bound_text, effect_text, headline
@@ -25,7 +26,6 @@ __all__ = [
     "card",
     "claim_html",
     "claim_text",
-    "said_by_answer",
     "verdict_html",
     "verdict_text",
     "word_of",
@@ -34,7 +34,6 @@ __all__ = [
 THEORIES = {"wins": "must hold", "cannot": "cannot hold", "open": "leaves it open"}
 _AGREEMENTS = {"agrees": "as it says", "against": "<b>AGAINST IT</b>", "open": "", None: ""}
 _REMEDY = "Give a larger budget_s, or stop other programs, and run it again."
-_PREDICTED = {"all": "holds", "none": "fails"}
 _LEFT = "text-align:left;padding:0.15em 0.8em 0.15em 0"
 
 
@@ -48,6 +47,7 @@ def card(id: str) -> Claim:
     """
     claim = find(id)
     show({"text/plain": claim_text(claim), "text/html": claim_html(claim)})
+    predictions.ask(claim)
     return claim
 
 
@@ -90,8 +90,7 @@ def verdict_text(verdict: Verdict) -> str:
         parts.append(f"control {_control_text(verdict)}")
     if _wants_time(verdict):
         parts.append(_REMEDY)
-    if verdict.answer:
-        parts.append(f"you said: {verdict.claim.answers[verdict.answer]}")
+    parts += [f"you said of {said.condition}: {said.text(verdict.claim)}" for said in verdict.said]
     return " · ".join(" ".join(part.split()) for part in parts)
 
 
@@ -100,10 +99,11 @@ def verdict_html(verdict: Verdict) -> str:
     claim, exact = verdict.claim, verdict.claim.kind == "exact"
     scale = Scale.over(verdict.conditions, log=claim.kind == "time")
     declared = {condition.name: condition for condition in claim.conditions}
+    predicted = bool(verdict.said or verdict.earlier)
     heads = [
         "",
         "mechanism",
-        *["you said"] * bool(verdict.answer),
+        *["you said"] * predicted,
         "measured",
         *[""] * (not exact),
         "",
@@ -111,15 +111,15 @@ def verdict_html(verdict: Verdict) -> str:
     rows = _row(*(f"<small>{head}</small>" for head in heads))
     for c in verdict.conditions:
         cells = [f"<b>{escape(c.name)}</b>", escape(_mechanism(declared[c.name]))]
-        if verdict.answer:
-            cells.append(escape(said_by_answer(claim, verdict.answer)))
+        if predicted:
+            cells.append(_said_html(verdict, c.name))
         cells.append(_unbroken(effect_text(claim, c), exact))
         if not exact:
             cells.append(interval_svg(c.effect, c.low, c.high, c.threshold, scale, c.verdict))
         rows += _row(*cells, _settled_html(claim, c))
     if (control := verdict.control) is not None:
         picture = interval_svg(control.effect, control.low, control.high, None, scale)
-        empty = [""] * (1 + bool(verdict.answer))
+        empty = [""] * (1 + predicted)
         rows += _row("control", *empty, _unbroken(_control_text(verdict), exact), picture, "")
     small = f"{_needed(claim)}{f' · {verdict.machine}' if verdict.machine else ''}"
     remedy = f"<div>{_REMEDY}</div>" if _wants_time(verdict) else ""
@@ -137,11 +137,6 @@ def verdict_html(verdict: Verdict) -> str:
 def word_of(claim: Claim, verdict: str) -> str:
     """Return what is said of the tip in a condition, such as ``refuted``."""
     return claim.words.get(verdict, verdict.replace("-", " "))
-
-
-def said_by_answer(claim: Claim, answer: str) -> str:
-    """Return what a prediction says of each condition."""
-    return word_of(claim, _PREDICTED[answer]) if answer in _PREDICTED else "in some of them"
 
 
 def _facts(claim: Claim) -> dict[str, str]:
@@ -191,18 +186,34 @@ def _control_text(verdict: Verdict) -> str:
     return ", ".join(filter(None, told))
 
 
+def _said_html(verdict: Verdict, condition: str) -> str:
+    """Return what was predicted of one condition, now and before."""
+    now = [said.text(verdict.claim) for said in verdict.said if said.condition == condition]
+    before = [
+        f"{(said.when or '')[:10]}: {said.text(verdict.claim)}"
+        for said in verdict.earlier
+        if said.condition == condition
+    ]
+    lines = [*map(escape, now), *(f"<small>{escape(line)}</small>" for line in before)]
+    return "<br>".join(lines)
+
+
 def _answer_html(verdict: Verdict) -> str:
-    if not verdict.answer:
-        return ""
-    answers, found = verdict.claim.answers, verdict.tally.answer
-    said = f"You said: {answers[verdict.answer]}."
-    if found is None:
-        told = "This machine has not settled it."
-    elif found == verdict.answer:
-        told = "That is what was found."
-    else:
-        told = f"What was found: {answers.get(found, verdict.verdict)}."
-    return f"<div>{escape(said)} {escape(told)}</div>"
+    """Say how right the predictions were; that there were none, where the claim asks for some."""
+    if not verdict.said:
+        asks = verdict.claim.asks or verdict.claim.sized
+        return "<div><small>Not asked: nobody predicted before.</small></div>" if asks else ""
+    found = {c.name: c for c in verdict.conditions}
+    taps = [said for said in verdict.said if not said.is_size]
+    settled = [s for s in taps if found[s.condition].verdict in ("holds", "fails")]
+    right = sum(s.says == found[s.condition].verdict for s in settled)
+    told = [f"Your predictions: {right} of {len(settled)} right."] * bool(settled)
+    if len(settled) < len(taps):
+        told.append(f"{len(taps) - len(settled)} not settled on this machine.")
+    for said in verdict.said:
+        if (off := said.off_by(found[said.condition].effect)) is not None:
+            told.append(f"You said {said.text(verdict.claim)}: off by {off:.2g} times.")
+    return f"<div>{escape(' '.join(told))}</div>"
 
 
 def _frame(colour: str, inner: str) -> str:

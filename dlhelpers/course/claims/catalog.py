@@ -30,7 +30,6 @@ from dlhelpers.course.verdicts import Theory, Threshold
 
 __all__ = ["all_claims", "all_tips", "find", "lessons", "load", "load_tips", "tip_of"]
 
-_ANSWERS = {"all": "It holds", "none": "It fails", "some": "In some of the cases"}
 _NEGLIGIBLE = 0.03
 _FOLDER = Path(__file__).resolve().parent.parent
 _STEM = re.compile(r"\d\d[a-z]?_[a-z0-9_]+")  # 06_fusion; 06b_more continues it
@@ -149,8 +148,6 @@ def _claim(row: _Row, tips: list[str], notebook: str) -> Claim:
         metric=row.text("metric"),
         threshold=threshold,
         unit=row.text("unit", ""),
-        question=row.text("question"),
-        answers=_answers(row),
         notebook=notebook,
         conditions=_conditions(row, kind, threshold),
         control=row.take("control", bool, kind == "time"),
@@ -158,14 +155,18 @@ def _claim(row: _Row, tips: list[str], notebook: str) -> Claim:
         needs=row.text("needs", ""),
         words=_labels(row, "words", CONFIRMED),
         found=_labels(row, "found", YES),
+        asks=tuple(row.take("ask", list, [])),
+        sized=row.text("size", ""),
     )
     row.close()
-    theories = {condition.theory for condition in claim.conditions}
-    if {"wins", "cannot"} <= theories and "some" not in claim.answers:
-        row.fail(
-            "answers lacks 'some', the only one that can be right where theory says wins of one "
-            "condition and cannot of another"
-        )
+    names = [condition.name for condition in claim.conditions]
+    for key, asked in (("ask", claim.asks), ("size", (claim.sized,) if claim.sized else ())):
+        if foreign := [name for name in asked if name not in names]:
+            row.fail(f"{key} names {foreign[0]!r}, the conditions are {names}")
+        if len({*asked}) < len(asked):
+            row.fail(f"{key} names a condition twice: {list(asked)}")
+    if claim.sized and (claim.kind == "accuracy" or isinstance(threshold.bound, bool)):
+        row.fail("size asks for a positive number, as times, ratios and counts are")
     if claim.found != YES and not isinstance(threshold.bound, bool):
         row.fail(f"found puts truth values into words, and {threshold} asks for none")
     if not 0 < claim.negligible < 1:
@@ -173,23 +174,14 @@ def _claim(row: _Row, tips: list[str], notebook: str) -> Claim:
     return claim
 
 
-def _answers(row: _Row) -> Mapping[str, str]:
-    answers = _labels(row, "answers", _ANSWERS, some=True)
-    if len(answers) < 2:
-        row.fail(f"answers needs two of {', '.join(_ANSWERS)} at least, got {list(answers)}")
-    return answers
-
-
-def _labels(
-    row: _Row, key: str, usual: Mapping[str, str], *, some: bool = False
-) -> Mapping[str, str]:
-    """Take a table of labels with the keys of the usual one, or some of them."""
+def _labels(row: _Row, key: str, usual: Mapping[str, str]) -> Mapping[str, str]:
+    """Take a table of labels with the keys of the usual one."""
     labels = row.take(key, dict, dict(usual))
     for name, label in labels.items():
         row.one_of(key, name, usual)
         if not isinstance(label, str) or not label.strip():
             row.fail(f"{key}.{name} must be a label, got {label!r}")
-    if missing := [name for name in usual if name not in labels and not some]:
+    if missing := [name for name in usual if name not in labels]:
         row.fail(f"{key} lacks {missing[0]!r}, it needs {' and '.join(usual)}")
     return dict(labels)
 

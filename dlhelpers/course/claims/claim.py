@@ -91,9 +91,6 @@ class Claim:
         threshold: what the metric must meet for the claim to hold.
         unit: of the metric, in the plural; ``x`` for times as much; ``% of the file`` shows a share
             in percent, ``a loss of {}`` has a place for the number; empty where none is needed.
-        question: asked before the experiment.
-        answers: ``all``, ``none``, ``some`` -> label of the button that says in how many of the
-            conditions the claim holds.
         notebook: stem of the one notebook that settles it.
         conditions: where it is tried.
         control: whether the evidence must hold the baseline against itself (kind ``time``).
@@ -101,6 +98,8 @@ class Claim:
         needs: what a machine must have, such as ``cuda``; empty for nothing special.
         words: ``holds``, ``fails`` -> what a sentence says of the tip there, such as ``pays``.
         found: ``true``, ``false`` -> what a truth value means, such as ``an error is raised``.
+        asks: names of the conditions that its reader predicts.
+        sized: name of the condition whose size is predicted, too; empty for none.
     """
 
     id: str
@@ -111,8 +110,6 @@ class Claim:
     metric: str
     threshold: Threshold
     unit: str
-    question: str
-    answers: Mapping[str, str] = field(hash=False)
     notebook: str
     conditions: tuple[Condition, ...]
     control: bool
@@ -120,6 +117,8 @@ class Claim:
     needs: str
     words: Mapping[str, str] = field(default_factory=CONFIRMED.copy, hash=False)
     found: Mapping[str, str] = field(default_factory=YES.copy, hash=False)
+    asks: tuple[str, ...] = ()
+    sized: str = ""
 
     @property
     def topic(self) -> str:
@@ -186,10 +185,9 @@ class Claim:
         from dlhelpers.course import ledger
         from dlhelpers.course.claims import judging, predictions
 
-        verdict = judging.settle(self, evidence, answer=predictions.given(self.id))
-        predictions.close(self.id)
-        ledger.record(verdict.as_row())
-        return verdict
+        verdict = judging.settle(self, evidence, said=predictions.given(self.id))
+        predictions.take(self.id)
+        return judging.recalled(verdict, ledger.record(verdict.as_row()))
 
     def _condition(self, name: str) -> Condition:
         for condition in self.conditions:

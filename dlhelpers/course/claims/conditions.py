@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Literal
+from typing import Any
 
 from dlhelpers.course.claims.claim import Condition
 from dlhelpers.course.verdicts import Agreement, Settled, Theory, Threshold, agreement_of
@@ -136,15 +136,6 @@ class Tally:
     def settled(self) -> int:
         """Conditions that hold or fail."""
         return self.holds + self.fails
-
-    @property
-    def answer(self) -> Literal["all", "none", "some"] | None:
-        """In how many conditions it holds; None where what is not settled could decide it."""
-        if self.holds and self.fails:
-            return "some"
-        if self.unsettled or self.missing or not self.settled:
-            return None
-        return "all" if self.holds else "none"
 
     @property
     def standing(self) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dlhelpers.course.claims.conditions import Judged, Tally
+from dlhelpers.course.claims.said import Said
 from dlhelpers.course.verdicts import STRADDLES, Settled, control_off
 
 if TYPE_CHECKING:
@@ -91,15 +92,17 @@ class Verdict:
         claim: the claim that was judged.
         conditions: each condition with its own verdict, in the claim's order.
         control: the baseline against itself, None where the claim has none.
-        answer: what the learner predicted in this session, None without an answer.
+        said: what the learner predicted in this session; empty where nobody did.
+        earlier: what they predicted before, as the ledger keeps it.
         machine: this machine in a line; empty for ``exact`` claims, which are the same anywhere.
     """
 
     claim: Claim
     conditions: tuple[Judged, ...]
     control: Control | None
-    answer: str | None
+    said: tuple[Said, ...]
     machine: str
+    earlier: tuple[Said, ...] = ()
 
     @property
     def id(self) -> str:
@@ -144,7 +147,7 @@ class Verdict:
                 "high": control.high,
                 "outcome": control.outcome,
             },
-            "answer": self.answer,
+            "predictions": [said.as_row() for said in self.said],
             "conditions": [c.as_row() for c in self.conditions],
         }
 
@@ -162,7 +165,7 @@ class Verdict:
 
 
 def settle(
-    claim: Claim, evidence: Mapping[str, Any] | NotMeasured, answer: str | None = None
+    claim: Claim, evidence: Mapping[str, Any] | NotMeasured, said: tuple[Said, ...] = ()
 ) -> Verdict:
     """Return the verdict that the evidence supports; :meth:`Claim.judge` says what it takes."""
     evidence = _complete(claim, evidence)
@@ -179,9 +182,17 @@ def settle(
         claim=claim,
         conditions=conditions,
         control=control,
-        answer=answer,
+        said=said,
         machine="" if claim.kind == "exact" else _machine_line(),
     )
+
+
+def recalled(verdict: Verdict, row: Mapping[str, Any] | None) -> Verdict:
+    """Return a verdict with the earlier predictions of the row that the ledger holds now."""
+    if row is None:
+        return verdict
+    before = [*row["earlier"], *([] if verdict.said else row["predictions"])]
+    return replace(verdict, earlier=tuple(map(Said.from_row, before)))
 
 
 def _complete(claim: Claim, evidence: Mapping[str, Any] | NotMeasured) -> Mapping[str, Any]:

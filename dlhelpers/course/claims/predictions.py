@@ -1,180 +1,213 @@
-"""What did the learner expect before measuring, and how often were they right?
+"""What did the learner expect before measuring, how sure were they, and how often were they right?
 
-A question asks in how many conditions the claim holds: ``all``, ``none`` or ``some``.
-
-Answers belong to one kernel session: they are kept in this module's registry until the claim is
-judged, which writes them to the ledger beside the verdict and closes the question.
+Under the card of a claim its reader predicts each condition with one tap, which says how sure they
+are as well, and for some claims a size. Predictions belong to one kernel session: they are kept in
+this module's registry until the claim is judged, which writes them with their time to the ledger
+and closes the questions, since the evidence is on the screen from then on. A claim that is judged
+before anybody predicted (*Run All*) is noted as not asked; it is asked anew in the next session.
 """
 
 from __future__ import annotations
 
 import html
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+import random
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from dlhelpers.course.claims.catalog import find
 from dlhelpers.course.claims.claim import Claim
-from dlhelpers.course.claims.conditions import Judged, Tally
+from dlhelpers.course.claims.said import SURE, Said, label_of
 from dlhelpers.course.notebook import in_ipython, show
 
-__all__ = ["Score", "answer", "close", "given", "predict", "score", "score_of"]
+__all__ = ["answer", "ask", "given", "guess", "take"]
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
-_answers: dict[str, str] = {}  # claim id -> all, none or some, predicted in this session
+_said: dict[str, dict[tuple[str, bool], Said]] = {}  # claim id -> (condition, is a size) -> said
 _closed: set[str] = set()  # claims judged in this session
+_SEED = 182  # with it no rule that looks at the order alone is often right
+_LOG_RANGE = (-1.0, 3.0)  # of the slider for sizes: 0.1 to 1000 times
 
 
-@dataclass(frozen=True)
-class Score:
-    """How many predictions the ledger holds, and how many were right.
-
-    Attributes:
-        right: the claim holds in all conditions, in none or in some of them, as predicted.
-        given: answers to claims whose conditions were settled here.
-        open: answers to claims that this machine could not settle.
-        undated: older answers, of which the day is not known: kept and not scored.
-    """
-
-    right: int
-    given: int
-    open: int = 0
-    undated: int = 0
-
-    def __str__(self) -> str:
-        one = self.undated == 1
-        older = f"{self.undated} older one{'s' * (not one)} without a day {'is' if one else 'are'} "
-        older = f"; {older}kept and not scored" if self.undated else ""
-        if not self.given and not self.open:
-            return f"no predictions yet{older}"
-        noun = "prediction" if self.given == 1 else "predictions"
-        text = f"{self.right} of {self.given} {noun} right"
-        text += f", {self.open} more not settled on this machine" if self.open else ""
-        return text + older
-
-    def _repr_html_(self) -> str:
-        share = 100 * self.right / self.given if self.given else 0
-        return (
-            f"<div>{html.escape(str(self))}<div role='img' aria-label='{share:.0f} % right' "
-            "style='width:16em;height:0.5em;background:var(--jp-layout-color2,#8884)'>"
-            f"<div style='width:{share:.0f}%;height:100%;background:currentColor'></div>"
-            "</div></div>"
-        )
-
-
-def predict(*ids: str) -> None:
-    """Show the question of each claim with buttons for the answer.
-
-    The answer can be changed until the claim is judged; running the cell again shows the earlier
-    choice. Outside IPython nothing happens; without ipywidgets the question is shown as text.
-
-    Raises:
-        ValueError: there is no such claim.
-    """
-    for claim in [find(id) for id in ids]:
-        bundle: dict[str, Any] = {"text/plain": _question(claim)}
-        if in_ipython() and (box := _widget(claim)) is not None:
-            bundle[_VIEW] = box._repr_mimebundle_()[_VIEW]
-        show(bundle)
-
-
-def answer(id: str, choice: str) -> None:
-    """Note a prediction without a button.
+def answer(id: str, condition: str, says: str, sure: int = 2) -> None:
+    """Predict one condition of a claim without a button.
 
     Args:
         id: the claim's.
-        choice: it holds in ``all`` conditions, in ``none`` or in ``some`` of them, as far as the
-            claim offers it.
+        condition: one of those that it asks for.
+        says: ``holds`` or ``fails``.
+        sure: 1 (a guess), 2 (likely) or 3 (sure).
 
     Raises:
-        ValueError: no such claim or choice; or another choice after the claim was judged.
+        ValueError: no such claim, condition or prediction; or another one after the verdict.
     """
     claim = find(id)
-    if choice not in claim.answers:
-        raise ValueError(f"{id} can be answered by {', '.join(claim.answers)}, got {choice!r}")
-    if id in _closed and _answers.get(id) != choice:
-        raise ValueError(
-            f"{id} is judged already in this session, so {choice!r} is no prediction any more: "
-            "restart the kernel to answer anew"
-        )
-    _answers[id] = choice
+    _need_asked(claim, condition, claim.asks)
+    if says not in ("holds", "fails"):
+        raise ValueError(f"a condition of {id} holds or fails, got {says!r}")
+    if sure not in SURE:
+        raise ValueError(f"sure must be 1 (a guess), 2 (likely) or 3 (sure), got {sure!r}")
+    _note(claim, condition, says, sure)
 
 
-def given(id: str) -> str | None:
-    """Return the answer of this session, None without one."""
-    return _answers.get(id)
+def guess(id: str, condition: str, times: float) -> None:
+    """Predict the size of an effect without a slider.
+
+    Args:
+        id: the claim's.
+        condition: the one whose size it asks for.
+        times: the metric's size, a positive number such as 1.4.
+
+    Raises:
+        ValueError: no such claim or condition, no positive number; or another one after the
+            verdict.
+    """
+    claim = find(id)
+    _need_asked(claim, condition, (claim.sized,) if claim.sized else ())
+    if isinstance(times, bool) or not isinstance(times, (int, float)) or not 0 < times < math.inf:
+        raise ValueError(f"the size of {id} must be a positive number, got {times!r}")
+    _note(claim, condition, float(times), None)
 
 
-def close(id: str) -> None:
-    """Take no other answer to this claim in this session: it was judged."""
+def given(id: str) -> tuple[Said, ...]:
+    """Return the predictions of this session for a claim."""
+    return tuple(_said.get(id, {}).values())
+
+
+def take(id: str) -> tuple[Said, ...]:
+    """Return the predictions for a claim that was judged, and take no others in this session."""
     _closed.add(id)
+    return given(id)
 
 
-def score() -> Score:
-    """Return how many of the ledger's predictions were right; shows itself."""
-    from dlhelpers.course import ledger
+def ask(claim: Claim) -> None:
+    """Show the questions of a claim: a row of buttons a condition, and a slider for the size.
 
-    try:
-        rows = ledger.read()["rows"]
-    except FileNotFoundError:
-        rows = []
-    except (OSError, ledger.LedgerError) as error:
-        warnings.warn(f"no score: {error}", stacklevel=2)
-        rows = []
-    return score_of(rows)
+    Predictions can be changed until the claim is judged; running the cell again shows them.
+    Without ipywidgets, and where no kernel runs, the questions are text.
+    """
+    if not claim.asks and not claim.sized:
+        return
+    bundle: dict[str, Any] = {"text/plain": _question(claim)}
+    if in_ipython() and (box := _widget(claim)) is not None:
+        bundle[_VIEW] = box._repr_mimebundle_()[_VIEW]
+    show(bundle)
 
 
-def score_of(rows: Iterable[Mapping[str, Any]]) -> Score:
-    """Return the score of a ledger's rows; an answer without its time is an old one, left out."""
-    rows = [row for row in rows if row["answer"] is not None]
-    pairs = [
-        (row["answer"], Tally.of(map(Judged.from_row, row["conditions"])).answer)
-        for row in rows
-        if row["answered"] is not None
-    ]
-    settled = [(said, found) for said, found in pairs if found is not None]
-    right = sum(said == found for said, found in settled)
-    return Score(right, len(settled), len(pairs) - len(settled), len(rows) - len(pairs))
+def shuffled(claim: Claim) -> list[str]:
+    """Return the conditions that are asked, in the order of showing: the same in every run."""
+    names = list(claim.asks)
+    random.Random(f"{_SEED} {claim.id}").shuffle(names)
+    return names
+
+
+def _need_asked(claim: Claim, condition: str, asked: tuple[str, ...]) -> None:
+    if condition not in asked:
+        known = f"asked are {list(asked)}" if asked else "it asks for none"
+        raise ValueError(f"{claim.id} does not ask for {condition!r}: {known}")
+
+
+def _note(claim: Claim, condition: str, says: str | float, sure: int | None) -> None:
+    own, key = _said.setdefault(claim.id, {}), (condition, sure is None)
+    if claim.id in _closed:
+        if key in own and own[key].says == says:
+            return
+        raise ValueError(
+            f"the verdict of {claim.id} is on the screen already, so {says!r} is no prediction "
+            "any more: restart the kernel to predict anew"
+        )
+    own[key] = Said(condition, says, sure, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def _question(claim: Claim) -> str:
-    labels = " / ".join(claim.answers.values())
-    return f"Predict: {claim.question} ({labels})"
+    lines = []
+    if claim.asks:
+        labels = " or ".join(label_of(claim, says) for says in ("holds", "fails"))
+        lines = [f"Predict before you run on: {labels}?", *(f"  - {n}" for n in shuffled(claim))]
+    if claim.sized:
+        lines.append(_size_question(claim))
+    return "\n".join(lines)
+
+
+def _size_question(claim: Claim) -> str:
+    return f"How large will it be? {claim.sized}: {claim.metric}"
 
 
 def _widget(claim: Claim) -> Any | None:
-    """Return question, buttons and a line that says what was noted; None without ipywidgets."""
+    """Return the questions as widgets; None without ipywidgets."""
     try:
         import ipywidgets
     except ImportError:
         return None
-    note = ipywidgets.HTML()
-    buttons = {
-        choice: ipywidgets.Button(description=label, layout={"width": "auto"})
-        for choice, label in claim.answers.items()
-    }
+    rows: list[Any] = []
+    if claim.asks:
+        rows.append(ipywidgets.HTML("<b>Predict before you run on</b>: one tap a line."))
+        rows += [_row(ipywidgets, claim, name) for name in shuffled(claim)]
+    if claim.sized:
+        rows.append(_slider(ipywidgets, claim))
+    return ipywidgets.VBox(rows)
 
-    def refresh() -> None:
-        chosen = _answers.get(claim.id)
-        for choice, button in buttons.items():
-            button.button_style = "info" if choice == chosen else ""
-        note.value = html.escape(_note(claim, chosen))
 
-    def take(choice: str) -> None:
-        if claim.id not in _closed:
-            answer(claim.id, choice)
-        refresh()
+def _row(widgets: Any, claim: Claim, condition: str) -> Any:
+    """Return one condition: surely fails ... a guess | a guess ... surely holds."""
+    note = widgets.HTML()
+    scale = [("fails", 3), ("fails", 2), ("fails", 1), ("holds", 1), ("holds", 2), ("holds", 3)]
+    buttons = {}
+    for says, sure in scale:
+        buttons[says, sure] = widgets.Button(
+            description=SURE[sure],
+            tooltip=f"{condition}: {label_of(claim, says)} ({SURE[sure]})",
+            layout={"width": "4.6em", "margin": "1px"},
+        )
 
-    for choice, button in buttons.items():
-        button.on_click(lambda _, choice=choice: take(choice))
+    def refresh(refused: str = "") -> None:
+        said = _said.get(claim.id, {}).get((condition, False))
+        for key, button in buttons.items():
+            chosen = said is not None and key == (said.says, said.sure)
+            button.button_style = "info" if chosen else ""
+        note.value = html.escape(refused or (f"noted: {said.text(claim)}" if said else ""))
+
+    def tap(says: str, sure: int) -> None:
+        try:
+            answer(claim.id, condition, says, sure)
+        except ValueError:
+            refresh("the verdict is on the screen: restart the kernel to predict anew")
+        else:
+            refresh()
+
+    for (says, sure), button in buttons.items():
+        button.on_click(lambda _, says=says, sure=sure: tap(says, sure))
     refresh()
-    question = ipywidgets.HTML(f"<b>{html.escape(claim.question)}</b>")
-    return ipywidgets.VBox([question, ipywidgets.HBox(list(buttons.values())), note])
+    fails, holds = (html.escape(label_of(claim, says)) for says in ("fails", "holds"))
+    scale_row = [
+        widgets.HTML(f"<small>{fails}</small>"),
+        *buttons.values(),
+        widgets.HTML(f"<small>{holds}</small>"),
+        note,
+    ]
+    name = widgets.HTML(html.escape(condition))
+    return widgets.VBox([name, widgets.HBox(scale_row, layout={"flex_flow": "row wrap"})])
 
 
-def _note(claim: Claim, chosen: str | None) -> str:
-    if claim.id in _closed:
-        kept = f"noted: {claim.answers[chosen]}; " if chosen else ""
-        return f"{kept}the claim is judged, restart the kernel to answer anew"
-    return f"noted: {claim.answers[chosen]}" if chosen else ""
+def _slider(widgets: Any, claim: Claim) -> Any:
+    note = widgets.HTML()
+    said = _said.get(claim.id, {}).get((claim.sized, True))
+    low, high = _LOG_RANGE
+    slider = widgets.FloatLogSlider(
+        value=said.says if said else 1.0, base=10, min=low, max=high, step=0.02,
+        continuous_update=False, readout_format=".2g",
+    )  # fmt: skip
+    note.value = html.escape(f"noted: {said.text(claim)}" if said else "")
+
+    def moved(change: Mapping[str, Any]) -> None:
+        try:
+            guess(claim.id, claim.sized, change["new"])
+        except ValueError:
+            note.value = "the verdict is on the screen: restart the kernel to predict anew"
+        else:
+            note.value = html.escape(f"noted: {_said[claim.id][claim.sized, True].text(claim)}")
+
+    slider.observe(moved, names="value")
+    question = widgets.HTML(html.escape(_size_question(claim)))
+    return widgets.VBox([question, widgets.HBox([slider, note])])

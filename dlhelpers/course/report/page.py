@@ -9,13 +9,13 @@ from typing import Any
 from urllib.parse import quote
 
 from dlhelpers.course.claims.advice import advice, main_claim
-from dlhelpers.course.claims.cards import THEORIES, said_by_answer, word_of
+from dlhelpers.course.claims.cards import THEORIES, word_of
 from dlhelpers.course.claims.catalog import all_claims, all_tips
 from dlhelpers.course.claims.claim import Claim, Tip
 from dlhelpers.course.claims.conditions import STANDINGS, Judged, Tally
 from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
 from dlhelpers.course.claims.judging import Control
-from dlhelpers.course.claims.predictions import score_of
+from dlhelpers.course.claims.said import Said, score_of
 from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence
 from dlhelpers.course.report import picture
 from dlhelpers.course.report.cells import Cell
@@ -92,7 +92,7 @@ def render(
         _failures(failed),
         _headline(tallies, {claim.id: claim for claim in claims}, rows.values()),
         picture.picture_table(lines_of([ledger], claims), tips, ["this machine"], link),
-        f"<p>{escape(str(score_of(rows.values())))}{_undated(rows.values())}</p>",
+        f"{score_of(rows.values())._repr_html_()}<p>{_undated(rows.values())}</p>",
         "<h2>Tips and what to do here</h2>",
         _tips(tips, claims, rows, notebooks),
         "<h2>Claims</h2>",
@@ -146,7 +146,7 @@ def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, lin
     return (
         f"<tr id='{escape(claim.id)}' data-topic='{escape(claim.topic)}' "
         f"data-condition='{' '.join(_kinds_of(tally))}' data-kind='{escape(claim.kind)}'>"
-        f"<td>{_badge(tally)}{_answer(claim, row)}</td>"
+        f"<td>{_badge(tally)}{_predictions(claim, row)}</td>"
         f"<td>{escape(claim.says)}<div class='quiet'>{told}<br>Holds if: {escape(asked(claim))} "
         f"({escape(claim.kind)}){needs}<br>Source: {escape(claim.source)}"
         f"<br><code>{escape(claim.id)}</code> · {link}</div></td>"
@@ -211,13 +211,16 @@ def _undated(rows: Iterable[Mapping[str, Any]]) -> str:
     return f"<br>day and versions unknown: {verdicts}" if number else ""
 
 
-def _answer(claim: Claim, row: Mapping[str, Any] | None) -> str:
-    if not row or row["answer"] is None:
+def _predictions(claim: Claim, row: Mapping[str, Any] | None) -> str:
+    """List what the reader predicted, now and before; an old answer names no condition."""
+    if not row:
         return ""
-    label = claim.answers.get(row["answer"], row["answer"])
-    day = "" if row["answered"] else ", on a day unknown: not scored"
-    means = f" ({said_by_answer(claim, row['answer'])})" if row["answer"] in claim.answers else ""
-    return f"<div class='quiet'>predicted: {escape(label)}{escape(means)}{day}</div>"
+    lines = []
+    for said in map(Said.from_row, (*row["predictions"], *row["earlier"])):
+        day = (said.when or "on a day unknown")[:16].partition("T")[0]
+        what = f"{said.condition}: {said.text(claim)}" if said.condition else f"{said.says} of them"
+        lines.append(f"<br>predicted ({escape(day)}): {escape(what)}")
+    return f"<div class='quiet'>{''.join(lines)[4:]}</div>" if lines else ""
 
 
 def _failures(failed: Sequence[NotebookRun]) -> str:
