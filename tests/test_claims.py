@@ -21,6 +21,7 @@ from dlhelpers.course.claims import catalog, judging, predictions
 from dlhelpers.course.claims.cards import claim_html, claim_text, verdict_html
 from dlhelpers.course.claims.conditions import Judged, Tally
 from dlhelpers.course.claims.intervals import Scale, interval_svg
+from dlhelpers.course.claims.said import Said
 from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence, short
 from dlhelpers.course.verdicts import Threshold, agreement_of
 from dlhelpers.measure import Comparison, Estimate, estimate_mean
@@ -730,9 +731,9 @@ def test_arbitrary_text_is_escaped_in_cards(says, reason):
         words={"holds": says, "fails": says}, found={"true": says, "false": says},
     )  # fmt: skip
     for found in (judging.not_measured(reason), FAST):
-        said = Said(says, "holds", 2, reason), Said(says, 2.0, None, None)
-        verdict = judging.settle(claim, {says: found}, said)
-        page = verdict_html(dataclasses.replace(verdict, earlier=said))
+        both = Said(says, "holds", 2, reason), Said(says, 2.0, None, None)
+        verdict = judging.settle(claim, {says: found}, both)
+        page = verdict_html(dataclasses.replace(verdict, earlier=both))
         assert tags_of(page) <= {
             "div", "b", "table", "tbody", "tr", "td", "svg", "line", "circle", "small", "code",
             "span", "br",

@@ -190,7 +190,7 @@ def test_who_was_not_asked_is_judged_and_asked_anew(claim, monkeypatch):
     verdict = claim.judge(evidence(FAST, SAME))
     assert "Not asked" in verdict._repr_html_()
     assert ledger.read()["rows"][0]["predictions"] == []
-    with pytest.raises(ValueError, match="verdict of fusion.speeds-up is on the screen"):
+    with pytest.raises(ValueError, match=r"verdict of fusion\.speeds-up is on the screen"):
         claims.answer(claim.id, "batch 1", "holds")
     new_session(monkeypatch, 2)
     claims.answer(claim.id, "batch 1", "holds")
@@ -251,7 +251,7 @@ def test_the_score_agrees_with_counting(claim):
     chance = random.Random(0)
     verdicts = {"holds": "agrees", "fails": "against", "unsettled": None}
     rows, right, given, sizes = [], 0, 0, []
-    for number in range(60):
+    for _ in range(60):
         verdict, says = chance.choice(list(verdicts)), chance.choice(["holds", "fails", 2.0])
         condition = {
             "name": "c", "verdict": verdict, "agreement": verdicts[verdict], "effect": 4.0,
@@ -293,9 +293,8 @@ def test_no_rule_that_looks_at_no_claim_is_often_right(path, rule):
     rows = {row["id"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     right = total = 0
     for claim in claims.all_claims():
-        verdicts = {
-            c["name"]: c["verdict"] for c in rows.get(claim.id, {"conditions": []})["conditions"]
-        }
+        conditions = rows[claim.id]["conditions"] if claim.id in rows else []
+        verdicts = {c["name"]: c["verdict"] for c in conditions}
         for place, name in enumerate(asked := predictions.shuffled(claim)):
             if verdicts.get(name) in ("holds", "fails"):
                 total += 1
