@@ -145,7 +145,7 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
         "mechanism: cannot hold",
         "judged 2026-01-03",
         "Timed conditions for which the mechanism commits itself: 2 of 2 came out as it says. "
-        "Theories and thresholds are those of 2026-01-02.",
+        "A theory or a threshold last changed on 2026-01-02.",
         "no difference",
         "a paper, table 1",
         "Fuse them.",
