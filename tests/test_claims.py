@@ -856,7 +856,7 @@ def test_what_stands_before_names_is_said_once_but_for_its_preposition():
     ],
 )  # fmt: skip
 def test_a_control_says_what_it_cannot_rule_out(control, said):
-    bars = [Threshold(">=", 1.1), Threshold("<=", 3.0), None]
+    bars = [Threshold(">=", 1 / 1.1), Threshold("<=", 3.0), None]
     assert judging.Control(*control).told(bars) == said
 
 
