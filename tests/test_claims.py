@@ -20,7 +20,7 @@ from dlhelpers.course import claims, ledger
 from dlhelpers.course.claims import catalog, judging, predictions
 from dlhelpers.course.claims.cards import claim_html, claim_text, verdict_html
 from dlhelpers.course.claims.conditions import Judged, Tally
-from dlhelpers.course.claims.intervals import Scale, interval_svg
+from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
 from dlhelpers.course.claims.said import Said
 from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence, short
 from dlhelpers.course.verdicts import Threshold, agreement_of
@@ -785,6 +785,78 @@ def test_an_interval_is_drawn_inside_its_picture(effect, a, b, log, bound):
 def test_effects_keep_their_unit_and_say_where_there_is_no_interval(kind, unit, numbers, said):
     claim = SimpleNamespace(kind=kind, unit=unit, found={})
     assert effect_text(claim, Judged("x", "fails", *numbers, threshold=None)) == said
+
+
+@pytest.mark.parametrize(
+    ("unit", "found", "said", "bound"),
+    [
+        ("% of the file", 0.25, "25 % of the file", ">= 50 %"),
+        ("% of the file", 1, "100 % of the file", ">= 50 %"),
+        ("a loss of {}", -0.5, "a loss of -0.5", ">= 0.5"),
+        ("steps of 1/255", 1, "1 step of 1/255", ">= 0.5"),
+        ("steps of 1/255", 2, "2 steps of 1/255", ">= 0.5"),
+        ("differing values", 1, "1 differing value", ">= 0.5"),
+        ("x", math.inf, "infinite", ">= 0.5x"),
+        ("% of the file", math.nan, "not a number", ">= 50 %"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["exact", "memory"])
+def test_a_count_or_a_share_has_its_word(exact_claim, kind, unit, found, said, bound):
+    claim = dataclasses.replace(exact_claim(">= 0.5"), unit=unit, kind=kind)
+    judged = Judged("x", "fails", found, found, found, claim.threshold)
+    assert effect_text(claim, judged) == said
+    counted = kind == "exact" or "%" in unit or "{" in unit or unit == "x"
+    assert not counted or asked(claim).endswith(f" {bound}")
+
+
+def test_seeds_that_all_gave_the_same_are_no_interval():
+    claim = SimpleNamespace(kind="accuracy", unit="points")
+    judged = Judged("x", "fails", 0.0, 0.0, 0.0, Threshold(">=", 5.0))
+    assert effect_text(claim, judged) == "0 points each time"
+
+
+def test_what_stands_before_names_is_said_once_but_for_its_preposition():
+    where = SimpleNamespace(where="with the")
+    conditions = [SimpleNamespace(name=name, where=where.where) for name in "AB"]
+    claim = SimpleNamespace(
+        kind="time", unit="", conditions=conditions, words={"holds": "pays", "fails": "fails"}
+    )
+    judged = [Judged(name, "holds", 2.0, 2.0, 2.0, None) for name in "AB"]
+    assert sentence(claim, judged) == "Pays with the A (2.00x) and the B (2.00x)"
+
+
+@pytest.mark.parametrize(
+    ("control", "said"),
+    [
+        ((1.0, 0.98, 1.02, "no difference"), ("1.00x [0.98, 1.02]", "")),
+        ((1.1, 0.99, 1.23, "undecided"), ("1.10x [0.99, 1.23]", "too wide to rule out 1.1x")),
+        ((0.95, 0.88, 1.02, "undecided"), ("0.95x [0.88, 1.02]", "too wide to rule out 1.1x")),
+        ((1.0, 0.0, None, "undecided"), ("1.00x [no interval]", "too few repetitions to tell "
+                                         "anything")),
+        ((0.8, 0.7, 0.9, "slower"), ("0.80x [0.70, 0.90]", "slower")),
+        ((None, None, None, "not measured"), ("", "not measured")),
+    ],
+)  # fmt: skip
+def test_a_control_says_what_it_cannot_rule_out(control, said):
+    bars = [Threshold(">=", 1 / 1.1), Threshold("<=", 3.0), None]
+    assert judging.Control(*control).told(bars) == said
+
+
+@pytest.mark.parametrize(
+    ("tally", "colour"),
+    [
+        (Tally(holds=1, agrees=1), "TREATMENT"),
+        (Tally(holds=1, agrees=1, unsettled=2), "BASELINE"),
+        (Tally(holds=1, agrees=1, missing=1), "TREATMENT"),
+        (Tally(holds=1, unsettled=3, against=("batch 64",)), "FAILING"),
+        (Tally(holds=1), "BASELINE"),
+        (None, "BASELINE"),
+    ],
+)
+def test_the_bar_of_a_claim_is_grey_where_little_is_settled(tally, colour):
+    from dlhelpers.course import plots
+
+    assert bar_colour(tally) == getattr(plots, colour)
 
 
 def test_a_card_outside_ipython_shows_nothing_and_prints_everything(declared, capsys):

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from dlhelpers.course import claims, ledger, report
 from dlhelpers.course.claims.advice import advice
 from dlhelpers.course.claims.claim import Claim, Condition, Tip
-from dlhelpers.course.claims.conditions import Judged
+from dlhelpers.course.claims.conditions import Judged, Tally
+from dlhelpers.course.claims.course import agreement_text
 from dlhelpers.course.report import command
 from dlhelpers.course.report import machines as machines_page
 from dlhelpers.course.report.cells import Cell, cells_of_claims
@@ -109,7 +110,7 @@ class Page(HTMLParser):
         self.addresses += [named[k] for k in ("href", "src", "action", "data") if k in named]
         if tag == "tr" and "data-condition" in named:
             self.rows.append(named)
-        if tag not in ("meta", "input", "line", "circle", "br"):
+        if tag not in ("meta", "input", "line", "circle", "br", "wbr"):
             self.stack.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -147,7 +148,7 @@ def test_a_row_shows_verdict_evidence_source_and_a_link_to_its_notebook():
         "mechanism: cannot hold",
         "judged 2026-01-03",
         "Timed conditions for which the mechanism commits itself: 2 of 2 came out as it says. "
-        "Theories and thresholds are those of 2026-01-02.",
+        "A theory or a threshold last changed on 2026-01-02.",
         "no difference",
         "a paper, table 1",
         "Fuse them.",
@@ -174,6 +175,30 @@ def test_filters_offer_what_the_rows_carry():
     assert found == [("fusion", "agrees", "time"), ("pairing", "not-run", "exact")]
     for value in ("fusion", "pairing", "agrees", "not-run", "time", "exact"):
         assert f"<option value='{value}'>" in page
+
+
+def test_a_filter_finds_every_claim_with_such_a_condition():
+    row = a_row(second="unsettled")
+    page = report.render(a_ledger(row), claims=[a_claim()], tips=TIPS)
+    assert Page(page).rows[0]["data-condition"].split() == ["agrees", "unsettled"]
+    assert "<option value='unsettled'>unsettled</option>" in page
+
+
+def test_a_control_that_rules_out_little_is_named():
+    wide = {"effect": 1.0, "low": 0.9, "high": 1.1, "outcome": "undecided"}
+    page = Page(report.render(a_ledger(a_row(control=wide)), claims=[a_claim()], tips=TIPS))
+    said = " ".join(page.text.split())
+    assert "reaches a threshold of their claim: fusion.speeds-up" in said
+    assert "undecided, too wide to rule out 1.05x" in page.text
+    quiet = Page(report.render(a_ledger(a_row()), claims=[a_claim()], tips=TIPS))
+    assert "rule out" not in quiet.text
+
+
+def test_a_headline_names_no_group_that_is_empty():
+    said = timed_headline([a_row(conditions=[interval(1.2, 1.1, 1.3, theory=None)])], [a_claim()])
+    assert said.startswith("Of 1 timed condition no prediction by the mechanism was recorded.")
+    assert "0 " not in timed_headline([a_row()], [a_claim()])
+    assert agreement_text(Tally(fails=2, open=2)) == "2 that the mechanism leaves open"
 
 
 def test_every_tip_is_listed_with_advice_or_where_it_will_be_treated():
@@ -304,7 +329,7 @@ def test_arbitrary_text_is_escaped(text):
         report.compare([book, a_ledger()], claims=[claim]),
     ]
     for page in map(Page, pages):
-        assert set(page.tags) <= KNOWN_TAGS
+        assert set(page.tags) <= KNOWN_TAGS | {"wbr"}
         assert not page.stack
         assert "".join(text.split()) in "".join(page.text.split())
 

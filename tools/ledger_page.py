@@ -120,7 +120,10 @@ def _range(claim: claims.Claim, found: Sequence[Judged]) -> str:
     """Return the number of a condition on several machines, or the least and the largest."""
     ordered = sorted(found, key=lambda c: (c.effect is None, c.effect or 0))
     texts = [effect_text(claim, c, interval=False) for c in (ordered[0], ordered[-1])]
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+    (least, *unit), (most, *other) = (text.split(" ", 1) for text in texts)
+    if texts[0] == texts[1] or unit != other:
+        return " to ".join(dict.fromkeys(texts))
+    return " ".join([f"{least} to {most}", *unit])  # 17 to 20 % of the file
 
 
 def _plain(text: str) -> str:

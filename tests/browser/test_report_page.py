@@ -50,11 +50,20 @@ def test_the_report_is_legible_and_its_filters_filter(browser, report, scheme):
     every = rows.count()
     assert every >= len(ledger.read(LEDGERS[0])["rows"])
     page.locator("select[data-filter='topic']").select_option("profiling")
-    page.locator("select[data-filter='mechanism']").select_option("agrees")
+    page.locator("select[data-filter='condition']").select_option("agrees")
     shown = page.locator("#claims > tbody > tr:visible").count()
     assert 0 < shown < every
     assert page.locator("#shown").inner_text() == f"{shown} of {every} claims shown"
     assert page.locator("#claims svg").count() > 0  # effects with intervals
+    heights = page.locator("#claims .number:visible").evaluate_all(
+        "all => all.map(span => span.getClientRects().length)"
+    )
+    assert set(heights) == {1}, "a number with its interval stands in one line"
+    hidden = page.locator("#tips a[href^='#']").first
+    target = hidden.get_attribute("href").removeprefix("#")
+    assert not page.locator(f"[id='{target}']").is_visible()
+    hidden.click()
+    assert page.locator(f"[id='{target}']").is_visible(), "a link shows what a filter hid"
     page.evaluate("window.scrollTo(0, 0)")
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"report_{scheme}.png")

@@ -28,7 +28,7 @@ _SAID = {
     "nothing": "it does nothing",
     "worse": "it costs more than it saves",
 }
-_NEGATIONS = ("fails", "nothing")
+_NEGATIONS = ("fails", "nothing", "not-measured")
 
 
 def main_claim(tip: Tip, claims: Sequence[Claim]) -> Claim | None:

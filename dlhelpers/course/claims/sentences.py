@@ -231,7 +231,7 @@ def _with_unit(text: str, value: float | None, unit: str) -> str:
         return unit.format(text)
     if unit == "x" or not unit:
         return text + unit
-    one = value is not None and abs(value) == 1
+    one = value is not None and abs(value) == 1 and not unit.startswith("%")
     return f"{text} {re.sub(r's(?= |$)', '', unit, count=1) if one else unit}"
 
 

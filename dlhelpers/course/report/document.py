@@ -10,7 +10,7 @@ from urllib.parse import quote
 from dlhelpers.course.report import picture
 from dlhelpers.course.report.cells import Cell
 
-__all__ = ["cell_link", "document", "machine_line"]
+__all__ = ["breakable", "cell_link", "document", "machine_line"]
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --jp-ui-font-color1: #1f2328;
@@ -50,6 +50,11 @@ def document(title: str, sections: Iterable[str]) -> str:
 def machine_line(ledger: Mapping[str, Any]) -> str:
     """Return the machine of a ledger in a line."""
     return str(ledger["machine"].get("line") or "a machine that is not described")
+
+
+def breakable(text: str) -> str:
+    """Return text as HTML whose lines may end after a slash, as in a list of instruction sets."""
+    return escape(text).replace("/", "/<wbr>")
 
 
 def cell_link(notebook: str, folder: str, cell: Cell | None = None, text: str = "") -> str:

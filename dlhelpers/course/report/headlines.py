@@ -48,5 +48,5 @@ def timed_headline(rows: Iterable[Mapping[str, Any]], claims: Sequence[Claim]) -
         said.append(f"Of {of} no prediction by the mechanism was recorded.")
     days = [c.since for c in judged if c.since is not None]
     if days:
-        said.append(f"Theories and thresholds are those of {max(days)}.")
+        said.append(f"A theory or a threshold last changed on {max(days)}.")
     return " ".join(said)

@@ -14,7 +14,7 @@ from dlhelpers.course.claims.catalog import all_claims, all_tips
 from dlhelpers.course.claims.claim import Claim, Tip
 from dlhelpers.course.report import picture
 from dlhelpers.course.report.cells import Cell
-from dlhelpers.course.report.document import cell_link, document, machine_line
+from dlhelpers.course.report.document import breakable, cell_link, document, machine_line
 from dlhelpers.course.report.headlines import CHOSEN, timed_headline
 from dlhelpers.course.report.page import orphans
 from dlhelpers.course.report.squares import Line, gaps, lines_of
@@ -48,7 +48,7 @@ def compare(
     known = {claim.id for claim in claims}
     turned = sum(line.turned for line in lines)
     machines = "".join(
-        f"<li>{escape(machine_line(ledger))} <span class='quiet'>torch "
+        f"<li>{breakable(machine_line(ledger))} <span class='quiet'>torch "
         f"{escape(str(ledger['versions'].get('torch')))} · {escape(str(ledger['created']))}</span>"
         f"<br>{escape(timed_headline(ledger['rows'], claims))}</li>"
         for ledger in ledgers

@@ -19,7 +19,7 @@ from dlhelpers.course.claims.said import Said, score_of
 from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence
 from dlhelpers.course.report import picture
 from dlhelpers.course.report.cells import Cell
-from dlhelpers.course.report.document import cell_link, document, machine_line
+from dlhelpers.course.report.document import breakable, cell_link, document, machine_line
 from dlhelpers.course.report.headlines import CHOSEN, timed_headline
 from dlhelpers.course.report.running import NotebookRun
 from dlhelpers.course.report.squares import lines_of
@@ -87,7 +87,7 @@ def render(
         for claim in claims
     )
     sections = [
-        f"<p>{escape(machine_line(ledger))}<br><span class='quiet'>"
+        f"<p>{breakable(machine_line(ledger))}<br><span class='quiet'>"
         f"{escape(_versions(ledger))} · begun {escape(str(ledger['created']))}</span></p>",
         _failures(failed),
         _headline(tallies, {claim.id: claim for claim in claims}, rows.values()),
@@ -335,7 +335,7 @@ def _tips(
 
 def _machine(ledger: Mapping[str, Any]) -> str:
     lines = "".join(
-        f"<tr><td>{escape(str(name))}</td><td>{escape(_plain(value))}</td></tr>"
+        f"<tr><td>{escape(str(name))}</td><td>{breakable(_plain(value))}</td></tr>"
         for name, value in ledger["machine"].items()
     )
     return f"<table><tbody>{lines}</tbody></table>"
