@@ -727,7 +727,7 @@ def test_arbitrary_text_is_escaped_in_cards(says, reason):
     )
     claim = SimpleNamespace(
         id=says, says=says, kind="time", metric=reason, threshold=Threshold(">=", 1.05), unit=says,
-        conditions=(condition,), control=False, asks=(says,), sized="",
+        conditions=(condition,), control=False, asks=(says,), sized="", axis=None,
         words={"holds": says, "fails": says}, found={"true": says, "false": says},
     )  # fmt: skip
     for found in (judging.not_measured(reason), FAST):

@@ -59,7 +59,7 @@ def test_a_ledger_holds_exactly_the_keys_of_its_schema(path):
     ledger.update(row(), path)
     found = json.loads(path.read_text(encoding="utf-8"))
     assert list(found) == ["schema", "machine", "versions", "created", "rows"]
-    keys = "id judged versions control predictions earlier conditions"
+    keys = "id judged versions control predictions earlier axis conditions"
     assert " ".join(found["rows"][0]) == keys
     assert found["schema"] == 2
     assert found["machine"] == MACHINE
@@ -95,7 +95,7 @@ def test_an_answer_on_all_conditions_is_read_as_an_earlier_prediction(path):
     ledger.update(row(), path)
     found = json.loads(path.read_text(encoding="utf-8"))
     (old,) = found["rows"]
-    del old["predictions"], old["earlier"]
+    del old["predictions"], old["earlier"], old["axis"]
     old |= {"answer": "some", "answered": "2026-01-01T00:00:00+00:00"}
     path.write_text(json.dumps(found), encoding="utf-8")
     (read,) = ledger.read(path)["rows"]

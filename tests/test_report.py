@@ -76,7 +76,9 @@ def a_row(id="fusion.speeds-up", first="holds", second="fails", **changes):
     control = {"effect": 1.0, "low": 0.98, "high": 1.02, "outcome": "no difference"}
     now = "2026-01-03T00:00:00+00:00"
     told = {"id": id, "judged": now, "versions": {"torch": "2.13.0"}, "control": control}
-    return told | {"conditions": conditions, "predictions": [], "earlier": []} | changes
+    return (
+        told | {"conditions": conditions, "predictions": [], "earlier": [], "axis": None} | changes
+    )
 
 
 def predicted(says, condition="batch 1", sure=2, when="2026-01-02T00:00:00+00:00"):

@@ -7,9 +7,10 @@ A ledger is one JSON file with exactly these keys:
     versions  package -> version, when it was last written
     created   time of the ledger's beginning, ISO 8601, UTC
     rows[]    one row a claim: id, judged (time, UTC), versions (package -> version), control,
-              predictions and earlier ones (condition, says, sure, when), and of each of its
-              conditions: name, verdict, agreement, effect, low, high, threshold, theory, since,
-              reason
+              predictions and earlier ones (condition, says, sure, when), axis (unit, where,
+              threshold, and of each point: at, effect, low, high, verdict; null without), and of
+              each of its conditions: name, verdict, agreement, effect, low, high, threshold,
+              theory, since, reason
 
 ``verdict`` is one of holds, fails, unsettled, not-measured, and ``reason`` says why it is one of
 the last two; ``agreement`` (agrees, against, open) says whether that is what the theory of the
@@ -119,7 +120,8 @@ def update(row: Mapping[str, Any], path: str | Path | None = None) -> dict[str, 
     """
     path = default_path() if path is None else Path(path)
     now = _now()
-    usual = {"judged": now, "versions": _versions(), "predictions": [], "earlier": []}
+    usual = {"predictions": [], "earlier": [], "axis": None}
+    usual |= {"judged": now, "versions": _versions()}
     row = _strict(usual | dict(row))
     if problem := ledger_schema.row_problem(row):
         raise LedgerError(f"this row cannot stand in a ledger: {problem}")

@@ -25,8 +25,12 @@ __all__ = ["ROW_KEYS", "SCHEMA", "problem", "row_problem", "upgraded"]
 
 SCHEMA = 2
 _KEYS = ("schema", "machine", "versions", "created", "rows")
-ROW_KEYS = ("id", "judged", "versions", "control", "predictions", "earlier", "conditions")
+ROW_KEYS = (
+    "id", "judged", "versions", "control", "predictions", "earlier", "axis", "conditions",
+)  # fmt: skip
 _FIRST_ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
+_AXIS_KEYS = ("unit", "where", "threshold", "points")
+_POINT_KEYS = ("at", "effect", "low", "high", "verdict")
 _SAID_KEYS = ("condition", "says", "sure", "when")
 _CONDITION_KEYS = (
     "name", "verdict", "agreement", "effect", "low", "high", "threshold", "theory", "since",
@@ -74,6 +78,8 @@ def row_problem(row: Any) -> str:
     for key in () if is_first else ("predictions", "earlier"):
         if said := _said_problem(row[key]):
             return f"{key}: {said}"
+    if not is_first and (said := _axis_problem(row["axis"])):
+        return f"axis: {said}"
     if not isinstance(row["versions"], (dict, type(None))):
         return f"versions must map packages to versions or be null, got {row['versions']!r}"
     for c in row["conditions"]:
@@ -102,7 +108,8 @@ def _with_predictions(row: Mapping[str, Any]) -> dict[str, Any]:
     if "answer" not in row:
         return dict(row)
     rest = {key: value for key, value in row.items() if key not in ("answer", "answered")}
-    return rest | {"predictions": [], "earlier": _as_earlier(row["answer"], row["answered"])}
+    earlier = _as_earlier(row["answer"], row["answered"])
+    return rest | {"predictions": [], "earlier": earlier, "axis": None}
 
 
 def _as_earlier(answer: str | None, when: str | None) -> list[dict[str, Any]]:
@@ -119,6 +126,7 @@ def _upgraded_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "control": row["control"],
         "predictions": [],
         "earlier": _as_earlier(_OLD_ANSWERS.get(row["answer"], row["answer"]), None),
+        "axis": None,
         "conditions": [_upgraded_condition(c, off) for c in row["conditions"]],
     }
 
@@ -165,6 +173,28 @@ def _parts_problem(row: Any, row_keys: tuple[str, ...], condition_keys: tuple[st
             if not isinstance(part[key], str):
                 return f"{where}{key} must be text, got {part[key]!r}"
     return ""
+
+
+def _axis_problem(axis: Any) -> str:
+    if axis is None:
+        return ""
+    if not isinstance(axis, dict) or set(axis) != set(_AXIS_KEYS):
+        return f"expected null or the keys {', '.join(_AXIS_KEYS)}, got {axis!r}"
+    for key in ("unit", "where"):
+        if not isinstance(axis[key], str):
+            return f"{key} must be text, got {axis[key]!r}"
+    if not isinstance(axis["points"], list) or not axis["points"]:
+        return f"points must be a list of points, got {axis['points']!r}"
+    for point in axis["points"]:
+        if not isinstance(point, dict) or set(point) != set(_POINT_KEYS):
+            return f"expected the keys {', '.join(_POINT_KEYS)}, got {point!r}"
+        if point["verdict"] not in _VERDICTS:
+            return f"verdict {point['verdict']!r} is none of {', '.join(_VERDICTS)}"
+        if not isinstance(point["at"], (int, float)):
+            return f"at must be a number, got {point['at']!r}"
+        if said := _not_numbers(point):
+            return said
+    return _unlike(axis, "threshold", Threshold.parse, "text such as '>= 1.05'")
 
 
 def _said_problem(predictions: Any) -> str:

@@ -147,6 +147,9 @@ def _facts(claim: Claim) -> dict[str, str]:
         "source": claim.source,
         "holds if": f"{asked(claim)} ({claim.kind})",
     }
+    if (axis := claim.axis) is not None:
+        ends = f"{axis.points[0]:,g} to {axis.points[-1]:,g} {axis.unit} {axis.where}".strip()
+        facts["and also"] = f"{len(axis.points)} points from {ends}: where does it begin or end?"
     return facts | ({"needs": claim.needs} if claim.needs else {})
 
 

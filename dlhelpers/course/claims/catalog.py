@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from dlhelpers.course.claims.break_even import MOST_POINTS, Axis
 from dlhelpers.course.claims.claim import (
     CONFIRMED,
     YES,
@@ -157,6 +158,7 @@ def _claim(row: _Row, tips: list[str], notebook: str) -> Claim:
         found=_labels(row, "found", YES),
         asks=tuple(row.take("ask", list, [])),
         sized=row.text("size", ""),
+        axis=_axis(row, kind),
     )
     row.close()
     names = [condition.name for condition in claim.conditions]
@@ -172,6 +174,23 @@ def _claim(row: _Row, tips: list[str], notebook: str) -> Claim:
     if not 0 < claim.negligible < 1:
         row.fail(f"negligible must lie between 0 and 1, such as 0.03, got {claim.negligible}")
     return claim
+
+
+def _axis(row: _Row, kind: str) -> Axis | None:
+    if "axis" not in row.names():
+        return None
+    inner = _Row(f"{row.where}, axis", row.take("axis", dict))
+    axis = Axis(inner.text("unit"), tuple(inner.take("points", list)), inner.text("where", ""))
+    inner.close()
+    points = axis.points
+    is_growing = all(type(p) in (int, float) and p > 0 for p in points) and (
+        list(points) == sorted(set(points))
+    )
+    if not is_growing or not 2 <= len(points) <= MOST_POINTS:
+        inner.fail(f"points must be 2 to {MOST_POINTS} growing positive numbers, got {points}")
+    if kind != "time":
+        inner.fail(f"an axis is measured in times, this claim is of kind {kind!r}")
+    return axis
 
 
 def _labels(row: _Row, key: str, usual: Mapping[str, str]) -> Mapping[str, str]:

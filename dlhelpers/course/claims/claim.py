@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dlhelpers.course.verdicts import Theory, Threshold
 
 if TYPE_CHECKING:
+    from dlhelpers.course.claims.break_even import Axis, BreakEven
     from dlhelpers.course.claims.judging import NotMeasured, Verdict
     from dlhelpers.measure import Comparison
 
@@ -100,6 +101,7 @@ class Claim:
         found: ``true``, ``false`` -> what a truth value means, such as ``an error is raised``.
         asks: names of the conditions that its reader predicts.
         sized: name of the condition whose size is predicted, too; empty for none.
+        axis: the number that its conditions hang on, None without one (kind ``time``).
     """
 
     id: str
@@ -119,6 +121,7 @@ class Claim:
     found: Mapping[str, str] = field(default_factory=YES.copy, hash=False)
     asks: tuple[str, ...] = ()
     sized: str = ""
+    axis: Axis | None = None
 
     @property
     def topic(self) -> str:
@@ -160,7 +163,42 @@ class Claim:
         usual |= {"negligible": self.negligible}
         return measure.compare(baseline, candidate, **(usual | options))
 
-    def judge(self, evidence: Mapping[str, Any] | NotMeasured) -> Verdict:
+    def along_axis(
+        self,
+        sides: Callable[[float], tuple[Callable[[], Any], Callable[[], Any]]],
+        *,
+        budget_s: float = 10.0,
+        **options: Any,
+    ) -> BreakEven:
+        """Measure each point of the claim's axis; the break-even lies where verdicts change.
+
+        Args:
+            sides: point -> (baseline, candidate), callables without arguments.
+            budget_s: for all points together.
+            options: of :func:`dlhelpers.measure.compare`.
+
+        Returns:
+            A BreakEven, to be given to :meth:`judge` as ``break_even``, and drawn by
+            ``plots.break_even``.
+
+        Raises:
+            ValueError: the claim declares no axis.
+        """
+        from dlhelpers import progress
+        from dlhelpers.course.claims import break_even
+
+        points = break_even.axis_of(self).points
+        found = {}
+        with progress.bar(progress=None, total=len(points), desc=self.id, unit="point") as shown:
+            for point in points:
+                pair = sides(point)
+                found[point] = self.compare(*pair, budget_s=budget_s / len(points), **options)
+                shown.update(1)
+        return break_even.from_points(self, found)
+
+    def judge(
+        self, evidence: Mapping[str, Any] | NotMeasured, break_even: BreakEven | None = None
+    ) -> Verdict:
         """Settle the claim and write its row to the ledger of this machine.
 
         Per condition: an interval that wholly meets the threshold holds, one that wholly misses
@@ -173,6 +211,7 @@ class Claim:
                 claim asks for one. Kind ``time`` takes a Comparison, ``accuracy`` an Estimate
                 over seeds, ``exact`` a number or a truth value, ``memory`` a number or an
                 Estimate; every kind takes ``not_measured(reason)``, also for all at once.
+            break_even: of its axis, which the verdict then tells as well.
 
         Returns:
             A Verdict; as the last expression of a cell it shows itself as a card.
@@ -185,7 +224,7 @@ class Claim:
         from dlhelpers.course import ledger
         from dlhelpers.course.claims import judging, predictions
 
-        verdict = judging.settle(self, evidence, said=predictions.given(self.id))
+        verdict = judging.settle(self, evidence, predictions.given(self.id), break_even)
         predictions.take(self.id)
         return judging.recalled(verdict, ledger.record(verdict.as_row()))
 

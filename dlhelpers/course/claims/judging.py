@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dlhelpers.course.claims.break_even import BreakEven
 from dlhelpers.course.claims.conditions import Judged, Tally
 from dlhelpers.course.claims.said import Said
 from dlhelpers.course.verdicts import STRADDLES, Settled, control_off
@@ -94,6 +95,7 @@ class Verdict:
         control: the baseline against itself, None where the claim has none.
         said: what the learner predicted in this session; empty where nobody did.
         earlier: what they predicted before, as the ledger keeps it.
+        break_even: along the claim's axis, None where it was not measured.
         machine: this machine in a line; empty for ``exact`` claims, which are the same anywhere.
     """
 
@@ -103,6 +105,7 @@ class Verdict:
     said: tuple[Said, ...]
     machine: str
     earlier: tuple[Said, ...] = ()
+    break_even: BreakEven | None = None
 
     @property
     def id(self) -> str:
@@ -130,10 +133,10 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """Where it holds and where not, with numbers."""
+        """Where it holds and where not, with numbers, and the break-even."""
         from dlhelpers.course.claims.sentences import sentence
 
-        return sentence(self.claim, self.conditions)
+        return sentence(self.claim, self.conditions, break_even=self.break_even)
 
     def as_row(self) -> dict[str, Any]:
         """Return the ledger's row; the ledger adds the time and the versions."""
@@ -148,6 +151,7 @@ class Verdict:
                 "outcome": control.outcome,
             },
             "predictions": [said.as_row() for said in self.said],
+            "axis": None if self.break_even is None else self.break_even.as_row(),
             "conditions": [c.as_row() for c in self.conditions],
         }
 
@@ -165,7 +169,10 @@ class Verdict:
 
 
 def settle(
-    claim: Claim, evidence: Mapping[str, Any] | NotMeasured, said: tuple[Said, ...] = ()
+    claim: Claim,
+    evidence: Mapping[str, Any] | NotMeasured,
+    said: tuple[Said, ...] = (),
+    break_even: BreakEven | None = None,
 ) -> Verdict:
     """Return the verdict that the evidence supports; :meth:`Claim.judge` says what it takes."""
     evidence = _complete(claim, evidence)
@@ -183,8 +190,17 @@ def settle(
         conditions=conditions,
         control=control,
         said=said,
+        break_even=_trusted(break_even, control),
         machine="" if claim.kind == "exact" else _machine_line(),
     )
+
+
+def _trusted(break_even: BreakEven | None, control: Control | None) -> BreakEven | None:
+    """Return a break-even whose points are unsettled where the control is off."""
+    if break_even is None or control is None or not control.off:
+        return break_even
+    points = tuple(replace(point, verdict="unsettled") for point in break_even.points)
+    return replace(break_even, points=points)
 
 
 def recalled(verdict: Verdict, row: Mapping[str, Any] | None) -> Verdict:

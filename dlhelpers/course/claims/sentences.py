@@ -18,6 +18,7 @@ from dlhelpers.course.claims.claim import CONFIRMED
 from dlhelpers.course.verdicts import Threshold
 
 if TYPE_CHECKING:
+    from dlhelpers.course.claims.break_even import BreakEven
     from dlhelpers.course.claims.claim import Claim
     from dlhelpers.course.claims.conditions import Judged, Tally
 
@@ -81,9 +82,14 @@ def headline(tally: Tally) -> str:
 
 
 def sentence(
-    claim: Claim, conditions: Sequence[Judged], found: Callable[[Judged], str] | None = None
+    claim: Claim,
+    conditions: Sequence[Judged],
+    found: Callable[[Judged], str] | None = None,
+    break_even: BreakEven | None = None,
 ) -> str:
     """Name every condition once: where the tip holds, where not, and where nobody can tell.
+
+    The break-even along the claim's axis comes last.
 
     ``found`` gives the number of a condition in words, :func:`effect_text` where it is None.
     """
@@ -103,6 +109,8 @@ def sentence(
         why = f": {reason}" if reason else ""
         parts.append(f"unsettled {listed(claim, these, found)}{why}")
     parts += _missing(conditions)
+    if break_even is not None:
+        parts.append(f"by {break_even.unit}: {break_even}")
     text = "; ".join(" ".join(part.split()) for part in parts)
     return text[:1].upper() + text[1:]
 

@@ -9,6 +9,7 @@ Source: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/colo
 """
 
 from dlhelpers.course.plots.areas import memory, memory_bars
+from dlhelpers.course.plots.break_even import break_even
 from dlhelpers.course.plots.chains import chain
 from dlhelpers.course.plots.figures import (
     curves,
@@ -31,6 +32,7 @@ __all__ = [
     "BASELINE",
     "FAILING",
     "TREATMENT",
+    "break_even",
     "chain",
     "clipping",
     "curves",

@@ -8,7 +8,9 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from dlhelpers.course.claims import break_even
 from dlhelpers.course.claims.advice import advice, main_claim
+from dlhelpers.course.claims.break_even import BreakEven
 from dlhelpers.course.claims.cards import THEORIES, word_of
 from dlhelpers.course.claims.catalog import all_claims, all_tips
 from dlhelpers.course.claims.claim import Claim, Tip
@@ -142,7 +144,10 @@ def _claim_row(claim: Claim, tip: Tip | None, row: Mapping[str, Any] | None, lin
     tally = _tally_of(row)
     told = f"“{escape(tip.says)}” ({escape(tip.said_by)})" if tip else escape(claim.tip)
     needs = f"<br>needs {escape(claim.needs)}" if claim.needs else ""
-    said = f"<div>{escape(sentence(claim, _conditions_of(row)))}</div>" if row else ""
+    said = ""
+    if row:
+        found = _break_even_of(claim, row)
+        said = f"<div>{escape(sentence(claim, _conditions_of(row), break_even=found))}</div>"
     return (
         f"<tr id='{escape(claim.id)}' data-topic='{escape(claim.topic)}' "
         f"data-condition='{' '.join(_kinds_of(tally))}' data-kind='{escape(claim.kind)}'>"
@@ -209,6 +214,10 @@ def _undated(rows: Iterable[Mapping[str, Any]]) -> str:
     number = sum(row["judged"] is None for row in rows)
     verdicts = "1 verdict" if number == 1 else f"{number} verdicts"
     return f"<br>day and versions unknown: {verdicts}" if number else ""
+
+
+def _break_even_of(claim: Claim, row: Mapping[str, Any]) -> BreakEven | None:
+    return break_even.read(row["axis"], claim.words) if row["axis"] else None
 
 
 def _predictions(claim: Claim, row: Mapping[str, Any] | None) -> str:

@@ -1,0 +1,174 @@
+"""Is the break-even where the verdicts change, and nowhere else?"""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlhelpers.course import claims, ledger_schema, plots
+from dlhelpers.course.claims import break_even, catalog, judging
+from dlhelpers.course.claims.break_even import Axis
+from dlhelpers.course.verdicts import Threshold
+from dlhelpers.measure import Comparison
+
+POINTS = (32.0, 64.0, 128.0, 256.0, 512.0)
+HOLDS, FAILS, OPEN = (1.5, 1.4, 1.6), (1.0, 0.98, 1.02), (1.2, 1.0, 1.4)
+
+
+@pytest.fixture(scope="module")
+def claim():
+    """One of the course's with an axis of its own."""
+    (found,) = (c for c in claims.all_claims() if c.id == "shufflenet.element-wise")
+    words = {"holds": "pays", "fails": "does not pay"}
+    axis = Axis("channels", POINTS, "at 14 by 14 pixels")
+    return replace(found, axis=axis, threshold=Threshold(">=", 1.2), words=words)
+
+
+def comparison(speedup, low, high):
+    return Comparison(
+        speedup, low, high, "faster", 50, 2e-3, 1e-3, 0.95, 0.03, 1.05, (speedup,), "cpu", 2, 1.0
+    )
+
+
+def along(claim, kinds):
+    ends = {"h": HOLDS, "f": FAILS, "u": OPEN}
+    found = {at: comparison(*ends[kind]) for at, kind in zip(POINTS, kinds, strict=True)}
+    return break_even.from_points(claim, found)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "bracket", "told"),
+    [
+        ("ffhhh", (64, 128), "pays from 128 channels at 14 by 14 pixels on, not up to 64"),
+        ("hhhhf", (256, 512), "pays up to 256 channels at 14 by 14 pixels, not from 512 on"),
+        ("fuuhh", (32, 256), "pays from 256 channels at 14 by 14 pixels on, not up to 32"),
+        ("hhhhh", None, "pays everywhere from 32 to 512 channels"),
+        ("fffff", None, "does not pay everywhere from 32 to 512 channels"),
+        ("hfhff", None, "not monotone over 32 to 512 channels"),
+        ("uuuuu", None, "from 32 to 512 channels at 14 by 14 pixels nothing is settled"),
+        ("ffuuu", None, "does not pay at 32, 64 channels at 14 by 14 pixels; the other points"),
+    ],
+)
+def test_the_bracket_and_its_sentence(claim, kinds, bracket, told):
+    found = along(claim, kinds)
+    assert found.bracket == bracket
+    assert told in str(found)
+
+
+@given(st.text("hfu", min_size=5, max_size=5))
+def test_a_bracket_holds_the_only_change(claim, kinds):
+    found = along(claim, kinds)
+    settled = [(at, kind) for at, kind in zip(POINTS, kinds, strict=True) if kind != "u"]
+    changes = [(a, b) for (a, one), (b, other) in pairwise(settled) if one != other]
+    assert found.bracket == (changes[0] if len(changes) == 1 else None)
+    row = found.as_row()
+    assert break_even.read(row, claim.words) == found
+    assert ledger_schema._axis_problem(row) == ""
+
+
+def test_every_point_is_measured_within_the_budget_of_all(claim, monkeypatch):
+    seen = []
+
+    def compare(self, baseline, candidate, **options):
+        seen.append((baseline(), candidate(), options["budget_s"]))
+        return comparison(*(HOLDS if baseline() > 100 else FAILS))
+
+    monkeypatch.setattr(type(claim), "compare", compare)
+    found = claim.along_axis(lambda at: (lambda: at, lambda: -at), budget_s=5)
+    assert seen == [(at, -at, 1.0) for at in POINTS]
+    assert found.bracket == (64, 128)
+
+
+def test_a_claim_without_an_axis_and_other_points_are_refused(claim):
+    with pytest.raises(ValueError, match="declares no axis: add one to"):
+        replace(claim, axis=None).along_axis(lambda at: (print, print))
+    with pytest.raises(ValueError, match="declares"):
+        break_even.from_points(claim, {1.0: comparison(*HOLDS)})
+
+
+def test_the_verdict_tells_it_and_where_the_control_is_off_nothing_is_settled(claim):
+    evidence = {condition.name: comparison(*HOLDS) for condition in claim.conditions}
+    for control, told in ((FAILS, "by channels: pays from 128"), ((1.3, 1.2, 1.4), "nothing is")):
+        control = replace(
+            comparison(*control), outcome="no difference" if control == FAILS else "faster"
+        )
+        verdict = judging.settle(
+            claim, evidence | {"control": control}, break_even=along(claim, "ffhhh")
+        )
+        assert told in verdict.sentence
+        assert verdict.as_row()["axis"]["points"][4]["effect"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("axis", "told"),
+    [
+        ({"unit": "x", "points": [2, 1]}, "2 to 5 growing positive numbers"),
+        ({"unit": "x", "points": [1]}, "2 to 5 growing positive numbers"),
+        ({"unit": "x", "points": [1, 2, 3, 4, 5, 6]}, "2 to 5 growing positive numbers"),
+        ({"unit": "x", "points": [0, 1]}, "2 to 5 growing positive numbers"),
+        ({"points": [1, 2]}, "lacks the key 'unit'"),
+        ({"unit": "x", "points": [1, 2], "more": 1}, "unknown key 'more'"),
+    ],
+)
+def test_a_bad_axis_is_refused_by_name(axis, told):
+    with pytest.raises(ValueError, match=told):
+        catalog._axis(catalog._Row("a.toml, entry 1", {"axis": axis}), "time")
+    with pytest.raises(ValueError, match="measured in times"):
+        catalog._axis(catalog._Row("a", {"axis": {"unit": "x", "points": [1, 2]}}), "exact")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unit": 3},
+        {"points": []},
+        {"points": [{"at": 1}]},
+        {"threshold": "1.2"},
+        {"more": 1},
+    ],
+)
+def test_an_axis_that_breaks_the_schema_is_refused(claim, changes):
+    assert ledger_schema._axis_problem(along(claim, "ffhhh").as_row() | changes)
+
+
+@pytest.mark.parametrize("kinds", ["ffhhh", "hhhhh", "uuuuu"])
+def test_the_figure_shows_curve_band_threshold_and_bracket(claim, kinds):
+    found = along(claim, kinds)
+    figure = plots.break_even(found, ylabel="speedup")
+    (axes,) = figure.axes
+    curve, _, neutral, threshold = axes.lines
+    assert list(curve.get_xdata()) == list(POINTS)
+    assert list(neutral.get_ydata()) == [1, 1]
+    assert list(threshold.get_ydata()) == [1.2, 1.2]
+    assert len(axes.collections) == 1, "the band"
+    assert len(axes.patches) == (found.bracket is not None), "the bracket"
+    title = axes.get_title(loc="left").replace("\n", " ")
+    assert title[:1] == str(found)[:1].upper()
+    assert all(math.isfinite(end) for end in axes.get_ylim())
+
+
+def test_an_infinite_end_leaves_the_picture(claim):
+    points = {at: comparison(1.5, 0.0, math.inf) for at in POINTS}
+    figure = plots.break_even(break_even.from_points(claim, points), ylabel="speedup")
+    assert figure.axes[0].get_ylim()[1] < 1000
+
+
+def test_eight_claims_of_the_course_or_more_have_an_axis():
+    assert sum(claim.axis is not None for claim in claims.all_claims()) >= 8
+
+
+def test_a_card_says_the_axis():
+    for claim in claims.all_claims():
+        assert claim.axis is None or claim.axis.unit in str(claim)
+
+
+def test_reading_needs_no_measurement():
+    row = {"unit": "channels", "where": "", "threshold": ">= 1.2", "points": [
+        {"at": 1, "effect": None, "low": None, "high": None, "verdict": "not-measured"},
+    ]}  # fmt: skip
+    words = SimpleNamespace(words={"holds": "pays", "fails": "does not"}).words
+    assert "nothing is settled" in str(break_even.read(row, words))
