@@ -1,0 +1,107 @@
+"""Does a sweep train as the ordinary loop does, and choose its rate by held-out samples alone?"""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from dlhelpers.course import training
+from dlhelpers.course.sweeps import Sweep, sweep
+
+torch.manual_seed(0)
+X = torch.randn(100, 64)
+Y = X[:, :3].argmax(1)
+TEST = torch.randn(40, 64), torch.randint(0, 3, (40,))
+
+
+def make(seed):
+    return training.digits_mlp(hidden=8, classes=3, seed=seed)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_each_rate_and_seed_ends_where_the_ordinary_loop_ends(optimizer):
+    rates, held_out = (0.01, 0.1), torch.arange(100) % 5 == 4
+    found = sweep(
+        make, F.cross_entropy, (X, Y), TEST, rates=rates, seeds=2, epochs=3, optimizer=optimizer,
+        batch_size=32,
+    )  # fmt: skip
+    for rate, validation, test in zip(rates, found.validation, found.test, strict=True):
+        for seed in range(2):
+            model = make(seed)
+            training.fit(
+                model, F.cross_entropy, (X[~held_out], Y[~held_out]), epochs=3, lr=rate,
+                optimizer=optimizer, batch_size=32, seed=seed,
+            )  # fmt: skip
+            wanted = [
+                100 * training.accuracy(model, *part) for part in ((X[held_out], Y[held_out]), TEST)
+            ]
+            assert [validation[seed], test[seed]] == pytest.approx(wanted, abs=2.6)
+    assert found.best_rate in rates
+
+
+def test_the_test_samples_change_nothing_but_the_test_accuracies():
+    first, second = (
+        sweep(make, F.cross_entropy, (X, Y), test, rates=(0.1, 1.0), seeds=2, epochs=2)
+        for test in (TEST, (TEST[0] + 1, (TEST[1] + 1) % 3))
+    )
+    assert first.validation == second.validation
+    assert first.best_rate == second.best_rate
+    assert first.test != second.test
+
+
+@given(st.lists(st.lists(st.integers(0, 100), min_size=2, max_size=2), min_size=2, max_size=5))
+def test_the_best_rate_is_the_first_with_the_highest_mean(validation):
+    rates = tuple(10.0**-n for n in range(len(validation)))
+    test = tuple((float(n), float(n)) for n in range(len(validation)))
+    found = Sweep(rates, tuple(map(tuple, validation)), test)
+    means = [sum(row) / 2 for row in validation]
+    assert found.best_rate == rates[means.index(max(means))]
+    assert found.at_best == test[means.index(max(means))]
+    logs, middle, low, high = found.curve()
+    assert logs == tuple(map(math.log10, rates))
+    assert low == middle == high
+
+
+def test_a_rule_of_its_own_decides_what_is_right():
+    found = sweep(
+        lambda seed: nn.Sequential(make(seed), nn.Flatten()), F.cross_entropy, (X, Y), TEST,
+        rates=(0.1,), seeds=1, epochs=1, right=lambda outputs, targets: targets >= 0,
+    )  # fmt: skip
+    assert found.test == ((100.0,),)
+
+
+def test_nothing_that_is_given_is_changed():
+    model = make(0)
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    sweep(lambda seed: model, F.cross_entropy, (X, Y), TEST, rates=(0.1,), seeds=2, epochs=1)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"rates": ()}, "positive numbers, at least one"),
+        ({"rates": (0.1, 0.0)}, "positive numbers, at least one"),
+        ({"rates": (0.1,), "optimizer": "adamw"}, "'adamw' is not one of"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(options, told):
+    with pytest.raises(ValueError, match=told):
+        sweep(make, F.cross_entropy, (X, Y), TEST, **options)
+
+
+def test_a_model_with_buffers_and_a_rate_beside_the_grid_are_refused():
+    with pytest.raises(ValueError, match="with buffers"):
+        sweep(
+            lambda seed: nn.Sequential(make(seed), nn.BatchNorm1d(3)), F.cross_entropy, (X, Y),
+            TEST, rates=(0.1,),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="the grid is"):
+        Sweep((0.1,), ((1.0,),), ((1.0,),)).at(0.2)
