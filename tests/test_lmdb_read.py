@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -451,12 +452,7 @@ def test_reading_leaves_no_file_behind_and_needs_no_right_to_write(photos, tmp_p
         "assert not os.access(os.path.dirname(sys.argv[1]), os.W_OK)\n"
         "print(len(LMDBDataset(sys.argv[1])[3][0]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder / "db")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.run(code, folder / "db")
     folder.chmod(0o755)
     assert done.stdout == "3\n", done.stderr
     assert os.listdir(folder) == ["db"]
@@ -623,7 +619,7 @@ def test_a_readers_own_memory_does_not_grow_with_the_dataset(tmp_path):
     )
     items = ((f"{n}", pixels, n) for n in range(1100))
     write_lmdb(items, tmp_path / "db", encode="raw", progress=False)
-    grown = subprocess.check_output([sys.executable, "-c", code, str(tmp_path / "db")], text=True)
+    grown = fresh.run(code, tmp_path / "db").stdout
     assert int(grown) < 1000 * 30_012 / 20
 
 
