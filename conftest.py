@@ -1,5 +1,6 @@
 """Doctests of modules whose extra is not installed are skipped, by name; a fixture for tests."""
 
+import functools
 import gc
 import importlib.util
 from collections.abc import Iterator
@@ -39,3 +40,17 @@ def little_to_collect() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def one_table_of_operators() -> Iterator[None]:
+    """Keep the table of ONNX's operators, which torch makes anew for every export."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # a private place
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        kept = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(kept))
+        yield

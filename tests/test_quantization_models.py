@@ -24,7 +24,8 @@ from dlhelpers.quantization.calling import by_place
 from dlhelpers.quantization.noise import sqnr_db
 from dlhelpers.quantization.weight_reads import weight_reads
 
-FAST = {"budget_s": 0.05, "progress": False}
+FAST = {"budget_s": 0.02, "progress": False}
+pytestmark = pytest.mark.usefixtures("one_table_of_operators")
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra engines is not installed")
 ENGINES = [e for e in ("qnnpack", "x86") if e in torch.backends.quantized.supported_engines]
