@@ -33,6 +33,9 @@ from dlhelpers.lmdb_io import (
 
 COUNT = 40
 
+# both start workers that have nothing of the parent's; one that is spawned imports torch: seconds
+TWIN = "forkserver" if fresh.CONTEXT is None else "spawn"
+
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
@@ -320,7 +323,7 @@ def test_an_error_in_a_thread_reaches_the_reader(database):
 @pytest.mark.parametrize(
     "start",
     [
-        pytest.param(start, marks=pytest.mark.slow if start == "forkserver" else ())
+        pytest.param(start, marks=[pytest.mark.slow] * (start == TWIN))
         for start in multiprocessing.get_all_start_methods()
     ],
 )
@@ -349,8 +352,11 @@ def test_images_of_two_sizes_cannot_be_one_batch(tmp_path, photos):
 @pytest.mark.parametrize(
     ("start", "collate"),
     [
-        # a worker that starts anew imports torch: seconds
-        pytest.param(start, collate, marks=pytest.mark.slow if collate and start != "fork" else ())
+        pytest.param(
+            start,
+            collate,
+            marks=[pytest.mark.slow] * (start == TWIN or (collate and start != "fork")),
+        )
         for start in multiprocessing.get_all_start_methods()
         for collate in (False, True)
     ],
