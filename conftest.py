@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def little_to_collect() -> Iterator[None]:
-    """Set aside what is imported: ``measure_peak`` collects garbage first, a fifth of a second."""
+    """Set aside what is imported: to look at it or to collect it takes a fifth of a second."""
     gc.collect()
     gc.freeze()
     yield
