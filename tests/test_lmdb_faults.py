@@ -123,7 +123,7 @@ def survives_kills(photos, whole, folder, kills, workers=0):
 
 @posix
 def test_a_killed_conversion_leaves_the_old_database_and_goes_on(photos, whole, tmp_path):
-    survives_kills(photos, whole, tmp_path, kills=3)
+    survives_kills(photos, whole, tmp_path, kills=2)
 
 
 @posix
@@ -597,7 +597,7 @@ def flips_elsewhere(photos, whole, tmp_path, count, seed):
 
 
 def test_flipped_bytes_in_records_are_found_and_named(photos, whole, tmp_path):
-    flips_in_records(photos, whole, tmp_path, count=12, seed=0)
+    flips_in_records(photos, whole, tmp_path, count=5, seed=0)
 
 
 @pytest.mark.slow
@@ -606,7 +606,7 @@ def test_two_hundred_flipped_bytes_in_records_are_all_found(photos, whole, tmp_p
 
 
 def test_flipped_bytes_elsewhere_are_found_or_harm_nothing(photos, whole, tmp_path):
-    flips_elsewhere(photos, whole, tmp_path, count=6, seed=0)
+    flips_elsewhere(photos, whole, tmp_path, count=4, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -582,7 +582,7 @@ ENGINES = [
         for e, marks in (("x86", ()), ("qnnpack", pytest.mark.slow))
         if e in torch.backends.quantized.supported_engines
     ),
-    pytest.param("onnxruntime", marks=needs_onnx),
+    pytest.param("onnxruntime", marks=[needs_onnx, pytest.mark.slow]),
 ]
 
 

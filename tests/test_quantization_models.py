@@ -131,7 +131,9 @@ class Keeps(nn.Module):
         return self.kept.detach()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_a_model_that_keeps_computed_tensors_is_quantized(dtype):
     torch.manual_seed(0)
     model, x = Keeps().to(dtype), torch.randn(16, 8, dtype=dtype)

@@ -11,6 +11,8 @@ from dlhelpers.memory import measure_peak
 from dlhelpers.profiling import profile_torch
 from dlhelpers.quantization import quantize_dynamic
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
 CRASH = """
 import faulthandler, os, torch
 from dlhelpers.memory import measure_peak
