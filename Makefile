@@ -5,8 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := course,dali,engines,quant,codecs,stores,profiling,ray,torchdata,dev
 OLDEST := .venv-oldest
-# two at a time, each on one thread
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# two at a time, each on one thread; bytecode is kept for the processes that tests start
+UNIT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 NBVAL := $(BIN)/python -m pytest --nbval -p no:cacheprovider
 # notebooks settle claims while they are tested: their ledger is not the learner's
 TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json

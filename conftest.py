@@ -1,5 +1,6 @@
 """Doctests of modules whose extra is not installed are skipped, by name; a fixture for tests."""
 
+import functools
 import gc
 import importlib.util
 from collections.abc import Iterator
@@ -34,8 +35,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def little_to_collect() -> Iterator[None]:
-    """Set aside what is imported: ``measure_peak`` collects garbage first, a fifth of a second."""
+    """Set aside what is imported: to look at it or to collect it takes a fifth of a second."""
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def one_table_of_operators() -> Iterator[None]:
+    """Keep the table of ONNX's operators, which torch makes anew for every export."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # a private place
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        kept = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(kept))
+        yield

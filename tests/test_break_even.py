@@ -43,14 +43,14 @@ def along(claim, kinds):
 @pytest.mark.parametrize(
     ("kinds", "bracket", "told"),
     [
-        ("ffhhh", (64, 128), "pays from 128 channels at 14 by 14 pixels on, not up to 64"),
-        ("hhhhf", (256, 512), "pays up to 256 channels at 14 by 14 pixels, not from 512 on"),
-        ("fuuhh", (32, 256), "pays from 256 channels at 14 by 14 pixels on, not up to 32"),
-        ("hhhhh", None, "pays everywhere from 32 to 512 channels"),
-        ("fffff", None, "does not pay everywhere from 32 to 512 channels"),
-        ("hfhff", None, "not monotone over 32 to 512 channels"),
-        ("uuuuu", None, "from 32 to 512 channels at 14 by 14 pixels nothing is settled"),
-        ("ffuuu", None, "does not pay at 32, 64 channels at 14 by 14 pixels; the other points"),
+        ("ffhhh", (64, 128), "pays from 128 channels on, not up to 64 (at 14 by 14 pixels)"),
+        ("hhhhf", (256, 512), "pays up to 256 channels, not from 512 on (at 14 by 14 pixels)"),
+        ("fuuhh", (32, 256), "pays from 256 channels on, not up to 32"),
+        ("hhhhh", None, "none, pays everywhere from 32 to 512 channels"),
+        ("fffff", None, "none, does not pay anywhere from 32 to 512 channels"),
+        ("hfhff", None, "not monotone over 32 to 512 channels: pays at 32, 128, not at 64"),
+        ("uuuuu", None, "from 32 to 512 channels nothing is settled"),
+        ("ffuuu", None, "does not pay at 32, 64 channels, the rest of 32 to 512 channels is"),
     ],
 )
 def test_the_bracket_and_its_sentence(claim, kinds, bracket, told):
@@ -92,7 +92,7 @@ def test_a_claim_without_an_axis_and_other_points_are_refused(claim):
 
 def test_the_verdict_tells_it_and_where_the_control_is_off_nothing_is_settled(claim):
     evidence = {condition.name: comparison(*HOLDS) for condition in claim.conditions}
-    for control, told in ((FAILS, "by channels: pays from 128"), ((1.3, 1.2, 1.4), "nothing is")):
+    for control, told in ((FAILS, "break-even: pays from 128"), ((1.3, 1.2, 1.4), "nothing is")):
         control = replace(
             comparison(*control), outcome="no difference" if control == FAILS else "faster"
         )
@@ -147,7 +147,7 @@ def test_the_figure_shows_curve_band_threshold_and_bracket(claim, kinds):
     assert len(axes.collections) == 1, "the band"
     assert len(axes.patches) == (found.bracket is not None), "the bracket"
     title = axes.get_title(loc="left").replace("\n", " ")
-    assert title[:1] == str(found)[:1].upper()
+    assert title == f"Break-even: {found}"
     assert all(math.isfinite(end) for end in axes.get_ylim())
 
 

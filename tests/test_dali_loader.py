@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -573,8 +574,7 @@ def test_a_program_that_leaves_a_loop_ends(samples):
 
 def test_importing_the_module_does_not_import_dali():
     code = "import sys, dlhelpers.dali_io; print('nvidia.dali' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "False"
+    assert fresh.run(code).stdout.strip() == "False"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -4,12 +4,12 @@ import copy
 import itertools
 import os
 import pickle
-import subprocess
-import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -213,22 +213,9 @@ dist.destroy_process_group()
 
 def test_two_processes_that_skip_do_not_wait_for_each_other(files, tmp_path):
     """Rank 0 loses three of its six images between two epochs: a whole batch and a half."""
-    arguments = [str(tmp_path / "gloo"), *map(str, files)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        told = [rank.communicate(timeout=150) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [out.split() for out, _ in told] == [["6", "3"], ["6", "0"]], told
+    with ThreadPoolExecutor(2) as both:
+        told = list(both.map(lambda rank: fresh.run(RANK, rank, tmp_path / "gloo", *files), (0, 1)))
+    assert [rank.stdout.split() for rank in told] == [["6", "3"], ["6", "0"]], told
 
 
 # ---- nothing is left ----

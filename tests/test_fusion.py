@@ -999,7 +999,13 @@ def check_torchvision(name, model=None, inputs=None):
     assert report.folded >= report.found - kept
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("mobilenet", "lraspp")))
+        for name in FEW
+    ],
+)
 def test_torchvisions_models_are_fused_no_less_than_by_torch(name):
     check_torchvision(name)
 

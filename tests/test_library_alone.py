@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -78,30 +80,17 @@ def test_relative_imports_of_the_course_would_be_seen():
 
 
 def test_the_library_alone_loads_nothing_of_the_course():
-    found = run(f"""
-        import importlib, sys
-        for name in {MODULES!r}:
-            importlib.import_module(name)
-        print([name for name in sys.modules if name.startswith("dlhelpers.course")])
-    """)
-    assert found.strip() == "[]"
+    code = f"""
+import importlib, sys
+for name in {MODULES!r}:
+    importlib.import_module(name)
+print([name for name in sys.modules if name.startswith("dlhelpers.course")])
+"""
+    done = fresh.run(code)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 # Without extras
-
-
-def test_every_module_of_the_library_loads_with_the_core_dependencies_alone():
-    found = run(f"""
-        import sys; sys.path.insert(0, "tests")
-        from core_only import hide
-        hidden = hide()
-        assert {{"lmdb", "PIL", "torchvision", "matplotlib", "sklearn", "IPython"}} <= hidden
-        import importlib
-        for name in {MODULES!r}:
-            importlib.import_module(name)
-        print("all", len({MODULES!r}))
-    """)
-    assert found.startswith("all")
 
 
 MISSING = {  # what is done without its extra -> the extra that its error names
@@ -130,16 +119,22 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """Do all of it in one process without extras; return what each was told, and what is left."""
+    """Do all of it in one process without extras; return what each was told, and what is left.
+
+    Every module of the library is loaded first.
+    """
     folder = tmp_path_factory.mktemp("bare")
     printed = run(
         f"""
         import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
         from core_only import hide
-        hide()
-        import contextlib, io, json, os
+        hidden = hide("pytest")
+        assert {{"lmdb", "PIL", "torchvision", "matplotlib", "sklearn", "IPython"}} <= hidden
+        import contextlib, importlib, io, json, os
         from pathlib import Path
-        import torch
+        for name in {MODULES!r}:
+            importlib.import_module(name)
+        import pytest, torch
         from dlhelpers import dali_io, drawing, lmdb_io, profiling
         from dlhelpers.__main__ import main
 
@@ -162,10 +157,22 @@ def told(tmp_path_factory):
                 told[call] = f"no error: {{eval(call)}}"
             except ImportError as error:
                 told[call] = str(error)
+        from dlhelpers.quantization import quantize_static
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+        engines = ["onnxruntime", "openvino"]
+        fast = quantize_static(model, [torch.randn(4, 8)], engine=engines, budget_s=0.05)
+        told["engines"] = str(fast.report())
+        os.chdir({str(ROOT)!r})
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            arguments = ["-q", "-rs", "-o", "addopts=--doctest-modules", "-p", "no:cacheprovider"]
+            tested = ["lmdb_io", "dali_io", "fusion", "tables.py"]
+            status = pytest.main([*arguments, *(f"dlhelpers/{{name}}" for name in tested)])
+        told["doctests"] = f"{{status:d}}: {{said.getvalue()}}"
         print(json.dumps(told))
         """,
         cwd=folder,
         PYTHONPATH=str(ROOT),
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
     )
     return json.loads(printed.splitlines()[-1])
 
@@ -183,40 +190,16 @@ def test_the_command_line_says_which_extra_to_install(arguments, extra, told):
     assert told["left"] == []
 
 
-def test_an_engine_that_is_not_here_drops_out_and_says_what_to_install():
-    found = run("""
-        import sys; sys.path.insert(0, "tests")
-        from core_only import hide
-        hide()
-        import torch
-        from dlhelpers.quantization import quantize_static
-        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
-        print(quantize_static(model, [torch.randn(4, 8)], budget_s=0.5).report())
-    """)
-    assert 'pip install "dlhelpers[engines]"' in found
+def test_an_engine_that_is_not_here_drops_out_and_says_what_to_install(told):
+    assert 'pip install "dlhelpers[engines]"' in told["engines"]
 
 
-def test_doctests_that_need_an_extra_are_skipped_by_name_without_it():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; sys.path.insert(0, 'tests');"
-            "from core_only import hide; hide('pytest'); import pytest;"
-            "sys.exit(pytest.main(['-q', '-rs', '-o', 'addopts=--doctest-modules',"
-            "'-p', 'no:cacheprovider', 'dlhelpers/lmdb_io', 'dlhelpers/dali_io',"
-            "'dlhelpers/fusion', 'dlhelpers/tables.py']))",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "extra lmdb" in done.stdout
-    assert "extra dali" in done.stdout
-    assert "passed" in done.stdout
+def test_doctests_that_need_an_extra_are_skipped_by_name_without_it(told):
+    said = told["doctests"]
+    assert said.startswith("0: "), said
+    assert "extra lmdb" in said
+    assert "extra dali" in said
+    assert "passed" in said
 
 
 # The wheel
@@ -239,13 +222,11 @@ def installed(tmp_path_factory):
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    alone = ["--no-deps", "--no-index"]
-    build = [*pip, "wheel", *alone, "--no-build-isolation", "-w", str(folder), str(source)]
-    subprocess.run(build, check=True, capture_output=True)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})"
+    run(build, cwd=source)  # as pip does
     (wheel,) = folder.glob("*.whl")
     site = folder / "site"
-    subprocess.run([*pip, "install", *alone, "--target", str(site), str(wheel)], check=True)
+    zipfile.ZipFile(wheel).extractall(site)  # which installs what holds Python alone
     return wheel, site
 
 
@@ -347,14 +328,15 @@ def test_the_readmes_examples_run_from_the_wheel_outside_the_repository(
     """One after the other in one process, each in a folder of its own."""
     from PIL import Image
 
+    for kind in ("cats", "dogs"):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for name in range(40):
+            image = Image.effect_noise((300, 280), 64).convert("RGB")
+            image.save(tmp_path / "photos" / kind / f"{name}.jpg")
     scripts = []
     for number, block in enumerate(examples):
         folder = tmp_path / str(number)
-        for kind in ("cats", "dogs"):
-            (folder / "photos" / kind).mkdir(parents=True)
-            for name in range(40):
-                image = Image.effect_noise((300, 280), 64).convert("RGB")
-                image.save(folder / "photos" / kind / f"{name}.jpg")
+        shutil.copytree(tmp_path / "photos", folder / "photos")
         scripts.append(folder / f"{block.split()[1]}.py")
         body = textwrap.indent(f"{GIVEN}{block}", "    ")
         scripts[-1].write_text(f'if __name__ == "__main__":\n{body}', "utf-8")
@@ -403,13 +385,7 @@ def test_a_former_name_is_the_module_of_today_and_warns_once(tmp_path):
         "assert claims.__spec__.name == 'dlhelpers.course.claims'\n"
         "print(len(claims.all_claims()))\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = fresh.run(f"import runpy; runpy.run_path({str(script)!r})")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Warning") == 1
     assert (

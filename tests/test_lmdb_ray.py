@@ -43,15 +43,17 @@ def limit(seconds):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Ray with two workers."""
+    """A Ray with one core, of those processes alone that run tasks."""
     ray = pytest.importorskip("ray", reason='needs Ray: pip install "dlhelpers[ray]"')
     if not hasattr(signal, "SIGALRM"):
         pytest.skip("the time limit of these tests is a signal of POSIX")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with limit(240):
+    with limit(240), pytest.MonkeyPatch.context() as patch:
+        for beside in ("start_monitor", "start_log_monitor", "start_api_server"):
+            patch.setattr(ray._private.node.Node, beside, lambda *_, **__: None, raising=False)
         ray.init(
             "local",  # whatever else runs on this machine
-            num_cpus=2,
+            num_cpus=1,  # and a worker for each: it imports torch
             include_dashboard=False,
             object_store_memory=80_000_000,
             log_to_driver=False,
@@ -131,6 +133,7 @@ def test_the_shard_of_a_worker_that_is_killed_is_written_by_another_one(tmp_path
     assert is_whole(folder)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_each_time_is_named(tmp_path, in_time):
     def die(source):
         source.marker.unlink()
@@ -144,6 +147,34 @@ def test_a_worker_that_dies_each_time_is_named(tmp_path, in_time):
     assert is_whole(source.folder)
 
 
+def test_so_it_is_where_ray_says_that_it_died(tmp_path, in_time, monkeypatch):
+    def dies(*_):
+        raise in_time.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(in_time, "get", dies)
+    with pytest.raises(ChildProcessError, match=r"shard-0000\d-of-00004.*its worker died each"):
+        on_ray.write(Pixels(tmp_path / "db", -1, None), tmp_path / "db", SHARDS, progress=False)
+
+
+def test_after_an_interrupt_the_same_call_goes_on(tmp_path, in_time, monkeypatch):
+    source, wait, waits = Pixels(tmp_path / "db", -1, None), in_time.wait, []
+
+    def interrupted(*given, **options):
+        waits.append(given)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+        return wait(*given, **options)
+
+    monkeypatch.setattr(in_time, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        on_ray.write(source, source.folder, SHARDS, progress=False)
+    assert "the same call continues" in stopped.value.__notes__[0]
+    report = on_ray.write(source, source.folder, SHARDS, progress=False)
+    assert report.resumed_from >= COUNT // SHARDS
+    assert is_whole(source.folder)
+
+
+@pytest.mark.slow
 def test_after_ctrl_c_the_same_call_goes_on(tmp_path, in_time):
     def dawdle(_):
         for _ in range(200):
@@ -155,16 +186,17 @@ def test_after_ctrl_c_the_same_call_goes_on(tmp_path, in_time):
         os.kill(os.getpid(), signal.SIGINT)
 
     source = Pixels(tmp_path / "db", 47, dawdle)
+    options = {"cpus_per_task": 0.5, "progress": False}  # two at a time
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Thread(target=press, daemon=True).start()
         with pytest.raises(KeyboardInterrupt) as stopped:
-            on_ray.write(source, source.folder, SHARDS, progress=False)
+            on_ray.write(source, source.folder, SHARDS, **options)
     finally:
         signal.signal(signal.SIGINT, before)
     assert "the same call continues" in stopped.value.__notes__[0]
     # the tasks of the first call are still at work, and have their locks
-    report = on_ray.write(source, source.folder, SHARDS, progress=False)
+    report = on_ray.write(source, source.folder, SHARDS, **options)
     assert report.resumed_from >= 16
     assert is_whole(source.folder)
 
@@ -205,6 +237,27 @@ def test_a_source_that_cannot_be_sent_is_refused(tmp_path, in_time):
 
 
 # ---- without one ----
+
+
+def test_a_task_waits_for_one_that_still_writes_its_shard(tmp_path):
+    """As the tasks of a call that was interrupted do."""
+    reached, leave = threading.Event(), threading.Event()
+
+    class Waits(Pixels):
+        def __getitem__(self, index):
+            if index == 62 and threading.current_thread() is not threading.main_thread():
+                reached.set()
+                leave.wait(60)
+            return pixels(index), index
+
+    source = Waits(tmp_path / "db", -1, None)
+    other = threading.Thread(target=on_ray._write_shard, args=(source, source.folder, (1, 2), {}))
+    other.start()
+    assert reached.wait(60)
+    threading.Timer(0.3, leave.set).start()
+    report = on_ray._write_shard(source, source.folder, (1, 2), {"shards": 2})
+    other.join()
+    assert report.resumed_from == report.count == COUNT // 2
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path, capsys):

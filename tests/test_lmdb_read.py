@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,9 @@ from dlhelpers.lmdb_io import (
 )
 
 COUNT = 40
+
+# both start workers that have nothing of the parent's; one that is spawned imports torch: seconds
+TWIN = "forkserver" if fresh.CONTEXT is None else "spawn"
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +323,7 @@ def test_an_error_in_a_thread_reaches_the_reader(database):
 @pytest.mark.parametrize(
     "start",
     [
-        pytest.param(start, marks=pytest.mark.slow if start == "forkserver" else ())
+        pytest.param(start, marks=[pytest.mark.slow] * (start == TWIN))
         for start in multiprocessing.get_all_start_methods()
     ],
 )
@@ -348,8 +352,11 @@ def test_images_of_two_sizes_cannot_be_one_batch(tmp_path, photos):
 @pytest.mark.parametrize(
     ("start", "collate"),
     [
-        # a worker that starts anew imports torch: seconds
-        pytest.param(start, collate, marks=pytest.mark.slow if collate and start != "fork" else ())
+        pytest.param(
+            start,
+            collate,
+            marks=[pytest.mark.slow] * (start == TWIN or (collate and start != "fork")),
+        )
         for start in multiprocessing.get_all_start_methods()
         for collate in (False, True)
     ],
@@ -451,12 +458,7 @@ def test_reading_leaves_no_file_behind_and_needs_no_right_to_write(photos, tmp_p
         "assert not os.access(os.path.dirname(sys.argv[1]), os.W_OK)\n"
         "print(len(LMDBDataset(sys.argv[1])[3][0]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder / "db")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = fresh.run(code, folder / "db")
     folder.chmod(0o755)
     assert done.stdout == "3\n", done.stderr
     assert os.listdir(folder) == ["db"]
@@ -623,7 +625,7 @@ def test_a_readers_own_memory_does_not_grow_with_the_dataset(tmp_path):
     )
     items = ((f"{n}", pixels, n) for n in range(1100))
     write_lmdb(items, tmp_path / "db", encode="raw", progress=False)
-    grown = subprocess.check_output([sys.executable, "-c", code, str(tmp_path / "db")], text=True)
+    grown = fresh.run(code, tmp_path / "db").stdout
     assert int(grown) < 1000 * 30_012 / 20
 
 

@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 
@@ -60,9 +60,7 @@ def test_the_key_does_not_depend_on_threads_or_affinity():
         "import torch; torch.set_num_threads(1);"
         "from dlhelpers import machine; print(machine.describe().key)"
     )
-    assert (
-        subprocess.check_output([sys.executable, "-c", code], text=True).strip() == describe().key
-    )
+    assert fresh.run(code).stdout.strip() == describe().key
 
 
 def test_a_system_that_tells_nothing_is_described_all_the_same(monkeypatch):
@@ -399,4 +397,4 @@ def test_describing_imports_no_extra():
         "from dlhelpers import machine; machine.describe();"
         f"print(sorted((set(sys.modules) - before) & set({names!r})))"
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    assert fresh.run(code).stdout.strip() == "[]"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +73,14 @@ def copy(tmp_path_factory):
     return root
 
 
+def run_here(copy, code):
+    """Run code on the copied package."""
+    here = f"import os, sys; os.chdir({str(copy)!r}); sys.path.insert(0, {str(copy)!r})\n"
+    here += f"os.environ['DLHELPERS_LEDGER'] = {str(copy / 'ledger.json')!r}\n"
+    done = fresh.run(here + code)
+    assert done.returncode == 0, done.stderr
+
+
 def run(copy, *arguments):
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -99,12 +108,12 @@ stem, tip, tally, not_run = claims.standing().rows[-1]
 assert (stem, tip) == ("90_toy", "Prune the model: fewer layers and parameters.")
 assert (tally.holds, tally.settled, not_run) == (1, 1, 0)
 """
-    run(copy, "-c", code.replace("PATH", repr(str(copy))))
+    run_here(copy, code.replace("PATH", repr(str(copy))))
 
 
 def test_the_report_shows_its_claim_with_a_link(copy):
     judge = "claims.card('toy.is-fast').judge({'one toy': 1})"
-    run(copy, "-c", f"from dlhelpers.course import claims; {judge}")
+    run_here(copy, f"from dlhelpers.course import claims; {judge}")
     run(copy, "-m", "dlhelpers", "report")
     page = (copy / "report.html").read_text("utf-8")
     assert "A toy is fast." in page

@@ -24,6 +24,8 @@ from dlhelpers.profiling.torch_profile import record_steps
 from dlhelpers.profiling.trace import BACKWARD, MODEL, Event, Trace, in_order
 from dlhelpers.profiling.watching import ModelCalls, watch
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")  # living tensors are looked for
+
 # ---- steps whose waste is known by construction ----
 
 

@@ -9,6 +9,8 @@ from dlhelpers.profiling.diagnosing import _follow
 from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.watching import watch
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")  # living tensors are looked for
+
 NEXT = nn.Module.__call__
 
 

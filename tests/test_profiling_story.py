@@ -11,6 +11,8 @@ from dlhelpers.course.story import STEPS, Script, Settings, after
 from dlhelpers.memory import measure_peak
 from dlhelpers.profiling import profile_torch
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")
+
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory):

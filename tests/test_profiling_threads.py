@@ -299,12 +299,12 @@ def test_a_diagnosis_beside_fusions_and_another_one_leaves_nothing_behind():
     faults, reports = [], []
 
     def diagnoses():
-        for _ in range(3):
+        for _ in range(2):
             follow(training_step())
             watched(training_step())
 
     def fuses():
-        for _ in range(6):
+        for _ in range(4):
             reports.append(fuse_conv_bn(model_of())[1].folded)
 
     def run(task):
@@ -320,5 +320,5 @@ def test_a_diagnosis_beside_fusions_and_another_one_leaves_nothing_behind():
     for task in tasks:
         task.join()
     assert faults == []
-    assert reports == [1] * 12
+    assert reports == [1] * 8
     assert all_is_as_it_was()

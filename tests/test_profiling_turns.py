@@ -13,6 +13,8 @@ from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.program_lines import ProgramLines
 from dlhelpers.profiling.turns import OperatorCall, form_of, kernels_ms
 
+pytestmark = pytest.mark.usefixtures("little_to_collect")  # living tensors are looked for
+
 LINE = ("a.py", 2, "f")
 
 

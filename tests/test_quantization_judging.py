@@ -30,7 +30,8 @@ from dlhelpers.quantization.report import RoadRow
 from dlhelpers.quantization.samples import layout_of, outliers
 from dlhelpers.quantization.sizes import Sizes
 
-FAST = {"budget_s": 0.05, "progress": False}
+FAST = {"budget_s": 0.02, "progress": False}
+pytestmark = pytest.mark.usefixtures("one_table_of_operators")
 has_onnx = all(importlib.util.find_spec(n) for n in ("onnx", "onnxruntime", "onnxscript"))
 has_openvino = has_onnx and importlib.util.find_spec("openvino") is not None
 needs_onnx = pytest.mark.skipif(not has_onnx, reason="the extra engines is not installed")
@@ -581,7 +582,7 @@ ENGINES = [
         for e, marks in (("x86", ()), ("qnnpack", pytest.mark.slow))
         if e in torch.backends.quantized.supported_engines
     ),
-    pytest.param("onnxruntime", marks=needs_onnx),
+    pytest.param("onnxruntime", marks=[needs_onnx, pytest.mark.slow]),
 ]
 
 

@@ -24,7 +24,8 @@ from dlhelpers.quantization.calling import by_place
 from dlhelpers.quantization.noise import sqnr_db
 from dlhelpers.quantization.weight_reads import weight_reads
 
-FAST = {"budget_s": 0.05, "progress": False}
+FAST = {"budget_s": 0.02, "progress": False}
+pytestmark = pytest.mark.usefixtures("one_table_of_operators")
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 needs_onnx = pytest.mark.skipif(not HAS_ONNX, reason="the extra engines is not installed")
 ENGINES = [e for e in ("qnnpack", "x86") if e in torch.backends.quantized.supported_engines]
@@ -130,7 +131,9 @@ class Keeps(nn.Module):
         return self.kept.detach()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 def test_a_model_that_keeps_computed_tensors_is_quantized(dtype):
     torch.manual_seed(0)
     model, x = Keeps().to(dtype), torch.randn(16, 8, dtype=dtype)

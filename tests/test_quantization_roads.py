@@ -1,11 +1,13 @@
 """Roads, layers and training with rounding, on real engines; what is measured is not asserted."""
 
 import copy
+import ctypes
 import dataclasses
 import importlib
 import math
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from dlhelpers.quantization import (
     Calibrator,
     choose_affine,
     dequantize,
+    openvino_roads,
     quantize,
     quantize_aware,
     quantize_dynamic,
@@ -36,7 +39,8 @@ from dlhelpers.quantization.fake import fake_quantize, layers_of, rounded, weigh
 from dlhelpers.quantization.kernels import linear_accumulate
 from dlhelpers.quantization.noise import sqnr_db
 
-FAST = {"budget_s": 0.05, "progress": False}
+FAST = {"budget_s": 0.02, "progress": False}
+pytestmark = pytest.mark.usefixtures("one_table_of_operators")
 ONNX = ("onnx", "onnxruntime", "onnxscript")
 has_onnx = all(importlib.util.find_spec(name) for name in ONNX)
 has_openvino = has_onnx and importlib.util.find_spec("openvino") is not None
@@ -700,6 +704,26 @@ def test_openvino_takes_onnx_runtimes_file_and_ranges_are_searched_for_once(monk
     assert len(graph) == len({id(calibrator) for calibrator in graph})
 
 
+@needs_openvino
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal stack is asked of Linux's libc")
+def test_openvino_leaves_a_thread_its_signal_stack():
+    """Without it Ctrl-C may end in a crash."""
+    found = []
+
+    def run():
+        fast = quantize_static(network(), [images()], engine="openvino", keep_roads=True, **FAST)
+        fast.on("OpenVINO int8")(images(2))
+        stack = openvino_roads._Stack()
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+        found.append(stack.pointer)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+@pytest.mark.slow
 @needs_openvino
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_ctrl_c_is_still_ctrl_c_after_openvino(tmp_path):

@@ -3,11 +3,11 @@
 import dataclasses
 import importlib.util
 import logging
-import subprocess
 import sys
 import threading
 import warnings
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -27,6 +27,7 @@ from dlhelpers.quantization.quiet import quiet
 from dlhelpers.quantization.sizes import exported_with, free_groups
 
 FAST = {"budget_s": 0.02, "progress": False}
+pytestmark = pytest.mark.usefixtures("one_table_of_operators")
 ONNX = ("onnx", "onnxruntime", "onnxscript")
 has_onnx = all(importlib.util.find_spec(name) for name in ONNX)
 needs_onnx = pytest.mark.skipif(not has_onnx, reason="the extra engines is not installed")
@@ -406,11 +407,8 @@ for says in sys.argv[1:]:
     "kinds",
     [["data-dependent"], pytest.param(["first line", "bessel"], marks=pytest.mark.slow)],
 )
-def test_a_backend_that_is_dropped_writes_nothing(tmp_path, kinds):
-    script = tmp_path / "silent.py"
-    script.write_text(SILENT)
-    command = [sys.executable, script, *kinds]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_a_backend_that_is_dropped_writes_nothing(kinds):
+    done = fresh.run(SILENT, *kinds)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 

@@ -1,9 +1,8 @@
 """What a program writes to file descriptor 2 is its own business, above all when it crashes."""
 
 import os
-import subprocess
-import sys
 
+import fresh
 import pytest
 import torch
 from torch import nn
@@ -11,6 +10,8 @@ from torch import nn
 from dlhelpers.memory import measure_peak
 from dlhelpers.profiling import profile_torch
 from dlhelpers.quantization import quantize_dynamic
+
+pytestmark = pytest.mark.usefixtures("little_to_collect")
 
 CRASH = """
 import faulthandler, os, torch
@@ -29,7 +30,7 @@ def crash_here():
 )
 def test_a_crash_inside_a_recording_tells_where_it_was(record):
     code = f"{CRASH}{record.__name__}(crash_here)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh.run(code)
     assert done.returncode != 0
     assert "Fatal Python error: Aborted" in done.stderr
     assert "in crash_here" in done.stderr

@@ -108,7 +108,9 @@ def as_a_sum(half):
     return lambda rest: formula.predict_s(*(rest[name] for name in NAMES))
 
 
-@pytest.mark.parametrize(("cpu", "at_most"), [("i9", 0.19), ("i7", 0.091)])
+@pytest.mark.parametrize(
+    ("cpu", "at_most"), [("i9", 0.19), pytest.param("i7", 0.091, marks=pytest.mark.slow)]
+)
 def test_times_add_up_better_than_they_multiply(cpu, at_most):
     table = data.published_latencies(cpu)
     by_law, by_sum = held_out_error(table, as_a_law), held_out_error(table, as_a_sum)

@@ -85,6 +85,11 @@ def _shut_down(address: str, process: subprocess.Popen) -> None:
 def open_notebook(page, address: str, name: str) -> None:
     """Open work/NAME and wait until notebook and kernel are ready."""
     page.goto(f"{address}/lab/tree/work/{name}?token={TOKEN}&reset")
+    wait_until_ready(page)
+
+
+def wait_until_ready(page) -> None:
+    """Wait until the notebook that is being opened and its kernel are ready."""
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     page.wait_for_function(
         "() => window.jupyterapp && window.jupyterapp.shell.currentWidget"

@@ -27,9 +27,13 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def page(browser):
-    page = browser.new_page(viewport={"width": 1280, "height": 1600})
+    page = new_page(browser)
     yield page
     page.close()
+
+
+def new_page(browser):
+    return browser.new_page(viewport={"width": 1280, "height": 1600})
 
 
 def keep_screenshot(page, name):
@@ -50,7 +54,7 @@ def wait_until_redrawn(page, attribute, before):
 def test_start_here_runs_as_the_lab_opens_it(page, address):
     page.goto(f"{address}/?token={lab_session.TOKEN}")
     page.wait_for_url("**/lab/tree/work/00_start_here.ipynb*", timeout=60_000)
-    lab_session.open_notebook(page, address, "00_start_here.ipynb")
+    lab_session.wait_until_ready(page)
     assert page.locator(".jp-OutputArea-output").count() == 0  # no answer before the question
     lab_session.run_all(page)
     assert lab_session.errors(page) == []
@@ -106,12 +110,20 @@ def move_and_read(page):
     assert readout.inner_text() != value
 
 
-def test_a_slider_redraws_its_figure_and_tells_its_number(page, address):
+@pytest.fixture(scope="module")
+def pairing(browser, address):
+    """Notebook 01, opened and set up, for those tests that run cells of their own."""
+    page = new_page(browser)
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
     lab_session.run_cell(page, "notebook.setup(")
-    figure = lab_session.run_cell(page, "FloatSlider(").locator(".jp-OutputArea-output img")
+    yield page
+    page.close()
+
+
+def test_a_slider_redraws_its_figure_and_tells_its_number(pairing):
+    figure = lab_session.run_cell(pairing, "FloatSlider(").locator(".jp-OutputArea-output img")
     figure.wait_for(timeout=60_000)
-    see_it_move(page, "01_pairing", move_and_read)
+    see_it_move(pairing, "01_pairing", move_and_read)
 
 
 WIDGETS = {
@@ -155,27 +167,22 @@ def test_the_flame_view_of_notebook_08_zooms(page, address):
     keep_screenshot(page, "08_flame")
 
 
-def test_a_prediction_is_noted_and_shown_with_the_verdict(page, address):
-    lab_session.open_notebook(page, address, "01_pairing.ipynb")
-    notebook = "window.jupyterapp.shell.currentWidget"
-    page.evaluate(f"() => {notebook}.sessionContext.restartKernel()")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
-    run = partial(lab_session.run_cell, page)
-    run("notebook.setup(")
+def test_a_prediction_is_noted_and_shown_with_the_verdict(pairing):
+    run = partial(lab_session.run_cell, pairing)
     run("from dlhelpers.course import claims")
     asked = run('claims.card("pairing.logsoftmax-nll-is-ce")')
     button = asked.locator("button.widget-button").last  # surely, of the last condition
     button.wait_for(timeout=30_000)
     button.click()
     asked.get_by_text("noted: holds (sure)").wait_for(timeout=30_000)
-    keep_screenshot(page, "01_prediction")
+    keep_screenshot(pairing, "01_prediction")
     run("def two_steps(z, y):\n    return F.nll_loss")
     judged = run("pairing.largest_difference(F.cross_entropy, two_steps, logits, y)")
     card = judged.locator(".jp-OutputArea-output").last
     card.wait_for(timeout=30_000)
     assert "holds (sure)" in card.inner_text()
     assert "Your predictions: 1 of 1 right." in card.inner_text()
-    keep_screenshot(page, "01_verdict")
+    keep_screenshot(pairing, "01_verdict")
     button.click()
     asked.get_by_text("the verdict is on the screen").wait_for(timeout=30_000)
-    assert lab_session.errors(page) == []
+    assert lab_session.errors(pairing) == []

@@ -86,16 +86,18 @@ class BreakEven:
         return changes[0] if len(changes) == 1 else None
 
     def __str__(self) -> str:
-        holds, fails = self.words["holds"], self.words["fails"]
-        unit, settled = f"{self.unit} {self.where}".strip(), self.settled
-        ends = f"{_number(self.points[0].at)} to {_number(self.points[-1].at)} {unit}"
+        return f"{self._told()} ({self.where})" if self.where else self._told()
+
+    def _told(self) -> str:
+        holds, fails, settled = self.words["holds"], self.words["fails"], self.settled
+        ends = f"{_number(self.points[0].at)} to {_number(self.points[-1].at)} {self.unit}"
         if not settled:
             return f"from {ends} nothing is settled"
         if self.bracket:
             below, above = map(_number, self.bracket)
             if settled[0].verdict == "fails":
-                return f"{holds} from {above} {unit} on, {_not(fails)} up to {below}"
-            return f"{holds} up to {below} {unit}, {_not(fails)} from {above} on"
+                return f"{holds} from {above} {self.unit} on, {_not(fails)} up to {below}"
+            return f"{holds} up to {below} {self.unit}, {_not(fails)} from {above} on"
         verdicts = {point.verdict for point in settled}
         if len(verdicts) == 2:
             where = [[_number(p.at) for p in settled if p.verdict == v] for v in self.words]
@@ -105,9 +107,11 @@ class BreakEven:
             )
         word = holds if verdicts == {"holds"} else fails
         if len(settled) == len(self.points):
-            return f"{word} everywhere from {ends}: no break-even there"
+            return (
+                f"none, {word} {'anywhere' if 'not' in word.split() else 'everywhere'} from {ends}"
+            )
         at = ", ".join(_number(point.at) for point in settled)
-        return f"{word} at {at} {unit}; the other points of {ends} are unsettled"
+        return f"{word} at {at} {self.unit}, the rest of {ends} is unsettled"
 
     def as_row(self) -> dict[str, Any]:
         """Return it as the ledger holds it."""

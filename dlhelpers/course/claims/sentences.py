@@ -110,7 +110,7 @@ def sentence(
         parts.append(f"unsettled {listed(claim, these, found)}{why}")
     parts += _missing(conditions)
     if break_even is not None:
-        parts.append(f"by {break_even.unit}: {break_even}")
+        parts.append(f"break-even: {break_even}")
     text = "; ".join(" ".join(part.split()) for part in parts)
     return text[:1].upper() + text[1:]
 

@@ -24,9 +24,9 @@ def break_even(found: BreakEven, *, ylabel: str, title: str = "", alt: str = "")
         title: what it says by itself where empty.
         alt: the same and the points where empty.
     """
-    told = str(found)
+    told = f"Break-even: {found}"
     points = ", ".join(f"{p.effect:.2f} at {p.at:g}" for p in found.points)
-    title = title or told[:1].upper() + told[1:]
+    title = title or told
     alt = alt or f"{ylabel} over {found.unit}: {points}. {title}."
     figure, axes = new_axes(
         textwrap.fill(title, 72), f"{found.unit} {found.where}".strip(), ylabel, alt
