@@ -100,9 +100,9 @@ def colour_of(verdict: str) -> str:
 
     What holds is blue and what fails orange; grey is what nobody can tell.
     """
-    from dlhelpers.course import plots
+    from dlhelpers.drawing.style import BASELINE, FAILING, TREATMENT
 
-    return {"holds": plots.TREATMENT, "fails": plots.FAILING}.get(verdict, plots.BASELINE)
+    return {"holds": TREATMENT, "fails": FAILING}.get(verdict, BASELINE)
 
 
 def bar_colour(tally: Tally | None) -> str:
