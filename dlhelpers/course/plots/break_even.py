@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dlhelpers.drawing.style import BASELINE, FAILING, TREATMENT, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dlhelpers.course.claims.break_even import BreakEven
-
 __all__ = ["break_even"]
 
 
-def break_even(found: BreakEven, *, ylabel: str, title: str = "", alt: str = "") -> Figure:
+def break_even(found: Any, *, ylabel: str, title: str = "", alt: str = "") -> Figure:
     """Draw the effect over an axis with its band, the threshold, and where the break-even lies.
 
     Args:
-        found: as from ``claim.along_axis``.
+        found: a BreakEven, as from ``claim.along_axis``.
         ylabel: what the effect is, such as ``speedup by folding``.
         title: what it says by itself where empty.
         alt: the same and the points where empty.
