@@ -1,6 +1,7 @@
 """Are predictions noted, kept and scored, and can none be right without looking at the claim?"""
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -172,6 +173,8 @@ def test_outside_ipython_nothing_is_shown(claim, capsys):
         (lambda id: claims.answer(id, "batch 2", "holds"), "asked are .'batch 1', 'batch 64'."),
         (lambda id: claims.answer(id, "batch 1", "perhaps"), "holds or fails, got 'perhaps'"),
         (lambda id: claims.answer(id, "batch 1", "holds", 4), "1 .a guess., 2 .*got 4"),
+        (lambda id: claims.answer(id, "batch 1", "holds", True), "1 .a guess., 2 .*got True"),
+        (lambda id: claims.answer(id, "batch 1", "holds", [3]), "1 .a guess., 2 .*got .3."),
         (lambda id: claims.guess(id, "batch 64", 2.0), "asked are .'batch 1'."),
         (lambda id: claims.guess(id, "batch 1", 0), "positive number, got 0"),
         (lambda id: claims.guess(id, "batch 1", float("nan")), "positive number, got nan"),
@@ -275,6 +278,16 @@ def test_the_score_of_a_broken_ledger_warns_and_goes_on(claim):
     Path(ledger.default_path()).write_text("{")
     with pytest.warns(UserWarning, match="is no ledger"):
         assert claims.score() == said.Score()
+
+
+@pytest.mark.parametrize("found", [math.inf, math.nan, 0.0, -2.0, True, None])
+def test_a_size_is_not_compared_with_what_is_no_positive_number(found):
+    assert said.Said("c", 2.0, None, None).off_by(found) is None
+
+
+@pytest.mark.parametrize("found", [1.0, 4.0])
+def test_a_size_is_off_by_the_larger_of_both_ratios(found):
+    assert said.Said("c", 2.0, None, None).off_by(found) == pytest.approx(2.0)
 
 
 # The course's own questions

@@ -46,7 +46,7 @@ def answer(id: str, condition: str, says: str, sure: int = 2) -> None:
     _need_asked(claim, condition, claim.asks)
     if says not in ("holds", "fails"):
         raise ValueError(f"a condition of {id} holds or fails, got {says!r}")
-    if sure not in SURE:
+    if type(sure) is not int or sure not in SURE:
         raise ValueError(f"sure must be 1 (a guess), 2 (likely) or 3 (sure), got {sure!r}")
     _note(claim, condition, says, sure)
 
