@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from dlhelpers.printable import printable
 
 __all__ = ["cache_dir", "write_whole"]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_dir() -> Path:
@@ -31,6 +34,7 @@ def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str]
         ValueError: the suffix is another one.
         FileNotFoundError: there is no such folder.
         PermissionError: nothing may be written into it.
+        OSError: there is no room for all of it.
     """
     path = Path(path).expanduser()
     if suffixes and not path.name.endswith(tuple(suffixes)):
@@ -48,6 +52,12 @@ def write_whole(path: str | Path, suffixes: Sequence[str], write: Callable[[str]
                 f"allow it there ({error.strerror})"
             )
         ) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        told = f"there is no room for {path.name} in {path.parent} ({error.strerror}): make some, "
+        told += "or give a path elsewhere. Nothing was written, and nothing replaced"
+        raise OSError(error.errno, printable(told)) from None
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -771,9 +771,10 @@ def test_what_is_appended_to_fields_is_stored_as_they_are(tmp_path):
     options = {"append": True, "progress": False}
     with pytest.raises(ValueError, match="give quality=30"):
         write_lmdb(keyed[2:], tmp_path / "a", fields=fields, **options)
-    with pytest.raises(ValueError, match="give samples of these fields, and fields="):
-        write_lmdb([("x", b"", 1)], tmp_path / "a", **options)
-    write_lmdb(keyed[2:], tmp_path / "a", fields=fields, quality=30, **options)
+    with pytest.raises(ValueError, match=r"\(key, sample\)"):
+        write_lmdb([("x", b"", 1)], tmp_path / "a", quality=30, **options)
+    write_lmdb(keyed[2:3], tmp_path / "a", fields=fields, quality=30, **options)
+    write_lmdb(keyed[3:], tmp_path / "a", quality=30, **options)  # with the fields that it has
     assert LMDBDataset(tmp_path / "a").targets == [0, 1, 2, 3]
 
 

@@ -621,3 +621,10 @@ def test_keys_that_are_item_numbers_are_told(tmp_path):
     write(images, tmp_path / "a.lmdb")
     with pytest.raises(SourceError, match=r"item numbers: give \(key, bytes, target\)"):
         write(images, tmp_path / "a.lmdb", append=True)
+
+
+def test_a_database_that_is_given_twice_is_called_that(tmp_path):
+    write(triples(range(2)), tmp_path / "a.lmdb")
+    with pytest.raises(SourceError, match=r"a\.lmdb is given twice: give each database once"):
+        write_lmdb([tmp_path / "a.lmdb"] * 2, tmp_path / "b.lmdb", progress=False)
+    assert not (tmp_path / "b.lmdb").exists()

@@ -8,6 +8,7 @@ from typing import Any
 
 from dlhelpers.course import claims, ledger
 from dlhelpers.course.claims.advice import advice, gain_of, main_claim
+from dlhelpers.course.claims.break_even import read
 from dlhelpers.course.claims.conditions import Judged
 from dlhelpers.course.claims.sentences import effect_text, sentence
 from dlhelpers.course.report.headlines import CHOSEN, timed_headline
@@ -83,7 +84,25 @@ def render() -> str:
         parts += _lines(
             claim.says, claim, rows, lambda cs, found, claim=claim: sentence(claim, cs, found)
         )
-    return "\n".join([*parts, ""])
+    return "\n".join([*parts, *_break_evens(rows), ""])
+
+
+def _break_evens(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of what was measured along the axes of claims."""
+    lines = [
+        f"| {_plain(claim.says)} | {number} | {_plain(str(read(axis, claim.words)))} |"
+        for claim in claims.all_claims()
+        for number, found in enumerate(rows, 1)
+        if (axis := found.get(claim.id, {}).get("axis"))
+    ]
+    head = [
+        "",
+        "## Break-evens",
+        "",
+        "| claim | machine | where it begins or ends |",
+        "|---|---|---|",
+    ]
+    return [*head, *lines] if lines else []
 
 
 def _ledgers() -> dict[str, dict[str, Any]]:

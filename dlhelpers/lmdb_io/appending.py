@@ -25,7 +25,7 @@ from dlhelpers.lmdb_io.renumbering import Renumbered
 from dlhelpers.lmdb_io.sources import Source
 from dlhelpers.printable import one_line, printable
 
-__all__ = ["Appending", "need_database"]
+__all__ = ["Appending", "need_database", "stored_fields"]
 
 _STEP = 1 << 30  # bytes that one call copies
 _ROOM = 1 << 20  # of the map, for the pages that the new state takes
@@ -52,6 +52,15 @@ def need_database(path: Path) -> None:
             "there is no database to append to; without append=True (--append) it is written",
             printable(str(path)),
         )
+
+
+def stored_fields(path: Path) -> dict[str, str] | None:
+    """Return the fields of the database's samples, None of one without and where there is none."""
+    if not path.is_file():
+        return None
+    meta = schema.unpack_meta(open_environment(path).get_entry(schema.META), path)
+    fields = meta["settings"].get("fields")
+    return None if fields is None else dict(map(tuple, fields))
 
 
 class Appending(Conversion):

@@ -27,6 +27,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
         "--ray",
         nargs="?",
         const="",
+        type=_address,
         metavar="ADDRESS",
         help="write --shards N as tasks of Ray, on this machine or on the cluster at ADDRESS",
     )
@@ -79,6 +80,16 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
     info = actions.add_parser("info", help="what a database holds and how it was made")
     info.add_argument("path", metavar="PATH", help="a file, or a folder of shards")
     info.set_defaults(run=_info)
+
+
+def _address(text: str) -> str:
+    """Return the address of a cluster; a path would be the SRC that stands behind --ray."""
+    if text != "auto" and ":" not in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no address such as 10.0.0.1:6379 or auto; to start Ray on this machine, "
+            "write --ray after SRC and DST"
+        )
+    return text
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:

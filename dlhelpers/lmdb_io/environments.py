@@ -76,6 +76,13 @@ class Environment:
                     f"{path} is open in this process already, by lmdb.open: close that first, "
                     "LMDB allows one for each file"
                 ) from None
+            if os.strerror(errno.EMFILE) in str(error):
+                raise OSError(
+                    errno.EMFILE,
+                    "this process has too many files open: allow more (`ulimit -n 4096`), or copy "
+                    "the database into fewer shards (`python -m dlhelpers lmdb merge`)",
+                    str(path),
+                ) from None
             raise schema.DatabaseError(f"{path} is no LMDB file: {error}") from None
         try:
             # beyond the end of a truncated file the map would end the process, without an error

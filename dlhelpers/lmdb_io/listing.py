@@ -181,6 +181,10 @@ class Listing(FolderSource):
         _, key, target, size, modified = task
         return file_stamp(key, target, None)._replace(size=size, time=modified)
 
+    def __del__(self) -> None:
+        if file := getattr(self, "_file", None):
+            file.close()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Listing, (self.path.absolute(), self.root)  # opened again where it is used
 

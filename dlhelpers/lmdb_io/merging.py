@@ -106,6 +106,10 @@ class Databases(Source):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = frozenset(path.resolve() for path in paths)
+        if len(self.paths) < len(paths):
+            resolved = [path.resolve() for path in paths]
+            twice = next(path for path in resolved if resolved.count(path) > 1)
+            raise SourceError(f"{one_line(str(twice))} is given twice: give each database once")
         self._parts: list[_Part] = []
         self._open: tuple[int, int, Environment] | None = None
         found: list[list[dict[str, Any]]] = []

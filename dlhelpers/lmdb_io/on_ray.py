@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ __all__ = ["write"]
 
 _FIXED = {"resume": True, "append": False, "progress": False}  # of write_lmdb, in a task
 _PATIENCE_S = 120.0  # a worker that Ray gave up may hold its lock for a while, over NFS above all
+_REACH_S = 5.0
 
 
 def write(
@@ -113,7 +115,8 @@ def write(
                 shown.update()
             _result(ray, remote(info_lmdb).remote(folder), "the folder of all shards")
         except BaseException as error:
-            error.add_note("what was converted is kept: the same call continues after it")
+            if folder.is_dir() and any(folder.iterdir()):
+                error.add_note("what was converted is kept: the same call continues after it")
             raise
     return _together(folder, [reports[rank] for rank in range(shards)], start)
 
@@ -158,6 +161,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
             )
         yield
         return
+    _need_reachable(address or os.environ.get("RAY_ADDRESS", ""))
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     try:
         ray.init(address or os.environ.get("RAY_ADDRESS", "local"), **quiet)
@@ -170,6 +174,19 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _need_reachable(address: str) -> None:
+    """Raise at once where nothing listens at an address, for which Ray itself takes a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"nothing answers at {address} ({error}): give what ray start --head prints there"
+        ) from None
 
 
 def _put(ray: Any, source: Any) -> Any:

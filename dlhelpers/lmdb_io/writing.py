@@ -12,7 +12,7 @@ from typing import Any, Literal
 from dlhelpers.arguments import shard_of, whole_number
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
-from dlhelpers.lmdb_io.appending import Appending, need_database
+from dlhelpers.lmdb_io.appending import Appending, need_database, stored_fields
 from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.failures import clear_errors
@@ -153,7 +153,8 @@ def write_lmdb(
             same source and settings.
         append: stores the images behind those of the database ``path``, with its settings. It
             stays in use until all are there, its records are copied as they are, and its classes
-            keep their numbers: those of the source are matched by name, new ones follow.
+            keep their numbers: those of the source are matched by name, new ones follow. Without
+            ``fields`` the source's samples have those of the database.
         lock: keeps two processes from converting into one file. False goes without, for a mount
             that has no locks; then see to it that nobody else converts into this file.
         progress: a bar with images/s and MB/s; None draws it in a terminal only.
@@ -182,6 +183,8 @@ def write_lmdb(
     need("lmdb", "write_lmdb")
     shard = None if shard is None else shard_of(shard)
     shards = None if shards is None else whole_number("shards", shards, 1, 99_999)
+    if append and fields is None and not isinstance(source, (str, os.PathLike)):
+        fields = stored_fields(Path(path).expanduser())
     opened, encoding = open_samples(source, fields, encode, resize, quality)
     if opened.problems and on_error == "raise":
         what, why = opened.problems[0]

@@ -328,7 +328,10 @@ def _tips(
                 for claim in claims
                 if claim.tip == tip.id
             )
-            said = advice(tip, main, _conditions_of(rows.get(main.id)))
+            row = rows.get(main.id)
+            said = advice(tip, main, _conditions_of(row))
+            if row and (found := _break_even_of(main, row)):
+                said += f" Break-even: {found}."
             told = f"{escape(said)}<div class='quiet'>{links}</div>"
         note = f"<div class='quiet'>{escape(tip.note)}</div>" if tip.note else ""
         lines.append(
