@@ -1,14 +1,17 @@
 """Are predictions noted, kept and scored, and can none be right without looking at the claim?"""
 
 import json
+import math
 import random
+import re
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
 
 from dlhelpers.course import claims, ledger, notebook
-from dlhelpers.course.claims import catalog, predictions, said
+from dlhelpers.course.claims import cards, catalog, predictions, said
 from dlhelpers.measure import Comparison
 
 LEDGERS = sorted((Path(__file__).parent.parent / "data" / "ledgers").glob("*.json"))
@@ -139,8 +142,13 @@ def test_one_tap_notes_condition_and_sureness_until_the_verdict_is_shown(claim):
     assert rows_of(claim)[0]["batch 1"][1].value == note.value, "running the cell again shows it"
     verdict = claim.judge(evidence(FAST, SAME))
     assert [(p.condition, p.says, p.sure) for p in verdict.said] == [("batch 1", "fails", 2)]
-    buttons[4].click()
-    assert "the verdict is on the screen" in note.value
+    for late in (buttons[4], buttons[1], buttons[2]):  # another, the same, and less sure of it
+        note.value = ""
+        late.click()
+        assert "the verdict is on the screen" in note.value
+    with pytest.raises(ValueError, match=r"the verdict of .* is on the screen"):
+        claims.answer(claim.id, "batch 1", "fails", 1)
+    claims.answer(claim.id, "batch 1", "fails", 2)  # the same cell run again
     assert predictions.given(claim.id)[0].says == "fails"
 
 
@@ -172,6 +180,8 @@ def test_outside_ipython_nothing_is_shown(claim, capsys):
         (lambda id: claims.answer(id, "batch 2", "holds"), "asked are .'batch 1', 'batch 64'."),
         (lambda id: claims.answer(id, "batch 1", "perhaps"), "holds or fails, got 'perhaps'"),
         (lambda id: claims.answer(id, "batch 1", "holds", 4), "1 .a guess., 2 .*got 4"),
+        (lambda id: claims.answer(id, "batch 1", "holds", True), "1 .a guess., 2 .*got True"),
+        (lambda id: claims.answer(id, "batch 1", "holds", [3]), "1 .a guess., 2 .*got .3."),
         (lambda id: claims.guess(id, "batch 64", 2.0), "asked are .'batch 1'."),
         (lambda id: claims.guess(id, "batch 1", 0), "positive number, got 0"),
         (lambda id: claims.guess(id, "batch 1", float("nan")), "positive number, got nan"),
@@ -277,28 +287,48 @@ def test_the_score_of_a_broken_ledger_warns_and_goes_on(claim):
         assert claims.score() == said.Score()
 
 
+@pytest.mark.parametrize("found", [math.inf, math.nan, 0.0, -2.0, True, None])
+def test_a_size_is_not_compared_with_what_is_no_positive_number(found):
+    assert said.Said("c", 2.0, None, None).off_by(found) is None
+
+
+@pytest.mark.parametrize("found", [1.0, 4.0])
+def test_a_size_is_off_by_the_larger_of_both_ratios(found):
+    assert said.Said("c", 2.0, None, None).off_by(found) == pytest.approx(2.0)
+
+
 # The course's own questions
 
+
+def as_listed(claim):
+    shown, names = cards.claim_html(claim), [c.name for c in claim.conditions]
+    item = r"<li>{}( \([^<]*)?</li>".format  # a threshold of its own follows in brackets
+    return sorted(names, key=lambda n: re.search(item(re.escape(escape(n))), shown).start())
+
+
+ORDERS = {"of the questions": predictions.shuffled, "of the card": as_listed}
 RULES = {
     "it always holds": lambda place, count: True,
     "the first holds, the rest do not": lambda place, count: place == 0,
     "the last holds, the rest do not": lambda place, count: place == count - 1,
     "every other one": lambda place, count: place % 2 == 0,
+    "the first half": lambda place, count: place < count / 2,
 }
 
 
 @pytest.mark.parametrize("path", LEDGERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_no_rule_that_looks_at_no_claim_is_often_right(path, rule):
+def test_no_rule_that_looks_at_no_claim_is_often_right(path, rule, order):
     rows = {row["id"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     right = total = 0
     for claim in claims.all_claims():
         conditions = rows[claim.id]["conditions"] if claim.id in rows else []
         verdicts = {c["name"]: c["verdict"] for c in conditions}
-        for place, name in enumerate(asked := predictions.shuffled(claim)):
-            if verdicts.get(name) in ("holds", "fails"):
+        for place, name in enumerate(listed := ORDERS[order](claim)):
+            if name in claim.asks and verdicts.get(name) in ("holds", "fails"):
                 total += 1
-                right += RULES[rule](place, len(asked)) == (verdicts[name] == "holds")
+                right += RULES[rule](place, len(listed)) == (verdicts[name] == "holds")
     assert total >= 60
     assert 0.4 <= right / total <= 0.6  # its opposite is a rule as well
 

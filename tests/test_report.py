@@ -508,7 +508,7 @@ def notebooks(tmp_path, monkeypatch):
 RECORD = (
     "from dlhelpers.course import ledger\n"
     "ledger.describe_machine = lambda: {'line': 'm', 'key': 'm'}\n"
-    "ledger.update(dict(id='a.b', control=None, answer=None, conditions=[]))"
+    "ledger.update(dict(id='a.b', control=None, conditions=[]))"
 )
 
 

@@ -203,15 +203,22 @@ def _said_problem(predictions: Any) -> str:
     for said in predictions:
         if not isinstance(said, dict) or set(said) != set(_SAID_KEYS):
             return f"expected the keys {', '.join(_SAID_KEYS)}, got {said!r}"
-        if not isinstance(said["condition"], str) or not isinstance(
-            said["says"], (str, float, int)
-        ):
-            return f"condition must be text and says text or a number, got {said!r}"
+        if not isinstance(said["condition"], str) or not _may_say(**said):
+            return (
+                "says must be 'holds', 'fails' or a positive number, and any text where no "
+                f"condition is named, got {said!r}"
+            )
         if said["sure"] not in (1, 2, 3, None) or isinstance(said["sure"], bool):
             return f"sure must be 1, 2, 3 or null, got {said['sure']!r}"
         if wrong := _unlike(said, "when", datetime.fromisoformat, _A_TIME):
             return wrong
     return ""
+
+
+def _may_say(condition: str, says: Any, **_: Any) -> bool:
+    if not condition:  # an answer on all conditions, as earlier releases took it
+        return isinstance(says, str)
+    return says in ("holds", "fails") or (type(says) in (int, float) and says > 0)
 
 
 def _not_numbers(part: Mapping[str, Any]) -> str:

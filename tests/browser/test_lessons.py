@@ -186,3 +186,16 @@ def test_a_prediction_is_noted_and_shown_with_the_verdict(pairing):
     button.click()
     asked.get_by_text("the verdict is on the screen").wait_for(timeout=30_000)
     assert lab_session.errors(pairing) == []
+
+
+def test_a_size_is_noted_by_the_slider_under_the_card(pairing):
+    lab_session.run_cell(pairing, "from dlhelpers.course import claims")
+    asked = lab_session.run_cell(pairing, 'claims.card("pairing.softmax-ce-gradient")')
+    handle = asked.locator(".widget-slider .noUi-handle")
+    handle.wait_for(timeout=30_000)
+    assert asked.get_by_text("noted: ").count() == 0
+    handle.focus()
+    pairing.keyboard.press("ArrowRight")
+    asked.get_by_text("noted: 1").wait_for(timeout=30_000)
+    keep_screenshot(pairing, "01_size")
+    assert lab_session.errors(pairing) == []

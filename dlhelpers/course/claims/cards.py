@@ -56,7 +56,7 @@ def claim_text(claim: Claim) -> str:
     facts = _facts(claim)
     width = max(map(len, facts))
     lines = [f"CLAIM {claim.id}", *(f"  {name:<{width}}  {what}" for name, what in facts.items())]
-    for condition in claim.conditions:
+    for condition in _listed(claim):
         lines.append(f"  - {_condition(claim, condition)}")
     return "\n".join(lines)
 
@@ -70,7 +70,7 @@ def claim_html(claim: Claim) -> str:
         if name != "claim"
     )
     conditions = "".join(
-        f"<li>{escape(_condition(claim, condition))}</li>" for condition in claim.conditions
+        f"<li>{escape(_condition(claim, condition))}</li>" for condition in _listed(claim)
     )
     return _frame(
         "var(--jp-border-color1, #888)",
@@ -151,6 +151,12 @@ def _facts(claim: Claim) -> dict[str, str]:
         ends = f"{axis.points[0]:,g} to {axis.points[-1]:,g} {axis.unit} {axis.where}".strip()
         facts["and also"] = f"{len(axis.points)} points from {ends}: where does it begin or end?"
     return facts | ({"needs": claim.needs} if claim.needs else {})
+
+
+def _listed(claim: Claim) -> list[Condition]:
+    """Return conditions as they are asked, then the others: the declared order tells too much."""
+    asked = {name: place for place, name in enumerate(predictions.shuffled(claim))}
+    return sorted(claim.conditions, key=lambda condition: asked.get(condition.name, len(asked)))
 
 
 def _condition(claim: Claim, condition: Condition) -> str:

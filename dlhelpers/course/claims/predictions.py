@@ -26,6 +26,7 @@ __all__ = ["answer", "ask", "given", "guess", "take"]
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _said: dict[str, dict[tuple[str, bool], Said]] = {}  # claim id -> (condition, is a size) -> said
 _closed: set[str] = set()  # claims judged in this session
+_TOO_LATE = "the verdict is on the screen: restart the kernel to predict anew"
 _SEED = 182  # with it no rule that looks at the order alone is often right
 _LOG_RANGE = (-1.0, 3.0)  # of the slider for sizes: 0.1 to 1000 times
 
@@ -46,7 +47,7 @@ def answer(id: str, condition: str, says: str, sure: int = 2) -> None:
     _need_asked(claim, condition, claim.asks)
     if says not in ("holds", "fails"):
         raise ValueError(f"a condition of {id} holds or fails, got {says!r}")
-    if sure not in SURE:
+    if type(sure) is not int or sure not in SURE:
         raise ValueError(f"sure must be 1 (a guess), 2 (likely) or 3 (sure), got {sure!r}")
     _note(claim, condition, says, sure)
 
@@ -111,8 +112,8 @@ def _need_asked(claim: Claim, condition: str, asked: tuple[str, ...]) -> None:
 def _note(claim: Claim, condition: str, says: str | float, sure: int | None) -> None:
     own, key = _said.setdefault(claim.id, {}), (condition, sure is None)
     if claim.id in _closed:
-        if key in own and own[key].says == says:
-            return
+        if key in own and (own[key].says, own[key].sure) == (says, sure):
+            return  # the same cell again
         raise ValueError(
             f"the verdict of {claim.id} is on the screen already, so {says!r} is no prediction "
             "any more: restart the kernel to predict anew"
@@ -169,11 +170,10 @@ def _row(widgets: Any, claim: Claim, condition: str) -> Any:
         note.value = html.escape(refused or (f"noted: {said.text(claim)}" if said else ""))
 
     def tap(says: str, sure: int) -> None:
-        try:
-            answer(claim.id, condition, says, sure)
-        except ValueError:
-            refresh("the verdict is on the screen: restart the kernel to predict anew")
+        if claim.id in _closed:
+            refresh(_TOO_LATE)
         else:
+            answer(claim.id, condition, says, sure)
             refresh()
 
     for (says, sure), button in buttons.items():
@@ -201,11 +201,10 @@ def _slider(widgets: Any, claim: Claim) -> Any:
     note.value = html.escape(f"noted: {said.text(claim)}" if said else "")
 
     def moved(change: Mapping[str, Any]) -> None:
-        try:
-            guess(claim.id, claim.sized, change["new"])
-        except ValueError:
-            note.value = "the verdict is on the screen: restart the kernel to predict anew"
+        if claim.id in _closed:
+            note.value = _TOO_LATE
         else:
+            guess(claim.id, claim.sized, change["new"])
             note.value = html.escape(f"noted: {_said[claim.id][claim.sized, True].text(claim)}")
 
     slider.observe(moved, names="value")

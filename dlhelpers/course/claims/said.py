@@ -68,7 +68,9 @@ class Said:
 
     def off_by(self, found: float | bool | None) -> float | None:
         """Return by how many times a size is off; None where it cannot be compared."""
-        if isinstance(found, bool) or found is None or not self.is_size or not found > 0:
+        if isinstance(found, bool) or found is None or not self.is_size:
+            return None
+        if not 0 < found < math.inf:
             return None
         return math.exp(abs(math.log(float(self.says) / found)))
 
