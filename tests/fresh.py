@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 CONTEXT = None
-if "forkserver" in multiprocessing.get_all_start_methods():
+if sys.platform == "linux":  # elsewhere a fork after torch was imported may crash
     CONTEXT = multiprocessing.get_context("forkserver")
     CONTEXT.set_forkserver_preload(["torch"])
 
@@ -20,7 +20,7 @@ if "forkserver" in multiprocessing.get_all_start_methods():
 def run(code, *arguments):
     """Run code in a new process; return it with what it has printed, as ``subprocess.run``."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    if CONTEXT is None:  # Windows
+    if CONTEXT is None:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     with tempfile.TemporaryDirectory() as folder:
         printed = [Path(folder, name) for name in ("stdout", "stderr")]
