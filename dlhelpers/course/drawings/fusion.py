@@ -10,23 +10,23 @@ __all__ = ["folding", "folding_refused"]
 def folding() -> Panel:
     """Two layers become one."""
     alt = """Above, a convolution with weight W and bias b, then BatchNorm with fixed mean and
-    variance: two layers. Below, one convolution with weight g W and bias beta + g (b - mean),
-    g = gamma / sqrt(var + eps): one layer with the same output."""
+    variance: two layers. Below, one convolution with weight s W and bias beta + s (b - mu),
+    s = gamma / sqrt(sigma^2 + eps): one layer with the same output."""
     p = Panel(640, 210, alt, "In eval mode BatchNorm is a factor and an offset per channel")
     p.text(20, 84, "x")
     p.arrow(34, 80, 80, 80)
     p.box(82, 56, 150, 48, "convolution\nW, b")
     p.arrow(234, 80, 290, 80)
-    p.box(292, 56, 190, 48, "BatchNorm\nγ, β, mean, var", fill=ORANGE)
+    p.box(292, 56, 190, 48, "BatchNorm\nγ, β, μ, σ²", fill=ORANGE)
     p.arrow(484, 80, 540, 80)
     p.text(548, 84, "y")
     p.arrow(287, 110, 287, 134)
     p.text(20, 164, "x")
     p.arrow(34, 160, 80, 160)
-    p.box(82, 136, 400, 48, "convolution\nW' = g W,   b' = β + g (b − mean)")
+    p.box(82, 136, 400, 48, "convolution\nW' = s W,   b' = β + s (b − μ)")
     p.arrow(484, 160, 540, 160)
     p.text(548, 164, "the same y")
-    p.text(82, 202, "g = γ / √(var + ε), one number per output channel", size=12)
+    p.text(82, 202, "s = γ / √(σ² + ε), one number per output channel", size=12)
     return p
 
 
@@ -51,5 +51,5 @@ def folding_refused() -> Panel:
         p.box(490, y, 110, 36, name, fill=ORANGE)
     p.line([(385, 104), (385, 128)])
     p.text(394, 120, "the same W", size=12)
-    p.text(330, 188, "W cannot be g1 W and g2 W at once", colour=RUST)
+    p.text(330, 188, "W cannot be s1 W and s2 W at once", colour=RUST)
     return p
