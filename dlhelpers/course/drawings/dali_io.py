@@ -49,8 +49,8 @@ def who_waits() -> Panel:
 def cpu_and_gpu() -> Panel:
     """Which stages run where, with the preprocessing on the CPU or on the GPU."""
     alt = """The stages of an image: read, decode, crop and resize, train. With preprocessing on the
-    CPU only training runs on the GPU. With DALI on the GPU decoding and cropping run there too: they
-    leave the CPU, and take time from the training that shares the GPU."""
+    CPU only training runs on the GPU. With DALI on the GPU decoding and cropping run there too:
+    they leave the CPU, and take time from the training that shares the GPU."""
     p = Panel(640, 200, alt, "Moving a stage to the GPU frees the CPU and loads the GPU")
     for row, (name, first) in enumerate((("on the CPU", 3), ("on the GPU", 1))):
         y = 68 + 62 * row
