@@ -27,7 +27,7 @@ def files_and_pages() -> Panel:
         for half in (0, 1):
             p.arrow(x + 22 + 46 * half, 154, x + 22 + 46 * half, 178)
             p.box(x + 2 + 46 * half, 180, 40, 26, f"img {2 * k + half}", size=11)
-    p.text(330, 230, "boxes are pages; a big image takes several in a row", size=12)
+    p.text(330, 230, "boxes are pages; a large image takes more", size=12)
     return p
 
 

@@ -27,7 +27,7 @@ def kept() -> Panel:
 
 def checkpointing(blocks: int = 4, segments: int = 2) -> Panel:
     """The timeline of a checkpointed step, and what is alive after each of its parts."""
-    alt = """A step of four blocks in two checkpointed segments. Forward runs blocks 1 to 4 and keeps
+    alt = """A step of four blocks in two checkpointed segments. Forward runs all blocks and keeps
     only the input of each segment. Backward first runs blocks 3 and 4 forward again, then goes back
     through them, then the same for 1 and 2. Bars show the activations alive: the peak is lower, and
     each block ran forward twice."""

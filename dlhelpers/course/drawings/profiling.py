@@ -9,7 +9,7 @@ __all__ = ["asynchronous", "two_halves"]
 
 def two_halves() -> Panel:
     """Python above, operators and kernels below."""
-    alt = """A program in two halves: Python calls above, torch's operators and kernels in C++ below.
+    alt = """A program in two halves: Python calls above, torch's operators and kernels below.
     cProfile and samplers of Python see the upper half and take a whole operator for one call;
     torch.profiler sees operators and kernels, and of Python only what is labelled."""
     p = Panel(640, 200, alt, "Each profiler sees one half of the program")
