@@ -30,7 +30,7 @@ def who_waits() -> Panel:
     loader never stops, and the model has gaps between its batches. Model-bound: the model never
     stops after its first batch, and the loader waits. The slower stage sets the pace."""
     p = Panel(640, 260, alt, "The slower stage sets the pace, the other one waits")
-    cases = (("loader-bound: the model waits", 3, 2), ("model-bound: the loader waits", 2, 3))
+    cases = (("loader-bound: the model waits", 3, 1), ("model-bound: the loader waits", 1, 3))
     for case, (name, load, train) in enumerate(cases):
         y = 62 + 102 * case
         p.text(16, y - 8, name, bold=True)
@@ -42,7 +42,7 @@ def who_waits() -> Panel:
             for lane, (start, took, fill) in enumerate(
                 zip(starts, (load, train), (BLUE, ORANGE), strict=True)
             ):
-                p.box(80 + 31 * start, y + 4 + 36 * lane, 31 * took, 28, str(k), fill=fill)
+                p.box(80 + 33 * start, y + 4 + 36 * lane, 33 * took, 28, str(k), fill=fill)
     return p
 
 

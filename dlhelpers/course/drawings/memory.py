@@ -33,12 +33,12 @@ def checkpointing(blocks: int = 4, segments: int = 2) -> Panel:
     each block ran forward twice."""
     p = Panel(640, 230, alt, "Checkpointing runs each block forward twice to keep less")
     size = blocks // segments
-    steps: list[tuple[str, int, int]] = []  # what, block, activations alive after it
+    steps: list[tuple[str, int, int]] = []  # what, block, activations that it needs alive
     steps += [("F", b, (b - 1) // size + 1) for b in range(1, blocks + 1)]
     for s in reversed(range(segments)):
         inside = range(s * size + 1, (s + 1) * size + 1)
         steps += [("again", b, s + 1 + k) for k, b in enumerate(inside)]
-        steps += [("B", b, s + b - s * size - 1 + (b > s * size + 1)) for b in reversed(inside)]
+        steps += [("B", b, s + b - s * size) for b in reversed(inside)]
     wide = 540 / len(steps)
     fills = {"F": BLUE, "again": ORANGE, "B": GREY}
     for k, (what, block, alive) in enumerate(steps):
@@ -47,6 +47,8 @@ def checkpointing(blocks: int = 4, segments: int = 2) -> Panel:
     p.text(16, 80, "block")
     p.text(16, 192, "kept")
     p.line([(84, 200), (624, 200)])
+    p.line([(84, 200 - 22 * blocks), (624, 200 - 22 * blocks)], colour="#6b6b6b")
+    p.text(84, 194 - 22 * blocks, f"peak without checkpointing: {blocks}", size=12)
     for x, name, fill in (
         (84, "forward", BLUE),
         (200, "forward again", ORANGE),

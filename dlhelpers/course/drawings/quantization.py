@@ -45,7 +45,7 @@ def scales() -> Panel:
     alt = """Two channels of a weight, one wide and one narrow. Per tensor, both share the steps of
     the wide one, and all values of the narrow channel fall on three steps or fewer. Per channel,
     each has its own scale and uses all steps."""
-    p = Panel(640, 215, alt, "One scale for all wastes the narrow channel's steps")
+    p = Panel(640, 232, alt, "One scale for all wastes the narrow channel's steps")
     reach = {"wide": 1.0, "narrow": 0.15}
     for column, (name, own) in enumerate((("per-tensor", False), ("per-channel", True))):
         left = 100 + 285 * column
@@ -62,6 +62,6 @@ def scales() -> Panel:
             p.text(left + 110, y + 34, f"{len(used)} steps used", anchor="middle")
             if not column:
                 p.text(16, y + 4, channel)
-    p.box(100, 202, 16, 8, fill=GREY, edge="none")
-    p.text(122, 210, "where the channel's weights lie", size=12)
+    p.box(100, 212, 16, 8, fill=GREY, edge="none")
+    p.text(122, 220, "where the channel's weights lie", size=12)
     return p
