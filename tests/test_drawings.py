@@ -4,7 +4,9 @@ import base64
 import itertools
 import math
 import re
+from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from dlhelpers.course import drawings
+from dlhelpers.course.drawings.dali_io import schedule
 from dlhelpers.course.drawings.pairing import losses
 from dlhelpers.course.drawings.panel import Panel
 
@@ -112,3 +115,21 @@ def test_the_curves_are_cross_entropy(margin):
     z[0, 0], y = margin, torch.tensor([0])
     expected = F.cross_entropy(z, y), F.cross_entropy(z.softmax(1), y)
     assert all(map(math.isclose, losses(margin), map(float, expected)))
+
+
+def test_each_lesson_shows_two_drawings_and_each_drawing_is_shown_once():
+    lessons = sorted((Path(__file__).parent.parent / "notebooks").glob("0[0-8]_*.ipynb"))
+    lessons = [p for p in lessons if "_more" not in p.stem]
+    shown = [re.findall(r"drawings\.(\w+)\(\)", p.read_text(encoding="utf-8")) for p in lessons]
+    assert [len(names) for names in shown] == [2] * len(lessons)
+    assert Counter(itertools.chain(*shown)) == Counter(drawings.__all__)
+
+
+@pytest.mark.parametrize(("load", "train"), [(3, 1), (1, 3), (2, 2)])
+def test_the_timelines_keep_the_order_and_the_slower_stage_never_stops(load, train):
+    starts = schedule(load, train, 6)
+    loads, trains = zip(*starts, strict=True)
+    assert all(t >= one + load for one, t in starts)
+    assert all(b - a >= train for a, b in itertools.pairwise(trains))
+    assert all(b - a >= load for a, b in itertools.pairwise(loads))
+    assert {b - a for a, b in itertools.pairwise(trains)} == {max(load, train)}
