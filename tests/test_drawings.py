@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional as F
 
 from dlhelpers.course import drawings
-from dlhelpers.course.drawings.dali_io import schedule
 from dlhelpers.course.drawings.pairing import losses
 from dlhelpers.course.drawings.panel import Panel
 
@@ -123,13 +122,3 @@ def test_each_lesson_shows_two_drawings_and_each_drawing_is_shown_once():
     shown = [re.findall(r"drawings\.(\w+)\(\)", p.read_text(encoding="utf-8")) for p in lessons]
     assert [len(names) for names in shown] == [2] * len(lessons)
     assert Counter(itertools.chain(*shown)) == Counter(drawings.__all__)
-
-
-@pytest.mark.parametrize(("load", "train"), [(3, 1), (1, 3), (2, 2)])
-def test_the_timelines_keep_the_order_and_the_slower_stage_never_stops(load, train):
-    starts = schedule(load, train, 6)
-    loads, trains = zip(*starts, strict=True)
-    assert all(t >= one + load for one, t in starts)
-    assert all(b - a >= train for a, b in itertools.pairwise(trains))
-    assert all(b - a >= load for a, b in itertools.pairwise(loads))
-    assert {b - a for a, b in itertools.pairwise(trains)} == {max(load, train)}

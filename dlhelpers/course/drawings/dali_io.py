@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 from dlhelpers.course.drawings.panel import BLUE, ORANGE, Panel
+from dlhelpers.stages import predict_stages
 
 __all__ = ["cpu_and_gpu", "who_waits"]
-
-
-def schedule(load: float, train: float, batches: int) -> list[tuple[float, float]]:
-    """Start of loading and of training of each batch, where one batch may wait between the stages.
-
-    >>> schedule(2, 1, 3)  # the model waits for each batch
-    [(0.0, 2.0), (2.0, 4.0), (4.0, 6.0)]
-    >>> schedule(1, 2, 3)[2]  # the loader is ahead
-    (2.0, 5.0)
-    """
-    starts: list[tuple[float, float]] = []
-    for k in range(batches):
-        begin = starts[-1][0] + load if starts else 0.0
-        begin = max(begin, starts[-2][1]) if k > 1 else begin
-        ready = max(begin + load, starts[-1][1] + train) if starts else begin + load
-        starts.append((float(begin), float(ready)))
-    return starts
 
 
 def who_waits() -> Panel:
@@ -38,11 +22,12 @@ def who_waits() -> Panel:
         p.text(16, y + 58, "model")
         for lane in (0, 1):
             p.line([(80, y + 34 + 36 * lane), (620, y + 34 + 36 * lane)], colour="#9a9a9a")
-        for k, starts in enumerate(schedule(load, train, 5), 1):
-            for lane, (start, took, fill) in enumerate(
-                zip(starts, (load, train), (BLUE, ORANGE), strict=True)
-            ):
-                p.box(80 + 33 * start, y + 4 + 36 * lane, 33 * took, 28, str(k), fill=fill)
+        line = predict_stages({"loader": load, "model": train}, batches=5, depth=1)
+        for span in line.spans:
+            lane = line.stages.index(span.stage)
+            x, wide = 80 + 33 * span.start_s, 33 * (span.end_s - span.start_s)
+            label, fill = str(span.batch + 1), (BLUE, ORANGE)[lane]
+            p.box(x, y + 4 + 36 * lane, wide, 28, label, fill=fill)
     return p
 
 
