@@ -17,7 +17,7 @@ from dlhelpers.profiling.following import follow
 from dlhelpers.profiling.loader_marks import loaders_marked
 from dlhelpers.profiling.repeats import Repeat
 from dlhelpers.profiling.step_trials import confirmed, without_anomaly
-from dlhelpers.profiling.watching import living, watch
+from dlhelpers.profiling.watching import watch
 from dlhelpers.shufflenet import layer_costs
 
 PATCHED = {
@@ -322,25 +322,3 @@ def test_a_diagnosis_beside_fusions_and_another_one_leaves_nothing_behind():
     assert faults == []
     assert reports == [1] * 8
     assert all_is_as_it_was()
-
-
-def test_what_lives_is_found_while_other_threads_make_tuples():
-    held = [torch.zeros(3), torch.nn.Parameter(torch.zeros(2))]
-    faults, ends = [], threading.Event()
-
-    def makes():
-        while not ends.is_set():
-            try:
-                tuple(x for x in range(200))  # grows as it goes
-            except BaseException as error:
-                faults.append(error)
-
-    maker = threading.Thread(target=makes)
-    maker.start()
-    for _ in range(8):
-        found = {id(thing) for thing in living(torch.Tensor)}
-        assert {id(thing) for thing in held} <= found
-    ends.set()
-    maker.join()
-    assert faults == []
-    assert not any(isinstance(thing, torch.Tensor) for thing in living(dict))

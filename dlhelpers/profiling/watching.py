@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain, compress, starmap, tee
 from time import perf_counter
 from typing import Any
 
@@ -322,6 +320,8 @@ def living_tensors() -> Iterator[Callable[[], list[Tensor]]]:
     at objects that are new. Tensors that the program itself has set aside (``gc.freeze``), the
     collector shows to nobody.
     """
+    import gc
+
     known = [weakref.ref(tensor) for tensor in living(Tensor)]
 
     def tensors() -> list[Tensor]:
@@ -352,18 +352,19 @@ def count_nodes(tensors: Iterable[Tensor], limit: int = 200_000) -> int:
 
 
 def living(kind: type) -> list[Any]:
-    """Return all objects of a type and of those below it; asks no object anything.
+    """Return all objects of a type and of those below it; asks no object anything."""
+    import gc
 
-    The list of all objects lives within single calls of C, between which no other thread gets its
-    turn: one that is just making a tuple could not finish it while somebody else holds it.
-    """
-
-    def every() -> Iterator[Any]:
-        return chain.from_iterable(starmap(gc.get_objects, [()]))
-
-    kinds = {own for own in set(map(type, every())) if issubclass(own, kind)}
-    things, again = tee(every())
-    return list(compress(things, map(kinds.__contains__, map(type, again))))
+    kinds: dict[type, bool] = {}
+    found = []
+    for thing in gc.get_objects():
+        own = type(thing)
+        is_kind = kinds.get(own)
+        if is_kind is None:
+            is_kind = kinds[own] = issubclass(own, kind)
+        if is_kind:
+            found.append(thing)
+    return found
 
 
 def _has_graph(tensor: Tensor) -> bool:
