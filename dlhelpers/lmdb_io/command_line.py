@@ -84,7 +84,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
 
 def _address(text: str) -> str:
     """Return the address of a cluster; a path would be the SRC that stands behind --ray."""
-    if text not in ("", "auto") and ":" not in text:
+    if text not in ("", "auto", "local") and ":" not in text:
         raise argparse.ArgumentTypeError(
             f"{text!r} is no address such as 10.0.0.1:6379 or auto; to start Ray on this machine, "
             "write --ray after SRC and DST"
