@@ -45,6 +45,12 @@ def along(claim, kinds):
     [
         ("ffhhh", (64, 128), "pays from 128 channels on, not up to 64 (at 14 by 14 pixels)"),
         ("hhhhf", (256, 512), "pays up to 256 channels, not from 512 on (at 14 by 14 pixels)"),
+        (
+            "fhuuu",
+            (32, 64),
+            "pays from 64 channels on, not up to 32; unsettled at 128, 256, 512",
+        ),
+        ("uuhfu", (128, 256), "pays up to 128 channels, not from 256 on; unsettled at 32, 64, 512"),
         ("fuuhh", (32, 256), "pays from 256 channels on, not up to 32"),
         ("hhhhh", None, "none, pays everywhere from 32 to 512 channels"),
         ("fffff", None, "none, does not pay anywhere from 32 to 512 channels"),

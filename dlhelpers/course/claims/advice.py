@@ -40,15 +40,15 @@ def main_claim(tip: Tip, claims: Sequence[Claim]) -> Claim | None:
 def gain_of(claim: Claim, c: Judged) -> str:
     """Return the verdict of a condition, where it fails by what it brings instead.
 
-    A ratio that had to be large and is not is ``nothing`` (close to 1, or below 1 for all one
-    knows), ``worse`` (surely below 1) or ``short`` (of the threshold).
+    A ratio that had to be large and is not is ``nothing`` (close to 1), ``worse`` (surely
+    below 1) or ``short`` (of the threshold).
     """
     has_gain = c.threshold is not None and c.threshold.op in (">=", ">") and c.threshold.bound > 1
     is_ratio = claim.kind == "time" or (claim.kind == "memory" and claim.unit == "x")
     if c.verdict != "fails" or not (has_gain and is_ratio) or not c.effect or c.effect <= 0:
         return c.verdict
     is_worse = c.high is not None and c.high < 1
-    if max(c.effect, 1 / c.effect) <= _NOTHING or (c.effect < 1 and not is_worse):
+    if max(c.effect, 1 / c.effect) <= _NOTHING:
         return "nothing"
     return "worse" if is_worse else "short"
 

@@ -97,9 +97,12 @@ class BreakEven:
             return f"from {ends} nothing is settled"
         if self.bracket:
             below, above = map(_number, self.bracket)
+            first, last = self.bracket
+            outside = [p for p in self.points if p not in settled and not first < p.at < last]
+            rest = f"; unsettled at {', '.join(_number(p.at) for p in outside)}" if outside else ""
             if settled[0].verdict == "fails":
-                return f"{holds} from {above} {self.unit} on, {_not(fails)} up to {below}"
-            return f"{holds} up to {below} {self.unit}, {_not(fails)} from {above} on"
+                return f"{holds} from {above} {self.unit} on, {_not(fails)} up to {below}{rest}"
+            return f"{holds} up to {below} {self.unit}, {_not(fails)} from {above} on{rest}"
         verdicts = {point.verdict for point in settled}
         if len(verdicts) == 2:
             where = [[_number(p.at) for p in settled if p.verdict == v] for v in self.words]

@@ -211,7 +211,8 @@ def _answer_html(verdict: Verdict) -> str:
     """Say how right the predictions were; that there were none, where the claim asks for some."""
     if not verdict.said:
         asks = verdict.claim.asks or verdict.claim.sized
-        return "<div><small>Not asked: nobody predicted before.</small></div>" if asks else ""
+        now = "Not asked this time." if verdict.earlier else "Not asked: nobody predicted before."
+        return f"<div><small>{now}</small></div>" if asks else ""
     found = {c.name: c for c in verdict.conditions}
     taps = [said for said in verdict.said if not said.is_size]
     settled = [s for s in taps if found[s.condition].verdict in ("holds", "fails")]

@@ -63,7 +63,7 @@ class Said:
     def text(self, claim: Claim) -> str:
         """Say it in the claim's words, such as ``pays (likely)``."""
         if self.is_size:
-            return f"{self.says:.2g}"
+            return f"{self.says:.3g}" if self.says < 100 else f"{self.says:,.0f}"
         return f"{label_of(claim, str(self.says))} ({SURE.get(self.sure or 0, '?')})"
 
     def off_by(self, found: float | bool | None) -> float | None:
@@ -112,7 +112,7 @@ class Score:
         if not self.given and not self.open and not self.off_by:
             return [f"no predictions yet; {kept}" if kept else "no predictions yet"]
         noun = "prediction" if self.given == 1 else "predictions"
-        lines = [f"{self.right} of {self.given} {noun} right"]
+        lines = [f"{self.right} of {self.given} {noun} right"] if self.given else []
         if self.given:
             no = self.given - self.folklore
             lines[0] += f"; 'it always holds' {self.folklore}, 'it never does' {no}"
