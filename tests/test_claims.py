@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from dlhelpers.course import claims, ledger
 from dlhelpers.course.claims import catalog, judging, predictions
+from dlhelpers.course.claims.advice import advice
 from dlhelpers.course.claims.cards import claim_html, claim_text, verdict_html
 from dlhelpers.course.claims.conditions import Judged, Tally
 from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
@@ -878,6 +879,13 @@ def test_the_card_of_a_claim_gives_nothing_away_of_what_theory_says():
         page = claim_text(claim) + claim_html(claim)
         assert all(condition.why not in page for condition in claim.conditions)
         assert not any(word in page for word in ("theory", "must hold", "cannot hold"))
+
+
+def test_a_condition_that_is_no_longer_declared_gives_no_advice(time_claim):
+    (tip,) = (tip for tip in claims.all_tips() if tip.id == "pair-failure")
+    old = judging.settle(time_claim, by_time(time_claim, FAST, SAME)).conditions[0]
+    assert advice(tip, time_claim, [dataclasses.replace(old, name="batch 2")]) == "Not run."
+    assert old.name in advice(tip, time_claim, [old])
 
 
 # The course's own tips and claims

@@ -47,10 +47,9 @@ def gain_of(claim: Claim, c: Judged) -> str:
     is_ratio = claim.kind == "time" or (claim.kind == "memory" and claim.unit == "x")
     if c.verdict != "fails" or not (has_gain and is_ratio) or not c.effect or c.effect <= 0:
         return c.verdict
-    is_worse = c.high is not None and c.high < 1
     if max(c.effect, 1 / c.effect) <= _NOTHING:
         return "nothing"
-    return "worse" if is_worse else "short"
+    return "worse" if c.high is not None and c.high < 1 else "short"
 
 
 def advice(
@@ -65,6 +64,7 @@ def advice(
         tip: its ``do`` begins the sentence; a tip that only states a fact is relied on.
         claim: of :func:`main_claim`.
         conditions: of that claim, as they came out on one machine; none where it was not run.
+            Those that the claim no longer declares give no advice.
         found: a condition -> its number in words; effects without intervals where None.
 
     >>> from dlhelpers.course.claims import all_claims, all_tips
@@ -72,6 +72,8 @@ def advice(
     >>> advice(tip, main_claim(tip, all_claims()), [])
     'Not run.'
     """
+    declared = {condition.name for condition in claim.conditions}
+    conditions = [c for c in conditions if c.name in declared]
     if not conditions:
         return "Not run."
 

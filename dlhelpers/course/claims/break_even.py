@@ -1,7 +1,8 @@
 """From which size on does a tip pay, or up to which?
 
 A claim may declare an axis: a number that its conditions hang on, such as channels or batch, with
-up to five points. Each point is measured as any condition is. The break-even lies between the last
+up to five points. Each point is measured as any condition is, with image or batch sizes of its
+own. The break-even lies between the last
 point that surely fails and the first that surely holds (or the other way round, where the tip pays
 for the small ones); points between them are unsettled. That it pays everywhere or nowhere on the
 axis is an answer as well, and so is that it pays, stops and pays again.

@@ -225,7 +225,7 @@ class Claim:
         from dlhelpers.course.claims import judging, predictions
 
         verdict = judging.settle(self, evidence, predictions.given(self.id), break_even)
-        predictions.take(self.id)
+        predictions.close(self.id)
         return judging.recalled(verdict, ledger.record(verdict.as_row()))
 
     def _condition(self, name: str) -> Condition:

@@ -21,7 +21,7 @@ from dlhelpers.course.claims.claim import Claim
 from dlhelpers.course.claims.said import SURE, Said, label_of
 from dlhelpers.course.notebook import in_ipython, show
 
-__all__ = ["answer", "ask", "given", "guess", "take"]
+__all__ = ["answer", "ask", "close", "given", "guess"]
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _said: dict[str, dict[tuple[str, bool], Said]] = {}  # claim id -> (condition, is a size) -> said
@@ -76,10 +76,9 @@ def given(id: str) -> tuple[Said, ...]:
     return tuple(_said.get(id, {}).values())
 
 
-def take(id: str) -> tuple[Said, ...]:
-    """Return the predictions for a claim that was judged, and take no others in this session."""
+def close(id: str) -> None:
+    """Take no other predictions for a claim in this session: it was judged."""
     _closed.add(id)
-    return given(id)
 
 
 def ask(claim: Claim) -> None:
