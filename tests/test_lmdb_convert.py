@@ -27,12 +27,13 @@ from dlhelpers.lmdb_io import (
     SourceError,
     convert_lmdb,
     old_files,
+    unpickling,
     verify_lmdb,
     write_lmdb,
 )
 from dlhelpers.lmdb_io.datum import Datum, read_datum
 from dlhelpers.lmdb_io.old_databases import open_old
-from dlhelpers.lmdb_io.old_values import plain_target, read_plain
+from dlhelpers.lmdb_io.old_values import plain_target, read_plain, sample_of
 from dlhelpers.lmdb_io.unpickling import PickleError, unpickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -601,11 +602,67 @@ def test_a_small_pickle_cannot_unfold_to_gigabytes(bomb):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
+MODULUS = 2**61 - 1  # of the hashes of numbers: what it divides has the hash 0
+SAME = [n * MODULUS for n in range(3)]
+
+
+def keyed(keys, protocol=2):
+    """Return pickles of dicts with these keys, by each of the opcodes that make one."""
+    pairs = pickle.dumps([(key, None) for key in keys], protocol)[2:-1]
+    flat = b"".join(pickle.dumps(key, protocol)[2:-1] + b"N" for key in keys)
+    single = b"".join(pickle.dumps(key, protocol)[2:-1] + b"Ns" for key in keys)
+    ways = (b"(" + flat + b"d", b"}(" + flat + b"u", b"}" + single)
+    return [
+        b"\x80\x02" + way + b"."
+        for way in (*ways, b"ccollections\nOrderedDict\n" + pairs + b"\x85R")
+    ]
+
+
+def test_no_dict_is_built_whose_keys_can_be_made_to_meet(tmp_path):
+    many = range(30_001)
+    for hostile, says in (
+        (SAME, "a number of more than 60 bits as key"),
+        ([-SAME[1]], "a number of more than 60 bits as key"),
+        ([2.0**61], "a dict with a float as key"),
+        (many, "more than 30000 numbers as keys"),
+    ):
+        for data in keyed(hostile):
+            with pytest.raises(PickleError, match=says):
+                unpickle(data)
+    texts = [f"{n}" for n in many]
+    for data in keyed(texts) + keyed(many[:-1]):
+        assert len(unpickle(data)) >= len(many) - 1
+    two = b"".join(data[2:-1] for data in keyed(many[:15_002])[:2])
+    with pytest.raises(PickleError, match="more than 30000 numbers"):
+        unpickle(b"\x80\x02" + two + b"\x86.")
+
+
+def test_numbers_that_a_pickle_gives_its_values_are_not_looked_up_by_their_hashes():
+    reader = unpickling._Reader(
+        io.BytesIO(b"(" + b"".join(b"Np%d\n0" % n for n in SAME) + b"t."), 9
+    )
+    assert reader.load() == ()
+    assert [*reader.memo] == [str(n) for n in SAME]
+    assert unpickle(b"(" + b"I%d\np%d\n" % (7, SAME[1]) + b"g%d\nt." % SAME[1]) == (7, 7)
+
+
+def test_the_keys_of_msgpack_are_bounded_as_those_of_pickles_are():
+    msgpack = pytest.importorskip("msgpack")
+    assert read_plain(msgpack.packb({"a": {1: 2}})) == {"a": {1: 2}}
+    for hostile, says in (
+        ({SAME[1]: 0}, "more than 60 bits"),
+        ({1.5: 0}, "a float as key"),
+        (dict.fromkeys(range(30_001)), "30000 numbers"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            sample_of(msgpack.packb({"image": PNGS[0], "label": hostile}), "msgpack")
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9)
     | st.binary(max_size=9),
     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner)
-    | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=4),
+    | st.dictionaries(st.text(max_size=5) | st.integers(-(2**59), 2**59), inner, max_size=4),
     max_leaves=6,
 )  # fmt: skip
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io.datum import read_datum
+from dlhelpers.lmdb_io.safe_keys import KeysError, safe_dict
 from dlhelpers.lmdb_io.unpickling import PickleError, unpickle
 
 __all__ = [
@@ -181,7 +182,10 @@ def _read(value: bytes, form: str) -> Any:
             raise ValueError(f"not a readable .npy file: {error}") from None
     msgpack = need("msgpack", "a database of msgpack values")
     try:
-        return _numpy_of_msgpack(msgpack.unpackb(value, strict_map_key=False))
+        found = msgpack.unpackb(value, strict_map_key=False, object_pairs_hook=safe_dict)
+        return _numpy_of_msgpack(found)
+    except KeysError as error:
+        raise ValueError(f"its msgpack holds {error}") from None
     except ValueError:
         raise
     except Exception as error:
