@@ -48,6 +48,7 @@ def unpickle(data: bytes) -> Any:
     Raises:
         PickleError: it names other code, is damaged, or expands to far more than its size.
 
+    >>> import numpy as np
     >>> unpickle(pickle.dumps((b"image", np.int64(3))))
     (b'image', 3)
     >>> unpickle(b"cos\\nsystem\\n(S'ls'\\ntR.")  # doctest: +ELLIPSIS
