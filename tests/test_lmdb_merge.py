@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -628,3 +629,40 @@ def test_a_database_that_is_given_twice_is_called_that(tmp_path):
     with pytest.raises(SourceError, match=r"a\.lmdb is given twice: give each database once"):
         write_lmdb([tmp_path / "a.lmdb"] * 2, tmp_path / "b.lmdb", progress=False)
     assert not (tmp_path / "b.lmdb").exists()
+
+
+def settings_of(path):
+    return re.search(r"stored +(.*)", str(info_lmdb(path)))[1]
+
+
+def test_settings_that_differ_are_told_and_equal_ones_kept(tmp_path):
+    """After merges and appends, of files and shards, and of what was merged before."""
+    pictures = {name: triples(range(n, n + 2)) for n, name in enumerate("abcde") if not n % 2}
+    write(pictures["a"], tmp_path / "a", encode="jpeg", quality=80)
+    write(pictures["c"], tmp_path / "c", encode="jpeg", quality=80)
+    write(pictures["e"], tmp_path / "e", shards=2)
+    write([tmp_path / "a", tmp_path / "c"], tmp_path / "same", shards=2)
+    told = settings_of(tmp_path / "same")
+    assert told == settings_of(tmp_path / "a") == "encode jpeg, quality 80"
+    write([tmp_path / "same", tmp_path / "e"], tmp_path / "both")
+    told = "differing: encode jpeg or none, quality 80 or none"
+    assert settings_of(tmp_path / "both") == told
+    write([("f", bitmap(1), 0)], tmp_path / "raw", encode="raw")
+    write([tmp_path / "both", tmp_path / "raw"], tmp_path / "three", shards=2)
+    told = told.replace("or none, q", "or none or raw, q")
+    assert settings_of(tmp_path / "three") == told
+    write([("g", bitmap(1), 0)], tmp_path / "given")
+    write(tmp_path / "raw", tmp_path / "given", append=True)  # copied as it is
+    assert settings_of(tmp_path / "given") == "differing: encode none or raw"
+    write([("h", bitmap(2), 0)], tmp_path / "given", append=True)  # which is taken as it is
+    assert settings_of(tmp_path / "given") == "differing: encode none or raw"
+    assert stored(tmp_path / "given")[2][2] == bitmap(2)
+
+
+def test_fields_stay_where_the_quality_of_their_pictures_differs(tmp_path):
+    for name, quality in (("a", 80), ("b", 90)):
+        samples = [(name, {"image": Image.new("RGB", (8, 8)), "label": 1})]
+        write(samples, tmp_path / name, fields={"image": "jpeg", "label": "json"}, quality=quality)
+    write([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert settings_of(tmp_path / "m") == "differing: quality 80 or 90"
+    assert info_lmdb(tmp_path / "m").fields == info_lmdb(tmp_path / "a").fields
