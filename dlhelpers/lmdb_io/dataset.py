@@ -150,6 +150,8 @@ class LMDBDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return the samples of a batch, read in one transaction for each file."""
+        if type(self).__getitem__ is not LMDBDataset.__getitem__:
+            return [self[index] for index in indices]  # as a subclass gives them
         if self._collates:
             return self._batch(indices)
         places = self._places(indices)
