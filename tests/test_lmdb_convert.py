@@ -197,6 +197,55 @@ def test_labels_under_keys_of_their_own_stay_text(tmp_path, image, label):
     assert "1 other entry was not converted: lexicon" in report
 
 
+TWO_PICTURES = [
+    ("image_%d", "gt_%d"),
+    ("im%03d", "gt%03d"),
+    ("%04d_lq", "%04d_gt"),
+    ("lr/%d.png", "hr/%d.png"),
+    ("%d", "%d_mask"),
+    ("%d.jpg", "%d_mask.png"),
+    ("train/%d.jpg", "train/%d_GroundTruth.png"),
+    ("Image/%d.jpg", "Mask/%d.png"),
+    ("rgb-%d", "depth-%d"),
+    ("%d.jpg", "%d.png"),
+    ("TR/%d.JPG", "TR/%d.PNG"),
+    ("%d_img.png", "%d_GT.png"),
+]
+
+
+@pytest.mark.parametrize(("image", "mask"), TWO_PICTURES)
+def test_two_pictures_of_a_sample_are_never_two_samples(tmp_path, image, mask):
+    entries = {(image % n).encode(): PNGS[n] for n in range(1, 6)}
+    entries |= {(mask % n).encode(): PNGS[n + 5] for n in range(1, 6)}
+    old = old_database(tmp_path / "old", entries)
+    with pytest.raises((DatabaseError, SourceError), match=r'fields=.*"mask": "png"'):
+        convert_lmdb(old, tmp_path / "new", progress=False)
+    with pytest.raises((DatabaseError, SourceError), match=r"no image that could|two pictures"):
+        convert_lmdb(old, tmp_path / "new", progress=False, on_error="skip")
+    assert not (tmp_path / "new").exists()
+
+
+def test_labels_stand_beside_images_of_any_word_and_ending(tmp_path):
+    for number, (image, label) in enumerate(
+        [("photo_%d", "label_%d"), ("%d.jpg", "%d_label.txt"), ("images/%d.jpg", "labels/%d.txt")]
+    ):
+        entries = {(image % n).encode(): PNGS[n] for n in range(1, 6)}
+        entries |= {(label % n).encode(): b"%d" % n for n in range(1, 6)}
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        found, _ = converted(folder, entries)
+        assert found == [(image % n, PNGS[n], f"{n}") for n in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "names", [["cat.%d.jpg", "dog.%d.jpg", "mask.%d.jpg"], ["%d.jpg", "a%d.png"]]
+)
+def test_classes_of_equal_numbers_are_no_pairs(tmp_path, names):
+    entries = {(name % n).encode(): PNGS[n] for n in range(1, 6) for name in names}
+    found, _ = converted(tmp_path, entries)
+    assert [key.encode() for key, _, _ in found] == sorted(entries)
+
+
 def test_images_and_labels_in_two_named_databases(tmp_path):
     old_database(tmp_path / "old", {b"%d" % n: png for n, png in enumerate(PNGS)}, b"images")
     labels = {b"%d" % n: pickle.dumps(n) for n in range(12)}
