@@ -450,6 +450,7 @@ PAIR = {b"image-1": PNGS[0], b"label-1": b"a", b"image-2": PNGS[1]}
         (folder2lmdb([PNGS[0]] * 2) | {b"__keys__": b'["0", "7"]'}, r"7: .* no such entry"),
         (folder2lmdb([PNGS[0]]) | {b"__keys__": b'["7"]'}, r"no value at all"),
         (folder2lmdb([PNGS[0]]) | {b"__keys__": pickle.dumps([("a", 1)])}, r"cannot be a key"),
+        (folder2lmdb([PNGS[0]]) | {b"__keys__": pickle.dumps([16**5000])}, r"'0x10000.*be a key"),
         (PAIR, r"image-2: .*no label"),
         (PAIR | {b"label-2": b"a", b"label-3": b"a", b"num-samples": b"3"}, r"no such entry"),
         (PAIR | {b"label-2": b"a", b"num-samples": b"3"}, r"num-samples: says 3 records"),
@@ -833,6 +834,12 @@ def test_the_command_converts_and_names_what_it_refuses(tmp_path, capsys):
     assert "1 skipped" in out
     pixels = LMDBDataset(new, decode=None)[0][0][12:]
     assert pixels == PIXELS[0, ..., ::-1].tobytes()
+
+
+def test_msgpack_that_is_nested_too_deeply_is_called_that():
+    pytest.importorskip("msgpack")
+    with pytest.raises(ValueError, match=r"not readable msgpack \(\w+"):
+        sample_of(b"\x91" * 5000 + b"\xc0", "msgpack")
 
 
 def test_which_of_two_arrays_is_the_image_is_not_guessed(tmp_path):

@@ -628,6 +628,34 @@ def test_a_database_that_is_given_twice_is_called_that(tmp_path):
     write(triples(range(2)), tmp_path / "a.lmdb")
     with pytest.raises(SourceError, match=r"a\.lmdb is given twice: give each database once"):
         write_lmdb([tmp_path / "a.lmdb"] * 2, tmp_path / "b.lmdb", progress=False)
+    write(triples(range(4)), tmp_path / "s", shards=2)
+    os.link(tmp_path / "a.lmdb", tmp_path / "link")
+    for again in (
+        [tmp_path / "a.lmdb", tmp_path / "link"],
+        [tmp_path / "s", tmp_path / "s" / "shard-00001-of-00002.lmdb"],
+    ):
+        with pytest.raises(SourceError, match=r"(link|00002\.lmdb) is given twice"):
+            write(again, tmp_path / "b.lmdb")
+    assert not (tmp_path / "b.lmdb").exists()
+
+
+def test_too_many_open_files_are_named_with_what_helps(tmp_path, monkeypatch):
+    """Wherever the system says so: at a look at the file, or in LMDB."""
+    write(triples(range(4)), tmp_path / "s", shards=2)
+    full = OSError(24, os.strerror(24))
+
+    def refused(*_, **__):
+        raise full
+
+    for place, name in ((environments, "open"), (lmdb, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, refused, raising=False)
+            full = OSError(24, os.strerror(24)) if place is environments else lmdb.Error(str(full))
+            with pytest.raises(OSError, match=r"too many files open: .*ulimit -n.*fewer shards"):
+                verify_lmdb(tmp_path / "s", progress=False)
+            if place is lmdb:
+                with pytest.raises(OSError, match=r"too many files open: .*ulimit -n"):
+                    write(triples(range(4)), tmp_path / "b.lmdb")
     assert not (tmp_path / "b.lmdb").exists()
 
 

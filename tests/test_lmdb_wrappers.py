@@ -315,6 +315,14 @@ def test_a_damaged_record_of_a_source_is_named(database, tmp_path):
     assert "checksum differs" in report.skipped[0][1]
 
 
+@pytest.mark.parametrize(
+    "indices", [[True, False], np.array([True, False]), torch.tensor([True]), [1.0], ["1"], [2**70]]
+)
+def test_a_mask_is_no_list_of_items(database, tmp_path, indices):
+    with pytest.raises(SourceError, match=r"a Subset has the index .*expected whole numbers"):
+        write(Subset(LMDBDataset(database), indices), tmp_path / "db")
+
+
 def test_an_empty_subset_holds_no_image(tmp_path):
     source = TensorDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.arange(2))
     write_lmdb(source, tmp_path / "db", progress=False)

@@ -77,12 +77,7 @@ class Environment:
                     "LMDB allows one for each file"
                 ) from None
             if os.strerror(errno.EMFILE) in str(error):
-                raise OSError(
-                    errno.EMFILE,
-                    "this process has too many files open: allow more (`ulimit -n 4096`), or copy "
-                    "the database into fewer shards (`python -m dlhelpers lmdb merge`)",
-                    str(path),
-                ) from None
+                raise _too_many_open(path) from None
             raise schema.DatabaseError(f"{path} is no LMDB file: {error}") from None
         try:
             # beyond the end of a truncated file the map would end the process, without an error
@@ -196,9 +191,22 @@ def _file_size(path: Path) -> int:
     try:
         with open(path, "rb") as file:  # says at once what may not be read
             return os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise _too_many_open(path) from None
+        if not isinstance(error, FileNotFoundError):
+            raise
         started = path.with_name(f".{path.name}.part")
         hint = "convert an image folder with write_lmdb"
         if started.exists():
             hint = "a conversion is under way or was interrupted: write_lmdb(..., resume=True)"
         raise FileNotFoundError(errno.ENOENT, f"there is no database; {hint}", str(path)) from None
+
+
+def _too_many_open(path: Path) -> OSError:
+    return OSError(
+        errno.EMFILE,
+        "this process has too many files open: allow more (`ulimit -n 4096`), or copy the database "
+        "into fewer shards (`python -m dlhelpers lmdb merge`)",
+        str(path),
+    )

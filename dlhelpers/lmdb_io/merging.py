@@ -128,10 +128,7 @@ class Databases(Source):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = frozenset(path.resolve() for path in paths)
-        if len(self.paths) < len(paths):
-            resolved = [path.resolve() for path in paths]
-            twice = next(path for path in resolved if resolved.count(path) > 1)
-            raise SourceError(f"{one_line(str(twice))} is given twice: give each database once")
+        given: set[Any] = set()
         self._parts: list[_Part] = []
         self._open: tuple[int, int, Environment] | None = None
         found: list[list[dict[str, Any]]] = []
@@ -139,6 +136,12 @@ class Databases(Source):
         for number, path in enumerate(path.resolve() for path in paths):
             files = shard_files(path)
             facts = [_facts(file) for file in files]
+            for file in files:
+                stat = file.stat()  # under whatever name
+                if (which := (stat.st_dev, stat.st_ino or file.resolve())) in given:
+                    name = one_line(str(file))
+                    raise SourceError(f"{name} is given twice: give each database once")
+                given.add(which)
             metas = [meta for meta, *_ in facts]
             check_shards(path, files, metas)
             classes = metas[0]["classes"]

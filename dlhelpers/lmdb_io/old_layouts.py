@@ -156,8 +156,9 @@ class Layout:
             )
         found = [_key_of(key) for key in listed]
         if odd := [key for key, made in zip(listed, found, strict=True) if made is None]:
+            shown = f"{odd[0]:#x}" if isinstance(odd[0], int) else str(odd[0])
             raise schema.DatabaseError(
-                f"{self.path}: __keys__ lists {str(odd[0])[:60]!r}, which cannot be a key"
+                f"{self.path}: __keys__ lists {shown[:60]!r}, which cannot be a key"
             )
         self.keys = [(key, None) for key in found if key is not None]
         self.how = "a database of folder2lmdb (__keys__)"
@@ -277,6 +278,8 @@ def _pair_of(names: Sequence[bytes]) -> tuple[bytes, bytes] | None:
 def _key_of(listed: Any) -> bytes | None:
     if isinstance(listed, bytes):
         return listed or None
+    if isinstance(listed, int) and listed.bit_length() > 1024:  # longer than any key
+        return None
     if isinstance(listed, (str, int)) and not isinstance(listed, bool):
         return schema.encode_key(str(listed)) if str(listed) else None
     return None

@@ -183,13 +183,11 @@ def _read(value: bytes, form: str) -> Any:
     msgpack = need("msgpack", "a database of msgpack values")
     try:
         found = msgpack.unpackb(value, strict_map_key=False, object_pairs_hook=safe_dict)
-        return _numpy_of_msgpack(found)
     except KeysError as error:
         raise ValueError(f"its msgpack holds {error}") from None
-    except ValueError:
-        raise
     except Exception as error:
         raise ValueError(f"not readable msgpack ({type(error).__name__}: {error})") from None
+    return _numpy_of_msgpack(found)
 
 
 def _numpy_of_msgpack(item: Any) -> Any:
