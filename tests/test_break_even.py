@@ -147,7 +147,7 @@ def test_the_figure_shows_curve_band_threshold_and_bracket(claim, kinds):
     assert len(axes.collections) == 1, "the band"
     assert len(axes.patches) == (found.bracket is not None), "the bracket"
     title = axes.get_title(loc="left").replace("\n", " ")
-    assert title == f"Break-even: {found}"
+    assert title == f"Break-even: {found.told}"
     assert all(math.isfinite(end) for end in axes.get_ylim())
 
 

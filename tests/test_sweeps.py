@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,26 @@ def test_the_best_rate_is_the_first_with_the_highest_mean(validation):
     assert low == middle == high
 
 
+@pytest.mark.parametrize(("best", "is_bracketed"), [(0, False), (1, True), (2, False)])
+def test_a_best_rate_at_an_end_of_the_grid_is_not_bracketed(best, is_bracketed):
+    for rates in ((0.1, 1.0, 10.0), (10.0, 1.0, 0.1)):
+        validation = tuple((float(n == best),) for n in range(3))
+        assert Sweep(rates, validation, validation).is_bracketed is is_bracketed
+
+
+def test_a_rate_is_rounded_to_no_less_than_the_models_dtype():
+    start = make(0).double()
+    x, y = X[:5].double(), Y[:5]
+    stepped = copy.deepcopy(start)
+    training.fit(stepped, F.cross_entropy, (x[:4], y[:4]), lr=0.1, batch_size=4)
+    seen = []
+    sweep(
+        lambda seed: copy.deepcopy(start), F.cross_entropy, (x, y), (x, y), rates=(0.1,), seeds=1,
+        epochs=1, right=lambda outputs, targets: seen.append(outputs) or targets >= 0,
+    )  # fmt: skip
+    torch.testing.assert_close(seen[-1], stepped(x), rtol=1e-12, atol=1e-12)
+
+
 def test_a_rule_of_its_own_decides_what_is_right():
     found = sweep(
         lambda seed: nn.Sequential(make(seed), nn.Flatten()), F.cross_entropy, (X, Y), TEST,
@@ -89,19 +110,28 @@ def test_nothing_that_is_given_is_changed():
     [
         ({"rates": ()}, "positive numbers, at least one"),
         ({"rates": (0.1, 0.0)}, "positive numbers, at least one"),
-        ({"rates": (0.1,), "optimizer": "adamw"}, "'adamw' is not one of"),
+        ({"rates": (0.1, 0.1)}, r"\[0.1, 0.1\] names one twice"),
+        ({"optimizer": "adamw"}, "'adamw' is not one of"),
+        ({"seeds": 0}, "seeds must be 1 or more, got 0"),
+        ({"epochs": 0}, "epochs must be 1 or more, got 0"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"train": (X[:9], Y)}, "train must have the same number.*got 9 and 100"),
+        ({"train": (X[:4], Y[:4])}, "train .* 5 or more: got 4 and 4"),
+        ({"test": (TEST[0], TEST[1][:1])}, "test must have the same number.*got 40 and 1"),
+        ({"test": (TEST[0], TEST[1][:, None])}, r"for each of 40 samples.*\(40, 40\)"),
+        ({"loss": partial(F.cross_entropy, reduction="none")}, r"one number a batch.*\(64,\)"),
+        ({"make": lambda seed: nn.Sequential(make(seed), nn.BatchNorm1d(3))}, "with buffers"),
+        ({"make": lambda seed: nn.Sequential(make(seed), nn.Dropout())}, "with dropout"),
+        ({"make": lambda seed: make(seed).requires_grad_(False)}, "with frozen"),
+        ({"make": lambda seed: nn.Sequential(*[nn.Linear(64, 64)] * 2)}, "with shared"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(options, told):
+    given = {"make": make, "loss": F.cross_entropy, "train": (X, Y), "test": TEST, "rates": (0.1,)}
     with pytest.raises(ValueError, match=told):
-        sweep(make, F.cross_entropy, (X, Y), TEST, **options)
+        sweep(**(given | {"seeds": 1, "epochs": 1} | options))
 
 
-def test_a_model_with_buffers_and_a_rate_beside_the_grid_are_refused():
-    with pytest.raises(ValueError, match="with buffers"):
-        sweep(
-            lambda seed: nn.Sequential(make(seed), nn.BatchNorm1d(3)), F.cross_entropy, (X, Y),
-            TEST, rates=(0.1,),
-        )  # fmt: skip
+def test_a_rate_beside_the_grid_is_refused():
     with pytest.raises(ValueError, match="the grid is"):
         Sweep((0.1,), ((1.0,),), ((1.0,),)).at(0.2)

@@ -43,6 +43,11 @@ class Sweep:
         """The rate with the highest mean accuracy on the held-out samples; of equals the first."""
         return max(self.rates, key=lambda rate: _mean(self.validation[self.rates.index(rate)]))
 
+    @property
+    def is_bracketed(self) -> bool:
+        """Does the grid go on beyond the best rate on both sides? If not, a better may follow."""
+        return min(self.rates) < self.best_rate < max(self.rates)
+
     def at(self, rate: float) -> tuple[float, ...]:
         """Return the test accuracies at a rate of the grid, one a seed, in percent.
 
@@ -84,9 +89,9 @@ def sweep(
     """Train a network at every rate and for every seed; return the accuracies.
 
     Args:
-        make: seed -> model; without buffers, dropout and shared parameters.
+        make: seed -> model; without buffers, dropout, and frozen or shared parameters.
         loss: (outputs, targets) -> scalar.
-        train: (inputs [N, ...], targets [N, ...]); every fifth sample is held out.
+        train: (inputs [N, ...], targets [N, ...]), 5 samples or more; every fifth is held out.
         test: the same, looked at once at the end.
         rates: the grid of learning rates.
         seeds: 0 to seeds - 1, of weights and order of batches.
@@ -94,15 +99,15 @@ def sweep(
         right: (outputs [N, ...], targets [N, ...]) -> truth values [N]; largest output where None.
 
     Raises:
-        ValueError: an empty or not positive grid, an unknown optimizer, or a model with buffers.
+        ValueError: an empty or not positive grid, or a rate twice; an unknown optimizer; seeds,
+            epochs or batch_size below 1; inputs without their targets; a model that cannot be
+            stacked; a loss that is not one number, or ``right`` not one truth value a sample.
     """
-    if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise ValueError(f"rates must be positive numbers, at least one, got {list(rates)}")
-    if optimizer not in ("sgd", "adam"):
-        raise ValueError(f"optimizer {optimizer!r} is not one of 'adam', 'sgd'")
+    _check_grid(rates, optimizer, seeds=seeds, epochs=epochs, batch_size=batch_size)
+    _check_samples("train", train, 5)
+    _check_samples("test", test, 1)
     models = [make(seed) for seed in range(seeds)]
-    if any(True for model in models for _ in model.buffers()):
-        raise ValueError("a model with buffers, such as BatchNorm's, cannot be stacked here")
+    _check_model(models[0])
     right = right or (lambda outputs, targets: outputs.argmax(-1) == targets)
     held_out = torch.arange(len(train[0])) % 5 == 4
     own, kept = ([part[mask] for part in train] for mask in (~held_out, held_out))
@@ -113,10 +118,16 @@ def sweep(
     }
 
     def loss_of(own_params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(models[0], own_params, (x,)), y)
+        value = loss(functional_call(models[0], own_params, (x,)), y)
+        if value.numel() != 1:
+            raise ValueError(
+                f"the loss must be one number a batch, got shape {tuple(value.shape)}: "
+                'take its mean, or reduction="mean"'
+            )
+        return value
 
     losses, names = vmap(loss_of), list(params)
-    step = _Steps(params, torch.tensor(list(rates)).repeat_interleave(seeds), optimizer)
+    step = _Steps(params, [rate for rate in rates for _ in range(seeds)], optimizer)
     for order in _orders(len(own[0]), seeds, epochs):
         for batch in order.repeat(len(rates), 1).split(batch_size, dim=1):
             total = losses(params, own[0][batch], own[1][batch]).sum()
@@ -129,18 +140,59 @@ def sweep(
             return functional_call(models[0], own_params, (inputs,))
 
         with torch.no_grad():
-            found = [100 * right(o, targets).double().mean().item() for o in vmap(outputs)(params)]
+            hits = [right(o, targets) for o in vmap(outputs)(params)]
+        if hits[0].shape != inputs.shape[:1]:
+            raise ValueError(
+                f"right must give one truth value for each of {len(inputs)} samples, got shape "
+                f"{tuple(hits[0].shape)} for outputs and targets {tuple(targets.shape)}"
+            )
+        found = [100 * hit.double().mean().item() for hit in hits]
         return tuple(tuple(found[i : i + seeds]) for i in range(0, len(found), seeds))
 
     return Sweep(tuple(rates), percent(kept), percent(test))
 
 
+def _check_grid(rates: Sequence[float], optimizer: str, **counts: int) -> None:
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError(f"rates must be positive numbers, at least one, got {list(rates)}")
+    if len(set(rates)) < len(rates):
+        raise ValueError(f"each rate is trained once: {list(rates)} names one twice")
+    if optimizer not in ("sgd", "adam"):
+        raise ValueError(f"optimizer {optimizer!r} is not one of 'adam', 'sgd'")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}")
+
+
+def _check_samples(name: str, samples: tuple[Tensor, Tensor], least: int) -> None:
+    inputs, targets = samples
+    if len(inputs) != len(targets) or len(inputs) < least:
+        raise ValueError(
+            f"{name} must have the same number of inputs and targets, {least} or more: got "
+            f"{len(inputs)} and {len(targets)}"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what one vmapped step over stacked parameters would get wrong without a word."""
+    found = {
+        "buffers, such as BatchNorm's,": any(True for _ in model.buffers()),
+        "dropout": any(isinstance(m, nn.modules.dropout._DropoutNd) for m in model.modules()),
+        "frozen parameters": not all(p.requires_grad for p in model.parameters()),
+        "shared parameters": len(list(model.parameters()))
+        < len(list(model.named_parameters(remove_duplicate=False))),
+    }
+    for what, is_there in found.items():
+        if is_there:
+            raise ValueError(f"a model with {what} cannot be stacked here: make one without")
+
+
 class _Steps:
     """Moves stacked parameters [M, ...], each model's by its own rate, as torch.optim does."""
 
-    def __init__(self, params: dict[str, Tensor], rates: Tensor, optimizer: str) -> None:
+    def __init__(self, params: dict[str, Tensor], rates: list[float], optimizer: str) -> None:
         self.params, self.is_adam, self.count = params, optimizer == "adam", 0
-        self.rates = {n: rates.view(-1, *[1] * (p.dim() - 1)) for n, p in params.items()}
+        self.rates = {n: _column(rates, p) for n, p in params.items()}
         self.moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in params.items()}
 
     @torch.no_grad()
@@ -157,6 +209,12 @@ class _Steps:
         corrected = (1 - beta**self.count for beta in _BETAS)
         scale, root = next(corrected), math.sqrt(next(corrected))
         return first / scale / (second.sqrt() / root + _EPS)
+
+
+def _column(rates: list[float], like: Tensor) -> Tensor:
+    """Return the rates [M, 1, ...] on the device of ``like``, in float32 or its wider dtype."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.tensor(rates, dtype=dtype, device=like.device).view(-1, *[1] * (like.dim() - 1))
 
 
 def _orders(count: int, seeds: int, epochs: int) -> list[Tensor]:

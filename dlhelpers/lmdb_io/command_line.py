@@ -85,7 +85,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
 
 def _address(text: str) -> str:
     """Return the address of a cluster; a path would be the SRC that stands behind --ray."""
-    if not re.fullmatch(r"auto|local|(ray://)?[^/]+:\d+", text):
+    if text and not re.fullmatch(r"auto|local|(ray://)?[^/]+:\d+", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no address such as 10.0.0.1:6379 or auto; to start Ray on this machine, "
             "write --ray after SRC and DST"

@@ -115,6 +115,7 @@ def pairing(browser, address):
     """Notebook 01, opened and set up, for those tests that run cells of their own."""
     page = new_page(browser)
     lab_session.open_notebook(page, address, "01_pairing.ipynb")
+    lab_session.run_cell(page, "import warnings")
     lab_session.run_cell(page, "notebook.setup(")
     yield page
     page.close()

@@ -86,9 +86,11 @@ class BreakEven:
         return changes[0] if len(changes) == 1 else None
 
     def __str__(self) -> str:
-        return f"{self._told()} ({self.where})" if self.where else self._told()
+        return f"{self.told} ({self.where})" if self.where else self.told
 
-    def _told(self) -> str:
+    @property
+    def told(self) -> str:
+        """The sentence without what else is fixed."""
         holds, fails, settled = self.words["holds"], self.words["fails"], self.settled
         ends = f"{_number(self.points[0].at)} to {_number(self.points[-1].at)} {self.unit}"
         if not settled:

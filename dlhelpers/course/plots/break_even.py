@@ -22,7 +22,7 @@ def break_even(found: Any, *, ylabel: str, title: str = "", alt: str = "") -> Fi
         title: what it says by itself where empty.
         alt: the same and the points where empty.
     """
-    told = f"Break-even: {found}"
+    told = f"Break-even: {found.told}"
     points = ", ".join(f"{p.effect:.2f} at {p.at:g}" for p in found.points)
     title = title or told
     alt = alt or f"{ylabel} over {found.unit}: {points}. {title}."
