@@ -33,7 +33,8 @@ from dlhelpers.lmdb_io import (
 )
 from dlhelpers.lmdb_io.datum import Datum, read_datum
 from dlhelpers.lmdb_io.old_databases import open_old
-from dlhelpers.lmdb_io.old_values import plain_target, read_plain, sample_of
+from dlhelpers.lmdb_io.old_samples import sample_of
+from dlhelpers.lmdb_io.old_values import plain_target, read_plain
 from dlhelpers.lmdb_io.unpickling import PickleError, unpickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
