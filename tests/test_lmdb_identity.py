@@ -23,11 +23,11 @@ from dlhelpers.lmdb_io import (
     SourceError,
     comparing,
     converting,
+    folder_source,
     identity,
     info_lmdb,
     locking,
     schema,
-    sources,
     verify_lmdb,
     write_lmdb,
 )
@@ -246,14 +246,14 @@ def test_a_rank_that_was_killed_in_its_turn_holds_nobody_for_ever(tmp_path, monk
 
 def during_a_conversion(monkeypatch, key, change):
     """Run ``change`` when the file of a key is about to be read."""
-    load = sources.FolderSource.load
+    load = folder_source.FolderSource.load
 
     def changing(self, task):
         if task[1] == key:
             change()
         return load(self, task)
 
-    monkeypatch.setattr(sources.FolderSource, "load", changing)
+    monkeypatch.setattr(folder_source.FolderSource, "load", changing)
 
 
 def test_a_source_that_changes_while_a_rank_runs_is_refused(tmp_path, monkeypatch):
@@ -633,9 +633,11 @@ def test_of_a_copy_with_other_times_some_files_of_each_part_are_read(
     (copy / "c0" / "003.bmp").write_bytes(b"no image")
     convert(source, tmp_path / "out", 0, on_error="skip", **options)
     read = []
-    load = sources.FolderSource.load
+    load = folder_source.FolderSource.load
     monkeypatch.setattr(
-        sources.FolderSource, "load", lambda self, task: read.append(task[1]) or load(self, task)
+        folder_source.FolderSource,
+        "load",
+        lambda self, task: read.append(task[1]) or load(self, task),
     )
     convert(copy, tmp_path / "out", 1, on_error="skip", **options)
     assert len(read) == 12 + 4

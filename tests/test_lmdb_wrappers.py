@@ -293,7 +293,7 @@ def test_a_wrapper_that_changes_targets_is_no_plain_one(photos, tmp_path):
 
 
 def test_a_worker_gets_items_and_not_the_list_of_all(photos, database):
-    from dlhelpers.lmdb_io.sources import open_source
+    from dlhelpers.lmdb_io.opening import open_source
 
     source = open_source(ConcatDataset([ImageFolder(photos), LMDBDataset(database)] * 40))
     sent = pickle.loads(pickle.dumps(source))

@@ -16,9 +16,11 @@ import numpy as np
 
 from dlhelpers.lmdb_io.identity import Stamp, spread
 from dlhelpers.lmdb_io.plain import is_plain_folder
-from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source, SourceError
+from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
 
-__all__ = ["RecordSource", "inner_datasets", "is_plain_database", "look_through"]
+__all__ = ["PROBES", "RecordSource", "inner_datasets", "is_plain_database", "look_through"]
+
+PROBES = 1024  # items of a dataset that are loaded to know it again
 
 
 def look_through(

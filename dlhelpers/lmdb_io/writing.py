@@ -19,9 +19,10 @@ from dlhelpers.lmdb_io.failures import clear_errors
 from dlhelpers.lmdb_io.field_sources import open_samples
 from dlhelpers.lmdb_io.finishing import finish
 from dlhelpers.lmdb_io.locking import only_writer
+from dlhelpers.lmdb_io.opening import need_outside
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sharing import Seen
-from dlhelpers.lmdb_io.sources import SourceError, need_outside
+from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.spreading import Totals, own_shards, write_shards
 from dlhelpers.printable import one_line, printable
 
