@@ -694,3 +694,21 @@ def test_fields_stay_where_the_quality_of_their_pictures_differs(tmp_path):
     write([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     assert settings_of(tmp_path / "m") == "differing: quality 80 or 90"
     assert info_lmdb(tmp_path / "m").fields == info_lmdb(tmp_path / "a").fields
+
+
+def test_what_is_appended_has_the_fields_of_the_database(tmp_path):
+    """Samples, and images and classes of a folder; whose shards lie outside of it."""
+    fields = {"image": "image", "label": "json"}
+    for name in ("a", "b"):
+        (tmp_path / name / "cat").mkdir(parents=True)
+        (tmp_path / name / "cat" / f"{name}.bmp").write_bytes(bitmap(1))
+    with pytest.raises(ValueError, match="would become a class of it"):
+        write(tmp_path / "a", tmp_path / "a" / "db", fields=fields, shards=2)
+    write(tmp_path / "a", tmp_path / "m", fields=fields)
+    write(tmp_path / "b", tmp_path / "m", append=True)
+    write([("c", {"image": bitmap(2), "label": 0})], tmp_path / "m", append=True)
+    found = LMDBDataset(tmp_path / "m")
+    assert [key for key, _ in found.samples] == ["cat/a.bmp", "cat/b.bmp", "c"]
+    assert found.classes == ["cat"]
+    assert list(found.targets) == [0, 0, 0]
+    assert found[2]["image"].flatten().unique().tolist() == [2]

@@ -25,7 +25,14 @@ from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
 from dlhelpers.printable import one_line
 
-__all__ = ["Databases", "common_settings", "is_database", "open_databases", "version_of"]
+__all__ = [
+    "Databases",
+    "common_settings",
+    "is_database",
+    "names_databases",
+    "open_databases",
+    "version_of",
+]
 
 _LMDB_MAGIC = bytes.fromhex("dec0efbe")  # of its first page, after the page's header
 _PAGE_HEADER = 16
@@ -45,6 +52,15 @@ def is_database(path: Path) -> bool:
             return file.read(_PAGE_HEADER + 4)[_PAGE_HEADER:] == _LMDB_MAGIC
     except OSError:
         return False
+
+
+def names_databases(source: Any) -> bool:
+    """Whether a source is the path of a database, or of several, which have fields of their own."""
+    paths = source if isinstance(source, (list, tuple)) else [source]
+    return all(
+        isinstance(path, (str, os.PathLike)) and is_database(Path(path).expanduser())
+        for path in paths
+    )
 
 
 def open_databases(paths: Sequence[Path]) -> Databases:
