@@ -134,6 +134,8 @@ def told(tmp_path_factory):
         from pathlib import Path
         for name in {MODULES!r}:
             importlib.import_module(name)
+        beside = {{"exceptiongroup", "iniconfig", "packaging", "pluggy", "pygments", "tomli"}}
+        assert not beside & set(sys.modules), beside & set(sys.modules)  # what pytest brings
         import pytest, torch
         from dlhelpers import dali_io, drawing, lmdb_io, profiling
         from dlhelpers.__main__ import main

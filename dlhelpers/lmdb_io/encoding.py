@@ -224,8 +224,7 @@ def _first_scan(data: bytes) -> int:
     frame = 0
     for marker, at in jpeg_segments(data):
         if marker == 0xDA:
-            if frame:
-                sized = frame + _FRAME_SIZE
+            if frame and (sized := frame + _FRAME_SIZE) <= at:
                 _known_header = (data[: sized - 4], data[sized : at + _SEGMENT.size], sized, at)
             return at if frame else 0
         if marker in JPEG_FRAMES and not frame:

@@ -37,11 +37,11 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlhelpers.lmdb_io.checksums import crc32
+from dlhelpers.lmdb_io.shared_classes import read_meta
 from dlhelpers.printable import printable
 
 __all__ = [
@@ -82,7 +82,6 @@ RECORDS, INDEX, SKIPPED, COLUMNS = b"records", b"index", b"skipped", b"columns"
 META, STATE = b"meta", b"state"
 HEADER = struct.Struct("<IQHI")  # of a record
 _BEHIND_POSITION = 12
-_CLASSES, _BEHIND_CLASSES = b'"classes":[', b'],"total":'  # in a meta entry
 _LONGEST_KEY = 511  # LMDB's own limit
 _LONGEST_SOURCE_KEY = 65_535
 
@@ -272,23 +271,6 @@ def pack_meta(meta: Mapping[str, Any]) -> bytes:
     return b"%08x %s" % (crc32(text), text)
 
 
-def _read_meta(text: bytes) -> Any:
-    """Return what JSON says, with one list of class names for all shards of a database."""
-    # no string of JSON holds a quotation mark without a backslash
-    first = text.find(_CLASSES) + len(_CLASSES) - 1
-    last = text.find(_BEHIND_CLASSES, first) + 1
-    if first >= len(_CLASSES) - 1 and last:
-        meta = json.loads(b"%snull%s" % (text[:first], text[last:]))
-        if meta.get("classes", ()) is None:
-            return meta | {"classes": _read_classes(text[first:last])}
-    return json.loads(text)
-
-
-@lru_cache(maxsize=1)
-def _read_classes(text: bytes) -> list[str]:
-    return json.loads(text)
-
-
 def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
     """Return the meta entry of a database, checked.
 
@@ -305,7 +287,7 @@ def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
     try:
         if int(checksum, 16) != crc32(text):
             raise ValueError("its checksum differs")
-        meta = _read_meta(text)
+        meta = read_meta(text)
     except ValueError as error:
         raise DatabaseError(
             f"{path}: the entry 'meta' is damaged or not written by write_lmdb ({error}): "

@@ -27,8 +27,8 @@ def loss_of_pairs() -> Panel:
     """The two losses over the lead of the true class."""
     alt = """Cross-entropy for ten classes against the lead of the true logit. On logits it rises
     steadily to the left, where the model is wrong, and falls to zero on the right. After a softmax
-    it is nearly flat: it stays between a floor and a ceiling."""
-    p = Panel(640, 270, alt, "After a softmax the loss has a floor, a ceiling, and no slope")
+    it stays between a floor and a ceiling, and is flat where the model is most wrong."""
+    p = Panel(640, 270, alt, "After a softmax the loss has a floor, and no slope where it is wrong")
     ends, top = (-10, 10), 12.5
 
     def at(margin: float, loss: float) -> tuple[float, float]:

@@ -26,17 +26,17 @@ def two_halves() -> Panel:
 def asynchronous(kernels: int = 3) -> Panel:
     """A CPU that launches kernels and then waits for them."""
     alt = """Two lanes. On the CPU three short launches, then one long wait in item(). On the GPU
-    the three kernels run one after the other, long after their launches returned. A profiler of the
-    CPU books the time of all kernels on item()."""
+    the three kernels run one after the other, the last ones long after their launches returned. A
+    profiler of the CPU books the time of all kernels on item()."""
     p = Panel(640, 200, alt, "The CPU's clock books the kernels where it waits for them")
     p.text(16, 84, "CPU")
     p.text(16, 144, "GPU")
     launch, kernel = 54, 140
     for k in range(kernels):
         p.box(70 + launch * k, 62, launch - 4, 34, f"call {k + 1}", size=12)
-        begin = 110 + kernel * k
+        begin = 124 + kernel * k
         p.box(begin, 122, kernel - 4, 34, f"kernel {k + 1}", fill=ORANGE)
     begin = 70 + launch * kernels
-    p.box(begin, 62, 110 + kernel * kernels - begin, 34, "item(): waits", fill=GREY)
+    p.box(begin, 62, 124 + kernel * kernels - begin, 34, "item(): waits", fill=GREY)
     p.text(begin, 184, "item() gets the blame, the kernels took the time", colour=RUST)
     return p
