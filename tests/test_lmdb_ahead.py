@@ -16,8 +16,8 @@ from dlhelpers.lmdb_io import (
     LMDBDataset,
     SourceError,
     converting,
+    folder_source,
     listing,
-    sources,
     write_listing,
     write_lmdb,
 )
@@ -51,7 +51,7 @@ def waiting(monkeypatch):
     which threads files were read."""
     seen = []
     monkeypatch.setattr(converting, "_COMMIT_BYTES", 1)
-    load, stop = sources.FolderSource.load, ReadAhead.stop
+    load, stop = folder_source.FolderSource.load, ReadAhead.stop
 
     def loads(self, task):
         seen.append(threading.current_thread() is threading.main_thread())
@@ -62,7 +62,7 @@ def waiting(monkeypatch):
             self._thread.join(30)  # it ends behind one chunk, which is more than a byte
         stop(self)
 
-    monkeypatch.setattr(sources.FolderSource, "load", loads)
+    monkeypatch.setattr(folder_source.FolderSource, "load", loads)
     monkeypatch.setattr(ReadAhead, "stop", stops)
     return seen
 

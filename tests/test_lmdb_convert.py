@@ -27,11 +27,13 @@ from dlhelpers.lmdb_io import (
     SourceError,
     convert_lmdb,
     old_files,
+    unpickling,
     verify_lmdb,
     write_lmdb,
 )
 from dlhelpers.lmdb_io.datum import Datum, read_datum
 from dlhelpers.lmdb_io.old_databases import open_old
+from dlhelpers.lmdb_io.old_samples import sample_of
 from dlhelpers.lmdb_io.old_values import plain_target, read_plain
 from dlhelpers.lmdb_io.unpickling import PickleError, unpickle
 
@@ -194,6 +196,55 @@ def test_labels_under_keys_of_their_own_stay_text(tmp_path, image, label):
     found, report = converted(tmp_path, entries)
     assert found == [(image % n, PNGS[n - 1], words[n - 1]) for n in range(1, 13)]
     assert "1 other entry was not converted: lexicon" in report
+
+
+TWO_PICTURES = [
+    ("image_%d", "gt_%d"),
+    ("im%03d", "gt%03d"),
+    ("%04d_lq", "%04d_gt"),
+    ("lr/%d.png", "hr/%d.png"),
+    ("%d", "%d_mask"),
+    ("%d.jpg", "%d_mask.png"),
+    ("train/%d.jpg", "train/%d_GroundTruth.png"),
+    ("Image/%d.jpg", "Mask/%d.png"),
+    ("rgb-%d", "depth-%d"),
+    ("%d.jpg", "%d.png"),
+    ("TR/%d.JPG", "TR/%d.PNG"),
+    ("%d_img.png", "%d_GT.png"),
+]
+
+
+@pytest.mark.parametrize(("image", "mask"), TWO_PICTURES)
+def test_two_pictures_of_a_sample_are_never_two_samples(tmp_path, image, mask):
+    entries = {(image % n).encode(): PNGS[n] for n in range(1, 6)}
+    entries |= {(mask % n).encode(): PNGS[n + 5] for n in range(1, 6)}
+    old = old_database(tmp_path / "old", entries)
+    with pytest.raises((DatabaseError, SourceError), match=r'fields=.*"mask": "png"'):
+        convert_lmdb(old, tmp_path / "new", progress=False)
+    with pytest.raises((DatabaseError, SourceError), match=r"no image that could|two pictures"):
+        convert_lmdb(old, tmp_path / "new", progress=False, on_error="skip")
+    assert not (tmp_path / "new").exists()
+
+
+def test_labels_stand_beside_images_of_any_word_and_ending(tmp_path):
+    for number, (image, label) in enumerate(
+        [("photo_%d", "label_%d"), ("%d.jpg", "%d_label.txt"), ("images/%d.jpg", "labels/%d.txt")]
+    ):
+        entries = {(image % n).encode(): PNGS[n] for n in range(1, 6)}
+        entries |= {(label % n).encode(): b"%d" % n for n in range(1, 6)}
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        found, _ = converted(folder, entries)
+        assert found == [(image % n, PNGS[n], f"{n}") for n in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    "names", [["cat.%d.jpg", "dog.%d.jpg", "mask.%d.jpg"], ["%d.jpg", "a%d.png"]]
+)
+def test_classes_of_equal_numbers_are_no_pairs(tmp_path, names):
+    entries = {(name % n).encode(): PNGS[n] for n in range(1, 6) for name in names}
+    found, _ = converted(tmp_path, entries)
+    assert [key.encode() for key, _, _ in found] == sorted(entries)
 
 
 def test_images_and_labels_in_two_named_databases(tmp_path):
@@ -400,6 +451,7 @@ PAIR = {b"image-1": PNGS[0], b"label-1": b"a", b"image-2": PNGS[1]}
         (folder2lmdb([PNGS[0]] * 2) | {b"__keys__": b'["0", "7"]'}, r"7: .* no such entry"),
         (folder2lmdb([PNGS[0]]) | {b"__keys__": b'["7"]'}, r"no value at all"),
         (folder2lmdb([PNGS[0]]) | {b"__keys__": pickle.dumps([("a", 1)])}, r"cannot be a key"),
+        (folder2lmdb([PNGS[0]]) | {b"__keys__": pickle.dumps([16**5000])}, r"'0x10000.*be a key"),
         (PAIR, r"image-2: .*no label"),
         (PAIR | {b"label-2": b"a", b"label-3": b"a", b"num-samples": b"3"}, r"no such entry"),
         (PAIR | {b"label-2": b"a", b"num-samples": b"3"}, r"num-samples: says 3 records"),
@@ -601,11 +653,67 @@ def test_a_small_pickle_cannot_unfold_to_gigabytes(bomb):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
+MODULUS = 2**61 - 1  # of the hashes of numbers: what it divides has the hash 0
+SAME = [n * MODULUS for n in range(3)]
+
+
+def keyed(keys, protocol=2):
+    """Return pickles of dicts with these keys, by each of the opcodes that make one."""
+    pairs = pickle.dumps([(key, None) for key in keys], protocol)[2:-1]
+    flat = b"".join(pickle.dumps(key, protocol)[2:-1] + b"N" for key in keys)
+    single = b"".join(pickle.dumps(key, protocol)[2:-1] + b"Ns" for key in keys)
+    ways = (b"(" + flat + b"d", b"}(" + flat + b"u", b"}" + single)
+    return [
+        b"\x80\x02" + way + b"."
+        for way in (*ways, b"ccollections\nOrderedDict\n" + pairs + b"\x85R")
+    ]
+
+
+def test_no_dict_is_built_whose_keys_can_be_made_to_meet(tmp_path):
+    many = range(30_001)
+    for hostile, says in (
+        (SAME, "a number of more than 60 bits as key"),
+        ([-SAME[1]], "a number of more than 60 bits as key"),
+        ([2.0**61], "a dict with a float as key"),
+        (many, "more than 30000 numbers as keys"),
+    ):
+        for data in keyed(hostile):
+            with pytest.raises(PickleError, match=says):
+                unpickle(data)
+    texts = [f"{n}" for n in many]
+    for data in keyed(texts) + keyed(many[:-1]):
+        assert len(unpickle(data)) >= len(many) - 1
+    two = b"".join(data[2:-1] for data in keyed(many[:15_002])[:2])
+    with pytest.raises(PickleError, match="more than 30000 numbers"):
+        unpickle(b"\x80\x02" + two + b"\x86.")
+
+
+def test_numbers_that_a_pickle_gives_its_values_are_not_looked_up_by_their_hashes():
+    reader = unpickling._Reader(
+        io.BytesIO(b"(" + b"".join(b"Np%d\n0" % n for n in SAME) + b"t."), 9
+    )
+    assert reader.load() == ()
+    assert [*reader.memo] == [str(n) for n in SAME]
+    assert unpickle(b"(" + b"I%d\np%d\n" % (7, SAME[1]) + b"g%d\nt." % SAME[1]) == (7, 7)
+
+
+def test_the_keys_of_msgpack_are_bounded_as_those_of_pickles_are():
+    msgpack = pytest.importorskip("msgpack")
+    assert read_plain(msgpack.packb({"a": {1: 2}})) == {"a": {1: 2}}
+    for hostile, says in (
+        ({SAME[1]: 0}, "more than 60 bits"),
+        ({1.5: 0}, "a float as key"),
+        (dict.fromkeys(range(30_001)), "30000 numbers"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            sample_of(msgpack.packb({"image": PNGS[0], "label": hostile}), "msgpack")
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9)
     | st.binary(max_size=9),
     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner)
-    | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=4),
+    | st.dictionaries(st.text(max_size=5) | st.integers(-(2**59), 2**59), inner, max_size=4),
     max_leaves=6,
 )  # fmt: skip
 
@@ -727,6 +835,12 @@ def test_the_command_converts_and_names_what_it_refuses(tmp_path, capsys):
     assert "1 skipped" in out
     pixels = LMDBDataset(new, decode=None)[0][0][12:]
     assert pixels == PIXELS[0, ..., ::-1].tobytes()
+
+
+def test_msgpack_that_is_nested_too_deeply_is_called_that():
+    pytest.importorskip("msgpack")
+    with pytest.raises(ValueError, match=r"not readable msgpack \(\w+"):
+        sample_of(b"\x91" * 5000 + b"\xc0", "msgpack")
 
 
 def test_which_of_two_arrays_is_the_image_is_not_guessed(tmp_path):

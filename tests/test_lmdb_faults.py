@@ -28,10 +28,10 @@ from dlhelpers.lmdb_io import (
     converting,
     failures,
     info_lmdb,
+    reading_apart,
     resuming,
     schema,
     verify_lmdb,
-    verifying,
     write_lmdb,
 )
 from dlhelpers.printable import printable
@@ -713,9 +713,9 @@ def test_a_reader_that_crashes_or_hangs_is_reported_and_not_suffered(photos, tmp
         (crash, "LMDB crashes on a broken page.*256.*SIGSEGV"),
         (hang, "hangs.*256"),
     ):
-        monkeypatch.setattr(verifying, "_SILENCE_S", 3.0 if code is hang else 60.0)
+        monkeypatch.setattr(reading_apart, "_SILENCE_S", 3.0 if code is hang else 60.0)
         monkeypatch.setattr(
-            verifying.subprocess,
+            reading_apart.subprocess,
             "Popen",
             lambda command, code=code, **options: popen([command[0], "-c", code], **options),
         )

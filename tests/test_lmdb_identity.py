@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 import random
 import shutil
 import threading
@@ -22,11 +23,11 @@ from dlhelpers.lmdb_io import (
     SourceError,
     comparing,
     converting,
+    folder_source,
     identity,
     info_lmdb,
     locking,
     schema,
-    sources,
     verify_lmdb,
     write_lmdb,
 )
@@ -245,14 +246,14 @@ def test_a_rank_that_was_killed_in_its_turn_holds_nobody_for_ever(tmp_path, monk
 
 def during_a_conversion(monkeypatch, key, change):
     """Run ``change`` when the file of a key is about to be read."""
-    load = sources.FolderSource.load
+    load = folder_source.FolderSource.load
 
     def changing(self, task):
         if task[1] == key:
             change()
         return load(self, task)
 
-    monkeypatch.setattr(sources.FolderSource, "load", changing)
+    monkeypatch.setattr(folder_source.FolderSource, "load", changing)
 
 
 def test_a_source_that_changes_while_a_rank_runs_is_refused(tmp_path, monkeypatch):
@@ -632,9 +633,11 @@ def test_of_a_copy_with_other_times_some_files_of_each_part_are_read(
     (copy / "c0" / "003.bmp").write_bytes(b"no image")
     convert(source, tmp_path / "out", 0, on_error="skip", **options)
     read = []
-    load = sources.FolderSource.load
+    load = folder_source.FolderSource.load
     monkeypatch.setattr(
-        sources.FolderSource, "load", lambda self, task: read.append(task[1]) or load(self, task)
+        folder_source.FolderSource,
+        "load",
+        lambda self, task: read.append(task[1]) or load(self, task),
     )
     convert(copy, tmp_path / "out", 1, on_error="skip", **options)
     assert len(read) == 12 + 4
@@ -675,3 +678,45 @@ def test_a_rank_looks_at_a_small_share_of_a_dataset(tmp_path):
         Counted.loads = 0
         convert(Counted(count=1600), tmp_path / "out", rank)
         assert Counted.loads <= 800 * 1.05
+
+
+ODD_NAMES = ['a],"total":1', '"classes":[', '\\"],\\"total":', "é\ud800", "", "null"]
+
+
+def test_all_shards_share_one_list_of_classes_and_read_it_once(tmp_path):
+    images = TensorDataset(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.arange(8))
+    images.classes = [*ODD_NAMES, *(f"class {n}" for n in range(2000))]
+    write_lmdb(images, tmp_path / "db", shards=8, progress=False)
+    whole = LMDBDataset(tmp_path / "db")
+    assert whole.classes == images.classes
+    lists = [meta["classes"] for meta in whole._metas]
+    assert all(one is lists[0] for one in lists)
+    whole.classes.clear()  # which is the user's own
+    assert LMDBDataset(tmp_path / "db").classes == images.classes
+    one = len(pickle.dumps(images.classes))
+    copy = pickle.dumps(LMDBDataset(tmp_path / "db"))
+    assert len(copy) < 2 * one
+    again = pickle.loads(pickle.dumps(pickle.loads(copy)))
+    assert again[7][1] == 7
+    write_lmdb(images, tmp_path / "db", shards=8, encode="png", progress=False)
+    with pytest.raises(DatabaseError, match="was replaced"):
+        pickle.loads(copy)[0]
+    del images.classes
+    write_lmdb(images, tmp_path / "none.lmdb", progress=False)
+    assert LMDBDataset(tmp_path / "none.lmdb").classes is None
+
+
+def test_each_shard_is_read_once_for_all_that_follow(tmp_path, monkeypatch):
+    """Every one that is finished is compared with all others."""
+    folder = tmp_path / "photos" / "a"
+    folder.mkdir(parents=True)
+    for number in range(12):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number:02d}.png")
+    read: list[str] = []
+    unpack = schema.unpack_meta
+    monkeypatch.setattr(
+        schema, "unpack_meta", lambda entry, path: (read.append(path.name), unpack(entry, path))[1]
+    )
+    write_lmdb(tmp_path / "photos", tmp_path / "db", shards=12, progress=False)
+    assert max(map(read.count, read)) <= 2
+    assert len(LMDBDataset(tmp_path / "db")) == 12

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -627,4 +628,87 @@ def test_a_database_that_is_given_twice_is_called_that(tmp_path):
     write(triples(range(2)), tmp_path / "a.lmdb")
     with pytest.raises(SourceError, match=r"a\.lmdb is given twice: give each database once"):
         write_lmdb([tmp_path / "a.lmdb"] * 2, tmp_path / "b.lmdb", progress=False)
+    write(triples(range(4)), tmp_path / "s", shards=2)
+    os.link(tmp_path / "a.lmdb", tmp_path / "link")
+    for again in (
+        [tmp_path / "a.lmdb", tmp_path / "link"],
+        [tmp_path / "s", tmp_path / "s" / "shard-00001-of-00002.lmdb"],
+    ):
+        with pytest.raises(SourceError, match=r"(link|00002\.lmdb) is given twice"):
+            write(again, tmp_path / "b.lmdb")
     assert not (tmp_path / "b.lmdb").exists()
+
+
+def test_too_many_open_files_are_named_with_what_helps(tmp_path, monkeypatch):
+    """Wherever the system says so: at a look at the file, or in LMDB."""
+    write(triples(range(4)), tmp_path / "s", shards=2)
+    full = OSError(24, os.strerror(24))
+
+    def refused(*_, **__):
+        raise full
+
+    for place, name in ((environments, "open"), (lmdb, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, refused, raising=False)
+            full = OSError(24, os.strerror(24)) if place is environments else lmdb.Error(str(full))
+            with pytest.raises(OSError, match=r"too many files open: .*ulimit -n.*fewer shards"):
+                verify_lmdb(tmp_path / "s", progress=False)
+            if place is lmdb:
+                with pytest.raises(OSError, match=r"too many files open: .*ulimit -n"):
+                    write(triples(range(4)), tmp_path / "b.lmdb")
+    assert not (tmp_path / "b.lmdb").exists()
+
+
+def settings_of(path):
+    return re.search(r"stored +(.*)", str(info_lmdb(path)))[1]
+
+
+def test_settings_that_differ_are_told_and_equal_ones_kept(tmp_path):
+    """After merges and appends, of files and shards, and of what was merged before."""
+    pictures = {name: triples(range(n, n + 2)) for n, name in enumerate("abcde") if not n % 2}
+    write(pictures["a"], tmp_path / "a", encode="jpeg", quality=80)
+    write(pictures["c"], tmp_path / "c", encode="jpeg", quality=80)
+    write(pictures["e"], tmp_path / "e", shards=2)
+    write([tmp_path / "a", tmp_path / "c"], tmp_path / "same", shards=2)
+    told = settings_of(tmp_path / "same")
+    assert told == settings_of(tmp_path / "a") == "encode jpeg, quality 80"
+    write([tmp_path / "same", tmp_path / "e"], tmp_path / "both")
+    told = "differing: encode jpeg or none, quality 80 or none"
+    assert settings_of(tmp_path / "both") == told
+    write([("f", bitmap(1), 0)], tmp_path / "raw", encode="raw")
+    write([tmp_path / "both", tmp_path / "raw"], tmp_path / "three", shards=2)
+    told = told.replace("or none, q", "or none or raw, q")
+    assert settings_of(tmp_path / "three") == told
+    write([("g", bitmap(1), 0)], tmp_path / "given")
+    write(tmp_path / "raw", tmp_path / "given", append=True)  # copied as it is
+    assert settings_of(tmp_path / "given") == "differing: encode none or raw"
+    write([("h", bitmap(2), 0)], tmp_path / "given", append=True)  # which is taken as it is
+    assert settings_of(tmp_path / "given") == "differing: encode none or raw"
+    assert stored(tmp_path / "given")[2][2] == bitmap(2)
+
+
+def test_fields_stay_where_the_quality_of_their_pictures_differs(tmp_path):
+    for name, quality in (("a", 80), ("b", 90)):
+        samples = [(name, {"image": Image.new("RGB", (8, 8)), "label": 1})]
+        write(samples, tmp_path / name, fields={"image": "jpeg", "label": "json"}, quality=quality)
+    write([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert settings_of(tmp_path / "m") == "differing: quality 80 or 90"
+    assert info_lmdb(tmp_path / "m").fields == info_lmdb(tmp_path / "a").fields
+
+
+def test_what_is_appended_has_the_fields_of_the_database(tmp_path):
+    """Samples, and images and classes of a folder; whose shards lie outside of it."""
+    fields = {"image": "image", "label": "json"}
+    for name in ("a", "b"):
+        (tmp_path / name / "cat").mkdir(parents=True)
+        (tmp_path / name / "cat" / f"{name}.bmp").write_bytes(bitmap(1))
+    with pytest.raises(ValueError, match="would become a class of it"):
+        write(tmp_path / "a", tmp_path / "a" / "db", fields=fields, shards=2)
+    write(tmp_path / "a", tmp_path / "m", fields=fields)
+    write(tmp_path / "b", tmp_path / "m", append=True)
+    write([("c", {"image": bitmap(2), "label": 0})], tmp_path / "m", append=True)
+    found = LMDBDataset(tmp_path / "m")
+    assert [key for key, _ in found.samples] == ["cat/a.bmp", "cat/b.bmp", "c"]
+    assert found.classes == ["cat"]
+    assert list(found.targets) == [0, 0, 0]
+    assert found[2]["image"].flatten().unique().tolist() == [2]

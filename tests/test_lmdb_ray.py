@@ -260,6 +260,21 @@ def test_a_task_waits_for_one_that_still_writes_its_shard(tmp_path):
     assert report.resumed_from == report.count == COUNT // 2
 
 
+@pytest.mark.parametrize("source", ["photos", "a:b/photos", "C:\\photos", "/data/in:2/x"])
+def test_a_source_behind_ray_is_not_taken_for_its_address(source, capsys):
+    with pytest.raises(SystemExit):
+        main(["lmdb", "write", "--ray", source, "photos.lmdb"])
+    assert "is no address such as 10.0.0.1:6379" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "ray://head:10001", "[::1]:6379"])
+def test_an_address_of_ray_is_taken(address, monkeypatch):
+    given = []
+    monkeypatch.setattr(on_ray, "write", lambda *_, **options: given.append(options["address"]))
+    assert main(["lmdb", "write", "--ray", address, "a", "b", "--shards", "2"]) == 0
+    assert given == [address]
+
+
 def test_without_ray_it_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     command = ["lmdb", "write", str(tmp_path), str(tmp_path / "db"), "--ray", "--shards", "2"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Resize
 
@@ -221,6 +221,7 @@ class Shifted(LMDBDataset):
             database, decode="pil", target_transform=lambda target: target + 3
         ),
         lambda _, database: Shifted(database, decode="pil"),
+        lambda _, database: ConcatDataset([Shifted(database, decode="pil")]),
     ],
 )
 def test_what_reads_in_a_way_of_its_own_gives_what_it_gives(photos, database, tmp_path, make):
@@ -233,6 +234,31 @@ def test_what_reads_in_a_way_of_its_own_gives_what_it_gives(photos, database, tm
         assert found[index][1] == target
     assert found.classes == ["china", "flower"]
     assert "keys are item numbers" in str(report)
+
+
+class InShiftedBatches(LMDBDataset):
+    def __getitems__(self, indices):
+        return super().__getitems__([(index + 1) % len(self) for index in indices])
+
+
+@pytest.mark.parametrize("kind", [Shifted, InShiftedBatches])
+def test_a_subset_of_a_subclass_of_lmdbdataset_reads_as_the_subclass_does(database, tmp_path, kind):
+    """In batches and in a conversion, which copies no record as it is."""
+    source = Subset(kind(database, decode="pil"), ORDER)
+    targets = [target for _, target in LMDBDataset(database).samples]
+    batches = DataLoader(source, 2, collate_fn=lambda batch: [target for _, target in batch])
+    read = list(itertools.chain(*batches))
+    assert read == [targets[(n + 1) % 20] for n in ORDER]
+    assert inner_datasets(source) == [source.dataset]
+    write(source, tmp_path / "db")
+    assert [key for key, _ in LMDBDataset(tmp_path / "db").samples] == [*map(str, range(5))]
+    whole = DataLoader(Shifted(database, Resize((20, 20)), collate=True), 20, collate_fn=COLLATE)
+    ((images, given),) = whole
+    assert images.shape == (20, 3, 20, 20)
+    assert given.tolist() == [*targets[1:], targets[0]]
+
+
+COLLATE = LMDBDataset.collate_fn
 
 
 class InBatches(Subset):
@@ -267,7 +293,7 @@ def test_a_wrapper_that_changes_targets_is_no_plain_one(photos, tmp_path):
 
 
 def test_a_worker_gets_items_and_not_the_list_of_all(photos, database):
-    from dlhelpers.lmdb_io.sources import open_source
+    from dlhelpers.lmdb_io.opening import open_source
 
     source = open_source(ConcatDataset([ImageFolder(photos), LMDBDataset(database)] * 40))
     sent = pickle.loads(pickle.dumps(source))
@@ -287,6 +313,14 @@ def test_a_damaged_record_of_a_source_is_named(database, tmp_path):
     assert report.count == 19
     assert "record 4" in report.skipped[0][0]
     assert "checksum differs" in report.skipped[0][1]
+
+
+@pytest.mark.parametrize(
+    "indices", [[True, False], np.array([True, False]), torch.tensor([True]), [1.0], ["1"], [2**70]]
+)
+def test_a_mask_is_no_list_of_items(database, tmp_path, indices):
+    with pytest.raises(SourceError, match=r"a Subset has the index .*expected whole numbers"):
+        write(Subset(LMDBDataset(database), indices), tmp_path / "db")
 
 
 def test_an_empty_subset_holds_no_image(tmp_path):

@@ -854,7 +854,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, photos, monkeypatch):
         onerror(PermissionError(13, "Permission denied", f"{top}/private"))
         return walk(top, **options)
 
-    monkeypatch.setattr(sources.os, "walk", refused)
+    monkeypatch.setattr(os, "walk", refused)
     with pytest.raises(SourceError, match=r"china/private: cannot be listed: Permission denied"):
         write(photos, tmp_path / "db")
     report = write(photos, tmp_path / "db", on_error="skip")

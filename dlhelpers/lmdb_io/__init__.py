@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from dlhelpers.lmdb_io.sampling import WindowSampler
 
 from dlhelpers.lmdb_io.decoding import decoders, load_decoder
+from dlhelpers.lmdb_io.describing import info_lmdb
 from dlhelpers.lmdb_io.listing import Listing
 from dlhelpers.lmdb_io.old_databases import convert_lmdb
 from dlhelpers.lmdb_io.scanning import write_listing
 from dlhelpers.lmdb_io.schema import DatabaseError
 from dlhelpers.lmdb_io.sources import SourceError
-from dlhelpers.lmdb_io.verifying import info_lmdb, verify_lmdb
+from dlhelpers.lmdb_io.verifying import verify_lmdb
 from dlhelpers.lmdb_io.writing import write_lmdb
 
 __all__ = [

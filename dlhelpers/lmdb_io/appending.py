@@ -20,7 +20,8 @@ from dlhelpers.lmdb_io.converting import Conversion
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.environments import lmdb_path, open_environment
 from dlhelpers.lmdb_io.identity import Trace
-from dlhelpers.lmdb_io.merging import version_of
+from dlhelpers.lmdb_io.loading import Loader
+from dlhelpers.lmdb_io.merging import common_settings, version_of
 from dlhelpers.lmdb_io.renumbering import Renumbered
 from dlhelpers.lmdb_io.sources import Source
 from dlhelpers.printable import one_line, printable
@@ -104,6 +105,8 @@ class Appending(Conversion):
             one_line(str(target)),
         )
         encoding = _same_encoding(source, encoding, stored, target)
+        own = Loader(source, encoding).settings
+        self._settings = common_settings([stored, own])
         super().__init__(new, target, encoding, workers, on_error, None, lock)
 
     def open(self, resume: bool, map_size: int) -> None:
@@ -165,6 +168,7 @@ class Appending(Conversion):
         contents = hashlib.blake2b(self._version + self.trace.contents, digest_size=16)
         return meta | {
             "source": self._old["source"],
+            "settings": self._settings,
             "skipped": meta["skipped"] + self._skipped,
             "contents": contents.hexdigest(),
         }

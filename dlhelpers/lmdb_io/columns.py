@@ -43,12 +43,14 @@ __all__ = [
     "head_of",
     "pack_block",
     "pack_targets",
+    "read_pair",
     "read_targets",
     "targets_key",
     "unpack_block",
 ]
 
 _HEADER = struct.Struct("<IIQII")
+_ENDS = struct.Struct("<II")  # where a text begins and ends
 _AT_ONCE = 1 << 23  # bytes that are copied to be cut
 
 
@@ -121,6 +123,21 @@ def unpack_block(view: Any, first: int, check: bool = True) -> Block:
         return Block(keys, np.frombuffer(view, f"<i{kind}", count, behind))
     offsets = np.frombuffer(view, "<u4", count + 1, at + size)
     return Block(keys, Texts(offsets[:-1], offsets[1:], view[behind:]))
+
+
+def read_pair(view: Any, number: int) -> tuple[str, Any]:
+    """Return (source key, target) of one record of a block that was checked before."""
+    count, _, kind = head_of(view)
+    offsets = _HEADER.size + 4 * number
+    keys = _HEADER.size + 4 * (count + 1) * (1 if kind else 2)
+    first, last = _ENDS.unpack_from(view, offsets)
+    key = schema.decode_key(bytes(view[keys + first : keys + last]))
+    behind = keys + int.from_bytes(view[_HEADER.size + 4 * count :][:4], "little")
+    if kind:
+        at = behind + kind * number
+        return key, int.from_bytes(view[at : at + kind], "little", signed=True)
+    first, last = _ENDS.unpack_from(view, offsets + 4 * (count + 1))
+    return key, json.loads(bytes(view[behind + first : behind + last]))
 
 
 def head_of(view: Any) -> tuple[int, int, int]:

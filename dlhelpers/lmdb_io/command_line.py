@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def add_actions(parser: argparse.ArgumentParser) -> None:
 
 def _address(text: str) -> str:
     """Return the address of a cluster; a path would be the SRC that stands behind --ray."""
-    if text not in ("", "auto", "local") and ":" not in text:
+    if text and not re.fullmatch(r"auto|local|(ray://)?[^/]+:\d+", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no address such as 10.0.0.1:6379 or auto; to start Ray on this machine, "
             "write --ray after SRC and DST"

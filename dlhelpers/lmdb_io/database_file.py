@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class DatabaseFile:
 
     Attributes:
         path: of the file.
-        stored_meta, meta: its meta entry, as stored and unpacked.
+        meta: its meta entry.
         fields: of its records; None where they hold an image and a target.
 
     Raises:
@@ -29,8 +30,8 @@ class DatabaseFile:
         self.path, self._readahead = path, readahead
         self._environment: Environment | None = None
         environment = open_environment(path, readahead=readahead)
-        self.stored_meta = environment.get_entry(schema.META)
-        self.meta = schema.unpack_meta(self.stored_meta, path)
+        self._entry = environment.get_entry(schema.META)  # or a digest of it
+        self.meta = schema.unpack_meta(self._entry, path)
         self.fields = Fields.stored(self.meta, path)
 
     def open(self) -> Environment:
@@ -43,7 +44,8 @@ class DatabaseFile:
         if environment is not None and environment.pid == os.getpid():
             return environment
         environment = open_environment(self.path, readahead=self._readahead)
-        if environment.get_entry(schema.META) != self.stored_meta:
+        entry = environment.get_entry(schema.META)
+        if self._entry not in (entry, _digest_of(entry)):
             raise schema.DatabaseError(
                 f"{self.path} was replaced after this dataset was made: make a new LMDBDataset"
             )
@@ -53,12 +55,13 @@ class DatabaseFile:
     @property
     def identity(self) -> bytes:
         """What tells its content apart from that of another file."""
-        if "contents" in self.meta:
-            return self.stored_meta
-        # an earlier version wrote no digest of what it stored
         environment = self.open()
+        entry = environment.get_entry(schema.META)
+        if "contents" in self.meta:
+            return entry
+        # an earlier version wrote no digest of what it stored
         checksums = (record[:4] for _, record in environment.items(environment.records))
-        return self.stored_meta + b"".join(checksums)
+        return entry + b"".join(checksums)
 
     def read(self, txn: Any, position: int, check: bool) -> schema.Record:
         """Return a record, compared with its checksum where ``check`` says so.
@@ -90,4 +93,11 @@ class DatabaseFile:
             raise schema.DatabaseError(f"{self.path}: {error}{part}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_environment": None}
+        # a worker needs the classes of all shards once: they are in ``meta`` as well
+        return self.__dict__ | {"_environment": None, "_entry": _digest_of(self._entry)}
+
+
+def _digest_of(entry: bytes | None) -> bytes:
+    """Return a digest of a meta entry; one of a digest is itself."""
+    entry = entry or b""
+    return entry if len(entry) == 16 else hashlib.blake2b(entry, digest_size=16).digest()

@@ -122,7 +122,8 @@ class LMDBDataset(Dataset):
         self._metas = [file.meta for file in self._files]
         check_shards(self.path, [file.path for file in self._files], self._metas)
         self._ends = list(itertools.accumulate(meta["count"] for meta in self._metas))
-        self.classes: list[str] | None = self._metas[0]["classes"]
+        classes = self._metas[0]["classes"]
+        self.classes: list[str] | None = None if classes is None else [*classes]
         fields = self._files[0].fields
         self.fields = dict(fields.kinds) if fields else None
         self._reader = SampleReader(fields, decode, self._channels_last) if fields else None
@@ -149,6 +150,8 @@ class LMDBDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Return the samples of a batch, read in one transaction for each file."""
+        if type(self).__getitem__ is not LMDBDataset.__getitem__:
+            return [self[index] for index in indices]  # as a subclass gives them
         if self._collates:
             return self._batch(indices)
         places = self._places(indices)

@@ -191,16 +191,16 @@ def _file_size(path: Path) -> int:
     try:
         with open(path, "rb") as file:  # says at once what may not be read
             return os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno == errno.EMFILE:
+            raise _too_many_open(path) from None
+        if not isinstance(error, FileNotFoundError):
+            raise
         started = path.with_name(f".{path.name}.part")
         hint = "convert an image folder with write_lmdb"
         if started.exists():
             hint = "a conversion is under way or was interrupted: write_lmdb(..., resume=True)"
         raise FileNotFoundError(errno.ENOENT, f"there is no database; {hint}", str(path)) from None
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-        raise _too_many_open(path) from None
 
 
 def _too_many_open(path: Path) -> OSError:

@@ -48,11 +48,11 @@ def clear_errors(conversion: Conversion) -> Iterator[None]:
 def _raise_clearly(error: Exception, conversion: Conversion) -> NoReturn:
     code, text = getattr(error, "errno", None), str(error)
     if code is None:  # LMDB's own errors have only a text
-        known = (*_FULL, errno.EFBIG)
+        known = (*_FULL, errno.EFBIG, errno.EMFILE)
         code = next((number for number in known if os.strerror(number) in text), errno.EIO)
         if code == errno.EIO:  # also what LMDB makes of a page that fitted only in part
             code = _reason_of_short_write(conversion)
-    elif code not in (*_FULL, errno.EFBIG):
+    elif code not in (*_FULL, errno.EFBIG, errno.EMFILE):
         raise error
     parts = [_what_helps(code, conversion.partial.parent) or text]
     if advice := conversion.advice():
@@ -82,6 +82,8 @@ def _what_helps(code: int, folder: Path) -> str:
             if disk.f_files and not disk.f_favail:
                 return "the disk has room for no more files (inodes): remove some"
         return "the disk is full: free some space"
+    if code == errno.EMFILE:
+        return "this process has too many files open: allow more (ulimit -n)"
     return ""
 
 

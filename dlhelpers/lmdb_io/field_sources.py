@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,10 @@ from dlhelpers.lmdb_io.checksums import crc32
 from dlhelpers.lmdb_io.encoding import Encoding
 from dlhelpers.lmdb_io.fields import FieldEncoding, Fields
 from dlhelpers.lmdb_io.identity import Stamp
+from dlhelpers.lmdb_io.item_sources import DatasetSource, TripleSource
+from dlhelpers.lmdb_io.opening import open_source
 from dlhelpers.lmdb_io.plain import is_plain_folder
-from dlhelpers.lmdb_io.sources import (
-    DatasetSource,
-    Loaded,
-    Source,
-    SourceError,
-    TripleSource,
-    open_source,
-)
+from dlhelpers.lmdb_io.sources import Forwarded, Loaded, Source, SourceError
 from dlhelpers.lmdb_io.wrappers import (
     RecordSource,
     inner_datasets,
@@ -195,7 +190,7 @@ def _content(value: Any) -> int:
     return crc32((repr(value) if known else type(value).__name__).encode())
 
 
-class _Pairs(Source):
+class _Pairs(Forwarded):
     """The images and classes of a folder or database, as samples of two fields."""
 
     def __init__(self, inner: Source, encoding: FieldEncoding) -> None:
@@ -204,38 +199,12 @@ class _Pairs(Source):
                 f"the source gives (image, class), the fields are {encoding.fields}: name two, "
                 'such as {"image": "image", "label": "json"}'
             )
-        self._inner, self._encoding = inner, encoding
-        for name in ("kind", "count", "classes", "problems", "ignored", "restarts", "lists"):
-            setattr(self, name, getattr(inner, name))
-        for name in ("hides", "place", "notes", "identity", "refused", "paths"):
-            setattr(self, name, getattr(inner, name))
-        self.items = getattr(inner, "items", ())  # where tasks are taken by number
-
-    def tasks(self) -> Iterator[Any]:
-        return self._inner.tasks()
-
-    def part(self, own: range) -> Iterator[Any]:
-        return self._inner.part(own)
-
-    def probes(self) -> list[Any]:
-        return self._inner.probes()
-
-    def content(self, task: Any) -> bytes:
-        return self._inner.content(task)
+        super().__init__(inner)
+        self._encoding = encoding
+        self.copies = self.in_thread = False  # they are packed anew
+        self.settings, self.version = {}, Source.version
 
     def load(self, task: Any) -> Loaded:
         loaded = self._inner.load(task)
         label, packed = self._encoding.pack((loaded.image, loaded.target))
         return loaded._replace(target=label, image=packed)
-
-    def name(self, task: Any) -> str:
-        return self._inner.name(task)
-
-    def key(self, task: Any) -> str:
-        return self._inner.key(task)
-
-    def stamp(self, task: Any) -> Stamp:
-        return self._inner.stamp(task)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_inner": self._inner, "_encoding": self._encoding}

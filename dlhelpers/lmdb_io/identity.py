@@ -208,7 +208,7 @@ def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Return the first thing in which two meta entries differ, modification times apart."""
     for name in ("classes", "settings", "total"):
         # of many classes repr takes long; of settings 1 and True are not the same
-        differs = first[name] != second[name]
+        differs = first[name] is not second[name] and first[name] != second[name]
         if differs or (name != "classes" and repr(first[name]) != repr(second[name])):
             return f"their {name}"
     known, other = first.get("identity"), second.get("identity")

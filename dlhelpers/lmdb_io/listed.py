@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.lmdb_io import schema
-from dlhelpers.lmdb_io.columns import Block, read_targets, unpack_block
+from dlhelpers.lmdb_io.columns import Block, read_pair, read_targets, unpack_block
 from dlhelpers.lmdb_io.earlier import keys_of_index, targets_of_index
 from dlhelpers.lmdb_io.mapping import mapped
 
@@ -38,6 +38,9 @@ class _Listed(Sequence[Any]):
     def _some(self, positions: range) -> list[Any]:
         raise NotImplementedError
 
+    def _one(self, position: int) -> Any:
+        return self._some(range(position, position + 1))[0]
+
     def __len__(self) -> int:
         return len(self._positions)
 
@@ -48,7 +51,7 @@ class _Listed(Sequence[Any]):
             position = self._positions[operator.index(index)]
         except IndexError:
             raise _out_of_range(index, self) from None
-        return self._some(range(position, position + 1))[0]
+        return self._one(position)
 
     def __iter__(self) -> Iterator[Any]:
         for first in range(0, len(self), _AT_ONCE):
@@ -123,6 +126,9 @@ class Samples(_Listed):
     def _some(self, positions: range) -> list[tuple[str, Any]]:
         return self._columns.read(positions, _pairs)
 
+    def _one(self, position: int) -> tuple[str, Any]:
+        return self._columns.pair(position)
+
 
 class Columns:
     """Keys and targets of a dataset, in order of its files.
@@ -161,6 +167,12 @@ class Columns:
             found += part.read(first - begin, min(last - begin, part.count), reader)
             first = min(last, self._ends[number])
         return found
+
+    def pair(self, position: int) -> tuple[str, Any]:
+        """Return key and target of one record."""
+        number = bisect.bisect_right(self._ends, position) if len(self._ends) > 1 else 0
+        part = self._parts[number]
+        return part.pair(position - self._ends[number] + part.count)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self._files,)  # what was read is read again where it is needed
@@ -220,6 +232,14 @@ class _Stored:
                 first = end
         return found
 
+    def pair(self, position: int) -> tuple[str, Any]:
+        number = bisect.bisect_right(self._firsts, position) - 1
+        if number not in self._sound:
+            return self.read(position, position + 1, _pairs)[0]
+        begin, environment = self._firsts[number], self._open()
+        with environment.begin(db=environment.columns) as txn:
+            return read_pair(txn.get(schema.position_key(begin)), position - begin)
+
     def _open(self) -> Any:
         environment = self._file.open()
         if environment.columns is None:
@@ -253,6 +273,9 @@ class _Indexed:
 
     def read(self, first: int, last: int, reader: _Reader) -> list[Any]:
         return reader(self._block, first, last)
+
+    def pair(self, position: int) -> tuple[str, Any]:
+        return self.read(position, position + 1, _pairs)[0]
 
 
 def _out_of_range(index: int, listed: _Listed) -> IndexError:

@@ -27,15 +27,10 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.lmdb_io.checksums import crc32
+from dlhelpers.lmdb_io.folder_source import FolderSource, file_stamp, folder_place
 from dlhelpers.lmdb_io.identity import Stamp
 from dlhelpers.lmdb_io.schema import decode_key
-from dlhelpers.lmdb_io.sources import (
-    FolderSource,
-    Loaded,
-    SourceError,
-    file_stamp,
-    folder_place,
-)
+from dlhelpers.lmdb_io.sources import Loaded, SourceError
 from dlhelpers.printable import one_line, printable
 
 __all__ = ["END", "KIND", "MAGIC", "PLACE", "ROW", "Listing", "is_listing"]

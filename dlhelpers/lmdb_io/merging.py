@@ -10,7 +10,7 @@ import bisect
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
 from dlhelpers.printable import one_line
 
-__all__ = ["Databases", "is_database", "open_databases", "version_of"]
+__all__ = [
+    "Databases",
+    "common_settings",
+    "is_database",
+    "names_databases",
+    "open_databases",
+    "version_of",
+]
 
 _LMDB_MAGIC = bytes.fromhex("dec0efbe")  # of its first page, after the page's header
 _PAGE_HEADER = 16
@@ -45,6 +52,15 @@ def is_database(path: Path) -> bool:
             return file.read(_PAGE_HEADER + 4)[_PAGE_HEADER:] == _LMDB_MAGIC
     except OSError:
         return False
+
+
+def names_databases(source: Any) -> bool:
+    """Whether a source is the path of a database, or of several, which have fields of their own."""
+    paths = source if isinstance(source, (list, tuple)) else [source]
+    return all(
+        isinstance(path, (str, os.PathLike)) and is_database(Path(path).expanduser())
+        for path in paths
+    )
 
 
 def open_databases(paths: Sequence[Path]) -> Databases:
@@ -69,6 +85,28 @@ def version_of(environment: Environment, meta: dict[str, Any]) -> bytes:
         for _, record in environment.items(environment.records):
             digest.update(record[:4])
     return digest.hexdigest().encode()
+
+
+def common_settings(settings: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the settings of records that were stored with any of some settings.
+
+    Where these differ, ``differing`` holds the values of each, and none is that of all records.
+
+    >>> common_settings([{"encode": "raw"}, {"encode": None}])
+    {'encode': None, 'differing': {'encode': ['raw', None]}}
+    """
+    first = settings[0]
+    if all(other == first for other in settings):
+        return first
+    found: dict[str, list[Any]] = {}
+    for one in settings:
+        own = {name: [value] for name, value in one.items() if name not in ("fields", "differing")}
+        for name, values in (own | one.get("differing", {})).items():
+            known = found.setdefault(name, [])
+            known += [value for value in values if value not in known]
+    told = {name: values for name, values in found.items() if values != [None]}
+    fields = {"fields": first["fields"]} if first.get("fields") is not None else {}
+    return dict.fromkeys(found) | fields | {"differing": told}
 
 
 def _facts(file: Path) -> tuple[dict[str, Any], bytes, bytes]:
@@ -106,10 +144,7 @@ class Databases(Source):
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = frozenset(path.resolve() for path in paths)
-        if len(self.paths) < len(paths):
-            resolved = [path.resolve() for path in paths]
-            twice = next(path for path in resolved if resolved.count(path) > 1)
-            raise SourceError(f"{one_line(str(twice))} is given twice: give each database once")
+        given: set[Any] = set()
         self._parts: list[_Part] = []
         self._open: tuple[int, int, Environment] | None = None
         found: list[list[dict[str, Any]]] = []
@@ -117,6 +152,12 @@ class Databases(Source):
         for number, path in enumerate(path.resolve() for path in paths):
             files = shard_files(path)
             facts = [_facts(file) for file in files]
+            for file in files:
+                stat = file.stat()  # under whatever name
+                if (which := (stat.st_dev, stat.st_ino or file.resolve())) in given:
+                    name = one_line(str(file))
+                    raise SourceError(f"{name} is given twice: give each database once")
+                given.add(which)
             metas = [meta for meta, *_ in facts]
             check_shards(path, files, metas)
             classes = metas[0]["classes"]
@@ -157,11 +198,7 @@ class Databases(Source):
                     f"{path} has the fields {other.get('fields')}, {paths[0]} has "
                     f"{settings[0].get('fields')}: only databases of the same fields can be merged"
                 )
-        fields = settings[0].get("fields")
-        if all(other == settings[0] for other in settings):
-            self.settings = settings[0]
-        elif fields is not None:
-            self.settings = {"fields": fields}
+        self.settings = common_settings(settings)
 
     def _find_doubles(self) -> dict[tuple[int, int], tuple[str, str]]:
         """Return why records are left out, whose key an earlier one has."""

@@ -26,7 +26,8 @@ from dlhelpers.lmdb_io.environments import open_environment
 from dlhelpers.lmdb_io.identity import Stamp, place_of
 from dlhelpers.lmdb_io.old_files import OldEnvironment, open_old_file
 from dlhelpers.lmdb_io.old_layouts import Layout
-from dlhelpers.lmdb_io.old_values import form_of, plain_target, printable_text, sample_of
+from dlhelpers.lmdb_io.old_samples import sample_of
+from dlhelpers.lmdb_io.old_values import form_of, plain_target, printable_text
 from dlhelpers.lmdb_io.sources import Loaded, Source
 from dlhelpers.lmdb_io.unpickling import unpickle
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb

@@ -99,7 +99,7 @@ class OldEnvironment(Environment):
 
 
 def _walk(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (kind, value) as :mod:`verifying` does, and touch each page that LMDB goes through."""
+    """Yield (kind, value) for :func:`read_apart`, and touch each page that LMDB goes through."""
     import lmdb
 
     try:

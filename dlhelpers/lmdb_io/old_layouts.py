@@ -10,6 +10,7 @@ from typing import Any
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.identity import spread
 from dlhelpers.lmdb_io.old_files import OldEnvironment
+from dlhelpers.lmdb_io.old_pairs import guessed_pairs, pairs_of, twins_of
 from dlhelpers.lmdb_io.old_values import FORMS, form_of, plain_target, read_plain, shown_bytes
 from dlhelpers.printable import one_line
 
@@ -18,12 +19,6 @@ __all__ = ["Layout"]
 _LIST = b"__keys__"
 _COUNTS = (b"__len__", b"num-samples", b"num_samples", b"nSamples", b"total_number", b"length")
 _CLASSES = (b"__classes__", b"classes", b"class_names")
-_WORDS = {
-    **dict.fromkeys((b"image", b"images", b"img", b"imgs", b"data", b"x"), "image"),
-    **dict.fromkeys((b"label", b"labels", b"lbl", b"target", b"targets", b"class", b"y"), "label"),
-    **dict.fromkeys((b"mask", b"masks", b"gt", b"seg"), "label"),  # images, which are refused
-}
-_TOKENS = re.compile(rb"[A-Za-z]+|[^A-Za-z]+")
 _NUMBERED = re.compile(rb"\D*(\d+)\D*")
 _META_LINE = re.compile(rb"\s+\([\d, ]+\)\s+\d+\s*$")  # "name.png (height,width,channels) level"
 _LOOKED_AT = 16  # values that tell the form
@@ -103,11 +98,17 @@ class Layout:
         counts = self._take_beside(keys)
         if (listed := self.environment.get(_LIST, name)) is not None:
             self._of_list(listed, keys)
-        elif pairs := _pairs_of(keys):
+        elif pairs := pairs_of(keys) or guessed_pairs(keys):
             self._of_pairs(pairs, keys)
         elif found := self._of_meta_info():
             self.keys, self.how = found, "a database of BasicSR (meta_info.txt)"
         else:
+            if twins := twins_of(keys):
+                raise schema.DatabaseError(
+                    f"{self.path} holds two pictures under each name ({_listed(twins)}), such as "
+                    "an image and its mask: read it with the code that wrote it, and give "
+                    'write_lmdb samples of fields={"image": "image", "mask": "png"}'
+                )
             if all(key.isdigit() for key in keys):
                 keys.sort(key=int)
             self.keys = [(key, None) for key in keys]
@@ -155,8 +156,9 @@ class Layout:
             )
         found = [_key_of(key) for key in listed]
         if odd := [key for key, made in zip(listed, found, strict=True) if made is None]:
+            shown = f"{odd[0]:#x}" if isinstance(odd[0], int) else str(odd[0])
             raise schema.DatabaseError(
-                f"{self.path}: __keys__ lists {str(odd[0])[:60]!r}, which cannot be a key"
+                f"{self.path}: __keys__ lists {shown[:60]!r}, which cannot be a key"
             )
         self.keys = [(key, None) for key in found if key is not None]
         self.how = "a database of folder2lmdb (__keys__)"
@@ -167,9 +169,10 @@ class Layout:
         if all(numbers):
             pairs = sorted(pairs, key=lambda pair: int(_NUMBERED.fullmatch(pair[0])[1]))
         self.keys = list(pairs)
-        whole = next(pair for pair in pairs if set(pair) <= set(keys))
+        there = set(keys)
+        whole = next(pair for pair in pairs if there.issuperset(pair))
         self.how = f"images and labels under keys of their own ({_listed(whole)})"
-        self._note_left(set(keys) - {key for pair in pairs for key in pair})
+        self._note_left(there - {key for pair in pairs for key in pair})
         self._note_text(whole[1])
 
     def _of_two_databases(self, images: bytes, labels: bytes) -> None:
@@ -268,37 +271,15 @@ def _chosen(
 
 
 def _pair_of(names: Sequence[bytes]) -> tuple[bytes, bytes] | None:
-    pairs = _pairs_of(names)
+    pairs = pairs_of(names)
     return pairs[0] if len(names) == 2 and len(pairs) == 1 else None
-
-
-def _pairs_of(keys: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """Return (key of an image, key of its label), of keys that differ in this word only; empty
-    where there is no label."""
-    by_rest: dict[tuple[bytes, ...], dict[str, bytes]] = {}
-    for key in keys:
-        tokens = _TOKENS.findall(key)
-        roles = [_WORDS.get(token.lower(), "") for token in tokens]
-        if any(roles):
-            at = max(number for number, role in enumerate(roles) if role)
-            by_rest.setdefault((*tokens[:at], b"", *tokens[at + 1 :]), {})[roles[at]] = key
-    if not any(len(found) == 2 for found in by_rest.values()):
-        return []
-    # of a pair of which one is missing, loading says which
-    return [
-        tuple(found.get(role) or _other(found) for role in ("image", "label"))  # type: ignore[misc]
-        for found in by_rest.values()
-    ]
-
-
-def _other(found: dict[str, bytes]) -> bytes:
-    (key,) = found.values()
-    return b"the other of " + key
 
 
 def _key_of(listed: Any) -> bytes | None:
     if isinstance(listed, bytes):
         return listed or None
+    if isinstance(listed, int) and listed.bit_length() > 1024:  # longer than any key
+        return None
     if isinstance(listed, (str, int)) and not isinstance(listed, bool):
         return schema.encode_key(str(listed)) if str(listed) else None
     return None

@@ -28,11 +28,11 @@ from typing import Any
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.extras import need
+from dlhelpers.lmdb_io.describing import info_lmdb
 from dlhelpers.lmdb_io.merging import is_database
+from dlhelpers.lmdb_io.opening import need_outside
 from dlhelpers.lmdb_io.scanning import write_listing
 from dlhelpers.lmdb_io.shards import shard_name
-from dlhelpers.lmdb_io.sources import need_outside
-from dlhelpers.lmdb_io.verifying import info_lmdb
 from dlhelpers.lmdb_io.writing import WriteReport, write_lmdb
 from dlhelpers.printable import one_line
 from dlhelpers.progress import bar

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlhelpers.lmdb_io.schema import encode_target
-from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
+from dlhelpers.lmdb_io.sources import Forwarded, Loaded, Source, SourceError
 from dlhelpers.printable import one_line
 
 __all__ = ["Renumbered", "match_classes", "note_of", "refuse_fields", "renumbered"]
@@ -105,7 +105,7 @@ def refuse_fields(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
-class Renumbered(Source):
+class Renumbered(Forwarded):
     """A source under the class numbers of a database that it is appended to."""
 
     def __init__(
@@ -118,12 +118,9 @@ class Renumbered(Source):
         name: str,
     ) -> None:
         """Match the classes; ``kind`` names the database's version, ``name`` the database."""
-        self._source, self.kind = source, kind
-        self.settings, self.version = settings, version
-        facts = ("count", "problems", "ignored", "restarts", "lists", "hides", "in_thread", "place")
-        for fact in facts:
-            setattr(self, fact, getattr(source, fact))
-        self.identity, self.copies, self._numbers = source.identity, source.copies, None
+        super().__init__(source)
+        self.kind, self.settings, self.version = kind, settings, version
+        self._numbers: list[int] | None = None
         if classes is not None and source.classes is None and not source.copies:
             self.classes, self._numbers = classes, list(range(len(classes)))
             note = "targets are taken for the numbers of its classes, the source names none"
@@ -140,42 +137,14 @@ class Renumbered(Source):
             notes.append(note_of("the source", source.classes or [], self._numbers))
         self.notes = tuple(notes)
 
-    def tasks(self) -> Iterator[Any]:
-        """Yield the source's own."""
-        return self._source.tasks()
-
-    def part(self, own: range) -> Iterator[Any]:
-        """Yield the source's own."""
-        return self._source.part(own)
-
     def load(self, task: Any) -> Loaded:
         """Read an item, and give its class the new number."""
-        loaded = self._source.load(task)
+        loaded = self._inner.load(task)
         return loaded._replace(target=renumbered(loaded.target, self._numbers))
 
     def copy(self, task: Any) -> tuple[bytes, bytes, bytes]:
         """Read a record, and give its class the new number."""
-        key, target, image = self._source.copy(task)
+        key, target, image = self._inner.copy(task)
         if self._numbers is not None:
             target = encode_target(renumbered(json.loads(target), self._numbers))
         return key, target, image
-
-    def name(self, task: Any) -> str:
-        """Return the source's own."""
-        return self._source.name(task)
-
-    def key(self, task: Any) -> str:
-        """Return the source's own."""
-        return self._source.key(task)
-
-    def stamp(self, task: Any) -> Any:
-        """Return the source's own."""
-        return self._source.stamp(task)
-
-    def probes(self) -> list[Any]:
-        """Return the source's own."""
-        return self._source.probes()
-
-    def content(self, task: Any) -> bytes:
-        """Return the source's own."""
-        return self._source.content(task)

@@ -10,7 +10,6 @@ exactly. This one number resumes the epoch on every rank, and on another number 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils.data import DistributedSampler
 
 from dlhelpers.arguments import whole_number
 from dlhelpers.lmdb_io.ordering import Order
+from dlhelpers.lmdb_io.sampler_state import read_state, warn_of_left
 
 __all__ = ["WindowSampler"]
 
@@ -182,7 +182,7 @@ class WindowSampler(DistributedSampler):
         epoch = whole_number("epoch", epoch, 0)
         if epoch != self.epoch:
             if self._resumes and not self._advanced:
-                self._warn_of_left(self.epoch, self._first, epoch)
+                warn_of_left(self.epoch, self._first, self._order.length, epoch)
             self._begin_at(0, epoch, False)
         self._asked = epoch
 
@@ -219,7 +219,7 @@ class WindowSampler(DistributedSampler):
             ValueError: it is no state of a WindowSampler, or of another order: the dataset, its
                 shards, ``window``, ``block``, ``shuffle`` or ``seed`` are not the same.
         """
-        epoch, consumed = self._checked(state_dict)
+        epoch, consumed = read_state(state_dict, self._order.facts)
         self._begin_at(consumed, epoch, True)
 
     # ---- private ----
@@ -236,48 +236,6 @@ class WindowSampler(DistributedSampler):
         self.epoch, self._first, self._resumes = epoch, first, resumes
         self._is_over, self._handed_out, self._advanced = False, 0, 0
         self._passes += 1  # one that is still read from counts no longer
-
-    def _warn_of_left(self, epoch: int, first: int, asked: int) -> None:
-        """Warn where an epoch is left in its middle for another one than the next."""
-        left = self._order.length - first
-        if first and left and asked != epoch + 1:
-            warnings.warn(
-                f"set_epoch({asked}) leaves epoch {epoch}, which the state resumes, with {left} of "
-                f"{self._order.length} samples to go: epoch {asked} starts at its beginning. To go "
-                "on, loop over range(sampler.epoch, epochs)",
-                stacklevel=3,
-            )
-
-    def _checked(self, state: Any) -> tuple[int, int]:
-        """Return (epoch, consumed) of a state of this very order."""
-        facts = self._order.facts
-        needed = ["epoch", "consumed", *facts]
-        if not isinstance(state, Mapping) or (lost := [key for key in needed if key not in state]):
-            what = f"no {', '.join(lost)}" if isinstance(state, Mapping) else f"{state!r:.60}"
-            raise ValueError(
-                f"expected what WindowSampler.state_dict() gives, with {', '.join(needed)}; got "
-                f"{what}"
-            )
-        for key, mine in facts.items():
-            if state[key] != mine:
-                raise ValueError(_DIFFERS[key].format(theirs=state[key], mine=mine))
-        epoch = whole_number("epoch", state["epoch"], 0)
-        return epoch, whole_number("consumed", state["consumed"], 0, self._order.length)
-
-
-_DIFFERS = {  # why an epoch cannot go on, and what to do
-    "length": "the state is of a dataset of {theirs} items, this one has {mine}: give the same "
-    "dataset, or start a new epoch",
-    "items": "the state is of a Subset or ConcatDataset of other items of as many: select the same "
-    "ones, such as by random_split(..., generator=torch.Generator().manual_seed(0))",
-    "seed": "the state has the seed {theirs}, this sampler {mine}: give seed={theirs}",
-    "shuffle": "the state has shuffle={theirs}, this sampler {mine}: give shuffle={theirs}",
-    "window": "the state has the window {theirs}, this sampler {mine}: give window={theirs}",
-    "block": "the state has blocks of {theirs} records, this sampler of {mine}: give "
-    "block={theirs}",
-    "shards": "the state is of a dataset in other shards: its order is another one. Give the "
-    "dataset as it was, or start a new epoch",
-}
 
 
 class _Pass(Iterator[int]):
@@ -319,11 +277,11 @@ class _Pass(Iterator[int]):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; in an epoch that was set, if it is another."""
         sampler = self._sampler
-        epoch, first = sampler._checked(state_dict)
+        epoch, first = read_state(state_dict, sampler._order.facts)
         # the loader loads its state when it is iterated over, after the loop has set the epoch
         asked = epoch if sampler._asked is None else sampler._asked
         if asked != epoch:
-            sampler._warn_of_left(epoch, first, asked)
+            warn_of_left(epoch, first, sampler._order.length, asked)
             epoch, first = asked, 0
         sampler._begin_at(first, epoch, False)
         self._begin()

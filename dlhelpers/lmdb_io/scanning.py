@@ -17,17 +17,13 @@ import numpy as np
 from dlhelpers.arguments import whole_number
 from dlhelpers.files import write_whole
 from dlhelpers.lmdb_io.checksums import crc32
+from dlhelpers.lmdb_io.folder_source import FolderSource, file_stamp, folder_place
 from dlhelpers.lmdb_io.folders import Walk
 from dlhelpers.lmdb_io.identity import Stamp, Whole
 from dlhelpers.lmdb_io.listing import END, MAGIC, PLACE, ROW, is_listing
+from dlhelpers.lmdb_io.opening import open_source
 from dlhelpers.lmdb_io.schema import encode_key, pack_meta
-from dlhelpers.lmdb_io.sources import (
-    FolderSource,
-    SourceError,
-    file_stamp,
-    folder_place,
-    open_source,
-)
+from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.printable import one_line, printable
 from dlhelpers.progress import bar
 

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlhelpers.lmdb_io.checksums import crc32
+from dlhelpers.lmdb_io.shared_classes import read_meta
 from dlhelpers.printable import printable
 
 __all__ = [
@@ -286,7 +287,7 @@ def unpack_meta(value: bytes | None, path: str | Path) -> dict[str, Any]:
     try:
         if int(checksum, 16) != crc32(text):
             raise ValueError("its checksum differs")
-        meta = json.loads(text)
+        meta = read_meta(text)
     except ValueError as error:
         raise DatabaseError(
             f"{path}: the entry 'meta' is damaged or not written by write_lmdb ({error}): "

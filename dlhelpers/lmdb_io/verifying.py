@@ -9,11 +9,6 @@ from __future__ import annotations
 import heapq
 import json
 import os
-import selectors
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +19,12 @@ from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.columns import check_columns
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.fields import Fields
+from dlhelpers.lmdb_io.reading_apart import read_apart
 from dlhelpers.lmdb_io.shards import check_shards, shard_files
 from dlhelpers.printable import one_line, printable
-from dlhelpers.progress import bar
 
-__all__ = [
-    "DatabaseInfo",
-    "VerifyReport",
-    "find_problems",
-    "info_lmdb",
-    "peek_state",
-    "verify_lmdb",
-]
+__all__ = ["VerifyReport", "find_problems", "peek_state", "verify_lmdb"]
 
-_SILENCE_S = 120.0  # a child that says nothing for so long hangs on a broken page
 _EVERY = 256  # records between two lines of the child
 _MOST = 1000  # problems that are listed
 
@@ -60,54 +47,6 @@ class VerifyReport:
         return printable(
             f"{one_line(str(self.path))}: all {self.count} records are as they were written"
         )
-
-
-@dataclass(frozen=True, repr=False)
-class DatabaseInfo:
-    """What a database says of itself.
-
-    Attributes:
-        path: file or folder of shards.
-        count: images.
-        classes: their names; None without.
-        image_bytes, file_bytes: of the images, and of the files.
-        settings: encode, resize and quality of the conversion.
-        skipped: (what, why) of all that the conversion left out.
-        library: versions that wrote it.
-        fields: name -> kind of a database of fields; None of images with targets.
-    """
-
-    path: Path
-    count: int
-    classes: tuple[str, ...] | None
-    image_bytes: int
-    file_bytes: int
-    settings: dict[str, Any]
-    skipped: tuple[tuple[str, str], ...]
-    library: str
-    fields: dict[str, str] | None = None
-
-    def __repr__(self) -> str:
-        classes = "none" if self.classes is None else f"{len(self.classes)}"
-        shown = ", ".join(map(one_line, (self.classes or ())[:5])) + (
-            ", ..." if len(self.classes or ()) > 5 else ""
-        )
-        settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v is not None)
-        lines = [
-            one_line(str(self.path)),
-            f"  images    {self.count}, {self.image_bytes / 1e6:.1f} MB in a file of "
-            f"{self.file_bytes / 1e6:.1f} MB",
-            f"  classes   {classes}" + (f": {shown}" if shown else ""),
-            *[
-                f"  field     {one_line(name)}: {kind}"
-                for name, kind in (self.fields or {}).items()
-            ],
-            f"  stored    {settings or 'bytes as the source had them'}",
-            f"  written   by {self.library}",
-            f"  skipped   {len(self.skipped)}",
-        ]
-        lines += [f"    {one_line(what)}: {one_line(why)}" for what, why in self.skipped]
-        return printable("\n".join(lines))
 
 
 def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -> VerifyReport:
@@ -134,7 +73,7 @@ def verify_lmdb(path: str | os.PathLike[str], *, progress: bool | None = None) -
     for file in files:
         if not file.exists():
             Environment(file)  # says how to fix it
-        found, facts = _in_a_child(file, progress)
+        found, facts = read_apart(file, __name__, progress=progress)
         prefix = f"{file.name}: " if len(files) > 1 else ""
         problems += [prefix + problem for problem in found]
         if facts:
@@ -157,7 +96,7 @@ def find_problems(path: Path, module: str = __name__) -> list[str]:
 
     The child calls ``_main(path, "")`` of a module, which prints what :func:`_check` yields.
     """
-    return _in_a_child(path, progress=False, module=module)[0]
+    return read_apart(path, module)[0]
 
 
 def peek_state(path: Path) -> dict[str, Any] | str:
@@ -165,37 +104,8 @@ def peek_state(path: Path) -> dict[str, Any] | str:
 
     A child process looks, since a file that was cut when the machine went down crashes its reader.
     """
-    problems, state = _in_a_child(path, progress=False, entry=schema.STATE)
+    problems, state = read_apart(path, __name__, schema.STATE)
     return "; ".join(problems) if problems or state is None else state
-
-
-def info_lmdb(path: str | os.PathLike[str]) -> DatabaseInfo:
-    """Return what a database says of itself; no image is read.
-
-    Raises:
-        DatabaseError, FileNotFoundError: as LMDBDataset.
-    """
-    path = Path(path).expanduser().resolve()
-    files = shard_files(path)
-    metas, skipped = [], []
-    for file in files:
-        environment = open_environment(file)
-        metas.append(schema.unpack_meta(environment.get_entry(schema.META), file))
-        skipped += [tuple(json.loads(v)) for _, v in environment.items(environment.skipped)]
-    check_shards(path, files, metas)
-    classes = metas[0]["classes"]
-    fields = Fields.stored(metas[0], path)
-    return DatabaseInfo(
-        path=path,
-        count=sum(meta["count"] for meta in metas),
-        classes=None if classes is None else tuple(classes),
-        image_bytes=sum(meta["image_bytes"] for meta in metas),
-        file_bytes=sum(file.stat().st_size for file in files),
-        settings={k: v for k, v in metas[0]["settings"].items() if k != "fields"},
-        skipped=tuple(skipped),
-        library=metas[0]["library"],
-        fields=dict(fields.kinds) if fields else None,
-    )
 
 
 def _keys_in_two_shards(files: list[Path]) -> list[str]:
@@ -212,75 +122,6 @@ def _keys_in_two_shards(files: list[Path]) -> list[str]:
 def _keys_of(file: Path) -> Iterator[tuple[bytes, str]]:
     environment = open_environment(file)
     return ((key, file.name) for key in environment.keys(environment.index))
-
-
-def _in_a_child(
-    path: Path, progress: bool | None, entry: bytes = b"", module: str = __name__
-) -> tuple[list[str], dict[str, Any] | None]:
-    """Run :func:`_main` on a file; return problems and the meta entry, or the given entry."""
-
-    root = str(Path(__file__).resolve().parents[2])
-    known = os.environ.get("PYTHONPATH")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, known)))}
-    code = f"import sys; from {module} import _main; _main(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, os.fspath(path), entry.decode()]
-    problems: list[str] = []
-    meta, at, ended = None, 0, False
-    with (
-        tempfile.TemporaryFile() as errors_file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors_file, env=environment
-        ) as child,
-        bar(progress=progress, desc="verify", unit="img") as shown,
-    ):
-        try:
-            for line in _lines(child):
-                kind, value = json.loads(line)
-                if kind == "at":
-                    shown.update(value - at)
-                    at = value
-                elif kind == "meta":
-                    meta = value
-                    shown.total = value["count"]
-                elif kind == "problem":
-                    problems.append(value)
-                else:
-                    ended = True
-        finally:
-            if not ended:
-                child.kill()
-                child.wait()
-        errors_file.seek(0)
-        errors = errors_file.read().decode(errors="replace")
-    if not ended:
-        problems.append(_last_words(child.returncode, at, errors))
-    return problems, meta
-
-
-def _lines(child: Any) -> Iterator[bytes]:
-    """Yield the child's lines, until its end or until it hangs."""
-    if os.name == "nt":  # pipes cannot be waited for there
-        yield from child.stdout
-        return
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
-        while selector.select(_SILENCE_S):
-            if not (data := os.read(child.stdout.fileno(), 1 << 16)):
-                child.wait()
-                return
-            *lines, rest = (rest + data).split(b"\n")
-            yield from lines
-
-
-def _last_words(status: int, at: int, errors: str) -> str:
-    where = f"at or behind record {at}"
-    if status == -signal.SIGKILL:
-        return f"LMDB hangs on the file {where}, or reading was killed"
-    if status < 0:
-        return f"LMDB crashes on a broken page {where} ({signal.Signals(-status).name})"
-    last = errors.strip().splitlines()[-1:] or [f"exit status {status}"]
-    return f"reading failed {where}: {last[0]}"
 
 
 def _check(path: Path) -> Iterator[tuple[str, Any]]:

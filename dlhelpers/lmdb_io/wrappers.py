@@ -16,9 +16,11 @@ import numpy as np
 
 from dlhelpers.lmdb_io.identity import Stamp, spread
 from dlhelpers.lmdb_io.plain import is_plain_folder
-from dlhelpers.lmdb_io.sources import PROBES, Loaded, Source, SourceError
+from dlhelpers.lmdb_io.sources import Loaded, Source, SourceError
 
-__all__ = ["RecordSource", "inner_datasets", "is_plain_database", "look_through"]
+__all__ = ["PROBES", "RecordSource", "inner_datasets", "is_plain_database", "look_through"]
+
+PROBES = 1024  # items of a dataset that are loaded to know it again
 
 
 def look_through(
@@ -85,11 +87,27 @@ def _flatten(source: Any, inner: list[Any]) -> np.ndarray:
     order = np.concatenate([_flatten(dataset, inner) for dataset in wrapped])
     if not hasattr(source, "indices"):
         return order
-    indices = np.fromiter(map(operator.index, source.indices), np.int64)
     try:
-        return order[indices]
+        return order[_numbers(source.indices)]
     except IndexError as error:
         raise SourceError(f"a Subset has an index that is out of range: {error}") from None
+
+
+def _numbers(indices: Any) -> np.ndarray:
+    """Return the indices of a Subset, which are no mask: True would be item 1."""
+    indices = indices.tolist() if hasattr(indices, "tolist") else list(indices)
+    try:
+        if not any(isinstance(index, (bool, np.bool_)) for index in indices):
+            return np.fromiter(map(operator.index, indices), np.int64, len(indices))
+    except (TypeError, OverflowError):
+        pass
+    found = (i for i in indices if isinstance(i, (bool, np.bool_)) or not hasattr(i, "__index__"))
+    if (odd := next(found, None)) is None:
+        odd = max(indices, key=abs)  # of more than 64 bits
+    raise SourceError(
+        f"a Subset has the index {odd!r}, expected whole numbers: of a mask give "
+        "numpy.flatnonzero(mask)"
+    )
 
 
 def _is_plain(source: Any) -> bool:

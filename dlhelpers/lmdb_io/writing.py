@@ -19,9 +19,11 @@ from dlhelpers.lmdb_io.failures import clear_errors
 from dlhelpers.lmdb_io.field_sources import open_samples
 from dlhelpers.lmdb_io.finishing import finish
 from dlhelpers.lmdb_io.locking import only_writer
+from dlhelpers.lmdb_io.merging import names_databases
+from dlhelpers.lmdb_io.opening import need_outside
 from dlhelpers.lmdb_io.shards import shard_name
 from dlhelpers.lmdb_io.sharing import Seen
-from dlhelpers.lmdb_io.sources import SourceError, need_outside
+from dlhelpers.lmdb_io.sources import SourceError
 from dlhelpers.lmdb_io.spreading import Totals, own_shards, write_shards
 from dlhelpers.printable import one_line, printable
 
@@ -183,7 +185,7 @@ def write_lmdb(
     need("lmdb", "write_lmdb")
     shard = None if shard is None else shard_of(shard)
     shards = None if shards is None else whole_number("shards", shards, 1, 99_999)
-    if append and fields is None and not isinstance(source, (str, os.PathLike)):
+    if append and fields is None and not names_databases(source):
         fields = stored_fields(Path(path).expanduser())
     opened, encoding = open_samples(source, fields, encode, resize, quality)
     if opened.problems and on_error == "raise":
