@@ -8,6 +8,8 @@ OLDEST := .venv-oldest
 # two at a time, each on one thread; bytecode is kept for the processes that tests start
 UNIT := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 NBVAL := $(BIN)/python -m pytest --nbval -p no:cacheprovider
+# the lessons' main lines; notebooks such as 01b_more.ipynb hold their smaller tips
+MAIN := $(filter-out %b_more.ipynb,$(sort $(wildcard notebooks/*.ipynb)))
 # notebooks settle claims while they are tested: their ledger is not the learner's
 TEST_LEDGER := $(CURDIR)/.venv/test-ledger.json
 
@@ -20,15 +22,15 @@ help:  ## list the targets
 lab: .venv/.stamp  ## open the course in JupyterLab; ARGS="--no-browser --port 8899" is passed on
 	@$(BIN)/python tools/lab.py $(ARGS)
 
-test: lint  ## lint, unit tests with doctests, every notebook cell by cell
+test: lint  ## lint, unit tests with doctests, the main notebooks cell by cell
 	$(UNIT)
-	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) notebooks
+	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) $(MAIN)
 
 # the extras whose packages ask for a newer torch are left out
 test-oldest: $(OLDEST)/.stamp  ## the unit tests on the oldest torch that is supported
 	$(OLDEST)/bin/python -m pytest --ignore=tests/browser -m "not slow and not browser"
 
-verify: lint  ## the same with the full sweeps (minutes)
+verify: lint  ## the same with every notebook and the full sweeps (minutes)
 	$(UNIT) -m "not alone"
 	$(BIN)/python -m pytest -m alone
 	DLHELPERS_LEDGER=$(TEST_LEDGER) $(NBVAL) notebooks

@@ -14,7 +14,8 @@ from dlhelpers.course.report.running import kernel_of_this_python
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LESSONS = [path for path in NOTEBOOKS if not path.stem.startswith("00")]
+MORE = [path for path in NOTEBOOKS if path.stem.endswith("b_more")]  # smaller tips of a lesson
+LESSONS = [path for path in NOTEBOOKS if path not in MORE and not path.stem.startswith("00")]
 SECTIONS = [
     "The tips",
     "Set-up",
@@ -34,6 +35,7 @@ UNIT = (
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 every_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+every_more = pytest.mark.parametrize("path", MORE, ids=lambda p: p.stem)
 
 
 def cells(path, kind="code"):
@@ -106,13 +108,31 @@ def test_has_every_section_in_order(path):
     assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
 
 
+@every_more
+def test_more_tips_are_linked_from_their_lesson_and_back(path):
+    (lesson,) = [other for other in LESSONS if other.stem[:2] == path.stem[:2]]
+    text = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    headings = re.findall(r"^## (.+)$", text, re.M)
+    assert [h for h in headings if h in SECTIONS] == ["Set-up", "More tips", "Take away"]
+    assert f"Previous: [{lesson.stem[:2]} " in text
+    assert f"]({lesson.name})" in text
+    linking = [c for c in cells(lesson, "markdown") if source(c).startswith("## More tips")]
+    assert len(linking) == 1
+    assert f"]({path.name})" in source(linking[0])
+
+
 @every_notebook
-def test_opens_with_what_the_reader_will_be_able_to_do_and_ends_with_three_readings(path):
-    first, *_, last = [source(cell) for cell in cells(path, "markdown")]
+def test_opens_with_what_the_reader_will_be_able_to_do(path):
+    first = source(cells(path, "markdown")[0])
     names = re.findall(r"^\*\*(.+?)\*\*", first, re.M)
     assert names == ["You will be able to", "Minutes:", "You need"]
     total, *parts = map(int, re.findall(r"\d+", re.search(r"\*\*Minutes:\*\*(.+)", first)[1]))
     assert total == sum(parts) or not parts
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in MORE], ids=lambda p: p.stem)
+def test_ends_with_three_readings(path):
+    last = source(cells(path, "markdown")[-1])
     assert last.startswith("## Read on")
     assert len(re.findall(r"^- \[.+\]\(https://\S+\): .{20,}\.$", last, re.M)) == 3
 

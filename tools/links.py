@@ -26,26 +26,40 @@ def render() -> dict[Path, str]:
     Raises:
         ValueError: a lesson has no line that begins with "Previous: [".
     """
-    lessons, found = claims.lessons(), {}
-    for place, lesson in enumerate(lessons):
+    every = claims.lessons()
+    main = [lesson for lesson in every if not lesson.continues]
+    found = {}
+    for lesson in every:
         path = FOLDER / f"{lesson.stem}.ipynb"
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        if place == 0:
-            entries = "".join(f"- {_link(other)}: {other.learn}\n" for other in lessons[1:])
-            pattern, text = _LIST, rf"\g<1>{entries}"
+        if lesson == main[0]:
+            pattern, text = _LIST, rf"\g<1>{''.join(map(_entry, main[1:]))}"
         else:
-            after = lessons[place + 1 : place + 2]
-            last = f"This was the last lesson; [the start page]({lessons[0].stem}.ipynb) shows"
-            then = f"Next: {_link(after[0])}." if after else f"{last} your ledger."
-            pattern, text = _NEIGHBOURS, f"Previous: {_link(lessons[place - 1])}. {then}"
+            pattern, text = _NEIGHBOURS, _around(lesson, main)
         _replace(notebook, pattern, text, path)
         found[path] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     return found
 
 
+def _around(lesson: claims.Lesson, main: list[claims.Lesson]) -> str:
+    """Return the line of links: a lesson that continues another one leads on as that one does."""
+    own = [other.number for other in main].index(lesson.continues or lesson.number)
+    before = main[own] if lesson.continues else main[own - 1]
+    after = main[own + 1 : own + 2]
+    last = f"This was the last lesson; [the start page]({main[0].stem}.ipynb) shows"
+    then = f"Next: {_link(after[0])}." if after else f"{last} your ledger."
+    return f"Previous: {_link(before)}. {then}"
+
+
+def _entry(lesson: claims.Lesson) -> str:
+    """Return a lesson's line in the list of all, with what continues it."""
+    more = [other for other in claims.lessons() if other.continues == lesson.number]
+    rest = "".join(f" More tips: {_link(other)}." for other in more)
+    return f"- {_link(lesson)}: {lesson.learn}{'.' * bool(rest)}{rest}\n"
+
+
 def _link(lesson: claims.Lesson) -> str:
-    number = lesson.stem.partition("_")[0]
-    return f"[{number} {lesson.title}]({lesson.stem}.ipynb)"
+    return f"[{lesson.number} {lesson.title}]({lesson.stem}.ipynb)"
 
 
 def _replace(notebook: Any, pattern: re.Pattern[str], text: str, path: Path) -> None:

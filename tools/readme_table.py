@@ -41,7 +41,7 @@ def _notebooks() -> str:
     if stems != [lesson.stem for lesson in claims.lessons()]:
         raise ValueError(f"dlhelpers/course/lessons must hold one file for each of {stems}")
     rows = [
-        f"| [{lesson.stem.partition('_')[0]} {lesson.title}](notebooks/{lesson.stem}.ipynb) "
+        f"| [{lesson.number} {lesson.title}](notebooks/{lesson.stem}.ipynb) "
         f"| {lesson.learn} | {settled[lesson.stem]} | {_minutes(lesson.stem)} |"
         for lesson in claims.lessons()
     ]

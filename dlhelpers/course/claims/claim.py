@@ -47,7 +47,7 @@ class Lesson:
     """A notebook of the course, as the list of lessons names it.
 
     Attributes:
-        stem: of its file, such as ``01_pairing``.
+        stem: of its file, such as ``01_pairing``; ``01b_more`` continues it.
         title: a word or two, such as ``Pairing``.
         learn: what its reader learns.
     """
@@ -55,6 +55,16 @@ class Lesson:
     stem: str
     title: str
     learn: str
+
+    @property
+    def number(self) -> str:
+        """What its name begins with, such as ``01`` or ``01b``."""
+        return self.stem.partition("_")[0]
+
+    @property
+    def continues(self) -> str:
+        """The number of the lesson whose smaller tips it holds; empty where it is a main one."""
+        return self.number[:2] if len(self.number) > 2 else ""
 
 
 @dataclass(frozen=True)
