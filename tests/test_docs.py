@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dlhelpers.course import claims, ledger
+from dlhelpers.course import claims, exercises, ledger
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +85,14 @@ def test_the_page_of_ledgers_and_its_picture_are_up_to_date():
     svg = (ROOT / "docs" / "where-tips-hold.svg").read_text(encoding="utf-8")
     made = tool("ledger_page")
     assert (page, svg) == (made.render(), made.drawn()), "make it: python tools/ledger_page.py"
+
+
+def test_the_page_for_teachers_names_exercises_that_exist():
+    text = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b0\d\.\d\b", text))
+    lessons = {lesson.number for lesson in claims.lessons()}
+    assert len(named) > 10
+    assert named <= {id for number in lessons for id in exercises.ids(number)}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data" / "ledgers").glob("*.json")))
