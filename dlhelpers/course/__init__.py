@@ -1,4 +1,4 @@
-"""What do the notebooks stand on? Claims and their verdicts, data, exercises, plots, the report.
+"""What do the notebooks share? Claims and their verdicts, data, exercises, plots, the report.
 
 An engineer who imports ``dlhelpers`` needs none of it: ``pip install "dlhelpers[course]"`` brings
 what it needs beyond the library. The library never imports it.

@@ -1,4 +1,4 @@
-"""Where does the time go, and what would it be worth to mend it?
+"""Where does the time go, and what would it be worth to fix it?
 
 ``profile_python``, ``profile_lines`` and ``sample`` look at Python, ``profile_torch`` at the phases
 and operators of a training step; ``diagnose`` names the bottleneck, tries its remedy and says what

@@ -1,4 +1,4 @@
-"""Do eight bits pay? Small integers, the ranges that they cover, and the fastest right road.
+"""Do eight bits pay? Small integers, the ranges that they cover, and the fastest right backend.
 
 >>> import torch
 >>> from torch import nn
