@@ -1,10 +1,10 @@
-"""Which road is the fastest for three networks at batch 1 and 16, and does "auto" find it?
+"""Which backend is the fastest for three networks at batch 1 and 16, and does "auto" find it?
 
-For each network and batch: every road that `quantize_static` builds (eager float32 folded and in
+For each network and batch: every backend that `quantize_static` builds (eager float32 folded and in
 channels_last, bfloat16, compiled with freezing, ONNX Runtime and OpenVINO in float32, bfloat16 and
 int8, PT2E, torch.ao's engines), and beside them eager float32 as it comes and torch.compile without
-freezing; speed against the fastest float32 road with its interval, size, SQNR. Then all roads near
-the top race once more, in a run of their own: is the one that was taken within 5 % of the fastest?
+freezing; speed against the fastest float32 backend with its interval, size, SQNR. Then all backends
+near the top race once more, in a run of their own: is the one that was taken within 5 % of the fastest?
 
 Compiling may take minutes on a small or busy machine: there is a limit for each compiled backend
 and one in all, and what was not run is named.
@@ -32,9 +32,9 @@ from torchvision.models import get_model
 
 from dlhelpers import machine
 from dlhelpers.measure import compare, compare_many
-from dlhelpers.quantization import quantize_static, torch_roads
-from dlhelpers.quantization.report import RoadRow
-from dlhelpers.quantization.roads import Road, RoadError, Task
+from dlhelpers.quantization import quantize_static, torch_backends
+from dlhelpers.quantization.backends import Backend, BackendError, Task
+from dlhelpers.quantization.report import BackendRow
 
 NETWORKS = ("resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")
 LEAST_S = 20.0  # below this no column is begun
@@ -70,11 +70,11 @@ def within(seconds: float) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(left, 0.01), 5)
 
 
-def limited(build: Callable[[Task], Road], seconds: float) -> Callable[[Task], Road]:
+def limited(build: Callable[[Task], Backend], seconds: float) -> Callable[[Task], Backend]:
     """Return a builder whose backend is dropped where it takes longer."""
 
     @wraps(build)
-    def built(task: Task) -> Road:
+    def built(task: Task) -> Backend:
         until = monotonic() + seconds
         try:
             with within(seconds):
@@ -82,7 +82,7 @@ def limited(build: Callable[[Task], Road], seconds: float) -> Callable[[Task], R
         except TooLong:
             if monotonic() < until:  # it was the time in all
                 raise
-            raise RoadError(f"{NOT_BUILT} {seconds:.0f} s") from None
+            raise BackendError(f"{NOT_BUILT} {seconds:.0f} s") from None
 
     return built
 
@@ -105,17 +105,17 @@ def run_of(model: Any, x: torch.Tensor) -> Any:
     return run
 
 
-def speed_of(row: RoadRow) -> float:
+def speed_of(row: BackendRow) -> float:
     return row.speed.speedup if row.speed else 1.0  # the baseline itself has none
 
 
 def column(
     name: str, batch: int, side: int, budget_s: float, backend_s: float, columns: list[Any]
 ) -> None:
-    """Race the roads and append what was found, then race those near the top once more."""
+    """Race the backends and append what was found, then race those near the top once more."""
     model = network(name, side)
     inputs = [torch.rand(batch, 3, side, side) for _ in range(2)]
-    fast = quantize_static(model, inputs, budget_s=budget_s, keep_roads=True)
+    fast = quantize_static(model, inputs, budget_s=budget_s, keep_backends=True)
     report = fast.report()
     print(f"\n{name}, batch {batch}\n{report}", flush=True)
 
@@ -130,7 +130,7 @@ def column(
         "int8": best,
         "rows": [
             {
-                "road": row.name,
+                "backend": row.name,
                 "speedup": None if row.speed is None else row.speed.speedup,
                 "low": None if row.speed is None else row.speed.low,
                 "high": None if row.speed is None else row.speed.high,
@@ -154,7 +154,7 @@ def column(
     for title, run in extra.items():
         try:
             limited(lambda _, run=run: run(), backend_s)(None)  # compiles
-        except RoadError as error:
+        except BackendError as error:
             print(f"{title:36} {error}", flush=True)
             result["not_built"].append(title)
             continue
@@ -185,7 +185,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch._inductor.config.compile_threads = 1  # no compiler goes on after its time
     for builder in ("compiled", "pt2e"):
-        setattr(torch_roads, builder, limited(getattr(torch_roads, builder), options.backend_s))
+        setattr(
+            torch_backends, builder, limited(getattr(torch_backends, builder), options.backend_s)
+        )
     print(machine.describe().line, f"· {options.threads} threads")
     print(
         f"budget: {options.minutes:g} minutes in all, {options.backend_s:g} s to build each "
@@ -217,7 +219,7 @@ def main() -> None:
     print(f"\nnot run within the budget: {'; '.join(not_run) or 'nothing'}")
     if behind := [found["behind"] for found in columns if found["behind"] is not None]:
         worst = max(behind)
-        print(f"worst column: {worst:.3f} times behind the fastest road; the goal is 1.05")
+        print(f"worst column: {worst:.3f} times behind the fastest backend; the goal is 1.05")
     result = {
         "machine": machine.describe().as_dict(),
         "minutes": options.minutes,

@@ -13,20 +13,20 @@ from torch.nn import functional as F
 
 from dlhelpers.quantization import (
     QuantizationReport,
-    onnx_roads,
-    openvino_roads,
+    backends,
+    onnx_backends,
+    openvino_backends,
     quantize_dynamic,
     quantize_static,
     racing,
-    roads,
     sample_sqnr_db,
     sqnr_db,
     static,
-    torch_roads,
+    torch_backends,
 )
 from dlhelpers.quantization.batches import Outputs, read_batches, run_float
 from dlhelpers.quantization.judging import held_out, judge_of
-from dlhelpers.quantization.report import RoadRow
+from dlhelpers.quantization.report import BackendRow
 from dlhelpers.quantization.samples import layout_of, outliers
 from dlhelpers.quantization.sizes import Sizes
 
@@ -434,11 +434,11 @@ def test_a_backend_is_judged_on_the_batches_that_it_takes_and_its_row_says_so(mo
     def build(task):
         def run(batch):
             ran.append(batch[0].shape[1])
-            return torch_roads.runner(task.model)(batch)
+            return torch_backends.runner(task.model)(batch)
 
-        return roads.Road("X", "int8", run, 1, int8_kernels=1, sizes=of_eights())
+        return backends.Backend("X", "int8", run, 1, int8_kernels=1, sizes=of_eights())
 
-    plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", build)}
+    plan = {"eager float32": ("float32", torch_backends.eager), "X": ("int8", build)}
     monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
     model = Of(lambda m, x: 2 * x)
     sizes = [5, 8, 6, 8, 8, 7, 8, 8, 4, 8, 3, 8]
@@ -460,12 +460,12 @@ def test_the_first_batch_is_no_way_around_the_bound(monkeypatch):
 
     def build(task):
         def run(batch):
-            (y,) = torch_roads.runner(task.model)(batch)
+            (y,) = torch_backends.runner(task.model)(batch)
             return [y if len(y) == 2 else y + 1]
 
-        return roads.Road("X", "int8", run, 1, int8_kernels=1)
+        return backends.Backend("X", "int8", run, 1, int8_kernels=1)
 
-    plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", build)}
+    plan = {"eager float32": ("float32", torch_backends.eager), "X": ("int8", build)}
     monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
     monkeypatch.setattr(static, "_mixed", lambda *given: ([], {}))
     batches = [100 * randn(2, 4), *(randn(8, 4, seed=i) for i in range(4))]
@@ -489,8 +489,8 @@ def test_only_calls_of_the_examples_size_are_timed(monkeypatch):
         return [batch[0]]
 
     pace = racing.Pace()
-    usual = roads.Road("usual", "float32", lambda batch: [batch[0]], 1)
-    other = roads.Road("other", "int8", run, 1)
+    usual = backends.Backend("usual", "float32", lambda batch: [batch[0]], 1)
+    other = backends.Backend("other", "int8", run, 1)
     four, two = (torch.ones(4, 2),), (torch.ones(2, 2),)
     assert pace.outputs(usual, [four], four)[1] == ""
     for batches in ([four, two, four], [two, two]):
@@ -504,9 +504,9 @@ def test_engines_calibrate_on_the_others_alone(monkeypatch):
 
     def spy(task):
         taken["task"] = task
-        return torch_roads.eager(task)
+        return torch_backends.eager(task)
 
-    plan = {"eager float32": ("float32", torch_roads.eager), "spy": ("float32", spy)}
+    plan = {"eager float32": ("float32", torch_backends.eager), "spy": ("float32", spy)}
     monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
     x = randn(8, 4)
     report = quantize_static(nn.Linear(4, 3), [x], **FAST).report()
@@ -592,7 +592,7 @@ def test_an_outlier_in_the_calibration_set_does_not_hide_the_ordinary_images(
 ):
     monkeypatch.setattr(static, "_mixed", lambda *given: ([], {}))  # it takes its time
     x, _ = bands(64, seed=3)
-    options = {"engine": engine, "calibrator": "min-max", "keep_roads": True, **FAST}
+    options = {"engine": engine, "calibrator": "min-max", "keep_backends": True, **FAST}
     ordinary = quantize_static(trained, [x], **options).report()
     rows = [row for row in ordinary.rows if row.precision == "int8"]
     assert any(not row.dropped for row in rows)
@@ -624,41 +624,41 @@ def test_auto_takes_the_calibrator_that_is_best_for_the_ordinary_images(trained,
     batches = read_batches([x])
     outputs = run_float(trained, batches)
     rest, judge, _ = held_out(trained, batches, outputs)
-    task = roads.Task(trained, rest, outputs, "auto", 1, judge=judge)
-    road = onnx_roads.onnxruntime_int8(task)
-    graph, found = onnx_roads.graph_of(task), {}
+    task = backends.Task(trained, rest, outputs, "auto", 1, judge=judge)
+    backend = onnx_backends.onnxruntime_int8(task)
+    graph, found = onnx_backends.graph_of(task), {}
     held = judge.samples[0]
     for method in graph.calibrators:
         session, _ = graph.session(graph.quantized(method))
-        (z,) = onnx_roads.runner(session)((x,))
+        (z,) = onnx_backends.runner(session)((x,))
         found[method] = by_numpy(outputs[0].tensors[0][held], z[held])
     best = max(found, key=found.get)
-    assert road.note == f"calibrated by {best}"
+    assert backend.note == f"calibrated by {best}"
     # not the one that is best in the sum
     given = iter([(15.0, 40.0), (20.0, 10.0), (10.0, 30.0)])
     monkeypatch.setattr(judge, "ratios", lambda found: next(given), raising=False)
     second = list(graph.calibrators)[1]
-    assert onnx_roads.onnxruntime_int8(task).note == f"calibrated by {second}"
+    assert onnx_backends.onnxruntime_int8(task).note == f"calibrated by {second}"
 
 
 def off_by(noise):
-    """Return the builder of a road with int8 kernels whose output is wrong by that much."""
+    """Return the builder of a backend with int8 kernels whose output is wrong by that much."""
 
     def build(task):
         def run(batch):
-            (y,) = torch_roads.runner(task.model)(batch)
+            (y,) = torch_backends.runner(task.model)(batch)
             return [y + noise * torch.sign(y.roll(1, -1))]
 
-        return roads.Road("X", "int8", run, 1, int8_kernels=1)
+        return backends.Backend("X", "int8", run, 1, int8_kernels=1)
 
     return build
 
 
 @pytest.fixture
-def two_roads(monkeypatch):
+def two_backends(monkeypatch):
     def planned(noise):
         plan = {
-            "eager float32": ("float32", torch_roads.eager),
+            "eager float32": ("float32", torch_backends.eager),
             "X": ("int8", off_by(noise)),
         }
         monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
@@ -666,11 +666,11 @@ def two_roads(monkeypatch):
     return planned
 
 
-def test_a_backend_that_loses_accuracy_is_refused_and_its_row_says_so(trained, two_roads):
+def test_a_backend_that_loses_accuracy_is_refused_and_its_row_says_so(trained, two_backends):
     x, y = bands(64, seed=3)
     with torch.no_grad():
         margin = trained(x).topk(2).values.diff().abs().median().item()
-    two_roads(margin)
+    two_backends(margin)
     options = {"min_sqnr_db": -100, **FAST}
     fast = quantize_static(trained, [x], test=(x, y), **options)
     row = fast.report()["X"]
@@ -686,8 +686,8 @@ def test_a_backend_that_loses_accuracy_is_refused_and_its_row_says_so(trained, t
     assert not quantize_static(trained, [x], **options).report()["X"].dropped  # no test
 
 
-def test_the_drop_is_allowed_up_to_its_bound_exactly(trained, two_roads):
-    two_roads(0.0)
+def test_the_drop_is_allowed_up_to_its_bound_exactly(trained, two_backends):
+    two_backends(0.0)
     x, _ = bands(8, seed=3)
     for found, max_drop, is_dropped in ((0.8, 0.1, False), (0.79, 0.1, True), (0.95, 0.0, False)):
         calls = iter([0.9, 0.9, found])
@@ -744,21 +744,21 @@ class Detector(nn.Module):
 
 
 def moved(by):
-    """Return the builder of a road whose heads are off by that much, so that other boxes pass."""
+    """Return the builder of a backend whose heads are off by that much, so that other boxes pass."""
 
     def build(task):
         def run(batch):
-            tensors = torch_roads.runner(task.model)(batch)
+            tensors = torch_backends.runner(task.model)(batch)
             return [*(t + by for t in tensors[:-1]), tensors[-1][1:]]
 
-        return roads.Road("X", "int8", run, 1, int8_kernels=1)
+        return backends.Backend("X", "int8", run, 1, int8_kernels=1)
 
     return build
 
 
 def test_a_detector_is_judged_by_its_heads_else_by_the_test_else_not_at_all(monkeypatch):
     def report(shows_heads, by=0.001, **options):
-        plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", moved(by))}
+        plan = {"eager float32": ("float32", torch_backends.eager), "X": ("int8", moved(by))}
         monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
         model = Detector(shows_heads)
         return quantize_static(model, [randn(16, 4)], engine="eager", **options, **FAST).report()
@@ -784,7 +784,7 @@ def test_a_detector_that_gives_a_list_of_images_is_judged_by_the_test(samples, m
         heads = module.layer(x)
         return [{"boxes": one[one > 0], "scores": one[one > 0].exp()} for one in heads]
 
-    plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", moved(0.1))}
+    plan = {"eager float32": ("float32", torch_backends.eager), "X": ("int8", moved(0.1))}
     monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
     monkeypatch.setattr(static, "_mixed", lambda *given: ([], {}))
     x = randn(samples, 6, seed=1)
@@ -805,10 +805,12 @@ def test_a_detector_that_gives_a_list_of_images_is_judged_by_the_test(samples, m
 
 def test_an_output_of_another_shape_is_named(monkeypatch):
     def build(task):
-        run = torch_roads.runner(task.model)
-        return roads.Road("X", "int8", lambda batch: [run(batch)[0][:, :2]], 1, int8_kernels=1)
+        run = torch_backends.runner(task.model)
+        return backends.Backend(
+            "X", "int8", lambda batch: [run(batch)[0][:, :2]], 1, int8_kernels=1
+        )
 
-    plan = {"eager float32": ("float32", torch_roads.eager), "X": ("int8", build)}
+    plan = {"eager float32": ("float32", torch_backends.eager), "X": ("int8", build)}
     monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
     report = quantize_static(nn.Linear(4, 3), [randn(8, 4)], **FAST).report()
     assert report["X"].dropped == "an output has the shape [8, 2], the model's [8, 3]"
@@ -873,12 +875,12 @@ def test_onnx_runtime_says_that_it_computes_a_half_model_in_float32():
 
 @needs_openvino
 def test_openvino_bfloat16_that_is_float32_says_so(monkeypatch):
-    original = openvino_roads._OpenVino
+    original = openvino_backends._OpenVino
 
     def without(data, precision, threads):
         return original(data, "f32", threads)
 
-    monkeypatch.setattr(openvino_roads, "_OpenVino", without)
+    monkeypatch.setattr(openvino_backends, "_OpenVino", without)
     report = quantize_static(nn.Linear(4, 3), [randn(8, 4)], engine="openvino", **FAST).report()
     assert report["OpenVINO bfloat16"].dropped == (
         "its output is bit for bit that of OpenVINO float32: OpenVINO has no bfloat16 on this "
@@ -891,16 +893,16 @@ def test_openvino_bfloat16_that_is_float32_says_so(monkeypatch):
 def test_a_model_that_stays_eager_is_not_called_compiled():
     model = Of(torch._dynamo.disable(lambda m, x: m.l(x)), l=nn.Linear(4, 3)).eval()
     batches = [(randn(8, 4),)]
-    task = roads.Task(model, batches, run_float(model, batches), "min-max", 1)
-    if torch_roads.machine.describe().compiler is None:
+    task = backends.Task(model, batches, run_float(model, batches), "min-max", 1)
+    if torch_backends.machine.describe().compiler is None:
         pytest.skip("no C++ compiler")
-    with pytest.raises(roads.RoadError, match="nothing was compiled"):
-        torch_roads.compiled(task)
+    with pytest.raises(backends.BackendError, match="nothing was compiled"):
+        torch_backends.compiled(task)
 
 
 def test_the_report_shows_both_figures():
-    row = RoadRow("X", "int8", sqnr_db=2.44, total_sqnr_db=20.53, nbytes=1)
-    other = RoadRow("Y", "float32", sqnr_db=math.inf, total_sqnr_db=math.inf)
+    row = BackendRow("X", "int8", sqnr_db=2.44, total_sqnr_db=20.53, nbytes=1)
+    other = BackendRow("Y", "float32", sqnr_db=math.inf, total_sqnr_db=math.inf)
     text = str(QuantizationReport((row, other), "Y", "Y", 20.0, "why"))
     line = next(line for line in text.splitlines() if line.startswith("X"))
     assert line.split()[1:3] == ["2.4", "20.5"]

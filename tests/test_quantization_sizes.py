@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.quantization import (
-    onnx_roads,
+    onnx_backends,
     quantize_dynamic,
     quantize_static,
     sqnr_db,
     static,
-    torch_roads,
+    torch_backends,
 )
 from dlhelpers.quantization.batches import Outputs, named_leaves, read_batches, run_float
 from dlhelpers.quantization.judging import judge_of
@@ -227,8 +227,8 @@ def test_what_an_exporter_fixes_without_a_word_is_found_by_running_it():
 def float_alone(monkeypatch):
     """Two backends, where sizes are what is asked for."""
     plan = {
-        "eager float32": ("float32", torch_roads.eager),
-        "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
+        "eager float32": ("float32", torch_backends.eager),
+        "ONNX Runtime float32": ("float32", onnx_backends.onnxruntime_float),
     }
     monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
 
@@ -239,7 +239,7 @@ def test_an_engine_takes_states_of_other_batches_and_says_what_it_does_not_take(
     torch.manual_seed(0)
     model = WithState().eval()
     given = torch.randn(4, 6, 8), state(4)
-    options = {"engine": "onnxruntime", "keep_roads": True, **FAST}
+    options = {"engine": "onnxruntime", "keep_backends": True, **FAST}
     fixed = quantize_static(model, [given], **options).on("ONNX Runtime float32")
     assert right(model, fixed, torch.randn(3, 6, 8), state(3))
     assert right(model, fixed, torch.randn(1, 6, 8), state(1))
@@ -302,11 +302,11 @@ def test_constants_in_nested_inputs_are_part_of_the_model():
 def test_an_exported_model_has_nested_inputs_and_outputs():
     model = Nested().eval()
     given = {"x": torch.rand(4, 8), "scale": 2.0}
-    kept = quantize_static(model, [(given, None)], engine="onnxruntime", keep_roads=True, **FAST)
-    road = kept.on("ONNX Runtime float32")
+    kept = quantize_static(model, [(given, None)], engine="onnxruntime", keep_backends=True, **FAST)
+    backend = kept.on("ONNX Runtime float32")
     other = {"x": torch.rand(3, 8), "scale": 2.0}
-    assert right(model, road, other, None)
-    assert torch.equal(road(other, None)["best"][0], model(other, None)["best"][0])
+    assert right(model, backend, other, None)
+    assert torch.equal(backend(other, None)["best"][0], model(other, None)["best"][0])
 
 
 def test_a_list_with_an_entry_for_each_step_follows_the_steps():
@@ -351,7 +351,7 @@ def test_a_model_of_another_type_is_quantized_and_gives_that_type(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).to(dtype)
     x = torch.rand(8, 32).to(dtype)
-    options = {"engine": "onnxruntime", "calibrator": "min-max", "keep_roads": True, **FAST}
+    options = {"engine": "onnxruntime", "calibrator": "min-max", "keep_backends": True, **FAST}
     fast = quantize_static(model, [x], **options)
     row = fast.report()["ONNX Runtime int8"]
     assert row.int8_kernels == 2

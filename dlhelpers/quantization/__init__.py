@@ -16,8 +16,8 @@ from dlhelpers.quantization.report import QuantizationReport
 from dlhelpers.quantization.sensitivity import SensitivityReport, sensitivity
 from dlhelpers.quantization.static import ENGINES, quantize_static
 from dlhelpers.quantization.taking import QuantizedModel
-from dlhelpers.quantization.torch_roads import ENGINES as TORCH_ENGINES
-from dlhelpers.quantization.torch_roads import engine_set
+from dlhelpers.quantization.torch_backends import ENGINES as TORCH_ENGINES
+from dlhelpers.quantization.torch_backends import engine_set
 
 __all__ = [
     "CALIBRATORS",

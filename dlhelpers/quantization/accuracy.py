@@ -44,13 +44,13 @@ class Accuracy:
 
 
 def accuracy_of(model: nn.Module, test: Test, batch: Batch, max_drop: float) -> Accuracy:
-    """Return the test for the roads, with the accuracy of the model as it was given.
+    """Return the test for the backends, with the accuracy of the model as it was given.
 
     Args:
         model: in eval mode.
         test: (inputs [N, ...], class numbers [N]), or a function from a model to a number.
         batch: whose size the inputs are given in.
-        max_drop: what a road may lose of it.
+        max_drop: what a backend may lose of it.
 
     Raises:
         TypeError: test is neither, or inputs and class numbers are no tensors.
@@ -61,7 +61,7 @@ def accuracy_of(model: nn.Module, test: Test, batch: Batch, max_drop: float) -> 
         found = _number(test(model))
         if not math.isfinite(found):
             raise ValueError(f"test must return a finite number for a model, got {found!r}")
-        return Accuracy(lambda road: _number(test(road)), found, max_drop)
+        return Accuracy(lambda backend: _number(test(backend)), found, max_drop)
     if not isinstance(test, tuple | list) or len(test) != 2:
         raise TypeError(
             "test must be (inputs, class numbers), two tensors, or a function that takes a model "
@@ -113,7 +113,7 @@ def accuracy_in_batches(model: nn.Module, test: tuple[Tensor, Tensor], batch: Ba
 
 
 def _filled_up(model: nn.Module, x: Tensor, size: int) -> Any:
-    """Return the output for fewer samples than a batch, of which a road may take no other."""
+    """Return the output for fewer samples than a batch, of which a backend may take no other."""
     try:
         return model(x)
     except Exception:

@@ -15,15 +15,15 @@ from torch import nn
 
 from dlhelpers.arguments import need_decibels, need_seconds
 from dlhelpers.models import copied, need_model, unwrapped
-from dlhelpers.quantization import onnx_roads, torch_roads
+from dlhelpers.quantization import onnx_backends, torch_backends
 from dlhelpers.quantization.attention import PADDING, run_reference, take_slow_paths_
 from dlhelpers.quantization.aware import finished_copy
+from dlhelpers.quantization.backends import Backend, Task, own_type, saturates
 from dlhelpers.quantization.batches import first_line, read_batches
 from dlhelpers.quantization.calling import by_place, signature_of
 from dlhelpers.quantization.dynamic_layers import converted, has_layers, kinds
 from dlhelpers.quantization.quiet import quiet
-from dlhelpers.quantization.report import QuantizationReport, RoadRow
-from dlhelpers.quantization.roads import Road, Task, own_type, saturates
+from dlhelpers.quantization.report import BackendRow, QuantizationReport
 from dlhelpers.quantization.sizes import free_groups
 from dlhelpers.quantization.taking import Builder, QuantizedModel, built, take
 from dlhelpers.untouched import shared_untouched
@@ -53,7 +53,7 @@ def quantize_dynamic(
     Args:
         model: float32, on the CPU; it is copied, and taken in eval mode.
         example_inputs: a tensor or a tuple of positional inputs: torch.ao's engines and ONNX
-            Runtime are raced on them, and the fastest right road is taken, which may be float.
+            Runtime are raced on them, and the fastest right backend is taken, which may be float.
             Without them torch.ao's default engine is taken, unmeasured; layers that are known to
             raise in it stay float, and the report's notes name them.
         min_sqnr_db, budget_s, dynamic, progress: as for ``quantize_static``.
@@ -98,21 +98,21 @@ def _measured(
     task.free = free_groups(copied(original), batches, outputs, dynamic, samples)
     own = task.precision
     plan: dict[str, tuple[str, Builder]] = {
-        f"eager {own}": (own, torch_roads.eager),
-        "ONNX Runtime float32": ("float32", onnx_roads.onnxruntime_float),
+        f"eager {own}": (own, torch_backends.eager),
+        "ONNX Runtime float32": ("float32", onnx_backends.onnxruntime_float),
         "ONNX Runtime dynamic int8": ("int8", _onnxruntime),
     }
     if saturates():
         build = partial(_onnxruntime, reduce_range=True)
         plan["ONNX Runtime dynamic int8, reduced range"] = ("int8", build)
-    for engine in torch_roads.ENGINES:
+    for engine in torch_backends.ENGINES:
         plan[f"torch.ao {engine} dynamic int8"] = ("int8", partial(_torch_ao, engine=engine))
     start = perf_counter()
-    rows, roads = built(task, plan, min_sqnr_db, progress)
+    rows, backends = built(task, plan, min_sqnr_db, progress)
     return take(
         task,
         rows,
-        roads,
+        backends,
         min_sqnr_db=min_sqnr_db,
         budget_s=budget_s,
         notes=notes,
@@ -121,14 +121,14 @@ def _measured(
     )
 
 
-def _torch_ao(task: Task, engine: str) -> Road:
+def _torch_ao(task: Task, engine: str) -> Backend:
     model, left = converted(task.model, engine, reduce_range=_is_reduced(engine))
-    run = torch_roads.with_engine(torch_roads.runner(model), engine)
+    run = torch_backends.with_engine(torch_backends.runner(model), engine)
     run(task.batches[0])  # what raises here is dropped
-    kernels = torch_roads.quantized_layers(model)
+    kernels = torch_backends.quantized_layers(model)
     name = f"torch.ao {engine} dynamic int8"
-    size = torch_roads.bytes_of(model)
-    return Road(name, "int8", run, size, kernels, _said(left), takes_any_batch=True)
+    size = torch_backends.bytes_of(model)
+    return Backend(name, "int8", run, size, kernels, _said(left), takes_any_batch=True)
 
 
 def _is_reduced(engine: str) -> bool:
@@ -141,8 +141,8 @@ def _said(left: list[str]) -> str:
     return f"float: {'; '.join([*left[:_NAMED], *more])}" if left else ""
 
 
-def _onnxruntime(task: Task, *, reduce_range: bool = False) -> Road:
-    graph = onnx_roads.graph_of(task)
+def _onnxruntime(task: Task, *, reduce_range: bool = False) -> Backend:
+    graph = onnx_backends.graph_of(task)
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -153,9 +153,9 @@ def _onnxruntime(task: Task, *, reduce_range: bool = False) -> Road:
         data = target.read_bytes()
     session, counts = graph.session(data)
     kernels = sum(counts[name] for name in _INT8_OPERATORS)
-    run = onnx_roads.runner(session)
+    run = onnx_backends.runner(session)
     name = "ONNX Runtime dynamic int8" + ", reduced range" * reduce_range
-    return Road(
+    return Backend(
         name, "int8", run, len(data), kernels, "7-bit weights" * reduce_range, data,
         sizes=graph.sizes,
     )  # fmt: skip
@@ -164,8 +164,8 @@ def _onnxruntime(task: Task, *, reduce_range: bool = False) -> Road:
 class _Unmeasured(QuantizedModel):
     """On torch.ao's engine, unless the first call shows that the model cannot run there."""
 
-    def __init__(self, road: Road, report: QuantizationReport, model: nn.Module) -> None:
-        super().__init__(road, None, report, takes=signature_of(model))
+    def __init__(self, backend: Backend, report: QuantizationReport, model: nn.Module) -> None:
+        super().__init__(backend, None, report, takes=signature_of(model))
         self._spare = [model]  # until the engine ran once; no submodule
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -188,20 +188,20 @@ class _Unmeasured(QuantizedModel):
 
     def _stay_float(self, model: nn.Module, error: Exception) -> None:
         why = first_line(error.__cause__ or error)
-        note = f"{self._road.name} raised in the first call ({why}): the model stays float"
+        note = f"{self._backend.name} raised in the first call ({why}): the model stays float"
         warnings.warn(f"{note}. Give example_inputs to see that at once", stacklevel=5)
-        self._road, row = _float_road(model)
+        self._backend, row = _float_backend(model)
         notes = (*self._report.notes, note)
         self._report = QuantizationReport(
             (row,), row.name, row.name, 0.0, f"{row.name}: {note}.", notes
         )
 
 
-def _float_road(model: nn.Module) -> tuple[Road, RoadRow]:
+def _float_backend(model: nn.Module) -> tuple[Backend, BackendRow]:
     precision = own_type(model)
-    name, size = f"eager {precision}", torch_roads.bytes_of(model)
-    road = Road(name, precision, partial(_call, model), size)
-    return road, RoadRow(name, precision, nbytes=size, note=_NOT_MEASURED)
+    name, size = f"eager {precision}", torch_backends.bytes_of(model)
+    backend = Backend(name, precision, partial(_call, model), size)
+    return backend, BackendRow(name, precision, nbytes=size, note=_NOT_MEASURED)
 
 
 def _unmeasured(model: nn.Module) -> QuantizedModel:
@@ -209,19 +209,19 @@ def _unmeasured(model: nn.Module) -> QuantizedModel:
     encoders = take_slow_paths_(model)
     made, left = converted(model, engine, reduce_range=_is_reduced(engine))
     name = f"torch.ao {engine} dynamic int8"
-    kernels, size = torch_roads.quantized_layers(made), torch_roads.bytes_of(made)
+    kernels, size = torch_backends.quantized_layers(made), torch_backends.bytes_of(made)
     if kernels:
-        call = torch_roads.with_engine(partial(_call, made), engine)
-        road = Road(name, "int8", call, size, kernels)
-        row = RoadRow(name, "int8", nbytes=size, int8_kernels=kernels, note=_NOT_MEASURED)
+        call = torch_backends.with_engine(partial(_call, made), engine)
+        backend = Backend(name, "int8", call, size, kernels)
+        row = BackendRow(name, "int8", nbytes=size, int8_kernels=kernels, note=_NOT_MEASURED)
     else:
-        road, row = _float_road(model)
-    why = f"{road.name}: taken without measuring."
+        backend, row = _float_backend(model)
+    why = f"{backend.name}: taken without measuring."
     notes = tuple(filter(None, [_said(left), PADDING * bool(encoders)]))
-    report = QuantizationReport((row,), road.name, road.name, 0.0, why, notes)
+    report = QuantizationReport((row,), backend.name, backend.name, 0.0, why, notes)
     if kernels:
-        return _Unmeasured(road, report, model)
-    return QuantizedModel(road, None, report, takes=signature_of(model))
+        return _Unmeasured(backend, report, model)
+    return QuantizedModel(backend, None, report, takes=signature_of(model))
 
 
 def _call(model: nn.Module, batch: tuple[Any, ...]) -> Any:

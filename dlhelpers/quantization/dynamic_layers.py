@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from dlhelpers.models import copied
 from dlhelpers.quantization.attention import take_slow_paths_
 from dlhelpers.quantization.quiet import quiet
-from dlhelpers.quantization.torch_roads import engine_set, torch_ao_module
+from dlhelpers.quantization.torch_backends import engine_set, torch_ao_module
 from dlhelpers.quantization.weight_reads import weight_reads
 
 __all__ = ["converted", "has_layers", "kinds"]

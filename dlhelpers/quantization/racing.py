@@ -1,4 +1,4 @@
-"""Which of these roads is the fastest here? Paired measurement against the best float road."""
+"""Which of these backends is the fastest here? Paired measurement against the best float one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dlhelpers.measure import Comparison, compare_many
 from dlhelpers.measure.intervals import min_pairs
+from dlhelpers.quantization.backends import Backend
 from dlhelpers.quantization.batches import Batch, batch_size, first_samples
-from dlhelpers.quantization.roads import Road
 from dlhelpers.tables import duration
 from dlhelpers.trees import tensors_in
 
@@ -22,27 +22,27 @@ __all__ = ["Pace", "fastest", "raced"]
 _EQUAL = 0.03
 _HOPELESS = 8.0
 _LOOK_S = 2.0
-_MOST_S = 20.0  # of racing, for each road whose calls are slow
+_MOST_S = 20.0  # of racing, for each backend whose calls are slow
 
 
 class Pace:
-    """The first calls of the roads, one after the other, so that a hopeless one is not made again.
+    """The first calls of the backends, in turn, so that a hopeless one is not made again.
 
     Where a type has no fast kernel one call may take a thousand times as long as float32.
     """
 
     def __init__(self) -> None:
-        self._best: Road | None = None
+        self._best: Backend | None = None
         self._best_s = math.inf
-        self.is_hopeless = False  # of the last road: it will hardly win
+        self.is_hopeless = False  # of the last backend: it will hardly win
 
     def outputs(
-        self, road: Road, batches: list[Batch], example: Batch | None = None
+        self, backend: Backend, batches: list[Batch], example: Batch | None = None
     ) -> tuple[list[list[Tensor]], str]:
-        """Run a road on the batches.
+        """Run a backend on the batches.
 
         Args:
-            road: that was built.
+            backend: that was built.
             batches: of any sizes.
             example: of the size that counts, as in others something may be compiled first; by
                 default the first of the batches. Where none has that size, one more call is timed.
@@ -52,33 +52,33 @@ class Pace:
             run on the rest and should not be raced, empty where it should.
         """
         example = batches[0] if example is None else example
-        if why := self._from_one_sample(road, example):
+        if why := self._from_one_sample(backend, example):
             return [], why
         found: list[list[Tensor]] = []
         counts = [_sizes(batch) == _sizes(example) for batch in batches]
-        best_s = math.inf if any(counts) else _timed(partial(road.run, example))
+        best_s = math.inf if any(counts) else _timed(partial(backend.run, example))
         for batch, is_timed in zip(batches, counts, strict=True):
-            seconds = _timed(lambda batch=batch: found.append(road.run(batch)))
+            seconds = _timed(lambda batch=batch: found.append(backend.run(batch)))
             best_s = min(best_s, seconds) if is_timed else best_s
             if is_timed and best_s > max(_LOOK_S, _HOPELESS * self._best_s):
                 told = self._told(best_s / self._best_s)
                 return found, f"one call took {duration(best_s)}, {told}"
         self.is_hopeless = best_s > _HOPELESS * self._best_s
         if best_s < self._best_s:
-            self._best, self._best_s = road, best_s
+            self._best, self._best_s = backend, best_s
         return found, ""
 
-    def _from_one_sample(self, road: Road, batch: Batch) -> str:
+    def _from_one_sample(self, backend: Backend, batch: Batch) -> str:
         """Return why a whole batch should not be tried: one of its samples took that long."""
         size = batch_size(batch)
-        if self._best is None or not road.takes_any_batch or size in (None, 1):
+        if self._best is None or not backend.takes_any_batch or size in (None, 1):
             return ""
         one = first_samples(batch, 1)
         try:
             usual_s = min(_timed(partial(self._best.run, one)) for _ in range(2))
-            sample_s = _timed(partial(road.run, one))
+            sample_s = _timed(partial(backend.run, one))
             if sample_s < _LOOK_S / 4:  # something may have been made ready in the first call
-                sample_s = min(sample_s, _timed(partial(road.run, one)))
+                sample_s = min(sample_s, _timed(partial(backend.run, one)))
         except Exception:  # a model of one batch size: the whole batch tells
             return ""
         if size * sample_s < _LOOK_S or sample_s < _HOPELESS * usual_s:
@@ -90,17 +90,17 @@ class Pace:
 
 
 def raced(
-    roads: dict[str, Road], batch: Batch, budget_s: float, own: str = "float32"
+    backends: dict[str, Backend], batch: Batch, budget_s: float, own: str = "float32"
 ) -> tuple[dict[str, Comparison], str, dict[str, float]]:
-    """Race the roads against the fastest one of the model's own type.
+    """Race the backends against the fastest one of the model's own type.
 
     Returns:
-        Each road's speed; the name of the fastest road of that type; and how many times slower than
+        Each backend's speed; the name of the fastest one of that type; and how many times slower than
         that those are which were too slow to be raced, from a few looks.
     """
-    calls = {name: partial(road.run, batch) for name, road in roads.items()}
+    calls = {name: partial(backend.run, batch) for name, backend in backends.items()}
     looks = {name: _looked_at(call) for name, call in calls.items()}
-    floats = [name for name, road in roads.items() if road.precision == own]
+    floats = [name for name, backend in backends.items() if backend.precision == own]
     baseline = min(floats, key=looks.__getitem__)
     close = [name for name in floats if looks[name] < 1.3 * looks[baseline]]
     if len(close) > 1:
@@ -147,13 +147,13 @@ def _timed(call: Callable[[], Any]) -> float:
 
 
 def fastest(
-    roads: dict[str, Road],
+    backends: dict[str, Backend],
     speeds: dict[str, Comparison],
     baseline: str,
     batch: Batch,
     budget_s: float,
 ) -> str:
-    """Return the fastest road; those near the top are raced once more against each other."""
+    """Return the fastest backend; those near the top are raced once more against each other."""
     best = max(speeds, key=lambda name: speeds[name].speedup, default=baseline)
     if best == baseline or _surely(speeds[best]) < 1 + _EQUAL:
         clearly = [name for name in speeds if _surely(speeds[name]) > 1 / (1 + _EQUAL)]
@@ -164,7 +164,7 @@ def fastest(
     if len(near) < 2:
         return best
     final = compare_many(
-        {name: partial(roads[name].run, batch) for name in near},
+        {name: partial(backends[name].run, batch) for name in near},
         baseline=best,
         budget_s=_enough(2 * budget_s, near, {n: speeds[n].candidate_s for n in near}),
         negligible=0.01,

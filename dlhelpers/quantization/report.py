@@ -1,4 +1,4 @@
-"""What became of each road, and which one was taken?"""
+"""What became of each backend, and which one was taken?"""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from dlhelpers.measure import Comparison
 from dlhelpers.tables import figures, html_table, text_table
 
-__all__ = ["QuantizationReport", "RoadRow"]
+__all__ = ["BackendRow", "QuantizationReport"]
 
 
 @dataclass(frozen=True)
-class RoadRow:
-    """One road.
+class BackendRow:
+    """One backend.
 
     Attributes:
         name: such as ``ONNX Runtime int8``.
         precision: ``float32``, ``bfloat16``, ``float16``, ``float64`` or ``int8``.
-        speed: time of the fastest road of the model's own type / of this one, with its interval;
-            None for that road itself and for one that dropped out.
+        speed: time of the fastest backend of the model's own type / of this one, with its interval;
+            None for that backend itself and for one that dropped out.
         sqnr_db: signal over the error of the worst output, against the model as given, taken for
             each sample (``sample_sqnr_db``); what is compared with the bound. Infinite where they
             are equal, None where it never ran or no output can be compared.
@@ -72,26 +72,26 @@ def _interval(speed: Comparison) -> str:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """The roads that were tried.
+    """The backends that were tried.
 
     Attributes:
         rows: in the order in which they were tried.
-        chosen: name of the road that was taken.
-        baseline: name of the fastest road of the model's own type: the others are compared with
+        chosen: name of the backend that was taken.
+        baseline: name of the fastest backend of the model's own type: the others are compared with
             it.
-        min_sqnr_db: what a road had to reach.
-        why: why this road, in a sentence.
+        min_sqnr_db: what a backend had to reach.
+        why: why this backend, in a sentence.
         notes: what else a reader should know.
     """
 
-    rows: tuple[RoadRow, ...]
+    rows: tuple[BackendRow, ...]
     chosen: str
     baseline: str
     min_sqnr_db: float
     why: str
     notes: tuple[str, ...] = ()
 
-    def __getitem__(self, name: str) -> RoadRow:
+    def __getitem__(self, name: str) -> BackendRow:
         for row in self.rows:
             if row.name == name:
                 return row

@@ -1,4 +1,4 @@
-"""torch's own roads: eager and compiled float, half precision, the engines of torch.ao, PT2E."""
+"""torch's own backends: eager and compiled float, half precision, the engines of torch.ao, PT2E."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dlhelpers import machine
 from dlhelpers.models import copied
+from dlhelpers.quantization.backends import Backend, BackendError, Task, in_single, in_type, needed
 from dlhelpers.quantization.batches import Batch, Outputs, Tensors
 from dlhelpers.quantization.quiet import quiet
-from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, in_type, needed
 from dlhelpers.quantization.sizes import Flat, Place, exported_with
 from dlhelpers.trees import map_leaves, tensors_in
 
@@ -43,7 +43,7 @@ _HALF = {
 
 
 def runner(model: Callable[..., Any]) -> Callable[[Batch], Tensors]:
-    """Return the model as a road's function."""
+    """Return the model as a backend's function."""
 
     def run(batch: Batch) -> Tensors:
         with torch.no_grad():
@@ -61,13 +61,13 @@ def bytes_of(model: nn.Module) -> int:
     return buffer.tell()
 
 
-def eager(task: Task, *, channels_last: bool = False) -> Road:
+def eager(task: Task, *, channels_last: bool = False) -> Backend:
     """Return the model in eager mode, in its own type, BatchNorm folded."""
     own = task.precision
     if not channels_last:
-        return Road(f"eager {own}", own, runner(task.model), bytes_of(task.model))
+        return Backend(f"eager {own}", own, runner(task.model), bytes_of(task.model))
     if not any(t.dim() == 4 for t in tensors_in(task.batches[0])):
-        raise RoadError("no input has four dimensions")
+        raise BackendError("no input has four dimensions")
     model = copied(task.model).to(memory_format=torch.channels_last)
     plainly = runner(model)
 
@@ -78,10 +78,10 @@ def eager(task: Task, *, channels_last: bool = False) -> Road:
     def run(batch: Batch) -> list[Tensor]:
         return plainly(map_leaves(turned, batch))
 
-    return Road(f"eager {own}, channels_last", own, run, bytes_of(model))
+    return Backend(f"eager {own}, channels_last", own, run, bytes_of(model))
 
 
-def cast(task: Task, dtype: torch.dtype) -> Road:
+def cast(task: Task, dtype: torch.dtype) -> Backend:
     """Return the model in eager mode with weights and inputs in another floating-point type."""
     name = str(dtype).removeprefix("torch.")
     types = [t.dtype for t in task.outputs[0].tensors]
@@ -97,7 +97,7 @@ def cast(task: Task, dtype: torch.dtype) -> Road:
     if dtype in _HALF:
         has = sorted(_HALF[dtype] & set(machine.describe().simd))
         note = f"the processor has {', '.join(has) or 'no instruction for it'}"
-    return Road(f"eager {name}", name, run, bytes_of(model), 0, note, takes_any_batch=True)
+    return Backend(f"eager {name}", name, run, bytes_of(model), 0, note, takes_any_batch=True)
 
 
 def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
@@ -120,18 +120,18 @@ def _frozen(model: nn.Module) -> Callable[[Batch], list[Tensor]]:
     return run
 
 
-def compiled(task: Task) -> Road:
+def compiled(task: Task) -> Backend:
     """Return the compiled model with frozen weights, in its own type."""
     if machine.describe().compiler is None:
-        raise RoadError("no C++ compiler was found: torch.compile needs one")
+        raise BackendError("no C++ compiler was found: torch.compile needs one")
     own, before = task.precision, _compiled_graphs()
     run = _frozen(copied(task.model))
     run(task.batches[0])
     graphs = None if before is None else _compiled_graphs() - before
     if graphs == 0:
-        raise RoadError("torch.compile left all of it in eager mode: nothing was compiled")
+        raise BackendError("torch.compile left all of it in eager mode: nothing was compiled")
     note = f"in {graphs} graphs, eager mode between them" if graphs and graphs > 1 else ""
-    return Road(f"torch.compile {own}", own, run, bytes_of(task.model), 0, note)
+    return Backend(f"torch.compile {own}", own, run, bytes_of(task.model), 0, note)
 
 
 def _compiled_graphs() -> int | None:
@@ -180,18 +180,18 @@ def torch_ao_module(name: str, engine: str) -> ModuleType:
     """Return a module of torch.ao.
 
     Raises:
-        RoadError: it is gone from this version of torch, or the engine is not in this build.
+        BackendError: it is gone from this version of torch, or the engine is not in this build.
     """
     if engine not in torch.backends.quantized.supported_engines:
-        raise RoadError(f"this build of torch has no engine {engine}")
+        raise BackendError(f"this build of torch has no engine {engine}")
     try:
         with quiet():
             return importlib.import_module(f"torch.ao.{name}")
     except ImportError as error:
-        raise RoadError(f"this version of torch has no torch.ao.{name} any more") from error
+        raise BackendError(f"this version of torch has no torch.ao.{name} any more") from error
 
 
-def torch_ao(task: Task, engine: str) -> Road:
+def torch_ao(task: Task, engine: str) -> Backend:
     """Return the model quantized by torch.ao's FX workflow for one of its engines.
 
     Its own observers choose the ranges.
@@ -208,17 +208,17 @@ def torch_ao(task: Task, engine: str) -> Road:
     plainly = runner(model.forward)  # __call__ prints the graph where it raises
     run = with_engine(lambda batch: plainly(in_single(batch)), engine)
     kernels = quantized_layers(model)
-    return Road(
+    return Backend(
         f"torch.ao {engine} int8", "int8", run, bytes_of(model), kernels,
         "calibrated by torch's observers", takes_any_batch=True,
     )  # fmt: skip
 
 
-def pt2e(task: Task) -> Road:
+def pt2e(task: Task) -> Backend:
     """Return the model quantized by torchao's PT2E for the x86 Inductor, compiled and frozen."""
     needed("torchao")
     if machine.describe().compiler is None:
-        raise RoadError("no C++ compiler was found: torch.compile needs one")
+        raise BackendError("no C++ compiler was found: torch.compile needs one")
     with quiet(), torch.no_grad():
         from torch._dynamo.utils import counters
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -245,7 +245,7 @@ def pt2e(task: Task) -> Road:
         plainly = _frozen(model)
         plainly(tuple(tensors_in(in_single(batch))))
         kernels = sum(v for k, v in counters["inductor"].items() if _is_lowered(k)) - before
-    return Road(
+    return Backend(
         "PT2E int8", "int8", lambda batch: list(plainly(tuple(tensors_in(in_single(batch))))),
         bytes_of(model), kernels, "calibrated by torchao's observers", sizes=sizes,
     )  # fmt: skip

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlhelpers.quantization.backends import Backend, BackendError, Task, in_single, needed
 from dlhelpers.quantization.batches import Batch, first_line
 from dlhelpers.quantization.calibrate import Calibrator
 from dlhelpers.quantization.quiet import quiet
-from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed
 from dlhelpers.quantization.sizes import Flat, Place, Sizes, exported_with
 from dlhelpers.trees import tensors_in
 
@@ -79,7 +79,7 @@ class _Graph:
         try:
             return exported_with(task.batches[0], task.free, export, is_free)
         except Exception as error:
-            raise RoadError(f"torch.onnx.export raises: {_reason(error)}") from error
+            raise BackendError(f"torch.onnx.export raises: {_reason(error)}") from error
 
     def takes(self, batch: Batch) -> bool:
         """Whether the graph was exported for inputs of these sizes, too."""
@@ -87,7 +87,7 @@ class _Graph:
 
     @cached_property
     def calibrators(self) -> dict[str, dict[str, Calibrator]]:
-        """Method -> tensor's name -> what it has seen; made at the first int8 road."""
+        """Method -> tensor's name -> what it has seen; made at the first int8 backend."""
         return self._observe(self._task)
 
     def _observe(self, task: Task) -> dict[str, dict[str, Calibrator]]:
@@ -255,7 +255,7 @@ def graph_of(task: Task) -> _Graph:
     if "graph" not in task.shared:
         try:
             task.shared["graph"] = _Graph(task)
-        except Exception as error:  # for every road that would export again
+        except Exception as error:  # for every backend that would export again
             task.shared["graph"] = error
     if isinstance(task.shared["graph"], Exception):
         raise task.shared["graph"]
@@ -263,7 +263,7 @@ def graph_of(task: Task) -> _Graph:
 
 
 def runner(session: Any) -> Callable[[Batch], list[Tensor]]:
-    """Return a session as a road's function."""
+    """Return a session as a backend's function."""
     names = _names(session)
 
     def run(batch: Batch) -> list[Tensor]:
@@ -273,12 +273,12 @@ def runner(session: Any) -> Callable[[Batch], list[Tensor]]:
     return run
 
 
-def onnxruntime_float(task: Task) -> Road:
+def onnxruntime_float(task: Task) -> Backend:
     """Return the model in ONNX Runtime, float32."""
     graph = graph_of(task)
     data = graph.proto.SerializeToString()
     session, _ = graph.session(data)
-    return Road(
+    return Backend(
         "ONNX Runtime float32", "float32", runner(session), len(data), 0,
         "", data, sizes=graph.sizes,
     )  # fmt: skip
@@ -286,7 +286,7 @@ def onnxruntime_float(task: Task) -> Road:
 
 def onnxruntime_int8(
     task: Task, *, reduce_range: bool = False, products_alone: bool = False
-) -> Road:
+) -> Backend:
     """Return the model in ONNX Runtime, int8, by the calibrator of the best SQNR.
 
     It is the one that decides, on samples that were not calibrated on.
@@ -320,7 +320,7 @@ def onnxruntime_int8(
     if kept := len(task.float_layers):
         notes.append(f"{kept} layer{'s' * (kept > 1)} float")
     name = "ONNX Runtime int8" + ", reduced range" * reduce_range
-    return Road(
+    return Backend(
         name, "int8", runner(session), len(data), kernels,
         ", ".join(filter(None, notes)), data, sizes=graph.sizes,
     )  # fmt: skip

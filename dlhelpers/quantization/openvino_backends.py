@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlhelpers.quantization.backends import Backend, BackendError, Task, in_single, needed
 from dlhelpers.quantization.batches import Batch
-from dlhelpers.quantization.onnx_roads import graph_of
-from dlhelpers.quantization.roads import Road, RoadError, Task, in_single, needed
+from dlhelpers.quantization.onnx_backends import graph_of
 from dlhelpers.trees import tensors_in
 
 __all__ = ["openvino_float", "openvino_int8", "signal_stack_kept"]
@@ -106,7 +106,7 @@ def _number(given: Any) -> int:
     return int(next(names))
 
 
-def openvino_float(task: Task, *, precision: str = "float32") -> Road:
+def openvino_float(task: Task, *, precision: str = "float32") -> Backend:
     """Return the model in OpenVINO, float32 or bfloat16."""
     graph = graph_of(task)
     data = graph.proto.SerializeToString()
@@ -115,23 +115,25 @@ def openvino_float(task: Task, *, precision: str = "float32") -> Road:
     if precision == "float32":
         task.shared["OpenVINO float32"] = run
     elif _is_equal(run, task.shared.get("OpenVINO float32"), task.batches[0]):
-        raise RoadError(
+        raise BackendError(
             f"its output is bit for bit that of OpenVINO float32: OpenVINO has no {precision} on "
             "this processor"
         )
     name = f"OpenVINO {precision}"
-    return Road(name, precision, run, len(data), 0, "", data, sizes=graph.sizes)
+    return Backend(name, precision, run, len(data), 0, "", data, sizes=graph.sizes)
 
 
 def _is_equal(run: Any, other: Any, batch: Batch) -> bool:
-    """Whether two roads give the same bits."""
+    """Whether two backends give the same bits."""
     return other is not None and all(map(torch.equal, run(batch), other(batch)))
 
 
-def openvino_int8(task: Task, road: Road) -> Road:
+def openvino_int8(task: Task, backend: Backend) -> Backend:
     """Return ONNX Runtime's quantized graph in OpenVINO."""
-    run = _OpenVino(road.onnx, "f32", task.threads)
+    run = _OpenVino(backend.onnx, "f32", task.threads)
     kernels = run.int8_kernels(task.batches[0])
-    name = road.name.replace("ONNX Runtime", "OpenVINO")
-    note = ", ".join(filter(None, ("ONNX Runtime's file", road.note)))
-    return Road(name, "int8", run, road.nbytes, kernels, note, road.onnx, sizes=road.sizes)
+    name = backend.name.replace("ONNX Runtime", "OpenVINO")
+    note = ", ".join(filter(None, ("ONNX Runtime's file", backend.note)))
+    return Backend(
+        name, "int8", run, backend.nbytes, kernels, note, backend.onnx, sizes=backend.sizes
+    )

@@ -1,4 +1,4 @@
-"""What is a road: one way to run a model, and what must be known to build it?"""
+"""What is a backend: one way to run a model, and what must be known to build it?"""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from dlhelpers.quantization.sizes import Group, Sizes
 from dlhelpers.trees import map_leaves
 
 __all__ = [
-    *("Road", "RoadError", "Task", "in_single", "in_type", "needed"),
+    *("Backend", "BackendError", "Task", "in_single", "in_type", "needed"),
     *("own_type", "saturates"),
 ]
 
 
-class RoadError(RuntimeError):
-    """A road cannot be taken; the message says why, in a line."""
+class BackendError(RuntimeError):
+    """A backend cannot be taken; the message says why, in a line."""
 
 
 @dataclass(frozen=True)
-class Road:
+class Backend:
     """One way to run the model, built.
 
     Attributes:
@@ -59,7 +59,7 @@ class Road:
 
 @dataclass
 class Task:
-    """What every road starts from.
+    """What every backend starts from.
 
     Attributes:
         model: in eval mode, BatchNorm folded.
@@ -69,8 +69,8 @@ class Task:
         threads: of torch, for every engine.
         float_layers: names of layers that shall stay float.
         free: dimensions of the inputs that shall take any size.
-        shared: what roads build once for all of them.
-        judge: what a road's outputs are compared with; by default those of all batches.
+        shared: what backends build once for all of them.
+        judge: what a backend's outputs are compared with; by default those of all batches.
         precision: the model's own type, such as ``float32``; None takes it from the model.
     """
 
@@ -129,13 +129,13 @@ def in_type(batch: Batch, dtype: torch.dtype) -> Batch:
 
 
 def needed(*modules: str) -> None:
-    """Raise a RoadError that says what to install where a package is missing."""
+    """Raise a BackendError that says what to install where a package is missing."""
     for module in modules:
         try:
             with quiet():  # some warn of others as they are imported
                 need(module, "it")
         except ImportError as error:
-            raise RoadError(str(error)) from error
+            raise BackendError(str(error)) from error
 
 
 def saturates() -> bool:

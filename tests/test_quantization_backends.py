@@ -1,4 +1,4 @@
-"""Roads, layers and training with rounding, on real engines; what is measured is not asserted."""
+"""Backends, layers and training with rounding, on real engines; what is measured is not asserted."""
 
 import copy
 import ctypes
@@ -19,15 +19,15 @@ from dlhelpers.fusion import fuse_conv_bn
 from dlhelpers.measure import Comparison
 from dlhelpers.quantization import (
     Calibrator,
+    backends,
     choose_affine,
     dequantize,
-    openvino_roads,
+    openvino_backends,
     quantize,
     quantize_aware,
     quantize_dynamic,
     quantize_static,
     racing,
-    roads,
     sensitivity,
     simulate,
     static,
@@ -55,7 +55,7 @@ SIGN = {"onnxruntime": "ONNX Runtime int8", "openvino": "OpenVINO int8"}
 
 
 def int8_row(report, engine):
-    """The better one, where a processor without VNNI has a road of reduced range as well."""
+    """The better one, where a processor without VNNI has a backend of reduced range as well."""
     name = SIGN.get(engine, f"torch.ao {engine} int8")
     rows = [row for row in report.rows if row.name in (name, f"{name}, reduced range")]
     return max(rows, key=lambda row: -math.inf if row.sqnr_db is None else row.sqnr_db)
@@ -97,16 +97,16 @@ class TwoInTwoOut(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def every_road_is_raced(monkeypatch):
+def every_backend_is_raced(monkeypatch):
     """So that no row depends on how long a call took in this run."""
     monkeypatch.setattr(racing, "_HOPELESS", math.inf)
 
 
-# ---- the roads ----
+# ---- the backends ----
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_road_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
+def test_a_backend_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
     model = network().train()
     before = copy.deepcopy(model.state_dict())
     fast = quantize_static(model, [images(), images(seed=1)], engine=engine, **FAST)
@@ -115,7 +115,7 @@ def test_a_road_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
     report = fast.report()
     row = int8_row(report, engine)
     # qnnpack's ReLU6 is wrong behind its own convolutions; without VNNI oneDNN's sums may overflow
-    if engine != "qnnpack" and not (engine == "onednn" and roads.saturates()):
+    if engine != "qnnpack" and not (engine == "onednn" and backends.saturates()):
         assert not row.dropped
         assert row.sqnr_db > 20
         assert row.speed.speedup > 0
@@ -133,7 +133,7 @@ def test_a_road_is_right_counts_its_kernels_and_leaves_the_model_alone(engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_reported_ratio_is_that_of_the_int8_output(engine, monkeypatch):
-    """Taken again from the road itself, with nothing of the report's."""
+    """Taken again from the backend itself, with nothing of the report's."""
     taken = {}
     original = taking.raced
 
@@ -156,10 +156,10 @@ def test_the_reported_ratio_is_that_of_the_int8_output(engine, monkeypatch):
 
 
 @needs_onnx
-def test_kept_roads_can_be_taken_instead():
+def test_kept_backends_can_be_taken_instead():
     batches = [images()]
     fast = quantize_static(
-        network(), batches, engine="onnxruntime", min_sqnr_db=90, keep_roads=True, **FAST
+        network(), batches, engine="onnxruntime", min_sqnr_db=90, keep_backends=True, **FAST
     )
     row = fast.report()["ONNX Runtime int8"]
     assert "lies below" in row.dropped  # and is kept all the same
@@ -167,7 +167,7 @@ def test_kept_roads_can_be_taken_instead():
     with torch.no_grad():
         wanted = network().eval()(batches[0])
     assert sqnr_db([[wanted]], [[other(batches[0])]]) == pytest.approx(row.total_sqnr_db, abs=0.01)
-    with pytest.raises(KeyError, match="keep_roads=True"):
+    with pytest.raises(KeyError, match="keep_backends=True"):
         fast.on("TensorRT")
 
 
@@ -256,7 +256,7 @@ def test_an_engine_that_raises_is_a_row_and_not_the_end(monkeypatch):
         static,
         "_plan",
         lambda engines, own: {
-            "eager float32": ("float32", static.torch_roads.eager),
+            "eager float32": ("float32", static.torch_backends.eager),
             "X": ("int8", broken),
         },
     )
@@ -265,12 +265,12 @@ def test_an_engine_that_raises_is_a_row_and_not_the_end(monkeypatch):
     assert report.chosen == "eager float32"
 
 
-def test_a_road_without_int8_kernels_is_dropped(monkeypatch):
+def test_a_backend_without_int8_kernels_is_dropped(monkeypatch):
     def pretends(task):
-        road = static.torch_roads.eager(task)
-        return roads.Road("Y", "int8", road.run, 1, 0)
+        backend = static.torch_backends.eager(task)
+        return backends.Backend("Y", "int8", backend.run, 1, 0)
 
-    plan = {"eager float32": ("float32", static.torch_roads.eager), "Y": ("int8", pretends)}
+    plan = {"eager float32": ("float32", static.torch_backends.eager), "Y": ("int8", pretends)}
     monkeypatch.setattr(static, "_plan", lambda engines, own: plan)
     report = quantize_static(network(), [images()], **FAST).report()
     assert report["Y"].dropped == "its graph holds no int8 kernel"
@@ -296,7 +296,7 @@ def test_a_dropout_is_off_and_a_rounding_model_is_finished_first():
 def test_the_file_is_written_and_the_model_refuses_to_be_pickled(tmp_path):
     import onnx
 
-    fast = quantize_static(network(), [images()], engine="onnxruntime", keep_roads=True, **FAST)
+    fast = quantize_static(network(), [images()], engine="onnxruntime", keep_backends=True, **FAST)
     fast.on("ONNX Runtime int8").save(tmp_path / "m.onnx")
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
     with pytest.raises(ValueError, match="has no ONNX file"):
@@ -366,12 +366,12 @@ def chosen(monkeypatch, speeds, final=None):
         return {n: fake_speed(table[n] / table[baseline]) for n in calls if n != baseline}
 
     monkeypatch.setattr(racing, "compare_many", race)
-    built = {n: roads.Road(n, "int8", lambda batch: [], 1) for n in [*speeds, "float"]}
+    built = {n: backends.Backend(n, "int8", lambda batch: [], 1) for n in [*speeds, "float"]}
     found = {n: fake_speed(s) for n, s in speeds.items()}
     return racing.fastest(built, found, "float", (), 0.1)
 
 
-def test_a_hopeless_road_gets_one_look_and_no_race(monkeypatch):
+def test_a_hopeless_backend_gets_one_look_and_no_race(monkeypatch):
     monkeypatch.setattr(racing, "_HOPELESS", 8.0)
     cost = {"eager": 1.0, "slow": 50.0, "fast": 0.5}
     monkeypatch.setattr(racing, "_timed", lambda call: cost[call()])
@@ -383,7 +383,7 @@ def test_a_hopeless_road_gets_one_look_and_no_race(monkeypatch):
 
     monkeypatch.setattr(racing, "compare_many", race)
     built = {
-        name: roads.Road(
+        name: backends.Backend(
             name, "int8" if name == "fast" else "float32", lambda batch, name=name: name, 1
         )
         for name in cost
@@ -396,7 +396,7 @@ def test_a_hopeless_road_gets_one_look_and_no_race(monkeypatch):
 
 @pytest.fixture
 def costly(monkeypatch):
-    """Return roads whose calls take seconds for each sample on a fake clock, and count them."""
+    """Return backends whose calls take seconds for each sample on a fake clock, and count them."""
     monkeypatch.setattr(racing, "_HOPELESS", 8.0)
     now = [0.0]
 
@@ -407,16 +407,16 @@ def costly(monkeypatch):
 
     monkeypatch.setattr(racing, "_timed", timed)
 
-    def road(name, precision, sample_s, *, any_batch=False):
+    def backend(name, precision, sample_s, *, any_batch=False):
         def run(batch):
             calls.append((name, len(batch[0])))
             now[0] += sample_s * len(batch[0])
             return [batch[0]]
 
-        return roads.Road(name, precision, run, 1, takes_any_batch=any_batch)
+        return backends.Backend(name, precision, run, 1, takes_any_batch=any_batch)
 
-    calls = road.calls = []
-    return road
+    calls = backend.calls = []
+    return backend
 
 
 @pytest.mark.parametrize(
@@ -426,12 +426,12 @@ def costly(monkeypatch):
         (False, [8], "one call took 16 s, 200 times as long as eager float32: not raced"),
     ],
 )
-def test_a_hopeless_road_is_not_called_again(costly, any_batch, calls, why):
+def test_a_hopeless_backend_is_not_called_again(costly, any_batch, calls, why):
     eager = costly("eager float32", "float32", 0.01)
     slow = costly("half", "bfloat16", 2.0, any_batch=any_batch)
     batches = [(torch.ones(8, 2),)] * 3
     wanted = [Outputs(torch.ones(8, 2))] * 3
-    task = roads.Task(nn.Linear(2, 2), batches, wanted, "min-max", 1)
+    task = backends.Task(nn.Linear(2, 2), batches, wanted, "min-max", 1)
     plan = {r.name: (r.precision, lambda task, r=r: r) for r in (eager, slow)}
     rows, found = taking.built(task, plan, 20.0, False)
     assert list(found) == ["eager float32"]
@@ -440,7 +440,7 @@ def test_a_hopeless_road_is_not_called_again(costly, any_batch, calls, why):
     assert [n for name, n in costly.calls if name != "half" and n == 8] == [8, 8, 8]
 
 
-def test_a_road_that_is_slow_in_its_first_call_alone_is_raced(costly):
+def test_a_backend_that_is_slow_in_its_first_call_alone_is_raced(costly):
     usual = costly("eager float32", "float32", 0.01)
     other = costly("half", "bfloat16", 0.02, any_batch=True)
     first = iter([costly("half", "bfloat16", 0.4).run])
@@ -460,7 +460,9 @@ def test_slow_calls_have_a_bound_for_the_race(monkeypatch):
 
     monkeypatch.setattr(racing, "compare_many", race)
     monkeypatch.setattr(racing, "_timed", lambda call: 30.0)
-    built = {n: roads.Road(n, p, lambda batch: [], 1) for n, p in (("a", "int8"), ("b", "float32"))}
+    built = {
+        n: backends.Backend(n, p, lambda batch: [], 1) for n, p in (("a", "int8"), ("b", "float32"))
+    }
     racing.raced(built, (), 0.1)
     assert budgets == [20.0]
 
@@ -488,7 +490,7 @@ def test_ranking_takes_as_many_samples_as_its_time_allows(monkeypatch):
     assert sum(sizes[1:]) * 0.5 < 3 * 20
 
 
-def test_a_bound_that_nothing_meets_leaves_a_float_road():
+def test_a_bound_that_nothing_meets_leaves_a_float_backend():
     report = quantize_static(
         network(), [images()], engine="eager", min_sqnr_db=500, **FAST
     ).report()
@@ -511,23 +513,23 @@ def test_accuracy_is_taken_in_batches(monkeypatch):
     assert sizes == [8, 8, 5]
 
 
-def test_the_fastest_road_is_taken_and_near_ones_race_once_more(monkeypatch):
+def test_the_fastest_backend_is_taken_and_near_ones_race_once_more(monkeypatch):
     assert chosen(monkeypatch, {"a": 2.0, "b": 1.0}) == "a"
     assert chosen(monkeypatch, {"a": 2.0, "b": 1.9}, {"a": 2.0, "b": 2.1}) == "b"
     assert chosen(monkeypatch, {"a": 0.5, "b": 0.9}) == "float"
     assert chosen(monkeypatch, {"a": 0.5}) == "float"
 
 
-def test_too_few_pairs_for_an_interval_do_not_hide_a_faster_road(monkeypatch):
+def test_too_few_pairs_for_an_interval_do_not_hide_a_faster_backend(monkeypatch):
     monkeypatch.setattr(racing, "compare_many", None)  # no second race
-    built = {n: roads.Road(n, "int8", lambda batch: [], 1) for n in ("a", "float")}
+    built = {n: backends.Backend(n, "int8", lambda batch: [], 1) for n in ("a", "float")}
     unknown = {"a": fake_speed(3.7, low=1e-300, high=math.inf)}
     assert racing.fastest(built, unknown, "float", (), 0.1) == "a"
 
 
-def test_a_road_whose_interval_reaches_below_one_is_not_taken(monkeypatch):
+def test_a_backend_whose_interval_reaches_below_one_is_not_taken(monkeypatch):
     monkeypatch.setattr(racing, "compare_many", None)  # no second race
-    built = {n: roads.Road(n, "int8", lambda batch: [], 1) for n in ("a", "float")}
+    built = {n: backends.Backend(n, "int8", lambda batch: [], 1) for n in ("a", "float")}
     for low, high, taken in ((0.60, 2.0, "float"), (1.05, 1.15, "a")):
         speeds = {"a": fake_speed(1.10, low, high)}
         assert racing.fastest(built, speeds, "float", (), 0.1) == taken
@@ -543,8 +545,8 @@ def test_the_budget_lets_slow_calls_have_an_interval(monkeypatch):
     monkeypatch.setattr(racing, "compare_many", race)
     monkeypatch.setattr(racing, "_timed", lambda call: 0.5)
     built = {
-        "a": roads.Road("a", "int8", lambda batch: [], 1),
-        "float": roads.Road("float", "float32", lambda batch: [], 1),
+        "a": backends.Backend("a", "int8", lambda batch: [], 1),
+        "float": backends.Backend("float", "float32", lambda batch: [], 1),
     }
     racing.raced(built, (), 0.1)
     assert budgets == [pytest.approx(16 * 1.0)]  # 8 pairs of a second, and as long to warm up
@@ -554,7 +556,7 @@ def test_the_budget_lets_slow_calls_have_an_interval(monkeypatch):
     assert budgets == [pytest.approx(16 * (1 / 2.0 + 1 / 2.1))]
 
 
-def test_of_close_float_roads_the_one_that_wins_their_race_is_the_baseline(monkeypatch):
+def test_of_close_float_backends_the_one_that_wins_their_race_is_the_baseline(monkeypatch):
     looks = {"first": 1.0, "second": 1.2, "third": 1.4}
     truth = {"first": 1.0, "second": 0.9, "third": 0.8}
     monkeypatch.setattr(racing, "_timed", lambda call: looks[call()])
@@ -565,7 +567,7 @@ def test_of_close_float_roads_the_one_that_wins_their_race_is_the_baseline(monke
         return {n: fake_speed(truth[baseline] / truth[n]) for n in calls if n != baseline}
 
     monkeypatch.setattr(racing, "compare_many", race)
-    built = {n: roads.Road(n, "float32", lambda batch, n=n: n, 1) for n in looks}
+    built = {n: backends.Backend(n, "float32", lambda batch, n=n: n, 1) for n in looks}
     speeds, baseline, _ = racing.raced(built, (), 0.1)
     assert races == [({"first", "second"}, "first"), (set(looks), "second")]  # 1.4 is not close
     assert baseline == "second"
@@ -636,7 +638,7 @@ def test_pt2e_lowers_its_layers_or_says_why_not():
 
 
 @pytest.mark.slow
-def test_a_compiled_road_computes_what_the_model_does():
+def test_a_compiled_backend_computes_what_the_model_does():
     fast = quantize_static(network(), [images()], engine="compile", **FAST)
     row = fast.report()["torch.compile float32"]
     if row.dropped:
@@ -683,14 +685,14 @@ def test_a_grouped_transposed_convolution_stays_float_and_nothing_is_said(caplog
 @needs_openvino
 def test_openvino_takes_onnx_runtimes_file_and_ranges_are_searched_for_once(monkeypatch):
     made, searched = [], []
-    original = static.onnx_roads.onnxruntime_int8
+    original = static.onnx_backends.onnxruntime_int8
 
     def counted(task, **options):
         made.append(options)
         return original(task, **options)
 
     plain = Calibrator.range
-    monkeypatch.setattr(static.onnx_roads, "onnxruntime_int8", counted)
+    monkeypatch.setattr(static.onnx_backends, "onnxruntime_int8", counted)
     monkeypatch.setattr(Calibrator, "range", lambda self: searched.append(self) or plain(self))
     report = quantize_static(
         network(), [images()], engine=["onnxruntime", "openvino"], min_sqnr_db=90, **FAST
@@ -711,9 +713,9 @@ def test_openvino_leaves_a_thread_its_signal_stack():
     found = []
 
     def run():
-        fast = quantize_static(network(), [images()], engine="openvino", keep_roads=True, **FAST)
+        fast = quantize_static(network(), [images()], engine="openvino", keep_backends=True, **FAST)
         fast.on("OpenVINO int8")(images(2))
-        stack = openvino_roads._Stack()
+        stack = openvino_backends._Stack()
         ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
         found.append(stack.pointer)
 
@@ -734,7 +736,7 @@ def test_ctrl_c_is_still_ctrl_c_after_openvino(tmp_path):
         "from dlhelpers.quantization import quantize_static\n"
         "net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 10))\n"
         "x = torch.rand(4, 3, 12, 12)\n"
-        "fast = quantize_static(net, [x], engine='openvino', budget_s=0.05, keep_roads=True)\n"
+        "fast = quantize_static(net, [x], engine='openvino', budget_s=0.05, keep_backends=True)\n"
         "fast.on('OpenVINO int8')(x[:2])\n"
         "try:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
@@ -800,12 +802,12 @@ def test_numbers_beside_tensors_and_other_constants_are_named():
 
 
 @needs_onnx
-def test_a_mixed_road_is_kept_and_inputs_may_require_grad():
+def test_a_mixed_backend_is_kept_and_inputs_may_require_grad():
     batches = [images(), images(seed=3)]
     first = quantize_static(network(), batches, engine="onnxruntime", **FAST).report()
     bound = int8_row(first, "onnxruntime").sqnr_db + 1
     fast = quantize_static(
-        network(), batches, engine="onnxruntime", min_sqnr_db=bound, keep_roads=True, **FAST
+        network(), batches, engine="onnxruntime", min_sqnr_db=bound, keep_backends=True, **FAST
     )
     mixed = fast.on("ONNX Runtime int8, mixed")
     assert mixed(images().requires_grad_()).shape == (8, 10)
