@@ -4,7 +4,7 @@ For each network and batch: every backend that `quantize_static` builds (eager f
 channels_last, bfloat16, compiled with freezing, ONNX Runtime and OpenVINO in float32, bfloat16 and
 int8, PT2E, torch.ao's engines), and beside them eager float32 as it comes and torch.compile without
 freezing; speed against the fastest float32 backend with its interval, size, SQNR. Then all backends
-near the top race once more, in a run of their own: is the one that was taken within 5 % of the fastest?
+near the top race again, in a run of their own: is the chosen one within 5 % of the fastest?
 
 Compiling may take minutes on a small or busy machine: there is a limit for each compiled backend
 and one in all, and what was not run is named.

@@ -95,8 +95,8 @@ def raced(
     """Race the backends against the fastest one of the model's own type.
 
     Returns:
-        Each backend's speed; the name of the fastest one of that type; and how many times slower than
-        that those are which were too slow to be raced, from a few looks.
+        Each backend's speed; the name of the fastest one of that type; and how many times slower
+        than that those are which were too slow to be raced, from a few looks.
     """
     calls = {name: partial(backend.run, batch) for name, backend in backends.items()}
     looks = {name: _looked_at(call) for name, call in calls.items()}

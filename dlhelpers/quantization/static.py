@@ -72,7 +72,8 @@ def quantize_static(
     Backends: eager float32 (BatchNorm folded, channels_last), compiled, ONNX Runtime, OpenVINO,
     bfloat16, and int8 by ONNX Runtime, OpenVINO, torchao's PT2E and torch.ao's engines. Where no
     whole-int8 backend reaches the bound, only convolutions and products are quantized; then the
-    layers that cost most stay float; then the fastest float backend is taken, and the report says so.
+    layers that cost most stay float; then the fastest float backend is taken, and the report
+    says so.
 
     Args:
         model: float32, on the CPU; it is copied, and taken in eval mode. One that

@@ -96,8 +96,8 @@ class QuantizedModel(nn.Module):
                 raise  # it computes with the model itself, which says what is wrong
             given = ", ".join(map(described, tensors_in(inputs)))
             raise ValueError(
-                f"{self._backend.name} raises on inputs {given}: {first_line(error)}. Give what the "
-                "model takes; for other sizes quantize again, with dynamic= or with calibration "
+                f"{self._backend.name} raises on inputs {given}: {first_line(error)}. Give what "
+                "the model takes; for other sizes quantize again, with dynamic= or calibration "
                 "batches of these sizes as well"
             ) from error
         if self._structure is None:
@@ -127,8 +127,8 @@ class QuantizedModel(nn.Module):
             )
         if self._backend.sizes is not None and (why := self._backend.sizes.why_not(inputs)):
             raise ValueError(
-                f"{self._backend.name} was built for inputs of other sizes or types: {why}. Quantize "
-                "again with calibration batches of several sizes, or with dynamic= for the "
+                f"{self._backend.name} was built for inputs of other sizes or types: {why}. "
+                "Quantize again with calibration batches of several sizes, or dynamic= for the "
                 "dimensions that change"
             )
 
@@ -170,8 +170,8 @@ class QuantizedModel(nn.Module):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            f"{self._backend.name} lives in an engine and cannot be pickled or copied: write it with "
-            "save(path), or quantize again"
+            f"{self._backend.name} lives in an engine and cannot be pickled or copied: write it "
+            "with save(path), or quantize again"
         )
 
 
@@ -182,7 +182,7 @@ def built(
     progress: bool | None,
     kept: dict[str, Backend] | None = None,
 ) -> tuple[list[BackendRow], dict[str, Backend]]:
-    """Return a row for every backend, and those that are right; ``kept`` takes the wrong ones, too."""
+    """Return a row for every backend, and the right ones; ``kept`` takes the wrong ones, too."""
     rows, backends, pace = [], {}, Pace()
     with bar(plan.items(), progress=progress, leave=False, delay=1, unit="backend") as shown:
         for name, (precision, build) in shown:
@@ -206,7 +206,7 @@ def tried(
     """Build one backend and look at its output.
 
     Returns:
-        Its row; and the backend, if it is right and not so slow, next to those that ``pace`` has seen,
+        Its row; and the backend, if it is right and not so slow, next to those ``pace`` has seen,
         that a race would only take time.
     """
     row = BackendRow(name, precision)
