@@ -1,4 +1,4 @@
-"""Backends, layers and training with rounding, on real engines; what is measured is not asserted."""
+"""Backends, layers and training with rounding, on real engines; times are not asserted."""
 
 import copy
 import ctypes

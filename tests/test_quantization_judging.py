@@ -744,7 +744,7 @@ class Detector(nn.Module):
 
 
 def moved(by):
-    """Return the builder of a backend whose heads are off by that much, so that other boxes pass."""
+    """Return the builder of a backend whose heads are off by that much: other boxes pass."""
 
     def build(task):
         def run(batch):
