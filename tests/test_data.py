@@ -219,3 +219,11 @@ def test_the_readme_names_the_licence_of_each_photograph():
 def test_numpys_integers_make_the_same_folder(tmp_path):
     made = photos(tmp_path / "a", count=np.int64(3), size=np.uint8(32), quality=np.int32(80))
     assert photos(tmp_path / "a", count=3, size=32, quality=80) == made  # found as it is
+
+
+def test_a_batch_of_photographs_has_the_pixels_of_the_files(tmp_path):
+    batch = data.photo_batch(count=3, size=40)
+    files = sorted(data.photos(tmp_path / "p", count=3, size=40, progress=False).rglob("*.jpg"))
+    for pixels, file in zip(batch, files, strict=True):
+        expected = np.asarray(Image.open(file), dtype=np.float32) / 255
+        np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)

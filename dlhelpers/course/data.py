@@ -29,6 +29,7 @@ __all__ = [
     "data_dir",
     "digits",
     "imagenette",
+    "photo_batch",
     "photos",
     "published_latencies",
     "quantization_tools",
@@ -200,6 +201,27 @@ def photos(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return root
+
+
+def photo_batch(count: int = 16, size: int = 96) -> Tensor:
+    """Return the pixels of :func:`photos`: float32 [count, 3, size, size] between 0 and 1.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    >>> photo_batch(2, 32).shape
+    torch.Size([2, 3, 32, 32])
+    """
+    import tempfile
+
+    import torch
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as G
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = photos(Path(scratch) / "photos", count=count, size=size, progress=False)
+        files = sorted(folder.rglob("*.jpg"))
+        return torch.stack([G.to_dtype(G.pil_to_tensor(Image.open(f)), scale=True) for f in files])
 
 
 def _need_same(root: Path, settings: dict[str, int]) -> None:
