@@ -13,6 +13,7 @@ from dlhelpers.course import claims, ledger_schema, plots
 from dlhelpers.course.claims import break_even, catalog, judging
 from dlhelpers.course.claims.break_even import Axis
 from dlhelpers.course.verdicts import Threshold
+from dlhelpers.drawing.style import BASELINE
 from dlhelpers.measure import Comparison
 
 POINTS = (32.0, 64.0, 128.0, 256.0, 512.0)
@@ -89,6 +90,25 @@ def test_every_point_is_measured_within_the_budget_of_all(claim, monkeypatch):
     assert found.bracket == (64, 128)
 
 
+def test_a_point_that_is_a_condition_is_measured_once(claim, monkeypatch):
+    seen = []
+
+    def compare(self, baseline, candidate, **options):
+        seen.append((baseline(), options["budget_s"]))
+        return comparison(*HOLDS)
+
+    monkeypatch.setattr(type(claim), "compare", compare)
+    known = {512: comparison(*FAILS), 32: comparison(*OPEN)}  # in any order
+    found = claim.along_axis(lambda at: (lambda: at, print), budget_s=6, known=known)
+    assert seen == [(64, 2), (128, 2), (256, 2)]
+    assert [p.verdict for p in found.points] == ["unsettled", "holds", "holds", "holds", "fails"]
+    assert found.points[4].effect == known[512].speedup
+    every = dict.fromkeys(POINTS, comparison(*HOLDS))
+    claim.along_axis(lambda at: pytest.fail("measured again"), known=every)
+    with pytest.raises(ValueError, match=r"known has \[100\]"):
+        claim.along_axis(lambda at: (print, print), known={100: known[32]})
+
+
 def test_a_claim_without_an_axis_and_other_points_are_refused(claim):
     with pytest.raises(ValueError, match="declares no axis: add one to"):
         replace(claim, axis=None).along_axis(lambda at: (print, print))
@@ -98,7 +118,7 @@ def test_a_claim_without_an_axis_and_other_points_are_refused(claim):
 
 def test_the_verdict_tells_it_and_where_the_control_is_off_nothing_is_settled(claim):
     evidence = {condition.name: comparison(*HOLDS) for condition in claim.conditions}
-    for control, told in ((FAILS, "break-even: pays from 128"), ((1.3, 1.2, 1.4), "nothing is")):
+    for control, told in ((FAILS, "break-even: pays from 128"), ((1.3, 1.2, 1.4), "withdrawn")):
         control = replace(
             comparison(*control), outcome="no difference" if control == FAILS else "faster"
         )
@@ -106,7 +126,25 @@ def test_the_verdict_tells_it_and_where_the_control_is_off_nothing_is_settled(cl
             claim, evidence | {"control": control}, break_even=along(claim, "ffhhh")
         )
         assert told in verdict.sentence
-        assert verdict.as_row()["axis"]["points"][4]["effect"] == 1.5
+        row = verdict.as_row()["axis"]
+        assert row["points"][4]["effect"] == 1.5
+        assert told in f"break-even: {break_even.read(row, claim.words)}", "the report says so too"
+
+
+@pytest.mark.parametrize("kinds", ["ffhhh", "uuuuh"])
+def test_the_figure_of_a_withdrawn_break_even_says_so(claim, kinds):
+    evidence = {condition.name: comparison(*HOLDS) for condition in claim.conditions}
+    evidence["control"] = comparison(1.3, 1.2, 1.4)
+    left = judging.settle(claim, evidence, break_even=along(claim, kinds)).break_even
+    (axes,) = plots.break_even(left, ylabel="speedup").axes
+    curve, hollow, _, _ = axes.lines
+    assert axes.get_title(loc="left") == "Break-even: withdrawn, as the control is off"
+    assert curve.get_color() == BASELINE
+    assert list(hollow.get_xdata()) == list(POINTS)
+    assert not axes.patches, "no bracket"
+    straddling = along(claim, "uuuuu")
+    assert not straddling.is_withdrawn
+    assert "nothing is settled" in straddling.told
 
 
 @pytest.mark.parametrize(
