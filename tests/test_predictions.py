@@ -153,14 +153,20 @@ def test_one_tap_notes_condition_and_sureness_until_the_verdict_is_shown(claim):
 
 
 def test_a_slider_notes_the_size(claim):
-    _, (slider, note) = rows_of(claim)
+    _, (slider, button, note) = rows_of(claim)
+    assert note.value == "", "nothing is noted before the reader says something"
+    button.click()
+    assert predictions.given(claim.id)[0].says == 1.0, "where the slider is, without moving it"
+    assert note.value.startswith("noted: 1")
     slider.value = 3.0
     assert note.value.startswith("noted: 3")
     verdict = claim.judge(evidence(FAST, SAME))
     assert verdict.said[0].says == pytest.approx(3.0, rel=0.03)
     assert "off by 2 times" in verdict._repr_html_()
-    slider.value = 1.5
-    assert "the verdict is on the screen" in note.value
+    for late in (lambda: setattr(slider, "value", 1.5), button.click):
+        note.value = ""
+        late()
+        assert "the verdict is on the screen" in note.value
 
 
 def test_without_ipywidgets_the_questions_are_text(claim, displayed, monkeypatch):
