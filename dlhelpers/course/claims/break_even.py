@@ -1,11 +1,11 @@
 """From which size on does a tip pay, or up to which?
 
 A claim may declare an axis: a number that its conditions hang on, such as channels or batch, with
-up to five points. Each point is measured as the conditions are, with all other sizes the same; a
-point that is a condition is measured once. The break-even lies between the last point that surely
-fails and the first that surely holds (or the other way round, where the tip pays for the small
-ones); points between them are unsettled. That it pays everywhere or nowhere on the axis is an answer
-as well, and so is that it pays, stops and pays again. Where the control is off, the break-even is
+up to five points. Each point is measured as a condition is, with all other sizes the same as in the
+conditions; a point that is a condition is measured once. The break-even lies between the last point
+that surely fails and the first that surely holds (or the other way round, where the tip pays for
+the small ones); points between them are unsettled. That it pays everywhere or nowhere on the axis
+is an answer as well, and so is that it pays, stops and pays again. Where the control is off, it is
 withdrawn.
 """
 

@@ -66,7 +66,7 @@ class Condition:
         theory: whether the tip must win here (``wins``), ``cannot``, or theory leaves it open.
         why: what theory says, in a sentence.
         threshold: the claim's own, or this condition's.
-        since: the day from which theory and threshold stand as they are.
+        since: the day from which theory, threshold and sizes are as they are.
         where: what a sentence puts before the name, such as ``for`` or ``with``; may be empty.
     """
 
