@@ -231,6 +231,16 @@ def test_what_goes_against_the_mechanism_stands_out():
     assert page.rows[0]["data-condition"] == "against agrees"
 
 
+def test_an_old_row_says_that_its_sizes_were_others():
+    now = [
+        Condition("batch 1", "wins", "?", Threshold(">=", 1.05), date(2026, 2, 3)),
+        Condition("batch 64", "cannot", "?", Threshold(">=", 1.05), date(2026, 1, 2)),
+    ]
+    claim = a_claim(conditions=tuple(now))
+    page = report.render(a_ledger(a_row()), claims=[claim], tips=TIPS)
+    assert Page(page).text.count("measured differently since 2026-02-03") == 1
+
+
 def test_an_old_row_is_judged_by_what_it_was_measured_with():
     old = a_condition("batch 1", "holds", 1.06, 1.055, 1.07, threshold=Threshold(">=", 1.01))
     older = a_condition("batch 64", "holds", theory=None, threshold=None, since=None)
