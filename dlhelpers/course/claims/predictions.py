@@ -196,7 +196,7 @@ def _slider(widgets: Any, claim: Claim) -> Any:
     low, high = _LOG_RANGE
     slider = widgets.FloatLogSlider(
         value=said.says if said else 1.0, base=10, min=low, max=high, step=0.02,
-        continuous_update=False, readout_format=".2g",
+        continuous_update=False, readout_format=".3g",
     )  # fmt: skip
     button = widgets.Button(
         description="note it",
