@@ -1,8 +1,11 @@
 """Does a sweep train as the ordinary loop does, and choose its rate by held-out samples alone?"""
 
+import ast
 import copy
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +140,16 @@ def test_what_cannot_be_swept_is_refused(options, told):
 def test_a_rate_beside_the_grid_is_refused():
     with pytest.raises(ValueError, match="the grid is"):
         Sweep((0.1,), ((1.0,),), ((1.0,),)).at(0.2)
+
+
+def test_the_lesson_picks_the_best_other_activation_by_held_out_digits():
+    lesson = Path(__file__).parent.parent / "notebooks" / "01_pairing.ipynb"
+    cells = json.loads(lesson.read_text(encoding="utf-8"))["cells"]
+    (source,) = ("".join(c["source"]) for c in cells if "best = max(" in "".join(c["source"]))
+    names = ("none (raw logits)", "tanh", "ReLU", "sigmoid", "softmax")
+    kept = dict(zip(names, (99.0, 80.0, 90.0, 70.0, 60.0), strict=True))
+    found = {name: Sweep((0.01,), ((kept[name],),), ((100.0 - kept[name],),)) for name in names}
+    picks = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)][-2:]
+    values = {"found": found}
+    exec(compile(ast.Module(picks, []), "01_pairing", "exec"), values)
+    assert values["best"] is found["ReLU"], "tanh and sigmoid are better on the test digits"

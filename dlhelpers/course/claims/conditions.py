@@ -85,12 +85,17 @@ class Judged:
         )
 
     def changes(self, now: Condition) -> tuple[str, ...]:
-        """Say in what the condition was another one when this was measured."""
+        """Say in what the condition was another one when this was measured.
+
+        A later date with the same theory and threshold means that its sizes changed.
+        """
         said = []
         if self.theory is not None and self.theory != now.theory:
             said.append(f"theory was {self.theory!r}, is {now.theory!r}")
         if self.threshold is not None and self.threshold != now.threshold:
             said.append(f"threshold was {self.threshold}, is {now.threshold}")
+        if not said and self.since is not None and self.since < now.since:
+            said.append("measured differently")
         return tuple(f"{change} since {now.since}" for change in said)
 
 
