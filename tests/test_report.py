@@ -445,7 +445,11 @@ def test_what_is_counted_or_a_difference_has_a_fixed_tone(kind):
         ("holds", (1.21, 1.17, 1.26), "Fuse for batch 1 (1.21x)."),
         ("fails", (1.01, 0.99, 1.02), "Of no use here: it does nothing for batch 1 (1.01x)."),
         ("fails", (0.5, 0.4, 0.6), "it costs more than it saves for batch 1 (0.50x)."),
-        ("fails", (1.09, 1.07, 1.1), "too little for batch 1 (1.09x)."),
+        ("fails", (0.98, 0.92, 1.08), "it does nothing for batch 1 (0.98x)."),
+        ("fails", (1.12, 1.07, 1.14), "too little for batch 1 (1.12x)."),
+        ("fails", (1.04, 1.01, 1.14), "too little for batch 1 (1.04x)."),
+        ("fails", (1.01, 0.8, 1.14), "undecided whether it saves or costs for batch 1 (1.01x)."),
+        ("fails", (0.95, 0.9, 1.09), "undecided whether it saves or costs for batch 1 (0.95x)."),
         ("unsettled", (1.21, 0.9, 1.5), "Unsettled for batch 1 (1.21x)."),
     ],
 )

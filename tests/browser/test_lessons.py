@@ -195,8 +195,10 @@ def test_a_size_is_noted_by_the_slider_under_the_card(pairing):
     handle = asked.locator(".widget-slider .noUi-handle")
     handle.wait_for(timeout=30_000)
     assert asked.get_by_text("noted: ").count() == 0
+    asked.get_by_role("button", name="note it").click()  # at 1, without moving the slider
+    asked.get_by_text("noted: 1", exact=True).wait_for(timeout=30_000)
     handle.focus()
     pairing.keyboard.press("ArrowRight")
-    asked.get_by_text("noted: 1").wait_for(timeout=30_000)
+    asked.get_by_text("noted: 1.05", exact=True).wait_for(timeout=30_000)
     keep_screenshot(pairing, "01_size")
     assert lab_session.errors(pairing) == []

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["advice", "gain_of", "main_claim"]
 
 _NAMED = 3  # conditions that a part of the sentence names
-_NOTHING = 1.05  # a ratio within this factor of 1 is nothing that one would notice
+_NOTHING = 1.1  # an interval within this factor of 1, either way, is nothing that one would notice
 _SAID = {
     "fails": "not",
     "short": "too little",
     "nothing": "it does nothing",
     "worse": "it costs more than it saves",
+    "undecided": "undecided whether it saves or costs",
 }
 _NEGATIONS = ("fails", "nothing", "not-measured")
 
@@ -40,16 +41,19 @@ def main_claim(tip: Tip, claims: Sequence[Claim]) -> Claim | None:
 def gain_of(claim: Claim, c: Judged) -> str:
     """Return the verdict of a condition, where it fails by what it brings instead.
 
-    A ratio that had to be large and is not is ``nothing`` (close to 1), ``worse`` (surely
-    below 1) or ``short`` (of the threshold).
+    A ratio that had to be large and is not is ``nothing`` (its whole interval near 1), ``worse``
+    (surely below 1), ``short`` (of the threshold, surely not below 1) or ``undecided``.
     """
     has_gain = c.threshold is not None and c.threshold.op in (">=", ">") and c.threshold.bound > 1
     is_ratio = claim.kind == "time" or (claim.kind == "memory" and claim.unit == "x")
     if c.verdict != "fails" or not (has_gain and is_ratio) or not c.effect or c.effect <= 0:
         return c.verdict
-    if max(c.effect, 1 / c.effect) <= _NOTHING:
+    low, high = (c.effect if end is None else end for end in (c.low, c.high))
+    if low >= 1 / _NOTHING and high <= _NOTHING:
         return "nothing"
-    return "worse" if c.high is not None and c.high < 1 else "short"
+    if high < 1:
+        return "worse"
+    return "short" if low >= 1 else "undecided"
 
 
 def advice(

@@ -1,11 +1,12 @@
 """From which size on does a tip pay, or up to which?
 
 A claim may declare an axis: a number that its conditions hang on, such as channels or batch, with
-up to five points. Each point is measured as any condition is, with image or batch sizes of its
-own. The break-even lies between the last
-point that surely fails and the first that surely holds (or the other way round, where the tip pays
-for the small ones); points between them are unsettled. That it pays everywhere or nowhere on the
-axis is an answer as well, and so is that it pays, stops and pays again.
+up to five points. Each point is measured as a condition is, with all other sizes the same as in the
+conditions; a point that is a condition is measured once. The break-even lies between the last point
+that surely fails and the first that surely holds (or the other way round, where the tip pays for
+the small ones); points between them are unsettled. That it pays everywhere or nowhere on the axis
+is an answer as well, and so is that it pays, stops and pays again. Where the control is off, it is
+withdrawn.
 """
 
 from __future__ import annotations
@@ -81,6 +82,15 @@ class BreakEven:
         return tuple(point for point in self.points if point.verdict in ("holds", "fails"))
 
     @property
+    def is_withdrawn(self) -> bool:
+        """Is a point unsettled although its interval does not straddle the threshold?"""
+        return any(
+            None not in (p.low, p.high) and self.threshold.settle(p.low, p.high) is not None
+            for p in self.points
+            if p.verdict == "unsettled"
+        )
+
+    @property
     def bracket(self) -> tuple[float, float] | None:
         """The two settled neighbours between which it changes; None without exactly one change."""
         changes = [(a.at, b.at) for a, b in pairwise(self.settled) if a.verdict != b.verdict]
@@ -92,6 +102,8 @@ class BreakEven:
     @property
     def told(self) -> str:
         """The sentence without what else is fixed."""
+        if self.is_withdrawn:
+            return "withdrawn, as the control is off"
         holds, fails, settled = self.words["holds"], self.words["fails"], self.settled
         ends = f"{_number(self.points[0].at)} to {_number(self.points[-1].at)} {self.unit}"
         if not settled:

@@ -76,7 +76,7 @@ class Condition:
         theory: whether the tip must win here (``wins``), ``cannot``, or theory leaves it open.
         why: what theory says, in a sentence.
         threshold: the claim's own, or this condition's.
-        since: the day from which theory and threshold stand as they are.
+        since: the day from which theory, threshold and sizes are as they are.
         where: what a sentence puts before the name, such as ``for`` or ``with``; may be empty.
     """
 
@@ -178,33 +178,39 @@ class Claim:
         sides: Callable[[float], tuple[Callable[[], Any], Callable[[], Any]]],
         *,
         budget_s: float = 10.0,
+        known: Mapping[float, Comparison] | None = None,
         **options: Any,
     ) -> BreakEven:
         """Measure each point of the claim's axis; the break-even lies where verdicts change.
 
         Args:
-            sides: point -> (baseline, candidate), callables without arguments.
-            budget_s: for all points together.
+            sides: point -> (baseline, candidate), callables without arguments; of the same sizes
+                as the conditions.
+            budget_s: for all points together that are measured.
+            known: point -> Comparison, of the points that are conditions: those were measured
+                already and are taken as they are.
             options: of :func:`dlhelpers.measure.compare`.
 
         Returns:
-            A BreakEven, to be given to :meth:`judge` as ``break_even``, and drawn by
-            ``plots.break_even``.
+            A BreakEven, to be given to :meth:`judge`, whose verdict holds what is left of it
+            (``verdict.break_even``, which ``plots.break_even`` draws).
 
         Raises:
-            ValueError: the claim declares no axis.
+            ValueError: the claim declares no axis, or ``known`` has a point that is not on it.
         """
         from dlhelpers import progress
         from dlhelpers.course.claims import break_even
 
-        points = break_even.axis_of(self).points
-        found = {}
-        with progress.bar(progress=None, total=len(points), desc=self.id, unit="point") as shown:
-            for point in points:
+        points, found = break_even.axis_of(self).points, dict(known or {})
+        if foreign := [point for point in found if point not in points]:
+            raise ValueError(f"the axis of {self.id} declares {points}, known has {foreign}")
+        rest = [point for point in points if point not in found]
+        with progress.bar(progress=None, total=len(rest), desc=self.id, unit="point") as shown:
+            for point in rest:
                 pair = sides(point)
-                found[point] = self.compare(*pair, budget_s=budget_s / len(points), **options)
+                found[point] = self.compare(*pair, budget_s=budget_s / len(rest), **options)
                 shown.update(1)
-        return break_even.from_points(self, found)
+        return break_even.from_points(self, {point: found[point] for point in points})
 
     def judge(
         self, evidence: Mapping[str, Any] | NotMeasured, break_even: BreakEven | None = None

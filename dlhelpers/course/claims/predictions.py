@@ -12,7 +12,6 @@ from __future__ import annotations
 import html
 import math
 import random
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -83,6 +82,8 @@ def close(id: str) -> None:
 
 def ask(claim: Claim) -> None:
     """Show the questions of a claim: a row of buttons a condition, and a slider for the size.
+
+    The size is noted when the slider is moved, or by the button beside it where it is, at 1 too.
 
     Predictions can be changed until the claim is judged; running the cell again shows them.
     Without ipywidgets, and where no kernel runs, the questions are text.
@@ -197,15 +198,21 @@ def _slider(widgets: Any, claim: Claim) -> Any:
         value=said.says if said else 1.0, base=10, min=low, max=high, step=0.02,
         continuous_update=False, readout_format=".2g",
     )  # fmt: skip
+    button = widgets.Button(
+        description="note it",
+        tooltip=f"{claim.sized}: note the size where the slider is",
+        layout={"width": "5em"},
+    )
     note.value = html.escape(f"noted: {said.text(claim)}" if said else "")
 
-    def moved(change: Mapping[str, Any]) -> None:
+    def take(_: Any) -> None:
         if claim.id in _closed:
             note.value = _TOO_LATE
         else:
-            guess(claim.id, claim.sized, change["new"])
+            guess(claim.id, claim.sized, slider.value)
             note.value = html.escape(f"noted: {_said[claim.id][claim.sized, True].text(claim)}")
 
-    slider.observe(moved, names="value")
+    slider.observe(take, names="value")
+    button.on_click(take)  # the slider is at 1 already, so a size of 1 needs no move
     question = widgets.HTML(html.escape(_size_question(claim)))
-    return widgets.VBox([question, widgets.HBox([slider, note])])
+    return widgets.VBox([question, widgets.HBox([slider, button, note])])

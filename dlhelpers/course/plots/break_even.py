@@ -17,7 +17,8 @@ def break_even(found: Any, *, ylabel: str, title: str = "", alt: str = "") -> Fi
     """Draw the effect over an axis with its band, the threshold, and where the break-even lies.
 
     Args:
-        found: a BreakEven, as from ``claim.along_axis``.
+        found: a BreakEven, as a verdict holds it (``verdict.break_even``): one that is withdrawn,
+            as the control is off, is drawn in grey with hollow points.
         ylabel: what the effect is, such as ``speedup by folding``.
         title: what it says by itself where empty.
         alt: the same and the points where empty.
@@ -31,10 +32,11 @@ def break_even(found: Any, *, ylabel: str, title: str = "", alt: str = "") -> Fi
     )
     at = [point.at for point in found.points]
     ends = [(max(p.low, 1e-3), min(p.high, 1e6)) for p in found.points]
-    axes.fill_between(at, *zip(*ends, strict=True), color=TREATMENT, alpha=0.25, linewidth=0)
-    axes.plot(at, [point.effect for point in found.points], color=TREATMENT, marker="o")
+    colour, line = (BASELINE, ":") if found.is_withdrawn else (TREATMENT, "-")
+    axes.fill_between(at, *zip(*ends, strict=True), color=colour, alpha=0.25, linewidth=0)
+    axes.plot(at, [p.effect for p in found.points], color=colour, marker="o", linestyle=line)
     open_ = [point for point in found.points if point.verdict == "unsettled"]
-    axes.plot([p.at for p in open_], [p.effect for p in open_], "o", mfc="white", color=TREATMENT)
+    axes.plot([p.at for p in open_], [p.effect for p in open_], "o", mfc="white", color=colour)
     axes.axhline(1.0, color=BASELINE, linewidth=1.5)
     for edge in found.threshold.edges:
         axes.axhline(edge, color=BASELINE, linewidth=1.2, linestyle="--")
