@@ -936,7 +936,8 @@ def test_a_lesson_that_takes_a_claim_of_another_one_is_an_error(monkeypatch, tmp
         ("pairing", 'title = "P"\nlearn = "l"', "named as its notebook"),
         ("1_pairing", 'title = "P"\nlearn = "l"', "named as its notebook"),
         ("01_pairing", 'title = "P"', "lacks the key 'learn'"),
-        ("01_pairing", 'title = "P"\nlearn = "l"\nminutes = 3', "unknown key 'minutes'"),
+        ("01_pairing", 'title = "P"\nlearn = "l"\nminutes = 3\nhours = 1', "unknown key 'hours'"),
+        ("01_pairing", 'title = "P"\nlearn = "l"', "lacks the key 'minutes'"),
     ],
 )
 def test_a_bad_lesson_is_an_error_that_names_the_file(name, text, said, tmp_path):
