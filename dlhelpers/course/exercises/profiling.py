@@ -231,7 +231,8 @@ EXERCISES = (
             ),
             Case(
                 "no loop",
-                "32 images take more operators than 2: one operator works on the whole batch",
+                "32 images take more operators than 2, so there is a loop over images. The task "
+                "wants the same number: write one expression for the whole batch",
                 _does_not_grow,
             ),
             Case(

@@ -64,11 +64,9 @@ class _Traced(int):
 
     def _added(self, value: int, other: Any) -> Any:
         made = self._made(value, other)
-        if made is NotImplemented or len(made.pairs) != 1:
-            return made
-        parts = [part for part in (self, other) if isinstance(part, _Traced) and part.zeros]
+        parts = (self, other) if isinstance(other, _Traced) and len(made.pairs) == 1 else ()
         # n * x_zero * w_zero may be where a sum begins
-        if any(part.pairs or len(part.zeros) == 1 for part in parts):
+        if any(part.zeros and (part.pairs or len(part.zeros) == 1) for part in parts):
             self.seen.append("a single element")
         return made
 
@@ -97,7 +95,7 @@ class _Traced(int):
         return self
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        return _apply(self.seen, ufunc, method, inputs, options)
+        return _Array.apply(self.seen, ufunc, method, inputs, options)
 
 
 class _Array(np.ndarray):
@@ -106,29 +104,29 @@ class _Array(np.ndarray):
     seen: list[str]
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        return _apply(self.seen, ufunc, method, inputs, options)
+        return _Array.apply(self.seen, ufunc, method, inputs, options)
 
-
-def _apply(seen: list[str], ufunc: Any, method: str, inputs: Any, options: Any) -> Any:
-    plain = [
-        int(value)
-        if isinstance(value, _Traced)
-        else value.view(np.ndarray)
-        if isinstance(value, _Array)
-        else value
-        for value in inputs
-    ]
-    if "out" in options:
-        options["out"] = tuple(
-            out.view(np.ndarray) if isinstance(out, _Array) else out for out in options["out"]
-        )
-    found = getattr(ufunc, method)(*plain, **options)
-    if np.size(found) > 1:
-        if method == "__call__" and ufunc in _ADDITIVE:
-            seen.append("an array")
-        found = found.view(_Array)
-        found.seen = seen
-    return found
+    @staticmethod
+    def apply(seen: list[str], ufunc: Any, method: str, inputs: Any, options: Any) -> Any:
+        plain = [
+            int(value)
+            if isinstance(value, _Traced)
+            else value.view(np.ndarray)
+            if isinstance(value, _Array)
+            else value
+            for value in inputs
+        ]
+        if "out" in options:
+            options["out"] = tuple(
+                out.view(np.ndarray) if isinstance(out, _Array) else out for out in options["out"]
+            )
+        found = getattr(ufunc, method)(*plain, **options)
+        if np.size(found) > 1:
+            if method == "__call__" and ufunc in _ADDITIVE:
+                seen.append("an array")
+            found = found.view(_Array)
+            found.seen = seen
+        return found
 
 
 class _Vectors(TorchFunctionMode):
