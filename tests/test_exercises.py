@@ -289,7 +289,7 @@ def shuffles_images_alone(x, groups):
     return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
-def fears_any_padding_behind(modules):
+def fears_any_padding_after(modules):
     can = CAN_FOLD(modules)
     for i, module in enumerate(modules[1:]):
         zeros = isinstance(module, nn.Conv2d) and module.padding != (0, 0)
@@ -392,7 +392,7 @@ def scales_inputs(weight, scale, groups):
     return weight * scale[: len(weight)].view(-1, 1, 1, 1)
 
 
-def scales_outputs_where_they_are_as_many(weight, scale, groups):
+def scales_outputs_where_counts_agree(weight, scale, groups):
     if len(weight) == len(scale):
         return weight * scale.view(1, -1, 1, 1)
     return scales_inputs(weight, scale, groups)
@@ -408,7 +408,7 @@ def forgets_groups(weight, scale, groups):
     return weight * scale[: weight.shape[1]].view(1, -1, 1, 1)
 
 
-def sees_only_behind(modules):
+def sees_only_before(modules):
     return [
         isinstance(m, nn.BatchNorm2d) and i > 0 and isinstance(modules[i - 1], nn.Conv2d)
         for i, m in enumerate(modules)
@@ -584,7 +584,7 @@ MISTAKES = [
     ("06.2", scales_inputs, "equal channels"),
     ("06.2", scales_inputs_where_they_fit, "equal channels"),
     ("06.2", lambda w, s, g: w * s[: w.shape[1]].view(1, -1, 1, 1), "groups"),
-    ("06.2", scales_outputs_where_they_are_as_many, "one group"),
+    ("06.2", scales_outputs_where_counts_agree, "one group"),
     ("06.2", forgets_groups, "groups"),
     ("06.3", lambda w, b, s, t: (w * s[: len(w)].view(-1, 1), b), "only scaled"),
     ("06.3", lambda w, b, s, t: (w * s, b), "shifted"),
@@ -596,10 +596,10 @@ MISTAKES = [
         "an activation between",
     ),
     ("06.4", lambda modules: [False] * len(modules), "after a convolution"),
-    ("06.4", sees_only_behind, "in front"),
+    ("06.4", sees_only_before, "in front"),
     ("06.4", sees_both_sides, "zeros of padding"),
     ("06.4", sees_any_padding, "padding by reflection"),
-    ("06.4", fears_any_padding_behind, "between two convolutions"),
+    ("06.4", fears_any_padding_after, "between two convolutions"),
     ("06.4", needs_no_convolution, "nothing to fold into"),
     ("06.4", forgets_statistics, "no running statistics"),
     ("06.5", lambda c, g: torch.ones(c, c // g, 3, 3), "one channel"),
@@ -829,9 +829,9 @@ def test_at_least_three_mistakes_of_each_exercise_are_told_apart(id):
 
 
 @pytest.mark.parametrize("id", ALL)
-@pytest.mark.parametrize("hole", [None, ..., lambda *a: None, lambda *a: ...])
-def test_a_hole_is_no_mistake(id, hole):
-    result = check(id, hole)
+@pytest.mark.parametrize("blank", [None, ..., lambda *a: None, lambda *a: ...])
+def test_a_blank_is_no_mistake(id, blank):
+    result = check(id, blank)
     assert not result.attempted
     assert not result.passed
     assert "not attempted yet" in str(result)

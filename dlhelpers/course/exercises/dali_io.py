@@ -149,7 +149,7 @@ EXERCISES = (
         hints=(
             "When does the first batch arrive? And how long after it the second one?",
             "With overlap two terms: what fills the pipeline, once, and what the slowest stage "
-            "takes, for each batch after the first.",
+            "takes per batch after the first.",
         ),
         solution=total_time,
         by_hand=("dlhelpers.*",),
@@ -230,7 +230,7 @@ EXERCISES = (
             Case(
                 "all",
                 "all four flags are set: every image is mirrored left to right, that is along the "
-                "last dimension; a mask needs as many dimensions as the images",
+                "last dimension; a mask needs the same number of dimensions as images",
                 _flips(True, True, True, True),
             ),
             Case(

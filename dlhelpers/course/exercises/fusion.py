@@ -1,4 +1,4 @@
-"""Exercises of notebook 06: folding backward, into transposed layers, forward; identity."""
+"""Exercises of notebook 06: BatchNorm after and before a layer, transposed layers, the identity."""
 
 from __future__ import annotations
 

@@ -187,13 +187,13 @@ EXERCISES = (
             ),
             Case(
                 "momentum",
-                "2,000 parameters and 300 bytes of activations: momentum keeps one number for each "
+                "2,000 parameters and 300 bytes of activations: momentum keeps one number per "
                 "parameter, its velocity, so that 12 bytes a parameter are alive: 24,000 + 300",
                 _adds_up(2000, 300, "momentum"),
             ),
             Case(
                 "AdamW",
-                "3,000 parameters and 100 bytes of activations: AdamW keeps two numbers for each "
+                "3,000 parameters and 100 bytes of activations: AdamW keeps two numbers per "
                 "parameter, a mean of its gradients and one of their squares: 16 bytes a "
                 "parameter, 48,000 + 100",
                 _adds_up(3000, 100, "adamw"),

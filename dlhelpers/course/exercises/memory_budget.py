@@ -83,7 +83,7 @@ def _measured(model: nn.Module, sample: Tensor, n: int) -> int:
 def _fits_just(
     make: Callable[[], tuple[nn.Module, Tensor]], samples: int, spare: int
 ) -> Callable[[Any], bool]:
-    """Give a limit, `spare` bytes more than the estimate for so many samples."""
+    """Give a limit, `spare` bytes more than the estimate for these samples."""
 
     def test(f: Any) -> bool:
         limit = _estimated(*make(), samples) + spare

@@ -291,7 +291,7 @@ EXERCISES = (
         id="07.5",
         title="What fits into 16 bits",
         task="Write most_bits(products): the most bits b of signed weights, from -(2^(b-1) - 1) to "
-        "2^(b-1) - 1, whose sum of so many products with 8-bit unsigned activations always fits a "
+        "2^(b-1) - 1, whose sum of that many products with 8-bit unsigned activations fits a "
         "signed 16-bit integer.",
         cases=(
             Case(
@@ -307,7 +307,7 @@ EXERCISES = (
             ),
             Case(
                 "four products",
-                "4 * 255 * 31 = 31,620 fits: 6 bits; not one bit for each product",
+                "4 * 255 * 31 = 31,620 fits: 6 bits; not one bit per product",
                 lambda f: f(4) == 6,
             ),
             Case(

@@ -81,7 +81,7 @@ def _has_no_loop(f: Any) -> bool:
 def widened(channels: int, groups: int) -> int:
     """Return the multiple of groups whose grouped convolution does about the same multiply-adds.
 
-    A dense 1x1 convolution of c channels does c^2 for each pixel, one of C in g groups C^2 / g.
+    A dense 1x1 convolution of c channels does c^2 per pixel, one of C in g groups C^2 / g.
     """
     return groups * round(channels * math.sqrt(groups) / groups)
 
@@ -212,7 +212,7 @@ EXERCISES = (
             ),
             Case(
                 "sequences",
-                "x may have one dimension behind the channels, or three: [N, C, ...]",
+                "x may have one dimension after the channels, or three: [N, C, ...]",
                 _shuffles(6, 2, 5),
             ),
             unseen(_shuffles(12, 4, 3, 2), _shuffles(15, 5, 1, 4)),
@@ -225,7 +225,7 @@ EXERCISES = (
             ),
         ),
         hints=(
-            "Write the six channels into a table with a row for each group. How must one read it?",
+            "Write the six channels into a table with one row per group. In which order is it read?",
             "unflatten the channels into (groups, C / groups), swap those two, flatten them again.",
         ),
         solution=channel_shuffle,
