@@ -246,9 +246,8 @@ EXERCISES = (
             ),
             Case(
                 "the type of the pixels",
-                "the pixels came as uint8 and went as another type: multiplying by a mask of "
-                "floats makes them floats, four times the bytes; choose pixels, do not compute "
-                "them",
+                "the pixels were uint8 and came back as another type: multiplying by a mask of "
+                "floats makes them floats, four times the bytes. Choose between pixels instead",
                 _keeps_the_type,
             ),
             unseen(_flips(False, True, True, False), _flips(False, False, False, True)),

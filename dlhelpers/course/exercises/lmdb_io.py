@@ -227,7 +227,7 @@ EXERCISES = (
             Case(
                 "asked again",
                 "position 7 got one key at first and another later: the key is made from the "
-                "position alone, not from a counter of calls, or a record is never found again",
+                "position alone, not from a counter of calls; otherwise no record is found again",
                 _same_key_again,
             ),
         ),

@@ -366,9 +366,9 @@ EXERCISES = (
             ),
             Case(
                 "near one half",
-                "the logit 0 is a probability of exactly one half, which does not exceed it: no; "
-                "0.001 does, by little: yes. The threshold is 0 and no other number, and > is not "
-                ">=",
+                "the logit 0 is a probability of exactly one half, which does not exceed it: "
+                "False; the logit 0.001 is a little more: True. The threshold is 0 and no other "
+                "number, with > and not >=",
                 _decides([0.0, 0.001, -0.001, 0.05], [False, True, False, True]),
             ),
         ),

@@ -225,7 +225,7 @@ EXERCISES = (
             ),
         ),
         hints=(
-            "Write the six channels into a table with one row per group. In which order is it read?",
+            "Write the six channels into a table, one row per group. In which order is it read?",
             "unflatten the channels into (groups, C / groups), swap those two, flatten them again.",
         ),
         solution=channel_shuffle,

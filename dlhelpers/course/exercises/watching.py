@@ -84,9 +84,9 @@ class Watch:
     def _name(self, module: str, name: str) -> str:
         """Return the dotted name if it counts, else nothing."""
         is_handed_in = module.startswith(_EXERCISES) and "." in name
-        is_import = name.startswith(("<module>", "__")) or module == "dlhelpers._former"
+        is_no_function = name.startswith(("<", "__")) or module == "dlhelpers._former"
         name = f"{module}.{name}"
-        return name if not (is_handed_in or is_import) and self._matches(name) else ""
+        return name if not (is_handed_in or is_no_function) and self._matches(name) else ""
 
     def _matches(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self._patterns)
