@@ -274,12 +274,12 @@ RIGHT = {id: typed(id) for id in ALL}
 
 CHEATS = {
     "01.1": (
-        (F.cross_entropy, "calls torch.nn.functional.cross_entropy, and the task is to write"),
+        (F.cross_entropy, "calls torch.nn.functional.cross_entropy, but the task is to write"),
         (lambda z, y: nn.NLLLoss()(z.log_softmax(1), y), "without torch's own loss"),
     ),
     "01.2": (
         (table({(c,): math.log(1 + (c - 1) / math.e) for c in (2, 10, 1000)}), OTHER),
-        (opens_the_solution("01.2"), "calls dlhelpers.course.exercises._find, and the task"),
+        (opens_the_solution("01.2"), "calls dlhelpers.course.exercises._find, but the task"),
     ),
     "01.3": (
         (lambda model: model[:3], "look at the type of the last layer, model[-1]"),
@@ -409,7 +409,7 @@ CHEATS = {
         (lambda a, b, hw, g: hw * (a + b) + a * b / g, FLOAT),
     ),
     "05.3": (
-        (F.channel_shuffle, "channel_shuffle, and the task is to write this yourself"),
+        (F.channel_shuffle, "channel_shuffle, but the task is to write this yourself"),
         (cats_slices, "there is a loop (or a comprehension)"),
     ),
     "05.4": (
@@ -527,6 +527,7 @@ MORE_CHEATS = [
     ("05.3", shufflenet.channel_shuffle, "calls dlhelpers.shufflenet"),
     ("05.3", lambda x, groups: nn.ChannelShuffle(groups)(x), "the task is to write this yourself"),
     ("05.3", indexes_by_a_list, "there is a loop (or a comprehension)"),
+    ("06.3", lambda w, b, s, t: (w * s, (b + w @ t)[None]), "the bias stays [O]"),
     ("07.2", by_products, "a zero point is subtracted inside the loop"),
     ("07.2", by_an_array_of_products, "a zero point is subtracted inside the loop"),
     ("07.2", by_tensors, "a zero point is subtracted inside the loop"),
@@ -888,7 +889,7 @@ HONEST = {
     "02.4": (
         lambda r: struct.unpack("<I", r[:4])[0] == zlib.crc32(r[4:]),
         lambda r: r[:4] == zlib.crc32(r[4:]).to_bytes(4, "little"),
-        lambda r: bool(np.frombuffer(r[:4], "<u4")[0] == zlib.crc32(r[4:])),
+        lambda r: np.frombuffer(r[:4], "<u4")[0] == zlib.crc32(r[4:]),
     ),
     "02.5": (
         sends_a_copy,

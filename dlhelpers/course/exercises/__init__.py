@@ -139,7 +139,7 @@ def check(id: str, answer: Any) -> Result:
 
 def _borrowed(exercise: Exercise, name: str) -> str:
     return (
-        f"the answer calls {name}, and the task is to write this yourself: {exercise.task} "
+        f"the answer calls {name}, but the task is to write this yourself: {exercise.task} "
         f'Compute it from the arguments; exercises.hint("{exercise.id}") shows where to begin'
     )
 

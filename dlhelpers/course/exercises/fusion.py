@@ -97,7 +97,9 @@ def _folds_front(
         z = torch.randn(4, ins, generator=generator, dtype=torch.float64)
         new_weight, new_bias = f(weight.clone(), bias, scale, shift)
         wanted = F.linear(scale * z + shift, weight, bias)
-        return torch.allclose(F.linear(z, new_weight, new_bias), wanted, rtol=1e-6, atol=1e-6)
+        found = F.linear(z, new_weight, new_bias)
+        is_bias = new_bias.shape == bias.shape  # [1, O] would be added just the same
+        return is_bias and torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
     return test
 
@@ -242,7 +244,7 @@ EXERCISES = (
         cases=(
             Case(
                 "only scaled",
-                "shift 0: each input is scaled, so each column of the weight",
+                "shift 0: each input is scaled, so each column of the weight; the bias stays [O]",
                 _folds_front(0.0, 0.0),
             ),
             Case(

@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dlhelpers.course.exercises import Case, Exercise
 from dlhelpers.course.exercises.watching import unchanged, unseen
 from dlhelpers.lmdb_io.schema import position_key
@@ -74,7 +76,7 @@ def _judges(
 
     def test(f: Any) -> bool:
         answer = f(bytes(change(bytearray(record))))
-        return isinstance(answer, bool) and answer is wanted
+        return isinstance(answer, (bool, np.bool_)) and bool(answer) is wanted
 
     return test
 
