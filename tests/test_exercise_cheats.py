@@ -218,6 +218,11 @@ def by_an_array_of_products(qx, qw, x_zero, w_zero):
     return int(np.sum(x * w - x_zero * w - w_zero * x) + len(qx) * x_zero * w_zero)
 
 
+def by_casts(qx, qw, x_zero, w_zero):
+    pairs = zip(qx, qw, strict=True)
+    return sum((int(x) - int(x_zero)) * (int(w) - int(w_zero)) for x, w in pairs)
+
+
 def by_tensors(qx, qw, x_zero, w_zero):
     return ((torch.tensor(qx) - x_zero) * torch.tensor(qw).sub(w_zero)).sum().item()
 
@@ -530,6 +535,7 @@ MORE_CHEATS = [
     ("06.3", lambda w, b, s, t: (w * s, (b + w @ t)[None]), "the bias stays [O]"),
     ("07.2", by_products, "a zero point is subtracted inside the loop"),
     ("07.2", by_an_array_of_products, "a zero point is subtracted inside the loop"),
+    ("07.2", by_casts, "a zero point is subtracted inside the loop"),
     ("07.2", by_tensors, "a zero point is subtracted inside the loop"),
     (
         "07.2",
@@ -1041,6 +1047,12 @@ HONEST = {
         sums_in_one_loop,
         centred_sums,
         weights_by_zero_first,
+        lambda x, w, a, b: (
+            sum(int(p) * int(q) for p, q in zip(x, w, strict=True))
+            - int(a) * sum(map(int, w))
+            - int(b) * sum(map(int, x))
+            + len(x) * int(a) * int(b)
+        ),
     ),
     "07.3": (shifts, by_the_logarithm, lambda m: list(shifts(m))),
     "07.4": (

@@ -21,7 +21,7 @@ def subtracts_inside(
 
     Args:
         dot: called with two lists and two integers, of a class of their own.
-        qx, qw: two elements or more.
+        qx, qw: four elements or more.
     """
     seen: list[str] = []
     xs, ws = (
@@ -43,6 +43,7 @@ class _Traced(int):
     seen: list[str]
     pairs: frozenset[int]
     zeros: frozenset[str]
+    casts: int
 
     def __new__(
         cls,
@@ -52,7 +53,7 @@ class _Traced(int):
         zeros: frozenset[str] = frozenset(),
     ) -> _Traced:
         self = super().__new__(cls, value)
-        self.seen, self.pairs, self.zeros = seen, pairs, zeros
+        self.seen, self.pairs, self.zeros, self.casts = seen, pairs, zeros, 0
         return self
 
     def _made(self, value: int, other: Any) -> Any:
@@ -94,6 +95,12 @@ class _Traced(int):
     def __pos__(self) -> _Traced:
         return self
 
+    def __int__(self) -> int:
+        self.casts += 1
+        if self.zeros and self.casts > 3:  # int(x_zero), once per element
+            self.seen.append("a cast")
+        return super().__int__()
+
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
         return _Array.apply(self.seen, ufunc, method, inputs, options)
 
@@ -109,7 +116,7 @@ class _Array(np.ndarray):
     @staticmethod
     def apply(seen: list[str], ufunc: Any, method: str, inputs: Any, options: Any) -> Any:
         plain = [
-            int(value)
+            int.__int__(value)
             if isinstance(value, _Traced)
             else value.view(np.ndarray)
             if isinstance(value, _Array)
