@@ -9,7 +9,8 @@ notebook 08 combines them.
 from dlhelpers.course.story.growing import Change, Changes, change, changes
 from dlhelpers.course.story.parts import forever, network, score, train_batch, validate
 from dlhelpers.course.story.photographs import Photos, write_parts
-from dlhelpers.course.story.script import Script, ScriptRun
+from dlhelpers.course.story.runs import ScriptRun
+from dlhelpers.course.story.script import Script
 from dlhelpers.course.story.settings import MENU, STEPS, Settings, Step, after
 
 __all__ = [
