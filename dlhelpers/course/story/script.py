@@ -25,6 +25,7 @@ from dlhelpers.course.story.photographs import (
 from dlhelpers.course.story.runs import ScriptRun, Training
 from dlhelpers.course.story.settings import BATCH, Part, Settings
 from dlhelpers.dali_io.sources import has_dali
+from dlhelpers.findings import Findings
 
 __all__ = ["Script"]
 
@@ -145,7 +146,7 @@ class Script:
 
     def train(self, settings: Settings) -> Training:
         """Return a training to the target; one that was done already where only scoring differs."""
-        key = _without(settings, "score_batch", "fold", "int8", "draft")
+        key = _for_training(settings)
         if key not in self._trained:
             self._trained[key] = self._train(
                 key, *(self.loader(name, key) for name in ("train", "valid"))
@@ -160,11 +161,14 @@ class Script:
             self._trained_in_memory[key] = self._train(key, *loaders)
         return self._trained_in_memory[key]
 
-    def run(self, settings: Settings) -> ScriptRun:
+    def run(self, settings: Settings, *, anew: bool = False) -> ScriptRun:
         """Run the whole script; what is prepared once (database, int8) is not timed.
 
-        Training and validation are those of an earlier run where nothing of them has changed.
+        Training and validation are those of an earlier run where nothing of them has changed,
+        unless they are asked for ``anew``.
         """
+        if anew:
+            self._trained.pop(_for_training(settings), None)
         model, epochs, accuracy, train_s, validate_s = self.train(settings)
         scoring = self.score_step(settings, model)
         begin = perf_counter()
@@ -191,6 +195,13 @@ class Script:
         from dlhelpers.memory import measure_peak
 
         return measure_peak(self.validate_step(settings)).peak_bytes
+
+    def mistakes(self, settings: Settings) -> Findings:
+        """Return what ``pairing.check`` finds in outputs, loss and targets of a batch."""
+        from dlhelpers import pairing
+
+        images, labels = self._batches("valid")[0]
+        return pairing.check(self.model(settings), nn.CrossEntropyLoss(), labels, images)
 
     def _train(self, settings: Settings, train: Any, valid: Any) -> Training:
         with torch.random.fork_rng(devices=[]):
@@ -230,7 +241,7 @@ def _batches(dataset: Any, train: bool, **options: Any) -> DataLoader:
     )
 
 
-def _without(settings: Settings, *fields: str) -> Settings:
-    """Return the settings with these fields as found."""
-    found = Settings()
-    return dataclasses.replace(settings, **{name: getattr(found, name) for name in fields})
+def _for_training(settings: Settings) -> Settings:
+    """Return the settings with those of scoring as found."""
+    found, scoring = Settings(), ("score_batch", "fold", "int8", "draft")
+    return dataclasses.replace(settings, **{name: getattr(found, name) for name in scoring})
