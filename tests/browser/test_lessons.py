@@ -91,10 +91,11 @@ def press(key, which):
 
 
 def select(option, which):
-    """Choose an option of the first (0) or last (-1) menu."""
+    """Choose an option of the first (0) or last (-1) menu that has it."""
 
     def move(page):
-        choice = page.locator(".widget-dropdown select").nth(which)
+        menus = page.locator(".widget-dropdown select")
+        choice = menus.filter(has=page.locator(f'option:text-is("{option}")')).nth(which)
         choice.scroll_into_view_if_needed()
         choice.select_option(option)
 
