@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dlhelpers.course import drawings
 from dlhelpers.course.drawings.pairing import losses
-from dlhelpers.course.drawings.panel import Panel
+from dlhelpers.drawing.panel import Panel
 
 ALLOWED = {"svg", "rect", "text", "polyline", "polygon", "circle"}
 each = pytest.mark.parametrize("name", drawings.__all__)
