@@ -128,7 +128,9 @@ class Page(HTMLParser):
 
 def test_the_page_asks_for_nothing_from_outside():
     page = report.render(a_ledger(a_row()), claims=[a_claim()], tips=TIPS)
-    assert all(re.match(r"#|notebooks/|data:image/svg", address) for address in Page(page).addresses)
+    assert all(
+        re.match(r"#|notebooks/|data:image/svg", address) for address in Page(page).addresses
+    )
     assert not re.search(r"https?://|@import|url\(", page)
     assert "prefers-color-scheme: dark" in page
 
