@@ -712,7 +712,7 @@ def test_a_timed_card_shows_intervals_threshold_control_and_machine(time_claim):
     for row, theory in zip(rows[1:3], ("must hold: fewer", "cannot hold: the same"), strict=True):
         assert theory in row
         assert "as it says" in row
-    assert page.count("<img") == 3
+    assert page.count("<img") == 4  # the axis, two conditions, the control
     assert "<script" not in page
 
 

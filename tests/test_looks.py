@@ -37,12 +37,14 @@ def verdict(tmp_path, monkeypatch):
 
 def test_the_strips_of_a_card_survive_githubs_sanitizer_with_what_they_show(verdict):
     kept = Sanitizer(verdict._repr_html_())
-    assert len(kept.pictures) == len(verdict.conditions) + 1
-    first, *_, last, control = (drawn["alt"] for drawn in kept.pictures)
+    axis, *strips = kept.pictures
+    assert len(strips) == len(verdict.conditions) + 1
+    assert axis["alt"] == "the lines below mark 1, 1.05"
+    first, *_, last, control = (drawn["alt"] for drawn in strips)
     assert first == "1.5, interval 1.4 to 1.6; threshold >= 1.05; holds"
     assert last == "0.99, interval 0.98 to 1.01; threshold >= 1.05; fails"
     assert control == "1, interval 0.99 to 1.01"
-    for drawn in kept.pictures:
+    for drawn in strips:
         svg = base64.b64decode(drawn["src"].split(",")[1]).decode()
         assert '<rect width="220" height="24" fill="#ffffff"/>' in svg  # whatever the theme is
         assert "currentColor" not in svg
@@ -52,8 +54,8 @@ def test_the_strips_of_a_card_survive_githubs_sanitizer_with_what_they_show(verd
 def test_a_narrow_table_leaves_a_strip_its_width(verdict):
     wide = [kept["width"] for tag, kept in Sanitizer(verdict._repr_html_()).kept if "width" in kept]
     assert set(wide) == {"220"}
-    assert len(wide) == 2 * (len(verdict.conditions) + 1)  # cells, for where styles are stripped
-    assert verdict._repr_html_().count('style="min-width:220px"') == len(verdict.conditions) + 1
+    assert len(wide) == 2 * (len(verdict.conditions) + 2)  # cells, for where styles are stripped
+    assert verdict._repr_html_().count('style="min-width:220px"') == len(verdict.conditions) + 2
 
 
 def test_ratios_and_figures_survive_githubs_sanitizer():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dlhelpers.course.claims import predictions
 from dlhelpers.course.claims.catalog import find, tip_of
-from dlhelpers.course.claims.intervals import Scale, bar_colour, interval
+from dlhelpers.course.claims.intervals import Scale, bar_colour, interval, marks
 from dlhelpers.course.claims.sentences import asked, bound_text, effect_text, headline
 from dlhelpers.course.notebook import show
 from dlhelpers.drawing.panel import Panel
@@ -101,15 +101,9 @@ def verdict_html(verdict: Verdict) -> str:
     scale = Scale.over(verdict.conditions, log=claim.kind == "time")
     declared = {condition.name: condition for condition in claim.conditions}
     predicted = bool(verdict.said or verdict.earlier)
-    heads = [
-        "",
-        "mechanism",
-        *["you said"] * predicted,
-        "measured",
-        *[""] * (not exact),
-        "",
-    ]
-    rows = _row(*(f"<small>{head}</small>" for head in heads))
+    heads = ["", "mechanism", *["you said"] * predicted, "measured"]
+    axis = [] if exact else [marks((c.threshold for c in verdict.conditions), scale)]
+    rows = _row(*(f"<small>{head}</small>" for head in heads), *axis, "")
     for c in verdict.conditions:
         cells: list[str | Panel] = [
             f"<b>{escape(c.name)}</b>",

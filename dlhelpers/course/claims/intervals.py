@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dlhelpers.course.claims.conditions import Judged, Tally
     from dlhelpers.course.verdicts import Threshold
 
-__all__ = ["Scale", "bar_colour", "colour_of", "interval"]
+__all__ = ["Scale", "bar_colour", "colour_of", "interval", "marks"]
 
 _WIDTH, _HEIGHT, _MARGIN = 220, 24, 8
 _AXIS, _ONE = "#c4c4c4", "#6b6b6b"
@@ -88,6 +88,23 @@ def interval(
         left, right = map(scale.x, ends)
         panel.line([(left, middle), (right, middle)], colour=colour, wide=4)
         panel.dot(scale.x(effect), middle, colour=colour, radius=5)
+    return panel
+
+
+def marks(thresholds: Iterable[Threshold | None], scale: Scale) -> Panel:
+    """Write the numbers at the lines of the strips below: 1, and the thresholds that have room."""
+    numbers = [1.0] * scale.log + [edge for t in thresholds if t for edge in t.edges]
+    labels = list(dict.fromkeys(f"{number:.3g}" for number in numbers))
+    panel = Panel(_WIDTH, 18, f"the lines below mark {', '.join(labels)}")
+    taken: list[tuple[float, float]] = []
+    for label in labels:
+        x, wide = scale.x(float(label)), 7 * len(label) + 4
+        for left in (x - wide / 2, x, x - wide):
+            left = min(max(left, 0), _WIDTH - wide)
+            if all(left + wide <= start or end <= left for start, end in taken):
+                taken.append((left, left + wide))
+                panel.text(left + wide / 2, 14, label, anchor="middle", size=12)
+                break
     return panel
 
 
