@@ -191,7 +191,7 @@ def test_what_is_no_ledger_is_put_aside_and_never_lost(path, text):
     ],
 )
 def test_a_row_that_breaks_the_schema_is_refused(path, changes, said):
-    with pytest.raises(ledger.LedgerError, match="this row cannot stand") as caught:
+    with pytest.raises(ledger.LedgerError, match="this row cannot be kept") as caught:
         ledger.update(row(**changes), path)
     assert said in str(caught.value)
     assert not path.exists()
@@ -396,3 +396,49 @@ def test_the_machine_of_a_ledger_has_its_line_and_key():
     assert found["line"]
     assert found["key"]
     json.dumps(found, allow_nan=False)
+
+
+def a_change(**changes):
+    numbers = {"speedup": 1.5, "low": 1.4, "high": 1.6}
+    rest = {"outcome": "faster", "epochs": None, "peak_bytes": [9, 3]}
+    return {"id": "no_grad", "value": True} | numbers | rest | changes
+
+
+def test_a_change_to_the_script_is_kept_beside_the_claims_and_replaced_by_a_second_run(path):
+    ledger.update(row(), path)
+    before = ledger.read(path)
+    assert "script" not in before  # as every ledger of before
+    for speedup in (1.5, 2.5):
+        ledger.update(a_change(speedup=speedup, high=math.inf), path, "script")
+        ledger.update(a_change(id="database", epochs=[13, 6]), path, "script")
+    found = ledger.read(path)
+    assert found["rows"] == before["rows"]
+    assert [(r["id"], r["speedup"], r["high"]) for r in found["script"]] == [
+        ("no_grad", 2.5, None),
+        ("database", 1.5, 1.6),
+    ]
+    ledger.update(row(verdict="fails"), path)
+    assert ledger.read(path)["script"] == found["script"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"speedup": "1"}, "speedup must be a number or null"),
+        ({"outcome": None}, "outcome must be text"),
+        ({"epochs": [13]}, "epochs must be two whole numbers"),
+        ({"peak_bytes": [1.5, 2]}, "peak_bytes must be two whole numbers"),
+        ({"measured": "noon"}, "measured must be a time"),
+        ({"more": 1}, "expected the keys"),
+    ],
+)
+def test_a_change_that_breaks_the_schema_is_neither_written_nor_read(path, changes, said):
+    with pytest.raises(ledger.LedgerError, match="this row cannot be kept") as caught:
+        ledger.update(a_change(**changes), path, "script")
+    assert said in str(caught.value)
+    ledger.start(path)
+    whole = a_change(measured="2026-12-01T12:00:00+00:00") | changes
+    path.write_text(json.dumps(ledger.read(path) | {"script": [whole]}))
+    with pytest.raises(ledger.LedgerError, match="script: ") as caught:
+        ledger.read(path)
+    assert said in str(caught.value)

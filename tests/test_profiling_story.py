@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dlhelpers import pairing
 from dlhelpers.course import story
-from dlhelpers.course.story import STEPS, Script, Settings, after
+from dlhelpers.course.story import MENU, STEPS, Script, Settings, after
+from dlhelpers.course.story import script as whole
 from dlhelpers.memory import measure_peak
 from dlhelpers.profiling import profile_torch
 
@@ -21,17 +23,19 @@ def script(tmp_path_factory):
 
 def test_every_step_changes_one_habit_and_the_last_has_none_left():
     seen = Settings()
-    for step in list(STEPS)[1:]:
+    for step in STEPS:
         now = after(step)
         changed = [
             field.name
             for field in dataclasses.fields(Settings)
             if getattr(now, field.name) != getattr(seen, field.name)
         ]
-        assert changed == list(STEPS[step][1])
+        assert changed == [STEPS[step].field]
         seen = now
     slow = [f.name for f in dataclasses.fields(Settings) if getattr(seen, f.name) == f.default]
-    assert slow == []
+    assert slow == ["depthwise"]  # which the menu offers, and no list of tips
+    assert set(MENU) - set(STEPS) == {"depthwise convolutions"}
+    assert {step.field for step in MENU.values()} == {f.name for f in dataclasses.fields(Settings)}
     with pytest.raises(ValueError, match="there is no step 'faster'"):
         after("faster")
 
@@ -62,6 +66,23 @@ def test_training_is_the_same_to_the_last_bit_through_database_and_stacking(scri
     assert torch.equal(before, weights("small photographs in LMDB"))
 
 
+def test_training_in_memory_is_the_same_to_the_last_bit(script):
+    settings = after("logits into the loss")
+    read, kept = script.train(settings), script.train_in_memory(settings)
+    assert read[1:3] == kept[1:3]  # epochs and accuracy
+    for one, other in zip(read.model.parameters(), kept.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_depthwise_convolutions_need_fewer_multiply_adds():
+    image, counts = torch.zeros(1, 3, 48, 48), []
+    for depthwise in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            story.network(12, softmax=False, depthwise=depthwise)(image)
+        counts.append(counter.get_total_flops())
+    assert counts[1] < counts[0] / 2
+
+
 def test_scoring_gives_the_same_classes_in_batches_and_folded(script):
     model = script.train(after("one call stacks a batch"))[0]
 
@@ -84,13 +105,13 @@ def test_photographs_decoded_small_are_nearly_the_whole_ones(tmp_path):
 
 
 @pytest.mark.slow  # every engine
-def test_the_fastest_road_gives_the_networks_numbers_on_photographs_it_has_not_seen(script):
+def test_the_fastest_backend_gives_the_networks_numbers_on_photographs_it_has_not_seen(script):
     model = script.train(after("one call stacks a batch"))[0].eval()
-    road = script.road(after("the fastest road"), model)
+    backend = script.backend(after("the fastest backend"), model)
     photos = story.Photos(script.folders["new"])
     images = torch.stack([image for image, _ in photos])[:16]
     with torch.inference_mode():
-        exact, found = model(images).double(), road(images).double()
+        exact, found = model(images).double(), backend(images).double()
     signal, noise = exact.square().sum(), (found - exact).square().sum()
     assert noise < signal / 100  # 20 dB; 25 are asked for on the calibration photographs
 
@@ -111,6 +132,8 @@ def test_validation_without_graphs_needs_less_memory(script):
         for no_grad in (False, True)
     )
     assert plain < kept
+    assert script.validation_bytes(Settings()) == kept <= script.peak_bytes(Settings())
+    assert script.validation_bytes(Settings(no_grad=True)) == plain
 
 
 def test_a_run_is_whole(script):
@@ -124,6 +147,8 @@ def test_a_run_is_whole(script):
     assert len(outcome.labels) == 24
     assert outcome.agreement(outcome) == 1
     assert outcome.total_s > 0
+    assert "epochs" in repr(outcome)
+    assert f"{outcome.peak_bytes / 2**20:.1f} MiB" in outcome._repr_html_()
 
 
 def test_dalis_wait_is_a_phase_of_its_own(script):
@@ -133,7 +158,7 @@ def test_dalis_wait_is_a_phase_of_its_own(script):
 
 
 def test_without_dali_a_worker_prepares_batches(script, monkeypatch):
-    monkeypatch.setattr(story, "has_dali", lambda: False)
+    monkeypatch.setattr(whole, "has_dali", lambda: False)
     loader = script.loader("valid", after("DALI prepares batches"))
     assert loader.num_workers == 1
     wanted = list(script.loader("valid", after("small photographs in LMDB")))

@@ -1,6 +1,6 @@
 """Where do the verdicts of this machine stand, and how do they get there unharmed?
 
-A ledger is one JSON file with exactly these keys:
+A ledger is one JSON file with these keys:
 
     schema    2
     machine   what ``dlhelpers.machine.describe()`` found, with its ``line`` and ``key``
@@ -11,6 +11,10 @@ A ledger is one JSON file with exactly these keys:
               threshold, and of each point: at, effect, low, high, verdict; null without), and of
               each of its conditions: name, verdict, agreement, effect, low, high, threshold,
               theory, since, reason
+
+and, once a change to the slow script was measured, ``script[]``, one row per change: id (the field
+of ``Settings``), value, speedup, low, high, outcome, epochs and peak_bytes (before and after, or
+null), measured (time, UTC).
 
 ``verdict`` is one of holds, fails, unsettled, not-measured, and ``reason`` says why it is one of
 the last two; ``agreement`` (agrees, against, open) says whether that is what the theory of the
@@ -103,34 +107,35 @@ def start(path: str | Path) -> None:
         _replace(path, _empty())
 
 
-def update(row: Mapping[str, Any], path: str | Path | None = None) -> dict[str, Any]:
-    """Write the row of one claim, in place of an earlier one; return it as it is kept.
+def update(
+    row: Mapping[str, Any], path: str | Path | None = None, part: str = "rows"
+) -> dict[str, Any]:
+    """Write the row of one claim or change, in place of an earlier one; return it as it is kept.
 
     The earlier row's predictions are kept. A file that is no ledger is put
     aside as ``ledger.json.bad-1`` (-2, ...) with a warning.
 
     Args:
-        row: keys as in the module's docstring; ``judged`` and ``versions`` are those of now
-            where they are left out, and ``earlier`` is filled in.
+        row: keys as in the module's docstring; ``judged`` (``measured``) and ``versions`` are
+            those of now where they are left out, and ``earlier`` is filled in.
         path: the ledger; :func:`default_path` where None.
+        part: of the ledger: ``rows`` for a claim, ``script`` for a change to the slow script.
 
     Raises:
         LedgerError: the row breaks the schema.
         OSError: the folder cannot be written, or the lock was not free for 20 s.
     """
     path = default_path() if path is None else Path(path)
-    now = _now()
-    usual = {"predictions": [], "earlier": [], "axis": None}
-    usual |= {"judged": now, "versions": _versions()}
-    row = _strict(usual | dict(row))
-    if problem := ledger_schema.row_problem(row):
-        raise LedgerError(f"this row cannot stand in a ledger: {problem}")
-    row = {key: row[key] for key in ledger_schema.ROW_KEYS}
+    row = _strict(_usual(part) | dict(row))
+    keys, problem_of = ledger_schema.PARTS[part]
+    if problem := problem_of(row):
+        raise LedgerError(f"this row cannot be kept in a ledger: {problem}")
+    row = {key: row[key] for key in keys}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
         ledger = _own(path, _load(path))
-        rows = {old["id"]: old for old in ledger["rows"]}
-        if old := rows.get(row["id"]):
+        rows = {old["id"]: old for old in ledger.get(part, [])}
+        if part == "rows" and (old := rows.get(row["id"])):
             before = {_key(said): said for said in (*old["earlier"], *old["predictions"])}
             if row["predictions"]:
                 new = {_key(said) for said in row["predictions"]}
@@ -138,22 +143,34 @@ def update(row: Mapping[str, Any], path: str | Path | None = None) -> dict[str, 
             else:
                 row |= {key: old[key] for key in ("predictions", "earlier")}
         rows[row["id"]] = row
-        _replace(path, ledger | {"rows": list(rows.values())})
+        _replace(path, ledger | {part: list(rows.values())})
     return row
+
+
+def _usual(part: str) -> dict[str, Any]:
+    if part == "script":
+        return {"measured": _now()}
+    return {
+        "predictions": [], "earlier": [], "axis": None, "judged": _now(), "versions": _versions(),
+    }  # fmt: skip
 
 
 def _key(said: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(said.values())
 
 
-def record(row: Mapping[str, Any]) -> dict[str, Any] | None:
+def record(row: Mapping[str, Any], part: str = "rows") -> dict[str, Any] | None:
     """Write a row to the default ledger and return it as it is kept.
 
     Where that is not writable there is one warning, and None is returned.
+
+    Args:
+        row: of a claim, or of a change.
+        part: as in :func:`update`.
     """
     path = default_path()
     try:
-        return update(row, path)
+        return update(row, path, part)
     except OSError as error:
         if str(path) not in _warned:
             _warned.add(str(path))

@@ -21,13 +21,23 @@ from dlhelpers.course.verdicts import (
     control_off,
 )
 
-__all__ = ["ROW_KEYS", "SCHEMA", "problem", "row_problem", "upgraded"]
+__all__ = [
+    "PARTS",
+    "SCHEMA",
+    "problem",
+    "row_problem",
+    "upgraded",
+]
 
 SCHEMA = 2
 _KEYS = ("schema", "machine", "versions", "created", "rows")
-ROW_KEYS = (
+_ROW_KEYS = (
     "id", "judged", "versions", "control", "predictions", "earlier", "axis", "conditions",
 )  # fmt: skip
+_CHANGE_KEYS = (
+    "id", "value", "speedup", "low", "high", "outcome", "epochs", "peak_bytes", "measured",
+)  # fmt: skip
+_OPTIONAL = ("script",)
 _FIRST_ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
 _AXIS_KEYS = ("unit", "where", "threshold", "points")
 _POINT_KEYS = ("at", "effect", "low", "high", "verdict")
@@ -47,7 +57,7 @@ _OLD_ANSWERS = {"holds": "all", "fails": "none", "depends": "some"}
 
 def problem(ledger: Any) -> str:
     """Return what keeps this from being a ledger of schema 1 or 2, empty where nothing does."""
-    if not isinstance(ledger, dict) or set(ledger) != set(_KEYS):
+    if not isinstance(ledger, dict) or set(ledger) - set(_OPTIONAL) != set(_KEYS):
         found = sorted(ledger) if isinstance(ledger, dict) else type(ledger).__name__
         return f"expected the keys {', '.join(_KEYS)}, got {found}"
     schema = ledger["schema"]
@@ -63,13 +73,35 @@ def problem(ledger: Any) -> str:
         if row["id"] in seen:
             return f"row {number}: a second row of {row['id']!r}"
         seen.add(row["id"])
-    return ""
+    changes = ledger.get("script", [])
+    if not isinstance(changes, list):
+        return f"script must be a list of changes, got {changes!r}"
+    return next((f"script: {said}" for row in changes if (said := _change_problem(row))), "")
+
+
+def _change_problem(row: Any) -> str:
+    """Return what keeps this from being a change to the script, empty where nothing does."""
+    if not isinstance(row, dict) or set(row) != set(_CHANGE_KEYS):
+        return f"expected the keys {', '.join(_CHANGE_KEYS)}, got {row!r}"
+    for key in ("id", "outcome"):
+        if not isinstance(row[key], str):
+            return f"{key} must be text, got {row[key]!r}"
+    for key in ("speedup", "low", "high"):
+        if not isinstance(row[key], (int, float, type(None))):
+            return f"{key} must be a number or null, got {row[key]!r}"
+    for key in ("epochs", "peak_bytes"):
+        pair = row[key]
+        if pair is not None and not (
+            isinstance(pair, list) and [type(number) for number in pair] == [int, int]
+        ):
+            return f"{key} must be two whole numbers, before and after, or null, got {pair!r}"
+    return _unlike(row, "measured", datetime.fromisoformat, _A_TIME)
 
 
 def row_problem(row: Any) -> str:
     """Return what keeps this from being a row of schema 2, empty where nothing does."""
     is_first = isinstance(row, dict) and "answer" in row
-    keys = _FIRST_ROW_KEYS if is_first else ROW_KEYS
+    keys = _FIRST_ROW_KEYS if is_first else _ROW_KEYS
     if said := _parts_problem(row, keys, _CONDITION_KEYS):
         return said
     for key in ("judged", "answered") if is_first else ("judged",):
@@ -237,3 +269,9 @@ def _unlike(part: Mapping[str, Any], key: str, read: Any, wanted: str) -> str:
     except (TypeError, ValueError):
         return f"{key} must be {wanted}, or null, got {value!r}"
     return ""
+
+
+PARTS = {
+    "rows": (_ROW_KEYS, row_problem),
+    "script": (_CHANGE_KEYS, _change_problem),
+}  # part of a ledger -> keys of its rows, and what keeps something from being one
