@@ -1,0 +1,230 @@
+"""Each real exercise passes its solution, refuses two cheats, and keeps what was reached."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dlhelpers import measure
+from dlhelpers.course import ledger
+from dlhelpers.course.exercises import real
+
+IDS = ["05", "06"]
+THREE = "The first thing. The second thing. And how one knows."
+
+
+@pytest.fixture(autouse=True)
+def own_ledger(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLHELPERS_LEDGER", str(tmp_path / "ledger.json"))
+    monkeypatch.setattr(ledger, "describe_machine", lambda: {"line": "2 cores", "key": "here"})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Comparisons whose interval the test sets; both functions are called once."""
+    found = SimpleNamespace(speedup=3.0, low=2.9, high=3.1)
+
+    def compare(baseline, candidate, **_):
+        baseline(), candidate()
+        return found
+
+    monkeypatch.setattr(measure, "compare", compare)
+    return found
+
+
+def solve(id, name):
+    return real.attempt(id, real._find(id).solution, name, THREE)
+
+
+def refusal(id, answer, name=None):
+    found = real.attempt(id, answer, name, THREE)
+    assert not found.passed
+    return found.refused
+
+
+# 05: the same multiply-adds, faster
+
+
+@pytest.mark.parametrize("name", real.names("05"))
+def test_dense_convolutions_have_the_multiply_adds_of_each_offered_block(name, clock):
+    assert solve("05", name).passed
+
+
+def test_a_block_with_fewer_multiply_adds_is_refused(clock):
+    assert "multiply-adds" in refusal("05", lambda block, x: nn.Conv2d(256, 256, 1, groups=8))
+
+
+def test_a_block_with_another_shape_is_refused(clock):
+    assert "[4, 16, 28, 28]" in refusal("05", lambda block, x: nn.Conv2d(256, 16, 1))
+
+
+def test_a_block_that_ignores_its_input_is_refused(clock):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.zeros_like(x)
+
+    assert "does not depend" in refusal("05", lambda block, x: Constant())
+
+
+def test_the_unchanged_block_is_not_fast_enough(clock):
+    clock.speedup, clock.low, clock.high = 1.0, 0.98, 1.02
+    found = real.attempt("05", lambda block, x: block)
+    assert not found.passed
+    assert "1.00 [0.98, 1.02] times as fast" in str(found)
+    assert "try next: audit(new, x)" in str(found)
+
+
+def test_an_interval_that_holds_the_goal_is_no_pass_and_says_so(clock):
+    clock.speedup, clock.low, clock.high = 1.25, 1.15, 1.35
+    found = solve("05", "grouped")
+    assert not found.passed
+    assert "the interval holds the goal" in str(found)
+
+
+# what is kept and shown
+
+
+@pytest.mark.parametrize("blank", [..., None, lambda *_: ..., lambda *_: None])
+@pytest.mark.parametrize("id", IDS)
+def test_a_blank_answer_measures_and_keeps_nothing(id, blank, monkeypatch):
+    monkeypatch.setattr(measure, "compare", pytest.fail)
+    found = real.attempt(id, blank)
+    goal = real._find(id).goal
+    assert str(found) == f"{id} real exercise · not attempted yet · goal: {goal}"
+    assert not ledger.default_path().exists()
+
+
+def test_figure_sentences_and_attempts_are_kept_and_a_pass_outlives_a_later_failure(clock):
+    clock.low = 1.0
+    real.attempt("05", real._find("05").solution)
+    clock.low = 2.9
+    assert "now explain in three sentences" in str(solve_without_words())
+    assert "done: 3.00 [2.90, 3.10] times as fast" in str(solve("05", "unequal"))
+    real.attempt("05", lambda block, x: 1 / 0, on="grouped", explanation="Shorter.")
+    (row,) = ledger.read()["real"]
+    assert (row["attempts"], row["passed"], row["value"], row["on"]) == (4, True, 3.0, "unequal")
+    assert row["explanation"] == "Shorter."
+    assert row["measured"][:2] == "20"
+
+
+def solve_without_words():
+    return real.attempt("05", real._find("05").solution)
+
+
+def test_an_answer_that_raises_is_an_attempt_and_says_so(clock):
+    found = real.attempt("05", lambda block, x: 1 / 0)
+    assert found.refused == "it raised ZeroDivisionError: division by zero"
+    assert found.number == 1
+
+
+def test_rubric_and_model_answer_are_shown_after_a_pass_or_three_attempts(clock, capsys):
+    task = real._find("05")
+    for attempts in range(3):
+        real.review("05")
+        assert f"so far: {attempts}" in capsys.readouterr().out
+        real.attempt("05", lambda block, x: 1 / 0)
+    real.review("05")
+    shown = capsys.readouterr().out
+    assert task.rubric[0] in shown
+    assert task.explanation in shown
+    ledger.start(ledger.default_path())
+    solve("05", "grouped")
+    real.review("05")
+    assert f"You: {THREE}" in capsys.readouterr().out
+
+
+def test_something_of_the_readers_own_is_taken(clock):
+    def own():
+        return nn.Conv2d(16, 16, 3, padding=1, groups=4), torch.ones(2, 16, 8, 8)
+
+    assert real.attempt("05", real._find("05").solution, own, THREE).passed
+    assert ledger.read()["real"][0]["on"] == "your own"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (("99", ...), ValueError, "no real exercise '99'"),
+        (("05", ..., "wide"), ValueError, "on must be one of 'grouped'"),
+        (("05", 3), TypeError, "answer must be a function"),
+        (("05", ..., None, 3), TypeError, "explanation must be text"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, said):
+    with pytest.raises(error, match=said):
+        real.attempt(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attempts": 0}, "attempts must be a whole number"),
+        ({"passed": 1}, "passed must be true or false"),
+        ({"value": "1"}, "value must be a number or null"),
+        ({"explanation": None}, "explanation must be text"),
+        ({"more": 1}, "expected the keys"),
+    ],
+)
+def test_a_row_that_breaks_the_schema_is_not_written(changes, said):
+    row = {"id": "05", "on": "grouped", "passed": True, "attempts": 1, "value": 1.5}
+    row |= {"low": None, "high": None, "unit": "times", "explanation": ""}
+    with pytest.raises(ledger.LedgerError, match=said):
+        ledger.update(row | changes, part="real")
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_the_offered_block_becomes_faster_on_this_machine():
+    assert solve("05", "grouped").passed
+
+
+# 06: the same outputs, every BatchNorm folded
+
+
+@pytest.mark.parametrize("name", real.names("06"))
+def test_each_offered_network_refuses_as_it_is_and_folds_when_rewritten(name):
+    found = real.attempt("06", lambda model: model, name)
+    assert not found.passed
+    assert found.reached.value == 0
+    assert "remove the reason of" in str(found)
+    assert solve("06", name).passed
+
+
+def test_a_network_without_its_batch_norm_is_refused():
+    def folded_by_hand(model):
+        model.bn = nn.Identity()
+        return model
+
+    assert "other outputs" in refusal("06", folded_by_hand, "skip")
+
+    class Hidden(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.hidden = [model]
+
+        def forward(self, x):
+            return self.hidden[0](x)
+
+    assert "0 BatchNorm layers of 1" in refusal("06", Hidden, "skip")
+
+
+def test_swapping_a_batch_norm_with_a_relu_changes_outputs():
+    class Swapped(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.conv, self.bn, self.pool = model.conv, model.bn, model.pool
+
+        def forward(self, x):
+            return self.bn(self.conv(x)).relu().mean() + self.pool(self.conv(x))
+
+    assert "other outputs" in refusal("06", Swapped, "pooled")
+
+
+def test_a_network_of_ones_own_must_refuse():
+    def own():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), torch.ones(1, 3, 8, 8)
+
+    found = real.attempt("06", lambda model: model, own)
+    assert "nothing refuses" in found.refused
