@@ -1,5 +1,6 @@
 """Each real exercise passes its solution, refuses two cheats, and keeps what was reached."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from dlhelpers import measure
 from dlhelpers.course import ledger
 from dlhelpers.course.exercises import real
 
-IDS = ["05", "06"]
+IDS = ["01", "04", "05", "06"]
 THREE = "The first thing. The second thing. And how one knows."
 
 
@@ -228,3 +229,126 @@ def test_a_network_of_ones_own_must_refuse():
 
     found = real.attempt("06", lambda model: model, own)
     assert "nothing refuses" in found.refused
+
+
+# 04: the same gradients, fewer bytes
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wide loss",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("deep", "convolutions", "normalised")
+        ),
+    ],
+)
+def test_the_small_step_has_the_gradients_of_the_plain_one_in_fewer_bytes(name):
+    found = solve("04", name)
+    assert found.passed, found
+    assert found.reached.value <= 70
+
+
+def test_the_plain_step_is_not_small_enough():
+    def plain(model, loss, inputs, targets):
+        whole = loss(model(inputs), targets)
+        whole.backward()
+        return whole
+
+    found = real.attempt("04", plain, "wide loss")
+    assert not found.passed
+    assert found.reached.value == pytest.approx(100, abs=3)
+    assert "at the peak, in backward, most bytes are" in str(found)
+
+
+def half_of_the_batch(model, loss, inputs, targets):
+    part = loss(model(inputs[::2]), targets[::2])
+    part.backward()
+    return part
+
+
+def parts_without_weights(model, loss, inputs, targets):
+    for x, y in zip(inputs.chunk(4), targets.chunk(4), strict=True):
+        loss(model(x), y).backward()
+    return 0.0
+
+
+def parts_with_batch_norm(model, loss, inputs, targets):
+    for x, y in zip(inputs.chunk(4), targets.chunk(4), strict=True):
+        (loss(model(x), y) / 4).backward()
+    return 0.0
+
+
+def no_backward(model, loss, inputs, targets):
+    with torch.no_grad():
+        return loss(model(inputs), targets)
+
+
+@pytest.mark.parametrize(
+    ("answer", "name", "said"),
+    [
+        (half_of_the_batch, "wide loss", "is another one"),
+        (parts_without_weights, "wide loss", "is another one"),
+        (parts_with_batch_norm, "normalised", "look at the whole batch"),
+        (no_backward, "wide loss", "has no gradient"),
+    ],
+)
+def test_other_gradients_are_refused(answer, name, said):
+    assert said in refusal("04", answer, name)
+
+
+# 01: nothing found, and it learns
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ink",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("digits", "odd digits", "probabilities")
+        ),
+    ],
+)
+def test_each_offered_set_up_learns_once_repaired(name):
+    assert solve("01", name).passed
+
+
+@pytest.mark.parametrize("name", real.names("01"))
+def test_the_unchanged_set_up_is_refused_by_what_pairing_finds(name):
+    said = refusal("01", lambda setup: setup, name)
+    assert said.startswith("pairing.check still finds ")
+
+
+def test_a_set_up_without_findings_that_cannot_learn_does_not_pass():
+    def flat(setup):
+        return replace(
+            setup, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0), Stuck())
+        )
+
+    class Stuck(nn.Module):
+        def forward(self, x):
+            return x * 0
+
+    found = real.attempt("01", flat, "ink")
+    assert not found.passed
+    assert abs(found.reached.value) < 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"targets": torch.zeros(1797, 1)}, "must keep their values"),
+        ({"loss": lambda outputs, targets: outputs.mean() * 0}, "must be a module of torch.nn"),
+    ],
+)
+def test_other_targets_and_losses_of_ones_own_are_refused(changes, said):
+    assert said in refusal("01", lambda setup: replace(setup, **changes), "ink")
+
+
+def test_a_sound_set_up_is_no_task():
+    def own():
+        return real._find("01").solution(real.offered("01", "ink"))
+
+    assert "finds nothing in this set-up" in real.attempt("01", lambda setup: setup, own).refused
