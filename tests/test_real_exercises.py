@@ -11,7 +11,7 @@ from dlhelpers import measure
 from dlhelpers.course import ledger
 from dlhelpers.course.exercises import real
 
-IDS = ["01", "04", "05", "06"]
+IDS = ["01", "04", "05", "06", "07"]
 THREE = "The first thing. The second thing. And how one knows."
 
 
@@ -352,3 +352,32 @@ def test_a_sound_set_up_is_no_task():
         return real._find("01").solution(real.offered("01", "ink"))
 
     assert "finds nothing in this set-up" in real.attempt("01", lambda setup: setup, own).refused
+
+
+# 07: eight bits, at most two layers in float
+
+
+@pytest.mark.parametrize("name", real.names("07"))
+def test_two_layers_in_float_and_scales_per_channel_are_enough_and_either_alone_is_not(name):
+    assert solve("07", name).passed
+    model, data = real.offered("07", name)
+    best = real._find("07").solution(model, data)
+    for changes in ({"per_channel": False}, {"left_float": []}):
+        found = real.attempt("07", lambda *_, changes=changes: best | changes, name)
+        assert not found.passed
+        assert "scales per channel help" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"left_float": ["0", "2", "4"]}, "2 layers at most"),
+        ({"left_float": ["", "1"]}, "left_float must list layers of 0, 2, 4, 6, 8"),
+        ({"calibrator": "none"}, "calibrator must be one of min-max"),
+        ({"per_channel": "yes"}, "per_channel must be True or False"),
+        ({"bits": 16}, "must be a dict with calibrator, left_float, per_channel"),
+    ],
+)
+def test_another_choice_than_the_three_is_refused(changes, said):
+    choice = {"calibrator": "min-max", "per_channel": True, "left_float": []}
+    assert said in refusal("07", lambda model, data: choice | changes)
