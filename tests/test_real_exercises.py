@@ -11,7 +11,7 @@ from dlhelpers import measure
 from dlhelpers.course import ledger
 from dlhelpers.course.exercises import real
 
-IDS = ["01", "04", "05", "06", "07"]
+IDS = ["01", "04", "05", "06", "07", "08"]
 THREE = "The first thing. The second thing. And how one knows."
 
 
@@ -381,3 +381,30 @@ def test_two_layers_in_float_and_scales_per_channel_are_enough_and_either_alone_
 def test_another_choice_than_the_three_is_refused(changes, said):
     choice = {"calibrator": "min-max", "per_channel": True, "left_float": []}
     assert said in refusal("07", lambda model, data: choice | changes)
+
+
+# 08: the same results, faster
+
+
+@pytest.mark.parametrize("name", real.names("08"))
+def test_whole_tensors_give_the_results_of_each_offered_step(name, clock):
+    clock.speedup, clock.low, clock.high = 20.0, 19.0, 21.0
+    assert solve("08", name).passed
+
+
+def test_a_stored_result_and_another_one_are_refused(clock):
+    def stored(step):
+        result = step()
+        return lambda: result
+
+    assert "compute them at each call" in refusal("08", stored, "distances")
+    assert "the results differ" in refusal("08", lambda step: lambda: step() * 1.01)
+    assert "must be a tensor [512, 10]" in refusal("08", lambda step: lambda: step()[:256])
+
+
+@pytest.mark.slow
+def test_the_unchanged_step_is_not_fast_enough_and_its_largest_cost_is_named(clock):
+    clock.speedup, clock.low, clock.high = 1.0, 0.98, 1.02
+    found = real.attempt("08", lambda step: step, "distances")
+    assert not found.passed
+    assert "try next: diagnose names python-loop" in str(found)
