@@ -10,8 +10,9 @@ from torch import nn
 from dlhelpers import measure
 from dlhelpers.course import ledger
 from dlhelpers.course.exercises import real
+from dlhelpers.course.exercises.real import dali_io
 
-IDS = ["01", "04", "05", "06", "07", "08"]
+IDS = ["01", "03", "04", "05", "06", "07", "08"]
 THREE = "The first thing. The second thing. And how one knows."
 
 
@@ -408,3 +409,73 @@ def test_the_unchanged_step_is_not_fast_enough_and_its_largest_cost_is_named(clo
     found = real.attempt("08", lambda step: step, "distances")
     assert not found.passed
     assert "try next: diagnose names python-loop" in str(found)
+
+
+# 03: the step does not wait, for the same batches
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_the_share_of_waiting_counts_the_first_batch_and_all_others():
+    clock, kept = FakeClock(), []
+
+    def batches():
+        for number in range(4):
+            clock.sleep(1.0)
+            yield number
+
+    timeline = dali_io.waiting(batches(), 3.0, kept, clock)
+    assert timeline.busy_share("train") == pytest.approx(3 / 4)
+    assert kept == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Shares of waiting that the test sets; the batches are read all the same."""
+    found = SimpleNamespace(share=0.1)
+
+    def waiting(batches, step_s, kept):
+        kept.extend(batches)
+        return SimpleNamespace(busy_share=lambda stage: 1 - found.share)
+
+    monkeypatch.setattr(dali_io, "waiting", waiting)
+    return found
+
+
+def test_loading_once_gives_the_same_batches_and_a_step_that_waits_fails(waits):
+    assert solve("03", "far away").passed
+    waits.share = 0.5
+    found = solve("03", "far away")
+    assert not found.passed
+    assert "50 % of its time the step waits" in str(found)
+    assert "try next: time work.load and work.augment" in str(found)
+
+
+def test_batches_of_another_epoch_and_missing_ones_are_refused(waits):
+    def always_the_first(work):
+        batches = [work.batch(0, number) for number in range(work.batches)]
+        return lambda epoch: batches
+
+    def one_less(work):
+        return lambda epoch: [work.batch(epoch, n) for n in range(work.batches - 1)]
+
+    assert "is not the one that work gives" in refusal("03", always_the_first, "by hand")
+    assert "must give 12 batches" in refusal("03", one_less, "by hand")
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_the_step_no_longer_waits_on_this_machine():
+    assert not real.attempt(
+        "03", lambda work: lambda e: (work.batch(e, n) for n in range(12))
+    ).passed
+    assert solve("03", "decoding").passed
