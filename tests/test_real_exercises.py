@@ -5,14 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dlhelpers import measure
 from dlhelpers.course import ledger
+from dlhelpers.course.data import photos
 from dlhelpers.course.exercises import real
 from dlhelpers.course.exercises.real import dali_io
+from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
 
-IDS = ["01", "03", "04", "05", "06", "07", "08"]
+IDS = ["01", "02", "03", "04", "05", "06", "07", "08"]
 THREE = "The first thing. The second thing. And how one knows."
 
 
@@ -479,3 +482,55 @@ def test_the_step_no_longer_waits_on_this_machine():
         "03", lambda work: lambda e: (work.batch(e, n) for n in range(12))
     ).passed
     assert solve("03", "decoding").passed
+
+
+# 02: the same images from a database, faster
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return photos(tmp_path / "photos", count=8, size=160, progress=False)
+
+
+def of_files(folder, change=lambda images: images, **options):
+    """Answer 02 with a database of changed images; options as of write_lmdb."""
+
+    def answer(_, path):
+        write_lmdb(change(folder), path, progress=False, **options)
+        return LMDBDataset(path)
+
+    found = real.attempt("02", answer, lambda: folder, THREE)
+    assert not found.passed
+    return found.refused
+
+
+def test_images_that_were_made_small_once_are_those_of_the_folder(folder, clock):
+    found = real.attempt("02", real._find("02").solution, lambda: folder, THREE)
+    assert found.passed, found
+    clock.speedup, clock.low = 3.2, 2.8
+    assert not real.attempt("02", real._find("02").solution, lambda: folder).passed
+
+
+def test_other_images_sizes_and_too_many_bytes_are_refused(folder, tmp_path, clock):
+    assert "not [3, 96, 96]" in of_files(folder)
+    assert "the database takes" in of_files(folder, encode="raw", resize=(96, 96))
+    black = tmp_path / "black"
+    for file in folder.rglob("*.jpg"):
+        there = black / file.relative_to(folder)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (96, 96)).save(there)
+    assert "not those of the folder" in of_files(folder, lambda _: black)
+
+
+def test_images_kept_in_memory_are_no_database(folder, clock):
+    def in_memory(folder, path):
+        return [(torch.zeros(3, 96, 96, dtype=torch.uint8), 0)] * 8
+
+    assert "must be an LMDBDataset" in refusal("02", in_memory)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("name", real.names("02"))
+def test_the_offered_folders_are_read_faster_on_this_machine(name):
+    assert solve("02", name).passed
