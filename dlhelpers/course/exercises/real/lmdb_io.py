@@ -135,8 +135,8 @@ def _need_files(path: Path, folder: Path) -> None:
     allowed = sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
     if taken > allowed:
         raise RefusedError(
-            f"the database takes {taken:,} bytes, the folder {allowed:,}: what the pattern does not "
-            "read need not be stored"
+            f"the database takes {taken:,} bytes, the folder {allowed:,}: what the pattern "
+            "does not read need not be stored"
         )
 
 
