@@ -1,6 +1,9 @@
 """Each real exercise passes its solution, refuses two cheats, and keeps what was reached."""
 
+import ast
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from dlhelpers.course.exercises.real import dali_io
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
 
 IDS = ["01", "02", "03", "04", "05", "06", "07", "08"]
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 THREE = "The first thing. The second thing. And how one knows."
 
 
@@ -90,14 +94,40 @@ def test_an_interval_that_holds_the_goal_is_no_pass_and_says_so(clock):
 # what is kept and shown
 
 
-@pytest.mark.parametrize("blank", [..., None, lambda *_: ..., lambda *_: None])
+def documented(*_):
+    """What it should do."""
+    ...
+
+
+def not_seen_to_be_blank(*_):
+    return [None][0]
+
+
+@pytest.mark.parametrize("blank", [..., None, documented, lambda *_: ...])
 @pytest.mark.parametrize("id", IDS)
-def test_a_blank_answer_measures_and_keeps_nothing(id, blank, monkeypatch):
-    monkeypatch.setattr(measure, "compare", pytest.fail)
-    found = real.attempt(id, blank)
+def test_a_blank_answer_makes_measures_and_keeps_nothing(id, blank):
+    found = real.attempt(id, blank, pytest.fail)
     goal = real._find(id).goal
     assert str(found) == f"{id} real exercise · not attempted yet · goal: {goal}"
     assert not ledger.default_path().exists()
+
+
+@pytest.mark.parametrize("id", ["01", "03", "04", "05", "06", "07", "08"])
+def test_an_answer_that_turns_out_to_be_blank_is_not_kept(id, monkeypatch):
+    monkeypatch.setattr(measure, "compare", pytest.fail)
+    assert not real.attempt(id, not_seen_to_be_blank).number
+    assert not ledger.default_path().exists()
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_the_notebook_has_the_exercise_unsolved(id):
+    (path,) = NOTEBOOKS.glob(f"{id}_[!_]*.ipynb")
+    cells = {cell["id"]: cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]}
+    assert f'real.names("{id}")' in "".join(cells[f"real-task-{id}"]["source"])
+    call = ast.parse("".join(cells[f"real-{id}"]["source"])).body[-1].value
+    on = next(word.value.value for word in call.keywords if word.arg == "on")
+    assert call.args[0].value == id
+    assert on in real.names(id)
 
 
 def test_figure_sentences_and_attempts_are_kept_and_a_pass_outlives_a_later_failure(clock):
@@ -505,6 +535,7 @@ def of_files(folder, change=lambda images: images, **options):
 
 
 def test_images_that_were_made_small_once_are_those_of_the_folder(folder, clock):
+    clock.speedup, clock.low, clock.high = 4.0, 3.9, 4.1
     found = real.attempt("02", real._find("02").solution, lambda: folder, THREE)
     assert found.passed, found
     clock.speedup, clock.low = 3.2, 2.8

@@ -21,7 +21,7 @@ from typing import Any
 
 from dlhelpers.course import ledger
 from dlhelpers.course.claims import lessons
-from dlhelpers.course.exercises.real.tasks import BlankError, Reached, RefusedError, Task
+from dlhelpers.course.exercises.real.tasks import BlankError, Reached, RefusedError, Task, is_blank
 
 __all__ = ["Attempt", "attempt", "names", "offered", "review"]
 
@@ -104,7 +104,7 @@ def attempt(
     make, name = _made_by(task, on)
     if not isinstance(explanation, str):
         raise TypeError(f"explanation must be text, got {explanation!r}")
-    if answer is None or answer is ...:
+    if is_blank(answer):
         return Attempt(task)
     if not callable(answer):
         raise TypeError(f"answer must be a function, as the cell's first lines have it: {answer!r}")

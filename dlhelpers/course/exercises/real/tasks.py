@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dlhelpers.measure import Comparison
 
-__all__ = ["BlankError", "Reached", "RefusedError", "Task", "given", "speedup_reached"]
+__all__ = ["BlankError", "Reached", "RefusedError", "Task", "given", "is_blank", "speedup_reached"]
+
+
+_CONSTANT = {"RESUME", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
 
 
 class BlankError(Exception):
@@ -66,6 +71,18 @@ class Task:
     rubric: tuple[str, ...]
     explanation: str
     solution: Callable[..., Any]
+
+
+def is_blank(answer: Any) -> bool:
+    """Whether an answer is ``...``, or a function that can be seen to return nothing else."""
+    if answer is None or answer is ...:
+        return True
+    if not inspect.isfunction(answer):
+        return False
+    steps = list(dis.get_instructions(answer))
+    does = {step.opname for step in steps}
+    values = [step.argval for step in steps if step.opname in ("LOAD_CONST", "RETURN_CONST")]
+    return does <= _CONSTANT and values[-1:] in ([None], [...])
 
 
 def given(answer: Callable[..., Any], *arguments: Any) -> Any:
