@@ -738,6 +738,7 @@ def test_arbitrary_text_is_escaped_in_cards(says, reason):
         page = verdict_html(dataclasses.replace(verdict, earlier=both))
         assert tags_of(page) <= {
             "div", "b", "table", "tbody", "tr", "td", "img", "small", "code", "span", "br",
+            "details", "summary",
         }  # fmt: skip
 
 

@@ -14,9 +14,10 @@ A ledger is one JSON file with these keys:
 
 and, once a change to the slow script was measured, ``script[]``, one row per change: id (the field
 of ``Settings``), value, speedup, low, high, outcome, epochs and peak_bytes (before and after, or
-null), measured (time, UTC); and, once a real exercise was attempted, ``real[]``, one row per
-exercise: id, on (what it was solved on), passed, attempts, value, low, high, unit, explanation (the
-reader's), measured (time, UTC).
+null), measured (time, UTC); once a short exercise was attempted in a notebook, ``short[]``, one row
+per exercise: id, passed, attempts, measured (time, UTC); and, once a real exercise was attempted,
+``real[]``, one row per exercise: id, on (what it was solved on), passed, attempts, value, low,
+high, unit, explanation (the reader's), measured (time, UTC).
 
 ``verdict`` is one of holds, fails, unsettled, not-measured, and ``reason`` says why it is one of
 the last two; ``agreement`` (agrees, against, open) says whether that is what the theory of the
@@ -122,7 +123,7 @@ def update(
             those of now where they are left out, and ``earlier`` is filled in.
         path: the ledger; :func:`default_path` where None.
         part: of the ledger: ``rows`` for a claim, ``script`` for a change to the slow script,
-            ``real`` for a real exercise.
+            ``real`` and ``short`` for an exercise.
 
     Raises:
         LedgerError: the row breaks the schema.

@@ -40,7 +40,8 @@ _CHANGE_KEYS = (
 _REAL_KEYS = (
     "id", "on", "passed", "attempts", "value", "low", "high", "unit", "explanation", "measured",
 )  # fmt: skip
-_OPTIONAL = ("script", "real")
+_SHORT_KEYS = ("id", "passed", "attempts", "measured")
+_OPTIONAL = ("script", "real", "short")
 _FIRST_ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
 _AXIS_KEYS = ("unit", "where", "threshold", "points")
 _POINT_KEYS = ("at", "effect", "low", "high", "verdict")
@@ -101,6 +102,17 @@ def _change_problem(row: Any) -> str:
             isinstance(pair, list) and [type(number) for number in pair] == [int, int]
         ):
             return f"{key} must be two whole numbers, before and after, or null, got {pair!r}"
+    return _unlike(row, "measured", datetime.fromisoformat, _A_TIME)
+
+
+def _short_problem(row: Any) -> str:
+    """Return what keeps this from being a short exercise's row, empty where nothing does."""
+    if not isinstance(row, dict) or set(row) != set(_SHORT_KEYS):
+        return f"expected the keys {', '.join(_SHORT_KEYS)}, got {row!r}"
+    if not isinstance(row["id"], str) or not isinstance(row["passed"], bool):
+        return f"id must be text and passed true or false, got {row['id']!r}, {row['passed']!r}"
+    if type(row["attempts"]) is not int or row["attempts"] < 1:
+        return f"attempts must be a whole number from 1, got {row['attempts']!r}"
     return _unlike(row, "measured", datetime.fromisoformat, _A_TIME)
 
 
@@ -298,4 +310,5 @@ PARTS = {
     "rows": (_ROW_KEYS, row_problem),
     "script": (_CHANGE_KEYS, _change_problem),
     "real": (_REAL_KEYS, _real_problem),
+    "short": (_SHORT_KEYS, _short_problem),
 }  # part of a ledger -> keys of its rows, and what keeps something from being one

@@ -17,7 +17,7 @@ Source: tips.toml and lessons/ beside this package, which name the source of eac
 from dlhelpers.course.claims.cards import card
 from dlhelpers.course.claims.catalog import all_claims, all_tips, lessons, load
 from dlhelpers.course.claims.claim import Claim, Lesson, Tip
-from dlhelpers.course.claims.course import course_map, standing
+from dlhelpers.course.claims.course import standing
 from dlhelpers.course.claims.judging import Verdict, not_measured
 from dlhelpers.course.claims.lights import lights_up
 from dlhelpers.course.claims.predictions import answer, guess
@@ -32,7 +32,6 @@ __all__ = [
     "all_tips",
     "answer",
     "card",
-    "course_map",
     "guess",
     "lessons",
     "lights_up",

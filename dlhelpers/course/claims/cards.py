@@ -63,22 +63,27 @@ def claim_text(claim: Claim) -> str:
 
 
 def claim_html(claim: Claim) -> str:
-    """Return the card of a claim as HTML, without what theory says."""
-    facts = "".join(
+    """Return the card of a claim as HTML, without what theory says.
+
+    Tip and source are folded; conditions that the questions under the card name are not repeated.
+    """
+    facts = {name: escape(what) for name, what in _facts(claim).items()}
+    folded = "".join(f"<div>{name}: {facts[name]}</div>" for name in ("tip", "source"))
+    rest = [condition for condition in _listed(claim) if condition.name not in claim.asks]
+    if rest:
+        name = "also measured" if claim.asks else "conditions"
+        facts[name] = escape("; ".join(_condition(claim, condition) for condition in rest))
+    rows = "".join(
         f"<tr><td style='{_LEFT};opacity:0.7;vertical-align:top'>{name}</td>"
-        f"<td style='{_LEFT}'>{escape(what)}</td></tr>"
-        for name, what in _facts(claim).items()
-        if name != "claim"
-    )
-    conditions = "".join(
-        f"<li>{escape(_condition(claim, condition))}</li>" for condition in _listed(claim)
+        f"<td style='{_LEFT}'>{what}</td></tr>"
+        for name, what in facts.items()
+        if name not in ("claim", "tip", "source")
     )
     return _frame(
         "var(--jp-border-color1, #888)",
         f"<div style='opacity:0.7'>Claim <code>{escape(claim.id)}</code></div>"
         f"<div style='font-size:1.15em;margin:0.2em 0'>{escape(claim.says)}</div>"
-        f"<table style='border:none;margin:0'>{facts}</table>"
-        f"<ul style='margin:0.3em 0 0 0'>{conditions}</ul>",
+        f"<table style='border:none;margin:0'>{rows}</table>{_folded('Who says it', folded)}",
     )
 
 
@@ -128,7 +133,8 @@ def verdict_html(verdict: Verdict) -> str:
         bar_colour(verdict.tally),
         f"<div>{escape(claim.says)}</div>{head}<div>{escape(verdict.sentence)}</div>"
         f"<table style='border:none;margin:0.3em 0'>{rows}</table>{remedy}"
-        f"<div style='opacity:0.7'><small>{escape(small)}</small></div>" + _answer_html(verdict),
+        + _answer_html(verdict)
+        + _folded("How it was measured", escape(small)),
     )
 
 
@@ -229,6 +235,13 @@ def _frame(colour: str, inner: str) -> str:
         f"<div style='border-left:4px solid {colour};padding:0.3em 0.8em;margin:0.3em 0;"
         f"background:var(--jp-layout-color2, transparent);color:var(--jp-ui-font-color1, "
         f"currentColor)'>{inner}</div>"
+    )
+
+
+def _folded(summary: str, inner: str) -> str:
+    return (
+        f"<details style='opacity:0.7'><summary><small>{summary}</small></summary>"
+        f"<small>{inner}</small></details>"
     )
 
 

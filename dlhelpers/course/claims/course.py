@@ -9,49 +9,9 @@ from dataclasses import dataclass
 from dlhelpers.course.claims.catalog import all_claims, all_tips, lessons
 from dlhelpers.course.claims.conditions import Judged, Tally
 
-__all__ = ["CourseMap", "Standing", "agreement_text", "course_map", "standing"]
+__all__ = ["Standing", "agreement_text", "standing"]
 
 _ORDER = ("holds", "fails", "unsettled", "not measured", "not run")
-
-
-@dataclass(frozen=True, repr=False)
-class CourseMap:
-    """Every tip with the notebooks that treat it and the number of its claims.
-
-    Attributes:
-        rows: (notebook's stem, tip as people say it, number of claims settled there); the stem is
-            empty for tips that no notebook treats yet.
-    """
-
-    rows: tuple[tuple[str, str, int], ...]
-
-    def __repr__(self) -> str:
-        return "\n".join(
-            f"{stem or 'later':16} {_counted(count):10} {says}" for stem, says, count in self.rows
-        )
-
-    def _repr_html_(self) -> str:
-        written = {claim.notebook for claim in all_claims()}
-        body = "".join(
-            "<tr>"
-            f"<td style='text-align:left'>{_link(stem, stem in written)}</td>"
-            f"<td style='text-align:left'>{html.escape(says)}</td>"
-            f"<td style='text-align:left'>{_counted(count)}</td></tr>"
-            for stem, says, count in self.rows
-        )
-        head = "<tr><th>notebook</th><th>tip</th><th></th></tr>"
-        return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
-
-
-def course_map() -> CourseMap:
-    """Return the map of the course: every tip of tips.toml, in the notebooks' order."""
-    rows = []
-    for stem in (*(lesson.stem for lesson in lessons()), ""):
-        for tip in all_tips():
-            if stem in (tip.notebooks or ("",)):
-                claims = [c for c in all_claims() if (c.tip, c.notebook) == (tip.id, stem)]
-                rows.append((stem, tip.says, len(claims)))
-    return CourseMap(tuple(rows))
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +59,8 @@ class Standing:
     def _repr_html_(self) -> str:
         left = " style='text-align:left'"
         body = "".join(
-            f"<tr><td{left}>{_link(stem, True)}</td><td{left}>{html.escape(says)}</td>"
+            f"<tr><td{left}><a href='{stem}.ipynb'>{stem}</a></td>"
+            f"<td{left}>{html.escape(says)}</td>"
             f"<td{left}>{_said(_counts(tally, missing))}{_against_html(tally)}</td></tr>"
             for stem, says, tally, missing in self.rows
         )
@@ -188,13 +149,3 @@ def _listed(title: str, entries: Iterable[tuple[str, ...]]) -> str:
         for id, *rest in entries
     )
     return f"<p>{title}</p><ul>{lines}</ul>" if lines else ""
-
-
-def _counted(count: int) -> str:
-    return f"{count} claim{'s' if count > 1 else ''}" if count else "to come"
-
-
-def _link(stem: str, is_written: bool) -> str:
-    if not stem:
-        return "later"
-    return f"<a href='{stem}.ipynb'>{stem}</a>" if is_written else stem

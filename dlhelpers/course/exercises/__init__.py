@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from dlhelpers.course import ledger
 from dlhelpers.course.claims import lessons
+from dlhelpers.course.notebook import in_ipython
 
 __all__ = ["Case", "Exercise", "Result", "check", "hint", "ids", "solution"]
 
@@ -109,14 +111,34 @@ def check(id: str, answer: Any) -> Result:
         answer: the learner's function or value; ``...`` or None, or a function that returns
             either, counts as not attempted.
 
+    In a notebook an attempt is kept in the ledger.
+
     Raises:
         ValueError: there is no such exercise.
     """
-    exercise = _find(id)
+    result = _judged(_find(id), answer)
+    if result.attempted and in_ipython():
+        _keep(result)
+    return result
+
+
+def _keep(result: Result) -> None:
+    """Count an attempt in the ledger; what passed once has passed."""
+    id = result.exercise.id
+    try:
+        rows = {row["id"]: row for row in ledger.read().get("short", [])}
+    except (OSError, ledger.LedgerError):
+        rows = {}
+    old = rows.get(id, {"passed": False, "attempts": 0})
+    row = {"id": id, "passed": old["passed"] or result.passed, "attempts": old["attempts"] + 1}
+    ledger.record(row, "short")
+
+
+def _judged(exercise: Exercise, answer: Any) -> Result:
     not_yet = Result(
         exercise,
         None,
-        f'replace the ... and run this cell again; exercises.hint("{id}") helps',
+        f'replace the ... and run this cell again; exercises.hint("{exercise.id}") helps',
         attempted=False,
     )
     if answer is None or answer is ...:
