@@ -241,3 +241,31 @@ def test_without_accounts_nothing_is_said(tmp_path, monkeypatch):
     assert stores.private_growth(lambda: None) is None
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     assert stores.evict(tmp_path) is None
+
+
+def test_a_reading_hands_every_item_to_its_use_once_an_epoch(photos):
+    seen = []
+    step = stores.reading(photos, seen.append, size=len(photos) // 2)
+    assert (step(), step()) == (None, None)
+    assert sorted(seen) == sorted(photos)
+    counted = [0] * len(photos)
+
+    class Counting:
+        def __len__(self):
+            return len(photos)
+
+        def __getitem__(self, index):
+            counted[index] += 1
+
+    stores.reading(Counting(), size=len(photos))()
+    assert counted == [1] * len(photos)
+
+
+def test_a_reading_anew_opens_the_store_once_a_call_and_reads_all_of_it(photos, tmp_path):
+    store = stores.make_store("memmap", photos, [0] * len(photos), tmp_path)
+    store.reopened = lambda again=store.reopened: opened.append(again()) or opened[-1]
+    opened, seen = [], []
+    step = stores.reading_anew(store, seen.append)
+    step(), step()
+    assert len(opened) == 2
+    assert sorted(seen) == sorted(photos * 2)

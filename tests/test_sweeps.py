@@ -143,7 +143,7 @@ def test_a_rate_beside_the_grid_is_refused():
 
 
 def test_the_lesson_picks_the_best_other_activation_by_held_out_digits():
-    lesson = Path(__file__).parent.parent / "notebooks" / "01_pairing.ipynb"
+    lesson = Path(__file__).parent.parent / "notebooks" / "01b_more.ipynb"
     cells = json.loads(lesson.read_text(encoding="utf-8"))["cells"]
     (source,) = ("".join(c["source"]) for c in cells if "best = max(" in "".join(c["source"]))
     names = ("none (raw logits)", "tanh", "ReLU", "sigmoid", "softmax")
@@ -151,5 +151,15 @@ def test_the_lesson_picks_the_best_other_activation_by_held_out_digits():
     found = {name: Sweep((0.01,), ((kept[name],),), ((100.0 - kept[name],),)) for name in names}
     picks = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)][-2:]
     values = {"found": found}
-    exec(compile(ast.Module(picks, []), "01_pairing", "exec"), values)
+    exec(compile(ast.Module(picks, []), "01b_more", "exec"), values)
     assert values["best"] is found["ReLU"], "tanh and sigmoid are better on the test digits"
+
+
+def test_what_is_lost_is_the_mean_over_seeds_at_one_rate_or_at_each_sides_best():
+    weak = Sweep((0.1, 1.0), ((50.0, 50.0), (80.0, 80.0)), ((40.0, 50.0), (81.0, 83.0)))
+    strong = Sweep((0.1, 1.0), ((90.0, 90.0), (10.0, 10.0)), ((88.0, 90.0), (20.0, 10.0)))
+    assert weak.lost(strong).value == pytest.approx((88 - 81 + 90 - 83) / 2)
+    assert weak.lost(strong, rate=0.1).value == pytest.approx((88 - 40 + 90 - 50) / 2)
+    assert weak.lost(strong, rate=1.0).value == pytest.approx((20 - 81 + 10 - 83) / 2)
+    with pytest.raises(ValueError, match="the grid is"):
+        weak.lost(strong, rate=0.2)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from dlhelpers.measure import Estimate, estimate_difference
+
 __all__ = ["Sweep", "sweep"]
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's, torch's own defaults
@@ -62,6 +64,17 @@ class Sweep:
     def at_best(self) -> tuple[float, ...]:
         """Test accuracies at the best rate, one a seed, in percent."""
         return self.at(self.best_rate)
+
+    def lost(self, against: Sweep, *, rate: float | None = None) -> Estimate:
+        """Return how many percentage points this side's test accuracy is below ``against``'s.
+
+        Paired seed by seed, at one rate of the grid; each side at its best where rate is None.
+
+        Raises:
+            ValueError: the grid lacks the rate, or the sides have different seeds.
+        """
+        own, other = (s.at_best if rate is None else s.at(rate) for s in (self, against))
+        return estimate_difference(own, other, unit="points")
 
     def curve(self) -> tuple[tuple[float, ...], ...]:
         """Return log10 of the rates, mean, lowest and highest test accuracy, for a figure."""

@@ -12,7 +12,14 @@ file out of memory, so that the next read comes from the disk.
 
 from dlhelpers.course.stores.containers import STORES, Store, installed, make_store
 from dlhelpers.course.stores.pagecache import evict, private_growth, resident_share
-from dlhelpers.course.stores.timing import Split, loader_time, next_batch, split_time
+from dlhelpers.course.stores.timing import (
+    Split,
+    loader_time,
+    next_batch,
+    reading,
+    reading_anew,
+    split_time,
+)
 
 __all__ = [
     "STORES",
@@ -24,6 +31,8 @@ __all__ = [
     "make_store",
     "next_batch",
     "private_growth",
+    "reading",
+    "reading_anew",
     "resident_share",
     "split_time",
 ]

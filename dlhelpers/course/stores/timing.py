@@ -19,7 +19,7 @@ from dlhelpers.lmdb_io.decoding import load_decoder
 if TYPE_CHECKING:
     from dlhelpers.course.stores.containers import Store
 
-__all__ = ["Split", "loader_time", "next_batch", "split_time"]
+__all__ = ["Split", "loader_time", "next_batch", "reading", "reading_anew", "split_time"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,41 @@ def split_time(
         times[3] = perf_counter() - begin
         rows.append([1e6 * seconds / batch_size for seconds in times])
     return Split(*(median(column) for column in zip(*rows, strict=True)))
+
+
+def reading(
+    source: Any, use: Callable[[Any], Any] | None = None, *, size: int = 32
+) -> Callable[[], None]:
+    """Return a :func:`next_batch` over all items of a store, a dataset or a list.
+
+    Args:
+        source: has a length and, for each index, an item.
+        use: called with each item, such as a decoder; None reads the items and no more.
+        size: items read at each call.
+
+    >>> seen = []
+    >>> reading([b"cat", b"dog"], seen.append, size=2)()
+    >>> sorted(seen)
+    [b'cat', b'dog']
+    """
+    if use is None:
+        return next_batch(source.__getitem__, len(source), size=size)
+    return next_batch(lambda index: use(source[index]), len(source), size=size)
+
+
+def reading_anew(store: Store, use: Callable[[bytes], Any] = len) -> Callable[[], None]:
+    """Return a callable that opens a store anew and reads all of it in random order.
+
+    For reads from the disk, with :func:`evict` before each call: what stays mapped between calls
+    could not be dropped.
+    """
+
+    def step() -> None:
+        opened = store.reopened()
+        for index in random.sample(range(len(store)), len(store)):
+            use(opened[index])
+
+    return step
 
 
 def next_batch(read: Callable[[int], Any], count: int, *, size: int = 32) -> Callable[[], None]:
