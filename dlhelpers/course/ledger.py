@@ -14,7 +14,9 @@ A ledger is one JSON file with these keys:
 
 and, once a change to the slow script was measured, ``script[]``, one row per change: id (the field
 of ``Settings``), value, speedup, low, high, outcome, epochs and peak_bytes (before and after, or
-null), measured (time, UTC).
+null), measured (time, UTC); and, once a real exercise was attempted, ``real[]``, one row per
+exercise: id, on (what it was solved on), passed, attempts, value, low, high, unit, explanation (the
+reader's), measured (time, UTC).
 
 ``verdict`` is one of holds, fails, unsettled, not-measured, and ``reason`` says why it is one of
 the last two; ``agreement`` (agrees, against, open) says whether that is what the theory of the
@@ -119,7 +121,8 @@ def update(
         row: keys as in the module's docstring; ``judged`` (``measured``) and ``versions`` are
             those of now where they are left out, and ``earlier`` is filled in.
         path: the ledger; :func:`default_path` where None.
-        part: of the ledger: ``rows`` for a claim, ``script`` for a change to the slow script.
+        part: of the ledger: ``rows`` for a claim, ``script`` for a change to the slow script,
+            ``real`` for a real exercise.
 
     Raises:
         LedgerError: the row breaks the schema.
@@ -148,7 +151,7 @@ def update(
 
 
 def _usual(part: str) -> dict[str, Any]:
-    if part == "script":
+    if part != "rows":
         return {"measured": _now()}
     return {
         "predictions": [], "earlier": [], "axis": None, "judged": _now(), "versions": _versions(),
@@ -165,7 +168,7 @@ def record(row: Mapping[str, Any], part: str = "rows") -> dict[str, Any] | None:
     Where that is not writable there is one warning, and None is returned.
 
     Args:
-        row: of a claim, or of a change.
+        row: of a claim, of a change, or of a real exercise.
         part: as in :func:`update`.
     """
     path = default_path()

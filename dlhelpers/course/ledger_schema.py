@@ -37,7 +37,10 @@ _ROW_KEYS = (
 _CHANGE_KEYS = (
     "id", "value", "speedup", "low", "high", "outcome", "epochs", "peak_bytes", "measured",
 )  # fmt: skip
-_OPTIONAL = ("script",)
+_REAL_KEYS = (
+    "id", "on", "passed", "attempts", "value", "low", "high", "unit", "explanation", "measured",
+)  # fmt: skip
+_OPTIONAL = ("script", "real")
 _FIRST_ROW_KEYS = ("id", "judged", "versions", "control", "answer", "answered", "conditions")
 _AXIS_KEYS = ("unit", "where", "threshold", "points")
 _POINT_KEYS = ("at", "effect", "low", "high", "verdict")
@@ -73,10 +76,13 @@ def problem(ledger: Any) -> str:
         if row["id"] in seen:
             return f"row {number}: a second row of {row['id']!r}"
         seen.add(row["id"])
-    changes = ledger.get("script", [])
-    if not isinstance(changes, list):
-        return f"script must be a list of changes, got {changes!r}"
-    return next((f"script: {said}" for row in changes if (said := _change_problem(row))), "")
+    for part in _OPTIONAL:
+        if not isinstance(rows := ledger.get(part, []), list):
+            return f"{part} must be a list of rows, got {rows!r}"
+        for row in rows:
+            if said := PARTS[part][1](row):
+                return f"{part}: {said}"
+    return ""
 
 
 def _change_problem(row: Any) -> str:
@@ -95,6 +101,23 @@ def _change_problem(row: Any) -> str:
             isinstance(pair, list) and [type(number) for number in pair] == [int, int]
         ):
             return f"{key} must be two whole numbers, before and after, or null, got {pair!r}"
+    return _unlike(row, "measured", datetime.fromisoformat, _A_TIME)
+
+
+def _real_problem(row: Any) -> str:
+    """Return what keeps this from being a real exercise's row, empty where nothing does."""
+    if not isinstance(row, dict) or set(row) != set(_REAL_KEYS):
+        return f"expected the keys {', '.join(_REAL_KEYS)}, got {row!r}"
+    for key in ("id", "on", "unit", "explanation"):
+        if not isinstance(row[key], str):
+            return f"{key} must be text, got {row[key]!r}"
+    for key in ("value", "low", "high"):
+        if not isinstance(row[key], (int, float, type(None))):
+            return f"{key} must be a number or null, got {row[key]!r}"
+    if not isinstance(row["passed"], bool):
+        return f"passed must be true or false, got {row['passed']!r}"
+    if type(row["attempts"]) is not int or row["attempts"] < 1:
+        return f"attempts must be a whole number from 1, got {row['attempts']!r}"
     return _unlike(row, "measured", datetime.fromisoformat, _A_TIME)
 
 
@@ -274,4 +297,5 @@ def _unlike(part: Mapping[str, Any], key: str, read: Any, wanted: str) -> str:
 PARTS = {
     "rows": (_ROW_KEYS, row_problem),
     "script": (_CHANGE_KEYS, _change_problem),
+    "real": (_REAL_KEYS, _real_problem),
 }  # part of a ledger -> keys of its rows, and what keeps something from being one
