@@ -227,6 +227,9 @@ def test_a_reader_plays_on_the_board(game, diagnosed):
     board = story.Board(game, the_best_known_order=other)
     measured = len(game.compared)
     assert board.played is None
+    shown = board._repr_mimebundle_()
+    assert shown["text/plain"].startswith("Run this notebook to play")  # where no kernel runs
+    assert len(shown) == 2
     board.part.value = "scoring"
     board.look.click()
     assert "python-loop" in board.profile.value

@@ -9,6 +9,7 @@ from dlhelpers.course.story.played import Played
 
 __all__ = ["Board"]
 
+_VIEW = "application/vnd.jupyter.widget-view+json"
 _PARTS = {"training": "train", "validation": "valid", "scoring": "score"}
 
 
@@ -57,10 +58,9 @@ class Board:
         """The rounds so far; None before the first."""
         return self._played
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.view)
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        text = "Run this notebook to play: a menu of changes, a slider for the gain, a profile."
+        return {"text/plain": text, _VIEW: self.view._repr_mimebundle_()[_VIEW]}
 
     def _begin(self) -> None:
         self._position, self._played = self.game.start(), None
