@@ -15,7 +15,8 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 def bar(iterable: Iterable[Any] | None = None, *, progress: bool | None, **options: Any) -> Any:
     """Return tqdm's bar, over an iterable or to be moved by hand.
 
-    In a notebook it goes when the work is done: a widget that is kept is dead in the stored file.
+    In a notebook it goes when the work is done, as a widget that is kept is dead in the stored
+    file; a line of text stays, which is also what a page without widgets shows.
 
     Args:
         progress: True shows it, False does not, None shows it in a terminal only, and only if the
@@ -36,7 +37,7 @@ def _fleeting() -> type:
     from tqdm.notebook import tqdm
 
     class Fleeting(tqdm):
-        """A notebook's bar that leaves an empty output."""
+        """A notebook's bar that leaves a line of text."""
 
         _place = None
 
@@ -53,11 +54,19 @@ def _fleeting() -> type:
         def close(self) -> None:
             super().close()
             if self._place is not None:
-                self._place.update({"text/plain": ""}, raw=True)
+                self._place.update({"text/plain": self._line()}, raw=True)
 
         def _show(self) -> None:
             view = {"version_major": 2, "version_minor": 0, "model_id": self.container.model_id}
-            self._place = display({_WIDGET: view, "text/plain": ""}, raw=True, display_id=True)
+            bundle = {_WIDGET: view, "text/plain": self._line()}
+            self._place = display(bundle, raw=True, display_id=True)
             self.displayed = True
+
+        def _line(self) -> str:
+            """Say what was counted, without a time: the line is compared when cells run again."""
+            name = self.desc.removesuffix(": ") or ("done" if self.unit == "it" else self.unit)
+            if self.total == 1:
+                return name
+            return f"{name}: {self.n:,}" + ("" if self.total is None else f" of {self.total:,}")
 
     return Fleeting

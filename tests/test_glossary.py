@@ -8,10 +8,10 @@ TEXT = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 ENTRY = re.compile(r"^## (.+)\n\n((?:.+\n)+)\nLesson \[(\d\d)\]\(\.\./(.+)\)\.\n", re.MULTILINE)
 WANTED = """activation checkpointing, arithmetic intensity, autocast, B-tree, backend, break-even,
 calibration, channels_last, compute-bound, confidence interval, control, depthwise convolution,
-effect size, fake quantization, FLOPs, graph break, group convolution, kernel, latency, logits,
-LSTM cell, MACs, memory map, memory-bound, mixed precision, operator fusion, page cache,
-per-channel, per-tensor, pinned memory, prefetch, PTQ, QAT, roofline, scale, SQNR,
-straight-through estimator, throughput, working set, zero point"""
+effect size, fake quantization, FLOPs, gradient accumulation, graph break, group convolution,
+kernel, latency, logits, loss scaling, LSTM cell, MACs, memory map, memory-bound, mixed precision,
+operator fusion, page cache, per-channel, per-tensor, pinned memory, prefetch, PTQ, QAT, roofline,
+scale, SQNR, straight-through estimator, throughput, working set, zero point"""
 
 
 def test_each_term_is_there_once_and_in_alphabetical_order():

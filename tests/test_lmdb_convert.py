@@ -877,3 +877,48 @@ def test_a_call_costs_what_it_is_given(tmp_path):
     data += b"h\x00h\x01\x85R0" * size + b"N."
     with pytest.raises(PickleError):
         unpickle(data)
+
+
+def test_a_database_is_read_without_the_code_that_lies_beside_it(tmp_path):
+    """The child that walks over a damaged file imports nothing from the current folder."""
+    old_database(tmp_path / "old", {b"0": pickle.dumps((PNGS[0], 1)), b"__len__": pickle.dumps(1)})
+    beside = tmp_path / "json.py"
+    beside.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ImportError\n")
+    code = f"from dlhelpers.lmdb_io import convert_lmdb; convert_lmdb({str(tmp_path / 'old')!r}, "
+    code += f"{str(tmp_path / 'new')!r}, progress=False)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()
+    assert len(LMDBDataset(tmp_path / "new")) == 1
+
+
+def test_an_array_without_elements_cannot_fill_the_memory():
+    with pytest.raises(PickleError, match=r"of shape \[100000000, 0\] holds nothing"):
+        unpickle(pickle.dumps((PNGS[0], np.empty((10**8, 0)))))
+    assert unpickle(pickle.dumps(np.empty((0, 4)))).shape == (0, 4)  # no boxes
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"nd": True, "type": "<f3", "shape": [1], "data": b"123"}, "array is damaged .TypeError"),
+        ({"nd": True, "type": "<f4", "shape": [1], "data": "text"}, "array is damaged .TypeError"),
+        ({"nd": False, "type": "<f4", "data": b""}, "array is damaged .IndexError"),
+        ({"nd": True, "type": "<f4", "data": b"1234"}, "array is damaged .KeyError"),
+        ({"nd": True, "type": "<f4", "shape": ["x"], "data": b"1234"}, "array is damaged .TypeErr"),
+        ({"nd": True, "type": "<f4", "shape": [10**8, 0], "data": b""}, "holds nothing"),
+        (functools.reduce(lambda inner, _: [inner], range(700), 1), "nested too deeply"),
+    ],
+    ids=["type", "data", "empty", "no shape", "shape", "no elements", "deep"],
+)
+def test_damaged_arrays_in_msgpack_are_named(value, says):
+    msgpack = pytest.importorskip("msgpack")
+    with pytest.raises(ValueError, match=says):
+        sample_of(msgpack.packb({"image": PNGS[0], "label": value}), "msgpack")
+
+
+def test_keys_that_are_the_same_text_once_as_bytes_are_refused():
+    with pytest.raises(ValueError, match="two of its 3 keys are the same text"):
+        sample_of(pickle.dumps({b"image": PNGS[0], "image": PNGS[1], "y": 3}), "pickle")

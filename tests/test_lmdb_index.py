@@ -483,3 +483,15 @@ def test_an_index_of_an_earlier_version_that_misses_a_record_is_named(tmp_path):
     for name in ("targets", "samples"):
         with pytest.raises(DatabaseError, match="index misses record 1"):
             list(getattr(opened(tmp_path / "db"), name))
+
+
+def test_one_sample_of_a_damaged_block_is_refused(tmp_path):
+    file = tmp_path / "a.lmdb"
+    png = io.BytesIO()
+    Image.new("L", (2, 2)).save(png, "PNG")
+    write_lmdb([(f"k{i}", png.getvalue(), i) for i in range(6)], file, progress=False)
+    content = file.read_bytes()
+    assert b"k0k1k2k3k4k5" in content
+    file.write_bytes(content.replace(b"k0k1k2k3k4k5", b"k9k1k2k3k4k5"))
+    with pytest.raises(DatabaseError, match="checksum"):
+        LMDBDataset(file).samples[0]

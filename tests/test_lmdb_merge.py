@@ -712,3 +712,33 @@ def test_what_is_appended_has_the_fields_of_the_database(tmp_path):
     assert found.classes == ["cat"]
     assert list(found.targets) == [0, 0, 0]
     assert found[2]["image"].flatten().unique().tolist() == [2]
+
+
+def test_settings_that_differ_are_known_when_more_is_appended(tmp_path):
+    fields = {"image": "jpeg", "label": "json"}
+    for name, quality in (("a", 80), ("b", 90)):
+        samples = [(name, {"image": Image.new("RGB", (8, 8)), "label": 1})]
+        write(samples, tmp_path / name, fields=fields, quality=quality)
+    write([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    more = [("c", {"image": Image.new("RGB", (8, 8)), "label": 1})]
+    with pytest.raises(
+        ValueError, match=r"quality=70 differs from 80 or 90, .* give quality=80 or"
+    ):
+        write(more, tmp_path / "m", append=True, quality=70)
+    write(more, tmp_path / "m", append=True, quality=80)
+    assert settings_of(tmp_path / "m") == "differing: quality 80 or 90"
+    for name, encode in (("r", "raw"), ("j", "jpeg")):
+        write([(name, bitmap(3), 0)], tmp_path / name, encode=encode)
+    write([tmp_path / "r", tmp_path / "j"], tmp_path / "n")
+    with pytest.raises(ValueError, match=r"encode='raw': .* with encode .*: leave encode out"):
+        write([("d", bitmap(4), 0)], tmp_path / "n", append=True, encode="raw")
+
+
+def test_no_items_are_no_list_of_databases(tmp_path):
+    write(
+        [("a", {"image": bitmap(1), "label": 0})],
+        tmp_path / "m",
+        fields={"image": "image", "label": "json"},
+    )
+    with pytest.raises(ValueError, match="holds no image that could be stored"):
+        write([], tmp_path / "m", append=True)

@@ -645,3 +645,18 @@ def test_a_decoder_that_is_too_old_is_passed_over(monkeypatch):
 
 def test_auto_is_the_first_decoder_that_is_installed():
     assert load_decoder("auto") is load_decoder(decoders()[0])
+
+
+def test_verify_opens_one_shard_at_a_time(tmp_path):
+    """So that the limit of open files is no limit of shards."""
+    resource = pytest.importorskip("resource")
+    png = io.BytesIO()
+    Image.new("L", (2, 2)).save(png, "PNG")
+    samples = [(f"k{i:02}", png.getvalue(), 0) for i in range(40)]
+    write_lmdb(samples, tmp_path / "db", shards=40, progress=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, hard))
+    try:
+        assert verify_lmdb(tmp_path / "db", progress=False).count == 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

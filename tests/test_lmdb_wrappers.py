@@ -328,3 +328,16 @@ def test_an_empty_subset_holds_no_image(tmp_path):
     write_lmdb(source, tmp_path / "db", progress=False)
     with pytest.raises(SourceError, match="holds no image that could be stored"):
         write_lmdb(Subset(LMDBDataset(tmp_path / "db"), []), tmp_path / "new", progress=False)
+
+
+class OwnRecord(LMDBDataset):
+    def record(self, index):
+        key, target, image = super().record(index)
+        return key, target + 50, image
+
+
+def test_a_subclass_with_records_of_its_own_is_stored_as_it_gives_them(database, tmp_path):
+    source = Subset(OwnRecord(database, decode="pil"), [3, 1])
+    write(source, tmp_path / "db")
+    stored_targets = [target for _, target in LMDBDataset(tmp_path / "db").samples]
+    assert stored_targets == [source[0][1], source[1][1]]

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LESSON = """
 title = "Toy"
 learn = "whether toys are fast"
+minutes = 5
 
 [[claim]]
 id = "toy.is-fast"

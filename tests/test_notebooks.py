@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from dlhelpers.course import exercises
+from dlhelpers.course import claims, exercises
 from dlhelpers.course.report.running import kernel_of_this_python
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +128,7 @@ def test_opens_with_what_the_reader_will_be_able_to_do(path):
     assert names == ["You will be able to", "Minutes:", "You need"]
     total, *parts = map(int, re.findall(r"\d+", re.search(r"\*\*Minutes:\*\*(.+)", first)[1]))
     assert total == sum(parts) or not parts
+    assert total == next(lesson.minutes for lesson in claims.lessons() if lesson.stem == path.stem)
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p not in MORE], ids=lambda p: p.stem)

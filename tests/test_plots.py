@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dlhelpers import memory
 from dlhelpers.course import plots
 from dlhelpers.drawing import style
+from dlhelpers.drawing.contrast import as_text
 from dlhelpers.measure import Estimate
 from dlhelpers.roofline import Roofline
 from dlhelpers.stages import predict_stages
@@ -29,27 +30,28 @@ positive = st.floats(1e-3, 1e3)
     st.none() | st.floats(0.5, 2),
 )
 def test_the_strip_is_well_formed_and_stays_inside(ratios, a, b, threshold):
-    svg = plots.strip_svg(
+    panel = plots.strip(
         ratios, min(a, b), max(a, b), negligible=0.03, estimate=a, threshold=threshold
     )
-    root = ET.fromstring(svg)
-    circles = [e for e in root.iter() if e.tag.endswith("circle")]
-    assert 2 <= len(circles) <= 202
-    for circle in circles:
-        assert -0.1 <= float(circle.get("cx")) <= 360.1
-    assert root.get("role") == "img"
-    assert "speedup" in root.get("aria-label")
+    root = ET.fromstring(panel.svg)
+    (cloud,) = [e.get("d") for e in root.iter() if e.tag.endswith("path")]
+    places = [float(x) for x in re.findall(r"M(\S+) ", cloud)]
+    assert 1 <= len(places) <= 200
+    for x in [*places, *(float(e.get("cx")) for e in root.iter() if e.get("cx"))]:
+        assert 0 <= x <= panel.width
+    assert "speedup" in panel.alt
+    assert ("threshold" in panel.alt) == (threshold is not None)
 
 
 def test_the_strip_is_the_same_each_time_and_puts_one_in_the_middle():
     options = {"negligible": 0.03, "estimate": 1.0}
-    strip = plots.strip_svg([1.0], 0.99, 1.01, **options)
-    assert strip == plots.strip_svg([1.0], 0.99, 1.01, **options)
+    strip = plots.strip([1.0], 0.99, 1.01, **options).svg
+    assert strip == plots.strip([1.0], 0.99, 1.01, **options).svg
     assert 'cx="180.0"' in strip
 
 
 def test_a_faster_candidate_lies_on_the_right():
-    strip = plots.strip_svg([1.5], 1.4, 1.6, negligible=0.03, estimate=1.5)
+    strip = plots.strip([1.5], 1.4, 1.6, negligible=0.03, estimate=1.5).svg
     assert float(re.findall(r'cx="([\d.]+)"', strip)[-1]) > 180
 
 
@@ -66,8 +68,23 @@ def test_what_a_range_clips_is_drawn_in_another_colour():
     axes = drawn.axes[0]
     colours = [bar.get_facecolor() for bar in axes.patches]
     assert colours[0] == colours[4] != colours[1] == colours[2] == colours[3]
-    assert [text.get_text() for text in axes.texts] == ["min-max", "mse"]
     assert [bar.get_height() for bar in axes.patches] == counts
+
+
+def test_the_name_of_a_mark_is_beside_its_own_line_in_its_colour_above_the_bars():
+    counts, edges = [900, 50, 9, 4, 1], [0, 1, 2, 3, 4, 5]
+    marks = {"mse": 1.5, "min-max": 4.9, "aciq": 1.6}
+    drawn = plots.clipping(counts, edges, low=0, high=4, title="t", xlabel="x", marks=marks)
+    axes = drawn.axes[0]
+    styles = set()
+    for text in axes.texts:
+        own = [m for m in axes.lines if m.get_color() == text.get_color()]
+        assert {x for m in own for x in m.get_xdata()} == {marks[text.get_text()]}
+        dot = axes.transData.inverted().transform(axes.transAxes.transform((0, text.xy[1])))
+        assert dot[1] > max(counts)
+        styles |= {m.get_linestyle() for m in own if m.get_marker() == "None"}
+    assert [text.get_text() for text in axes.texts] == ["min-max", "aciq", "mse"]
+    assert len(styles) == 3
 
 
 def test_a_ranking_has_a_row_for_each_name_in_order():
@@ -140,10 +157,11 @@ anything = st.floats(0, allow_nan=False) | st.just(math.inf)
 
 @given(st.lists(anything, max_size=20), anything, anything, anything, st.floats(0, 1))
 def test_no_ratio_or_interval_breaks_the_strip(ratios, low, high, estimate, negligible):
-    svg = plots.strip_svg(ratios, low, high, negligible=negligible, estimate=estimate)
-    for element in ET.fromstring(svg).iter():
-        for name in ("x", "x1", "x2", "cx"):
-            assert -0.1 <= float(element.get(name, 0)) <= 360.1
+    panel = plots.strip(ratios, low, high, negligible=negligible, estimate=estimate)
+    for element in ET.fromstring(panel.svg).iter():
+        points = [point.split(",")[0] for point in element.get("points", "").split()]
+        for number in [element.get("x", 0), element.get("cx", 0), *points]:
+            assert 0 <= float(number) <= panel.width
 
 
 def test_an_interval_without_an_end_still_leaves_a_picture():
@@ -178,14 +196,14 @@ def test_every_curve_is_labelled_at_itself_in_its_colour():
     axes = drawn.axes[0]
     for line, label in zip(axes.lines, axes.texts, strict=True):
         assert label.xy in set(zip(*line.get_data(), strict=True))
-        assert label.get_color() == line.get_color()
+        assert label.get_color() == as_text(line.get_color())
 
 
 def test_numbers_in_a_heatmap_stand_out_from_their_cell():
     drawn = plots.heatmap([[0.0, 10.0]], ["a"], ["b", "c"], title="t", unit="%")
-    assert [t.get_color() for t in drawn.axes[0].texts] == ["white", "black"]
+    assert [t.get_color() for t in drawn.axes[0].texts] == ["#ffffff", "#000000"]
     even = plots.heatmap([[5.0, 5.0]], ["a"], ["b", "c"], title="t", unit="%")
-    assert {t.get_color() for t in even.axes[0].texts} == {"white"}  # all in the darkest colour
+    assert {t.get_color() for t in even.axes[0].texts} == {"#ffffff"}  # all in the darkest colour
 
 
 @pytest.mark.parametrize("location", ["left", "center", "right"])
@@ -240,7 +258,7 @@ def test_pictures_keep_black_black_and_white_white():
     assert (first.norm.vmin, first.norm.vmax) == (0, 255)
     assert second.get_array()[0, 0].tolist() == [200, 0, 0]
     assert [axes.get_title() for axes in drawn.axes] == ["dark", "red"]
-    assert 'alt="two" src="data:image/jpeg' in style.picture(drawn)
+    assert re.match('<img alt="two" width="[0-9]+" src="data:image/jpeg', style.picture(drawn))
 
 
 def test_a_measured_point_lies_beside_the_curves():

@@ -140,7 +140,7 @@ def test_one_tap_notes_condition_and_sureness_until_the_verdict_is_shown(claim):
     assert note.value == "noted: pays (sure)"
     buttons[1].click()
     assert note.value == "noted: does not pay (likely)"
-    assert [bool(b.button_style) for b in buttons] == [False, True, *[False] * 4]
+    assert [bool(b.style.button_color) for b in buttons] == [False, True, *[False] * 4]
     assert rows_of(claim)[0]["batch 1"][1].value == note.value, "running the cell again shows it"
     verdict = claim.judge(evidence(FAST, SAME))
     assert [(p.condition, p.says, p.sure) for p in verdict.said] == [("batch 1", "fails", 2)]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dlhelpers import pairing
 from dlhelpers.course import story
 from dlhelpers.course.story import MENU, STEPS, Script, Settings, after
 from dlhelpers.course.story import script as whole
@@ -117,12 +116,9 @@ def test_the_fastest_backend_gives_the_networks_numbers_on_photographs_it_has_no
 
 
 def test_the_softmax_in_front_of_the_loss_is_what_pairing_finds(script):
-    images, labels = next(iter(script.loader("valid", Settings())))
-    loss = torch.nn.CrossEntropyLoss()
-    wrong = pairing.check(script.model(Settings()), loss, labels, images)
-    right = pairing.check(script.model(after("logits into the loss")), loss, labels, images)
-    assert [finding.name for finding in wrong] == ["softmax-into-cross-entropy"]
-    assert right == []
+    found = script.mistakes(Settings())
+    assert [finding.name for finding in found] == ["softmax-into-cross-entropy"]
+    assert script.mistakes(after("logits into the loss")) == []
 
 
 def test_validation_without_graphs_needs_less_memory(script):

@@ -1,4 +1,4 @@
-"""A bar goes when the work is done; what stays in a notebook's file is empty."""
+"""A bar goes when the work is done; what stays in a notebook's file is a line of text."""
 
 import nbformat
 import pytest
@@ -16,7 +16,9 @@ def outputs():
         "for _ in bar(range(3), progress=True, delay=0.1, leave=False):\n    sleep(0.1)",
         "for _ in bar(range(3), progress=None):\n    pass",
         "for _ in bar(range(3), progress=False):\n    pass",
-        "with bar(total=2, progress=True) as shown:\n    shown.update()\n    raise ValueError",
+        "with bar(total=2, progress=True, unit='backend') as shown:\n"
+        "    shown.update()\n    raise ValueError",
+        "with bar(total=1, progress=True, desc='racing two', bar_format='{desc}'):\n    pass",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     client = NotebookClient(
@@ -26,11 +28,14 @@ def outputs():
     return [cell.outputs for cell in notebook.cells]
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])
-def test_a_bar_that_has_gone_leaves_an_empty_output(outputs, number):
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [(1, "photos: 3 of 3"), (2, "done: 3 of 3"), (5, "backend: 1 of 2"), (6, "racing two")],
+)
+def test_a_bar_that_has_gone_leaves_a_line_of_text(outputs, number, line):
     shown = outputs[number][0]
     assert shown.output_type == "display_data"
-    assert dict(shown.data) == {"text/plain": ""}
+    assert dict(shown.data) == {"text/plain": line}
 
 
 def test_what_comes_after_a_bar_stands_after_it(outputs):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +24,7 @@ def render() -> str:
     """Return README with the tables of the notebooks and of the modules that are there.
 
     Raises:
-        ValueError: a notebook has no lesson's file, or says nowhere how many minutes it takes.
+        ValueError: a notebook has no lesson's file.
     """
     readme = PAGE.read_text(encoding="utf-8")
     for name, table in (("notebooks", _notebooks()), ("modules", _modules())):
@@ -42,7 +40,7 @@ def _notebooks() -> str:
         raise ValueError(f"dlhelpers/course/lessons must hold one file for each of {stems}")
     rows = [
         f"| [{lesson.number} {lesson.title}](notebooks/{lesson.stem}.ipynb) "
-        f"| {lesson.learn} | {settled[lesson.stem]} | {_minutes(lesson.stem)} |"
+        f"| {lesson.learn} | {settled[lesson.stem]} | {lesson.minutes} |"
         for lesson in claims.lessons()
     ]
     head = ["| notebook | what you learn | claims settled | minutes |", "|---|---|---|---|"]
@@ -60,15 +58,6 @@ def _question(module: str) -> str:
     path = ROOT / module.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n\n")[0]
-
-
-def _minutes(stem: str) -> str:
-    path = ROOT / "notebooks" / f"{stem}.ipynb"
-    opening = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
-    found = re.search(r"\*\*Minutes:\*\* (\d+)", opening)
-    if not found:
-        raise ValueError(f"{path.name}: its first cell must say '**Minutes:**' and a number")
-    return found[1]
 
 
 if __name__ == "__main__":

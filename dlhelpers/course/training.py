@@ -139,7 +139,7 @@ def fit(
     with (
         _modes_kept(model),
         torch.random.fork_rng(),
-        bar(range(epochs), progress=progress, leave=False, delay=1) as shown,
+        bar(range(epochs), progress=progress, leave=False, delay=1, unit="epoch") as shown,
     ):
         torch.manual_seed(seed)
         model.train()

@@ -3,7 +3,7 @@
 Source of the colours: Okabe & Ito 2008, Color Universal Design, https://jfly.uni-koeln.de/color/.
 """
 
-from dlhelpers.drawing.strips import strip_svg
+from dlhelpers.drawing.strips import strip
 from dlhelpers.drawing.traces import lanes, shares
 
-__all__ = ["lanes", "shares", "strip_svg"]
+__all__ = ["lanes", "shares", "strip"]

@@ -6,13 +6,17 @@ import math
 import random
 from collections.abc import Sequence
 
+from dlhelpers.drawing.panel import GREY, Panel
 from dlhelpers.drawing.style import TREATMENT
 from dlhelpers.tables import figures
 
-__all__ = ["strip_svg"]
+__all__ = ["strip"]
+
+_MARGIN = 5  # the radius of the dot at an end, and a pixel
+_AXIS, _DOTS = "#6b6b6b", "#8c8c8c"
 
 
-def strip_svg(
+def strip(
     ratios: Sequence[float],
     low: float,
     high: float,
@@ -21,9 +25,9 @@ def strip_svg(
     estimate: float,
     threshold: float | tuple[float, ...] | None = None,
     width: int = 360,
-    height: int = 56,
-) -> str:
-    """Return paired ratios as a small SVG strip: dots, interval, negligible band, the line at 1.
+    height: int = 60,
+) -> Panel:
+    """Draw paired ratios as a small strip: dots, interval, negligible band, the line at 1.
 
     Args:
         ratios: paired ratios, positive and finite (others are left out); at most 200 are drawn.
@@ -42,34 +46,27 @@ def strip_svg(
 
     def x(ratio: float) -> float:
         log = math.log(ratio) if ratio > 0 else -math.inf
-        return round(width / 2 * (1 + min(1.0, max(-1.0, log / reach))), 1)
+        middle = width / 2
+        return round(middle + (middle - _MARGIN) * min(1.0, max(-1.0, log / reach)), 1)
 
+    bottom, row = height - 17, height - 23
+    told = [
+        f"paired ratios, speedup {figures(estimate)}, interval {figures(low)} to {figures(high)}",
+        *([f"threshold {' and '.join(map(figures, bounds))}"] * bool(bounds)),
+    ]
+    panel = Panel(width, height, "; ".join(told))
     left, right = x(1 / (1 + negligible)), x(1 + negligible)
+    panel.box(left, 0, right - left, bottom, fill=GREY, edge="none")
+    panel.line([(width / 2, 0), (width / 2, bottom)], colour=_AXIS, wide=1)
+    for bound in map(x, bounds):
+        panel.line([(bound, 0), (bound, bottom)], dashed=True, wide=1)
     jitter = random.Random(0)
-    marks = "".join(
-        f'<circle cx="{x(r)}" cy="{round(jitter.uniform(6, height - 26), 1)}" r="1.6"/>'
-        for r in shown
-    )
-    dashed = "".join(
-        f'<line x1="{x(bound)}" x2="{x(bound)}" y1="0" y2="{height - 14}" '
-        'stroke="currentColor" stroke-dasharray="3 3"/>'
-        for bound in bounds
-    )
-    interval = f"{figures(low)} to {figures(high)}"
-    label = f"paired ratios, speedup {figures(estimate)}, interval {interval}"
+    points = [(x(ratio), round(jitter.uniform(6, height - 32), 1)) for ratio in shown]
+    panel.cloud(points, colour=_DOTS)
+    panel.line([(x(low), row), (x(high), row)], colour=TREATMENT, wide=4)
+    panel.dot(x(estimate), row, colour=TREATMENT)
     edge = math.exp(reach)
-    return (
-        f'<svg role="img" aria-label="{label}" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" style="color:var(--jp-ui-font-color1,currentColor)">'
-        f"<title>{label}</title>"
-        f'<rect x="{left}" y="0" width="{round(right - left, 1)}" height="{height - 14}" '
-        'fill="currentColor" opacity="0.12"/>'
-        f'<line x1="{width / 2}" x2="{width / 2}" y1="0" y2="{height - 14}" stroke="currentColor" '
-        f'opacity="0.6"/>{dashed}<g fill="currentColor" opacity="0.35">{marks}</g>'
-        f'<line x1="{x(low)}" x2="{x(high)}" y1="{height - 19}" y2="{height - 19}" '
-        f'stroke="{TREATMENT}" stroke-width="4"/>'
-        f'<circle cx="{x(estimate)}" cy="{height - 19}" r="4" fill="{TREATMENT}"/>'
-        f'<g fill="currentColor" font-size="10"><text x="0" y="{height - 2}">{1 / edge:.3g}</text>'
-        f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">1</text>'
-        f'<text x="{width}" y="{height - 2}" text-anchor="end">{edge:.3g}</text></g></svg>'
-    )
+    panel.text(2, height - 4, f"{1 / edge:.3g}", size=12)
+    panel.text(width / 2, height - 4, "1", anchor="middle", size=12)
+    panel.text(width - 2, height - 4, f"{edge:.3g}", anchor="end", size=12)
+    return panel

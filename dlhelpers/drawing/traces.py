@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dlhelpers.drawing.contrast import text_on
 from dlhelpers.drawing.style import COLOURS, describe, new_axes
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def shares(
     colours = _colours([part for row in rows.values() for part in row])
     size = (7.4, 1.35 + 0.62 * len(rows))
     figure, axes = new_axes(title, xlabel, "", alt, figsize=size)
-    small: dict[str, float] = {}
+    small: dict[str, float] = {}  # the last share of each part without a name inside its bar
     told = []
     for place, (name, row) in enumerate(rows.items()):
         whole = sum(row.values())
@@ -51,22 +52,22 @@ def shares(
             axes.barh(place, width, left=left, color=colours[part], height=0.66, edgecolor="white")
             text = f"{part}\n{width:.0f} %"
             if width > 1.55 * max(map(len, text.split("\n"))):
-                ink = "black" if part in _QUIET else "white"
-                axes.text(left + width / 2, place, text, ha="center", va="center", color=ink,
-                          fontsize=10, linespacing=1.1)  # fmt: skip
+                axes.text(left + width / 2, place, text, ha="center", va="center",
+                          color=text_on(colours[part]), fontsize=10, linespacing=1.1)  # fmt: skip
             elif value:
-                small[part] = max(small.get(part, 0.0), width)
+                small[part] = width
             left += width
-        top = max(row, key=row.__getitem__)
-        told.append(f"{name}: {top} {100 * row[top] / whole:.0f} %")
-    for part, width in small.items():
-        axes.barh(0, 0, color=colours[part], label=f"{part} {width:.0f} %")
+        parts = sorted(row, key=row.__getitem__, reverse=True)
+        told.append(f"{name}: " + ", ".join(f"{p} {100 * row[p] / whole:.0f} %" for p in parts))
+    for part, width in small.items():  # one number cannot be true of several rows
+        label = f"{part} {width:.0f} %" if len(rows) == 1 else part
+        axes.barh(0, 0, color=colours[part], label=label)
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(0, 100))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(False, axis="y")
     if small:
         figure.legend(frameon=False, ncols=min(5, len(small)), loc="outside lower left")
-    return figure if alt else describe(figure, f"{title}. The largest parts: {'; '.join(told)}.")
+    return figure if alt else describe(figure, f"{title}. {'; '.join(told)}.")
 
 
 def lanes(

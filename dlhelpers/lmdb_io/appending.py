@@ -187,10 +187,13 @@ def _same_encoding(
         else:
             remedy = "it takes (image, target) without fields="
         raise ValueError(f"{target} has the fields {fields}, the source {own}: {remedy}")
-    if fields and not source.copies and given["quality"] != stored["quality"]:
+    differing = stored.get("differing", {})
+    known = (stored["quality"], *differing.get("quality", ()))
+    if fields and not source.copies and given["quality"] not in known:
+        shown = " or ".join(map(str, differing.get("quality", known)))
         raise ValueError(
-            f"quality={given['quality']!r} differs from {stored['quality']!r}, which the images of "
-            f"{target} were stored with: give quality={stored['quality']!r}"
+            f"quality={given['quality']!r} differs from {shown}, which the images of "
+            f"{target} were stored with: give quality={shown}"
         )
     copies_all = source.copies and dict(source.settings) == stored and not encoding.changes
     if fields or copies_all:
@@ -200,6 +203,12 @@ def _same_encoding(
     old = Encoding(stored["encode"], resize, stored["quality"])
     for name, value in given.items():
         if value is not None and value != stored[name]:
+            if name in differing:
+                shown = " or ".join(map(str, differing[name]))
+                raise ValueError(
+                    f"{name}={value!r}: the images of {target} were stored with {name} {shown}, "
+                    f"so that new ones are kept as they come: leave {name} out"
+                )
             raise ValueError(
                 f"{name}={value!r} differs from {stored[name]!r}, which the images of {target} "
                 f"were stored with: leave {name} out, new images are stored as the old ones"

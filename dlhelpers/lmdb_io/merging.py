@@ -12,12 +12,12 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dlhelpers.lmdb_io import schema
+from dlhelpers.lmdb_io.doubles import doubles
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.identity import Stamp
 from dlhelpers.lmdb_io.renumbering import match_classes, note_of, refuse_fields, renumbered
@@ -57,7 +57,7 @@ def is_database(path: Path) -> bool:
 def names_databases(source: Any) -> bool:
     """Whether a source is the path of a database, or of several, which have fields of their own."""
     paths = source if isinstance(source, (list, tuple)) else [source]
-    return all(
+    return bool(paths) and all(
         isinstance(path, (str, os.PathLike)) and is_database(Path(path).expanduser())
         for path in paths
     )
@@ -202,20 +202,14 @@ class Databases(Source):
 
     def _find_doubles(self) -> dict[tuple[int, int], tuple[str, str]]:
         """Return why records are left out, whose key an earlier one has."""
-        numbers = range(len(self._parts))
-        hashes = [np.fromiter(map(hash, self._keys(number)), np.int64) for number in numbers]
-        together = np.sort(np.concatenate(hashes))
-        suspects = set(together[1:][together[1:] == together[:-1]].tolist())
         found: dict[tuple[int, int], tuple[str, str]] = {}
-        owner: dict[bytes, int] = {}
-        for number in numbers if suspects else ():
-            for key in self._keys(number):
-                if hash(key) not in suspects or owner.setdefault(key, number) == number:
-                    continue
-                position, _, name = self._entry(number, key)
-                first, second = (self._parts[n].path for n in (owner[key], number))
-                why = f"its key is in {first} and in {second}: keys must be unique"
-                found[number, position] = name, why
+        for key, first, second in doubles(
+            [partial(self._keys, n) for n in range(len(self._parts))]
+        ):
+            position, _, name = self._entry(second, key)
+            one, other = (self._parts[number].path for number in (first, second))
+            why = f"its key is in {one} and in {other}: keys must be unique"
+            found[second, position] = name, why
         return dict(sorted(found.items()))
 
     def _keys(self, number: int) -> Iterator[bytes]:

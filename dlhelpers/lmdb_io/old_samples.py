@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.lmdb_io.datum import read_datum
-from dlhelpers.lmdb_io.old_values import IMAGES, plain_target, read_form, shown_bytes, text_of
+from dlhelpers.lmdb_io.old_values import (
+    IMAGES,
+    plain_target,
+    read_form,
+    shown_bytes,
+    with_text_keys,
+)
 
 __all__ = ["sample_of"]
 
@@ -69,7 +75,7 @@ def _split(item: Any) -> tuple[Any, Any]:
     if (image := _image_of(item)) is not None:
         return image, None
     if isinstance(item, Mapping):
-        parts = {text_of(key): inner for key, inner in item.items()}
+        parts = with_text_keys(item)
     else:
         parts = dict(enumerate(item if isinstance(item, (list, tuple)) else [item]))
     images = {key: found for key, v in parts.items() if (found := _image_of(v)) is not None}

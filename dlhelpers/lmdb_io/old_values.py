@@ -24,7 +24,7 @@ __all__ = [
     "read_form",
     "read_plain",
     "shown_bytes",
-    "text_of",
+    "with_text_keys",
 ]
 
 FORMS = {
@@ -115,7 +115,7 @@ def plain_target(value: Any) -> Any:
             return text
         raise ValueError(f"its label is neither text nor a number: {shown_bytes(value)}")
     if isinstance(value, Mapping):
-        return {text_of(key): plain_target(inner) for key, inner in value.items()}
+        return {key: plain_target(inner) for key, inner in with_text_keys(value).items()}
     if isinstance(value, (list, tuple)):
         return [plain_target(inner) for inner in value]
     return value
@@ -131,9 +131,16 @@ def printable_text(value: bytes) -> str | None:
         return None
 
 
-def text_of(key: Any) -> Any:
-    """Return a key of a dict, bytes as the text that they are."""
-    return plain_target(key) if isinstance(key, bytes) else key  # as Python 2 wrote text
+def with_text_keys(value: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a dict with keys of bytes, as Python 2 wrote text, as the text that they are.
+
+    Raises:
+        ValueError: two of its keys are the same text, or one is no text.
+    """
+    found = {plain_target(k) if isinstance(k, bytes) else k: v for k, v in value.items()}
+    if len(found) < len(value):
+        raise ValueError(f"two of its {len(value)} keys are the same text, once as bytes")
+    return found
 
 
 def shown_bytes(value: bytes) -> str:
@@ -166,7 +173,12 @@ def read_form(value: bytes, form: str) -> Any:
         raise ValueError(f"its msgpack holds {error}") from None
     except Exception as error:
         raise ValueError(f"not readable msgpack ({type(error).__name__}: {error})") from None
-    return _numpy_of_msgpack(found)
+    try:
+        return _numpy_of_msgpack(found)
+    except RecursionError:
+        raise ValueError("its msgpack is nested too deeply to be read") from None
+    except (TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"its NumPy array is damaged ({type(error).__name__}: {error})") from None
 
 
 def _numpy_of_msgpack(item: Any) -> Any:
@@ -175,7 +187,7 @@ def _numpy_of_msgpack(item: Any) -> Any:
         return [_numpy_of_msgpack(inner) for inner in item]
     if not isinstance(item, dict):
         return item
-    found = {text_of(key): inner for key, inner in item.items()}
+    found = with_text_keys(item)
     if not {"nd", "type", "data"} <= set(found):
         return {key: _numpy_of_msgpack(inner) for key, inner in found.items()}
     kind = found["type"]
@@ -183,4 +195,8 @@ def _numpy_of_msgpack(item: Any) -> Any:
     if not isinstance(kind, str) or not re.fullmatch(r"[<>|=][biufSU]\d{1,4}", kind):
         raise ValueError(f"it holds a NumPy array of type {str(kind)[:20]!r}, expected numbers")
     array = np.frombuffer(found["data"], kind)
-    return array.reshape(found["shape"]) if found["nd"] else array[0].item()
+    if not found["nd"]:
+        return array[0].item()
+    if not array.size and len(found["shape"]) > 1:  # its shape alone could fill the memory
+        raise ValueError(f"its NumPy array of shape {str(found['shape'])[:60]} holds nothing")
+    return array.reshape(found["shape"])

@@ -43,7 +43,8 @@ def read_apart(
     known = os.environ.get("PYTHONPATH")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, known)))}
     code = f"import sys; from {module} import _main; _main(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, os.fspath(path), entry.decode()]
+    # -P: no module is taken from the folder in which the user happens to be
+    command = [sys.executable, "-P", "-c", code, os.fspath(path), entry.decode()]
     problems: list[str] = []
     meta, at, ended = None, 0, False
     with (

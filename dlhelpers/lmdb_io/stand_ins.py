@@ -22,6 +22,7 @@ from dlhelpers.printable import printable
 __all__ = ["ADVICE", "KNOWN", "PICTURES", "Array", "DType", "PickleError", "Picture"]
 
 _MOST_AXES = 32
+_MOST_EMPTY = 1000  # rows of an array without elements
 _DTYPE = re.compile(r"[?bBhHiIlLqQefd]|[biuf][1248]|[SU]\d{1,9}")
 PICTURES = re.compile(r"PIL\.Image Image|PIL\.(\w+)ImagePlugin \1ImageFile", re.IGNORECASE)
 _PIXEL_BYTES = {"L": 1, "P": 1, "LA": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "RGBA": 4, "CMYK": 4}
@@ -136,6 +137,8 @@ def _array_of(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     made = dtype.make()
     if len(shape) > _MOST_AXES or not all(type(s) is int and 0 <= s < 1 << 63 for s in shape):
         raise PickleError("its NumPy array has an impossible shape")
+    if 0 in shape and math.prod(filter(None, shape)) > _MOST_EMPTY:  # each row becomes a list
+        raise PickleError(f"its NumPy array of shape {[*shape]} holds nothing")
     if math.prod(shape) * made.itemsize != len(data) or not made.itemsize:
         raise PickleError(
             f"its NumPy array says {made} of shape {[*shape]}, and has {len(data)} bytes"

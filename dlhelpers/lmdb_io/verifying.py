@@ -6,17 +6,18 @@ what becomes of it is reported.
 
 from __future__ import annotations
 
-import heapq
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dlhelpers.extras import need
 from dlhelpers.lmdb_io import schema
 from dlhelpers.lmdb_io.columns import check_columns
+from dlhelpers.lmdb_io.doubles import doubles
 from dlhelpers.lmdb_io.environments import Environment, open_environment
 from dlhelpers.lmdb_io.fields import Fields
 from dlhelpers.lmdb_io.reading_apart import read_apart
@@ -111,17 +112,15 @@ def peek_state(path: Path) -> dict[str, Any] | str:
 def _keys_in_two_shards(files: list[Path]) -> list[str]:
     if len(files) < 2:
         return []
-    problems, before, shard = [], b"", ""
-    for key, name in heapq.merge(*map(_keys_of, files)):
-        if key == before:
-            problems.append(f"key {key[:60]!r} is in {shard} and in {name}")
-        before, shard = key, name
-    return problems
+    return [
+        f"key {key[:60]!r} is in {files[first].name} and in {files[second].name}"
+        for key, first, second in doubles([partial(_keys_of, file) for file in files])
+    ]
 
 
-def _keys_of(file: Path) -> Iterator[tuple[bytes, str]]:
+def _keys_of(file: Path) -> Iterator[bytes]:
     environment = open_environment(file)
-    return ((key, file.name) for key in environment.keys(environment.index))
+    return environment.keys(environment.index)
 
 
 def _check(path: Path) -> Iterator[tuple[str, Any]]:

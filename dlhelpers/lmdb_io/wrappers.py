@@ -71,7 +71,7 @@ def _reads_as(kind: type, source: Any) -> bool:
     """Whether it is of this class, or of one that reads items in no way of its own."""
     return isinstance(source, kind) and all(
         getattr(type(source), name, None) is getattr(kind, name, None)
-        for name in ("__getitem__", "__getitems__", "__len__")
+        for name in ("__getitem__", "__getitems__", "__len__", "record")
     )
 
 

@@ -135,12 +135,12 @@ class Comparison:
         )
 
     def _repr_html_(self) -> str:
-        from dlhelpers.drawing import strip_svg
+        from dlhelpers.drawing import strip
 
         line = html.escape(str(self)).replace("\n", "<br>")
         if not math.isfinite(self.high):
             return f"<div>{line}</div>"
-        strip = strip_svg(
+        drawn = strip(
             self.ratios,
             self.low,
             self.high,
@@ -148,7 +148,7 @@ class Comparison:
             estimate=self.speedup,
             threshold=self.threshold,
         )
-        return f"<div>{line}<br>{strip}</div>"
+        return f"<div>{line}<br>{drawn._repr_html_()}</div>"
 
 
 class Comparisons(Mapping[str, Comparison]):

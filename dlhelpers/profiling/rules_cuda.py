@@ -97,7 +97,7 @@ def full_precision(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bo
                 what=f"{type(calls.module).__name__} computes in float32",
                 why=f"under autocast to bfloat16 it is {factor:.2g} times as fast, tried here",
                 remedy="with torch.autocast('cuda', torch.bfloat16): loss = criterion(model(x), y)",
-                notebook="04_memory",
+                notebook="04b_more",
             )
 
 

@@ -30,7 +30,7 @@ def batch_of_one(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
                 what=f"{type(calls.module).__name__} sees one sample a step",
                 why=f"16 samples at a time take {factor:.2g} times less each, tried here",
                 remedy="DataLoader(..., batch_size=16), with the learning rate tuned anew",
-                notebook="04_memory",
+                notebook="04b_more",
             )
 
 
@@ -108,5 +108,5 @@ def kept_graphs(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottl
         f"{seen.kept_bytes:,} bytes of tensors",
         why="a tensor that is kept keeps its graph, and the memory grows with every step",
         remedy="losses.append(loss.detach()), or total += loss.item()",
-        notebook="04_memory",
+        notebook="04b_more",
     )

@@ -101,7 +101,7 @@ def optimizers(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bottle
             f"the step takes {duration(saves / 1e3)} less with {option}=True, tried here on copies",
             why="several short operators for each tensor: calling them takes longer than they do",
             remedy=remedy,
-            notebook="04_memory",
+            notebook="04b_more",
         )
         return
 
@@ -164,7 +164,7 @@ def kept_tensors(seen: Seen, least_ms: float, speedup: Speedup) -> Iterator[Bott
         "memory does",
         remedy="where it does not end: keep a number in place of the tensor, as in "
         "values.append(output.mean().item()); or collections.deque(maxlen=...), or remove the hook",
-        notebook="04_memory",
+        notebook="04b_more",
     )
 
 

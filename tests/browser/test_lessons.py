@@ -91,10 +91,11 @@ def press(key, which):
 
 
 def select(option, which):
-    """Choose an option of the first (0) or last (-1) menu."""
+    """Choose an option of the first (0) or last (-1) menu that has it."""
 
     def move(page):
-        choice = page.locator(".widget-dropdown select").nth(which)
+        menus = page.locator(".widget-dropdown select")
+        choice = menus.filter(has=page.locator(f'option:text-is("{option}")')).nth(which)
         choice.scroll_into_view_if_needed()
         choice.select_option(option)
 
@@ -140,6 +141,7 @@ WIDGETS = {
 
 def test_every_lesson_has_its_widget_moved():
     stems = {path.stem for path in (lab_session.ROOT / "notebooks").glob("*.ipynb")}
+    stems = {stem for stem in stems if not stem.endswith("b_more")}  # no widgets there
     assert {*WIDGETS, "00_start_here", "08_profiling"} == stems
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from dlhelpers.course.claims import predictions
 from dlhelpers.course.claims.catalog import find, tip_of
-from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
+from dlhelpers.course.claims.intervals import Scale, bar_colour, interval, marks
 from dlhelpers.course.claims.sentences import asked, bound_text, effect_text, headline
 from dlhelpers.course.notebook import show
+from dlhelpers.drawing.panel import Panel
 
 if TYPE_CHECKING:
     from dlhelpers.course.claims.claim import Claim, Condition
@@ -100,25 +101,22 @@ def verdict_html(verdict: Verdict) -> str:
     scale = Scale.over(verdict.conditions, log=claim.kind == "time")
     declared = {condition.name: condition for condition in claim.conditions}
     predicted = bool(verdict.said or verdict.earlier)
-    heads = [
-        "",
-        "mechanism",
-        *["you said"] * predicted,
-        "measured",
-        *[""] * (not exact),
-        "",
-    ]
-    rows = _row(*(f"<small>{head}</small>" for head in heads))
+    heads = ["", "mechanism", *["you said"] * predicted, "measured"]
+    axis = [] if exact else [marks((c.threshold for c in verdict.conditions), scale)]
+    rows = _row(*(f"<small>{head}</small>" for head in heads), *axis, "")
     for c in verdict.conditions:
-        cells = [f"<b>{escape(c.name)}</b>", escape(_mechanism(declared[c.name]))]
+        cells: list[str | Panel] = [
+            f"<b>{escape(c.name)}</b>",
+            escape(_mechanism(declared[c.name])),
+        ]
         if predicted:
             cells.append(_said_html(verdict, c.name))
         cells.append(_unbroken(effect_text(claim, c), exact))
         if not exact:
-            cells.append(interval_svg(c.effect, c.low, c.high, c.threshold, scale, c.verdict))
+            cells.append(interval(c.effect, c.low, c.high, c.threshold, scale, c.verdict))
         rows += _row(*cells, _settled_html(claim, c))
     if (control := verdict.control) is not None:
-        picture = interval_svg(control.effect, control.low, control.high, None, scale)
+        picture = interval(control.effect, control.low, control.high, None, scale)
         empty = [""] * (1 + predicted)
         rows += _row("control", *empty, _unbroken(_control_text(verdict), exact), picture, "")
     small = f"{_needed(claim)}{f' · {verdict.machine}' if verdict.machine else ''}"
@@ -234,5 +232,12 @@ def _frame(colour: str, inner: str) -> str:
     )
 
 
-def _row(*cells: str) -> str:
-    return "<tr>" + "".join(f"<td style='{_LEFT}'>{cell}</td>" for cell in cells) + "</tr>"
+def _row(*cells: str | Panel) -> str:
+    return f"<tr>{''.join(map(_cell, cells))}</tr>"
+
+
+def _cell(cell: str | Panel) -> str:
+    if isinstance(cell, str):
+        return f"<td style='{_LEFT}'>{cell}</td>"
+    # where styles are stripped, the width alone keeps a narrow table from shrinking the picture
+    return f"<td style='{_LEFT}' width='{cell.width}'>{cell._repr_html_()}</td>"

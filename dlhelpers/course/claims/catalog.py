@@ -72,7 +72,7 @@ def _lesson(path: Path) -> Lesson:
     if not _STEM.fullmatch(path.stem):
         raise ValueError(f"{path.name}: a lesson's file is named as its notebook: 06_fusion.toml")
     head = _Row(path.name, {k: v for k, v in _document(path).items() if k != "claim"})
-    lesson = Lesson(path.stem, head.text("title"), head.text("learn"))
+    lesson = Lesson(path.stem, head.text("title"), head.text("learn"), head.take("minutes", int))
     head.close()
     return lesson
 
@@ -320,7 +320,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 def _rows(path: Path, kind: str) -> list[_Row]:
     document = _document(path)
-    known = {kind, "title", "learn"} if kind == "claim" else {kind}
+    known = {kind, "title", "learn", "minutes"} if kind == "claim" else {kind}
     if unknown := sorted(document.keys() - known):
         raise ValueError(f"{path.name}: unknown key {unknown[0]!r}; known: [[{kind}]]")
     tables = document.get(kind, [])

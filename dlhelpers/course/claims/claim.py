@@ -50,11 +50,13 @@ class Lesson:
         stem: of its file, such as ``01_pairing``; ``01b_more`` continues it.
         title: a word or two, such as ``Pairing``.
         learn: what its reader learns.
+        minutes: that a reader needs, as its notebook says.
     """
 
     stem: str
     title: str
     learn: str
+    minutes: int
 
     @property
     def number(self) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
+
+from dlhelpers.drawing.panel import Panel
 
 if TYPE_CHECKING:
     from dlhelpers.course.claims.conditions import Judged, Tally
     from dlhelpers.course.verdicts import Threshold
 
-__all__ = ["Scale", "bar_colour", "colour_of", "interval_svg"]
+__all__ = ["Scale", "bar_colour", "colour_of", "interval", "marks"]
 
-_WIDTH, _HEIGHT, _MARGIN = 220, 22, 6
+_WIDTH, _HEIGHT, _MARGIN = 220, 24, 8
+_AXIS, _ONE = "#c4c4c4", "#6b6b6b"
 
 
 @dataclass(frozen=True)
@@ -52,47 +54,58 @@ class Scale:
         return round(_MARGIN + share * (_WIDTH - 2 * _MARGIN), 1)
 
 
-def interval_svg(
+def interval(
     effect: float | None,
     low: float | None,
     high: float | None,
     threshold: Threshold | None,
     scale: Scale,
     verdict: str = "",
-) -> str:
-    """Return a point with its interval on a shared axis, the threshold as a dashed line, or two.
+) -> Panel:
+    """Draw a point with its interval on a shared axis, the threshold as a dashed line, or two.
 
     An end that is None or infinite runs to the end of the axis; without an effect only the
     threshold is drawn.
     """
-    middle, parts, said = _HEIGHT / 2, [], []
-    parts.append(_line(_MARGIN, middle, _WIDTH - _MARGIN, middle, "opacity='0.25'"))
+    told, ends, colour = [], (scale.low, scale.high), colour_of(verdict)
+    has_effect = effect is not None and math.isfinite(effect)
+    if has_effect:
+        ends = tuple(
+            end if end is not None and math.isfinite(end) else limit
+            for end, limit in zip((low, high), ends, strict=True)
+        )
+        told.append(f"{effect:.3g}, interval {ends[0]:.3g} to {ends[1]:.3g}")
+    told += [] if threshold is None else [f"threshold {threshold}"]
+    told += [verdict.replace("-", " ")] * bool(verdict)
+    panel, middle = Panel(_WIDTH, _HEIGHT, "; ".join(told)), _HEIGHT / 2
+    panel.line([(_MARGIN, middle), (_WIDTH - _MARGIN, middle)], colour=_AXIS, wide=1)
     if scale.log:
         one = scale.x(1.0)
-        parts.append(_line(one, 4, one, _HEIGHT - 4, "opacity='0.5'"))
-    if threshold is not None:
-        for bar in map(scale.x, threshold.edges):
-            parts.append(_line(bar, 0, bar, _HEIGHT, "stroke-width='1.5' stroke-dasharray='3 2'"))
-        said.append(f"threshold {threshold}")
-    if effect is not None and math.isfinite(effect):
-        colour = colour_of(verdict)
-        ends = [
-            end if end is not None and math.isfinite(end) else limit
-            for end, limit in ((low, scale.low), (high, scale.high))
-        ]
+        panel.line([(one, 4), (one, _HEIGHT - 4)], colour=_ONE, wide=1)
+    for bar in map(scale.x, () if threshold is None else threshold.edges):
+        panel.line([(bar, 0), (bar, _HEIGHT)], dashed=True)
+    if has_effect:
         left, right = map(scale.x, ends)
-        parts.append(
-            f"<line x1='{left}' y1='{middle}' x2='{right}' y2='{middle}' stroke='{colour}' "
-            f"stroke-width='5' stroke-opacity='0.6' stroke-linecap='round'/>"
-            f"<circle cx='{scale.x(effect)}' cy='{middle}' r='4' fill='{colour}'/>"
-        )
-        said.insert(0, f"{effect:.3g}, interval {ends[0]:.3g} to {ends[1]:.3g}")
-    return (
-        f"<svg role='img' aria-label='{escape('; '.join(said))}' width='{_WIDTH}' "
-        f"height='{_HEIGHT}' viewBox='0 0 {_WIDTH} {_HEIGHT}' "
-        f"style='vertical-align:middle;color:var(--jp-ui-font-color1, currentColor)'>"
-        f"{''.join(parts)}</svg>"
-    )
+        panel.line([(left, middle), (right, middle)], colour=colour, wide=4)
+        panel.dot(scale.x(effect), middle, colour=colour, radius=5)
+    return panel
+
+
+def marks(thresholds: Iterable[Threshold | None], scale: Scale) -> Panel:
+    """Write the numbers at the lines of the strips below: 1, and the thresholds that have room."""
+    numbers = [1.0] * scale.log + [edge for t in thresholds if t for edge in t.edges]
+    labels = list(dict.fromkeys(f"{number:.3g}" for number in numbers))
+    panel = Panel(_WIDTH, 18, f"the lines below mark {', '.join(labels)}")
+    taken: list[tuple[float, float]] = []
+    for label in labels:
+        x, wide = scale.x(float(label)), 7 * len(label) + 4
+        for left in (x - wide / 2, x, x - wide):
+            left = min(max(left, 0), _WIDTH - wide)
+            if all(left + wide <= start or end <= left for start, end in taken):
+                taken.append((left, left + wide))
+                panel.text(left + wide / 2, 14, label, anchor="middle", size=12)
+                break
+    return panel
 
 
 def colour_of(verdict: str) -> str:
@@ -115,7 +128,3 @@ def bar_colour(tally: Tally | None) -> str:
         return colour_of("fails" if tally else "")
     is_grey = tally.unsettled + tally.missing > tally.settled or tally.standing == "unknown"
     return colour_of("" if is_grey else "holds")
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f"<line x1='{x1}' y1='{y1}' x2='{x2}' y2='{y2}' stroke='currentColor' {style}/>"

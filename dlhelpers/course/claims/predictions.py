@@ -19,6 +19,7 @@ from dlhelpers.course.claims.catalog import find
 from dlhelpers.course.claims.claim import Claim
 from dlhelpers.course.claims.said import SURE, Said, label_of
 from dlhelpers.course.notebook import in_ipython, show
+from dlhelpers.drawing.contrast import text_on
 
 __all__ = ["answer", "ask", "close", "given", "guess"]
 
@@ -27,6 +28,7 @@ _said: dict[str, dict[tuple[str, bool], Said]] = {}  # claim id -> (condition, i
 _closed: set[str] = set()  # claims judged in this session
 _TOO_LATE = "the verdict is on the screen: restart the kernel to predict anew"
 _SEED = 182  # with it no rule that looks at the order alone is often right
+_CHOSEN = "#0072b2"  # ground of the button that was tapped
 _LOG_RANGE = (-1.0, 3.0)  # of the slider for sizes: 0.1 to 1000 times
 
 
@@ -166,7 +168,8 @@ def _row(widgets: Any, claim: Claim, condition: str) -> Any:
         said = _said.get(claim.id, {}).get((condition, False))
         for key, button in buttons.items():
             chosen = said is not None and key == (said.says, said.sure)
-            button.button_style = "info" if chosen else ""
+            button.style.button_color = _CHOSEN if chosen else None
+            button.style.text_color = text_on(_CHOSEN) if chosen else None
         note.value = html.escape(refused or (f"noted: {said.text(claim)}" if said else ""))
 
     def tap(says: str, sure: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlhelpers.course.drawings.panel import BLUE, ORANGE, Panel
+from dlhelpers.drawing.panel import BLUE, ORANGE, Panel
 from dlhelpers.stages import predict_stages
 
 __all__ = ["cpu_and_gpu", "who_waits"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlhelpers.course.drawings.panel import BLUE, GREY, ORANGE, Panel
+from dlhelpers.drawing.panel import BLUE, GREY, ORANGE, Panel
 
 __all__ = ["checkpointing", "kept"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dlhelpers.course.drawings.panel import BLUE, GREY, INK, ORANGE, RUST, Panel
+from dlhelpers.drawing.panel import BLUE, GREY, INK, ORANGE, RUST, Panel
 from dlhelpers.drawing.style import FAILING, TREATMENT
 
 __all__ = ["loss_of_pairs", "pairs"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlhelpers.course.drawings.panel import GREY, ORANGE, RUST, Panel
+from dlhelpers.drawing.panel import GREY, ORANGE, RUST, Panel
 
 __all__ = ["asynchronous", "two_halves"]
 

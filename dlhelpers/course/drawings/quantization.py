@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlhelpers.course.drawings.panel import BLUE, GREY, INK, RUST, Panel
+from dlhelpers.drawing.panel import BLUE, GREY, INK, RUST, Panel
 from dlhelpers.drawing.style import FAILING, TREATMENT
 
 __all__ = ["clip_and_round", "scales"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dlhelpers.course.drawings.panel import BLUE, GREY, INK, ORANGE, Panel
+from dlhelpers.drawing.panel import BLUE, GREY, INK, ORANGE, Panel
 from dlhelpers.drawing.style import BASELINE, TREATMENT
 
 __all__ = ["tip_to_verdict", "verdicts"]

@@ -1,7 +1,8 @@
 """Is the learner's answer right, and if not, which mistake is it?
 
 An exercise is a few cases. Each case exposes one mistake and says which; the first case that fails
-is the one that is told. The solution is the package's own code.
+is the one that is shown. The solution is the package's own code, which an answer may not call where
+the task is to write it.
 
 >>> check("01.5", lambda logits: logits > 0.5).failed
 'a small positive logit'
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import html
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,6 +48,8 @@ class Exercise:
         cases: in the order in which they are tried.
         hints: each says a little more than the one before.
         solution: function or class whose source is the answer.
+        by_hand: patterns of the functions that an answer must not call, as `watching.Watch`
+            takes them.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Exercise:
     cases: tuple[Case, ...]
     hints: tuple[str, ...]
     solution: Any
+    by_hand: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,7 +69,7 @@ class Result:
         exercise: the one that was checked.
         failed: name of the first case that failed, None where all passed or none was tried.
         message: what is wrong there, or how to start.
-        attempted: False while the hole is not filled.
+        attempted: False while the answer is still ``...``.
     """
 
     exercise: Exercise = field(repr=False)
@@ -99,7 +102,7 @@ class Result:
 
 
 def check(id: str, answer: Any) -> Result:
-    """Tell what is right and what is not about an answer; never raises because of it.
+    """Say what is right and what is not about an answer; never raises because of it.
 
     Args:
         id: of the exercise, such as ``01.2``.
@@ -113,48 +116,66 @@ def check(id: str, answer: Any) -> Result:
     not_yet = Result(
         exercise,
         None,
-        f'fill the hole and run this cell again; exercises.hint("{id}") helps',
+        f'replace the ... and run this cell again; exercises.hint("{id}") helps',
         attempted=False,
     )
     if answer is None or answer is ...:
         return not_yet
-    watched = _Watched(answer) if inspect.isroutine(answer) else None
+    watched = _Watched(answer, exercise.by_hand) if callable(answer) else None
     for case in exercise.cases:
         error = ""
         try:
             passed = bool(case.test(watched or answer))
         except Exception as raised:
             passed, error = False, f"it raised {type(raised).__name__}: {raised}. "
-        if watched is not None and watched.only_holes:
+        if watched is not None and watched.is_empty:
             return not_yet
+        if watched is not None and watched.borrowed:
+            return Result(exercise, "in your own code", _borrowed(exercise, watched.borrowed[0]))
         if not passed:
             return Result(exercise, case.name, error + case.mistake)
     return Result(exercise, None, "")
 
 
-class _Watched:
-    """The learner's function, and whether all that it ever returned is the hole."""
+def _borrowed(exercise: Exercise, name: str) -> str:
+    return (
+        f"the answer calls {name}, but the task is to write this yourself: {exercise.task} "
+        f'Compute it from the arguments; exercises.hint("{exercise.id}") shows where to begin'
+    )
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.calls = self.holes = 0
+
+class _Watched:
+    """The learner's function, what it called, and whether it only ever returned ``...``."""
+
+    def __init__(self, function: Callable[..., Any], by_hand: tuple[str, ...]) -> None:
+        self.function = function
+        self._by_hand = by_hand
+        self._calls = self._empty = 0
+        self.borrowed: list[str] = []
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.calls += 1
-        result = self._function(*arguments, **options)
-        self.holes += result is None or result is ...
+        from dlhelpers.course.exercises.watching import Watch
+
+        self._calls += 1
+        watch = Watch(self._by_hand)
+        try:
+            with watch:
+                result = self.function(*arguments, **options)
+        finally:
+            self.borrowed += watch.found
+        self._empty += result is None or result is ...
         return result
 
     @property
-    def only_holes(self) -> bool:
-        return 0 < self.calls == self.holes
+    def is_empty(self) -> bool:
+        return 0 < self._calls == self._empty
 
 
 def hint(id: str, n: int = 1) -> str:
     """Return the n-th hint of an exercise, 1 the weakest.
 
     Raises:
-        ValueError: there is no such exercise, or not so many hints.
+        ValueError: there is no such exercise, or no such hint.
     """
     hints = _find(id).hints
     if not 1 <= n <= len(hints):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dlhelpers.course.exercises import Case, Exercise
+from dlhelpers.course.exercises.watching import unseen, whole
 from dlhelpers.dali_io.loader import count_batches
 from dlhelpers.stages import predict_stages
 
@@ -51,7 +52,8 @@ def _normalises(mean: float, std: float, *values: float) -> Callable[[Any], bool
     def test(f: Any) -> bool:
         scale, shift = f(mean, std)
         return all(
-            math.isclose(scale * x + shift, (x / 255 - mean) / std, abs_tol=1e-9) for x in values
+            math.isclose(scale * x + shift, (x / 255 - mean) / std, rel_tol=1e-5, abs_tol=1e-5)
+            for x in values
         )
 
     return test
@@ -68,13 +70,18 @@ def _images() -> torch.Tensor:
 
 def _flips(*flags: bool) -> Callable[[Any], bool]:
     def test(f: Any) -> bool:
-        found = f(_images(), torch.tensor(flags))
+        found = f(_images(), torch.tensor(flags)).to(torch.int64)
         wanted = [
             image.flip(-1) if flag else image for image, flag in zip(_images(), flags, strict=True)
         ]
         return found.shape == (4, 3, 2, 5) and torch.equal(found, torch.stack(wanted))
 
     return test
+
+
+def _keeps_the_type(f: Any) -> bool:
+    flags = torch.tensor([True, False, True, False])
+    return f(_images().to(torch.uint8), flags).dtype == torch.uint8
 
 
 def _leaves_the_input(f: Any) -> bool:
@@ -124,16 +131,28 @@ EXERCISES = (
             ),
             Case(
                 "the slowest stage is the last",
-                "5, 10 and 20 units with overlap: the slowest stage decides, wherever it stands",
+                "5, 10 and 20 units with overlap: the slowest stage decides, wherever it is",
                 _takes([5.0, 10.0, 20.0], 7, True),
+            ),
+            Case(
+                "the slowest stage is in the middle",
+                "5, 20 and 10 units with overlap: neither the first nor the last stage is the "
+                "slowest one; compare all of them",
+                _takes([5.0, 20.0, 10.0], 3, True),
+            ),
+            unseen(
+                _takes([3.0, 8.0], 5, True),
+                _takes([1.0, 2.0, 4.0, 3.0], 9, True),
+                _takes([1.0, 2.0, 4.0, 3.0], 9, False),
             ),
         ),
         hints=(
             "When does the first batch arrive? And how long after it the second one?",
             "With overlap two terms: what fills the pipeline, once, and what the slowest stage "
-            "takes, for each batch after the first.",
+            "takes per batch after the first.",
         ),
         solution=total_time,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="03.2",
@@ -160,12 +179,18 @@ EXERCISES = (
                 "3 images in batches of 4: one batch, or none where the last is dropped",
                 _counts((3, 4, False, 1), (3, 4, True, 0)),
             ),
+            whole(9, 4, False),
+            unseen(
+                _counts((60_000, 128, False, 469), (60_000, 128, True, 468), (1, 1, True, 1)),
+                _counts((0, 8, False, 0), (13, 5, True, 2), (14, 7, False, 2)),
+            ),
         ),
         hints=(
             "// rounds down. When is that right, and when is a batch missing?",
             "Round up where the rest makes a batch: math.ceil, or add batch_size - 1 before //.",
         ),
         solution=count_batches,
+        by_hand=("dlhelpers.*", "torch.utils.data.*"),
     ),
     Exercise(
         id="03.3",
@@ -188,12 +213,14 @@ EXERCISES = (
                 "another mean and std: nothing of ImageNet may be built in",
                 _normalises(0.1, 0.5, 0.0, 100.0, 255.0),
             ),
+            unseen(_normalises(0.3, 0.25, 0.0, 64.0, 255.0), _normalises(0.0, 1.0, 1.0, 200.0)),
         ),
         hints=(
             "Multiply (x / 255 - mean) / std out.",
-            "x stands in x / (255 * std); the rest does not depend on x.",
+            "x occurs in x / (255 * std) alone; the rest does not depend on x.",
         ),
         solution=scale_and_shift,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="03.4",
@@ -203,7 +230,7 @@ EXERCISES = (
             Case(
                 "all",
                 "all four flags are set: every image is mirrored left to right, that is along the "
-                "last dimension; a mask needs as many dimensions as the images",
+                "last dimension; a mask needs the same number of dimensions as images",
                 _flips(True, True, True, True),
             ),
             Case(
@@ -217,12 +244,20 @@ EXERCISES = (
                 "the input itself was changed: return a new tensor, or clone first",
                 _leaves_the_input,
             ),
+            Case(
+                "the type of the pixels",
+                "the pixels were uint8 and came back as another type: multiplying by a mask of "
+                "floats makes them floats, four times the bytes. Choose between pixels instead",
+                _keeps_the_type,
+            ),
+            unseen(_flips(False, True, True, False), _flips(False, False, False, True)),
         ),
         hints=(
             "Make both versions of every image, and choose between them by a mask.",
             "torch.where chooses; the mask needs four dimensions, as images have: flags.view(...).",
         ),
         solution=flip_each,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="03.5",
@@ -250,6 +285,8 @@ EXERCISES = (
                 "an image smaller than that is scaled up by the same rule",
                 _sizes(100, 151, 256),
             ),
+            whole(427, 640, 256),
+            unseen(_sizes(375, 500, 224), _sizes(1200, 801, 232), _sizes(49, 98, 31)),
         ),
         hints=(
             "The shorter side becomes `shorter`, the other keeps the ratio: what does torchvision "
@@ -257,5 +294,6 @@ EXERCISES = (
             "Both sides by one formula: side times shorter over the shorter side, rounded down.",
         ),
         solution=resized,
+        by_hand=("dlhelpers.*", "torchvision.*"),
     ),
 )

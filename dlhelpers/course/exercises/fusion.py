@@ -1,4 +1,4 @@
-"""Exercises of notebook 06: folding behind, in transposed layers, in front; RepVGG's identity."""
+"""Exercises of notebook 06: BatchNorm after and before a layer, transposed layers, the identity."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dlhelpers.course.exercises import Case, Exercise
+from dlhelpers.course.exercises.watching import unchanged, unseen
 
 __all__ = ["EXERCISES"]
 
@@ -29,7 +30,12 @@ def fold(
     return weight * s.view(-1, 1, 1, 1), s * (old - mean) + beta
 
 
-def _folds(eps: float = 1e-5, bias: bool = True, **given: float) -> Callable[[Any], bool]:
+def _folds(
+    eps: float = 1e-5,
+    bias: bool = True,
+    shape: tuple[int, ...] = (4, 3, 3, 3),
+    **given: float,
+) -> Callable[[Any], bool]:
     """Compare with the convolution and BatchNorm one after the other, in float64."""
 
     def test(f: Any) -> bool:
@@ -38,10 +44,11 @@ def _folds(eps: float = 1e-5, bias: bool = True, **given: float) -> Callable[[An
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-        x, weight, old = draw(2, 3, 6, 6), draw(4, 3, 3, 3), draw(4) if bias else None
-        tensors = {"gamma": draw(4), "beta": draw(4), "mean": draw(4), "var": draw(4).abs() + 0.1}
+        n = shape[0]
+        x, weight, old = draw(2, shape[1], 6, 6), draw(*shape), draw(n) if bias else None
+        tensors = {"gamma": draw(n), "beta": draw(n), "mean": draw(n), "var": draw(n).abs() + 0.1}
         for name, value in given.items():
-            tensors[name] = torch.full((4,), value, dtype=torch.float64)
+            tensors[name] = torch.full((n,), value, dtype=torch.float64)
         z = F.conv2d(x, weight, old)
         gamma, beta, mean, var = tensors.values()
         gamma, beta, mean, var = (t.view(-1, 1, 1) for t in (gamma, beta, mean, var))
@@ -78,17 +85,21 @@ def fold_front(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tu
     return weight * scale, bias + weight @ shift
 
 
-def _folds_front(shift_by: float, bias_by: float) -> Callable[[Any], bool]:
+def _folds_front(
+    shift_by: float, bias_by: float, outs: int = 3, ins: int = 5
+) -> Callable[[Any], bool]:
     def test(f: Any) -> bool:
         generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(3, 5, generator=generator, dtype=torch.float64)
-        bias = bias_by * torch.randn(3, generator=generator, dtype=torch.float64)
-        scale = torch.rand(5, generator=generator, dtype=torch.float64) + 0.5
-        shift = shift_by * torch.randn(5, generator=generator, dtype=torch.float64)
-        z = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        weight = torch.randn(outs, ins, generator=generator, dtype=torch.float64)
+        bias = bias_by * torch.randn(outs, generator=generator, dtype=torch.float64)
+        scale = torch.rand(ins, generator=generator, dtype=torch.float64) + 0.5
+        shift = shift_by * torch.randn(ins, generator=generator, dtype=torch.float64)
+        z = torch.randn(4, ins, generator=generator, dtype=torch.float64)
         new_weight, new_bias = f(weight.clone(), bias, scale, shift)
         wanted = F.linear(scale * z + shift, weight, bias)
-        return torch.allclose(F.linear(z, new_weight, new_bias), wanted, rtol=1e-6, atol=1e-6)
+        found = F.linear(z, new_weight, new_bias)
+        is_bias = new_bias.shape == bias.shape  # [1, O] would be added just the same
+        return is_bias and torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
     return test
 
@@ -96,24 +107,24 @@ def _folds_front(shift_by: float, bias_by: float) -> Callable[[Any], bool]:
 def can_fold(modules: list[nn.Module]) -> list[bool]:
     """Say of each module in an eval-mode chain whether it is a BatchNorm2d that can be folded.
 
-    Behind a convolution it can, whatever comes next; in front of one it can if that pads with no
+    After a convolution it can, whatever comes next; in front of one it can if that pads with no
     zeros; without running statistics it cannot.
     """
     found = []
     for i, module in enumerate(modules):
         before = modules[i - 1] if i else None
         after = modules[i + 1] if i + 1 < len(modules) else None
-        behind = isinstance(before, nn.Conv2d)
+        follows = isinstance(before, nn.Conv2d)
         front = isinstance(after, nn.Conv2d) and (
-            after.padding_mode != "zeros" or after.padding == (0, 0)
+            after.padding_mode != "zeros" or after.padding in ((0, 0), "valid")
         )
         is_fixed = isinstance(module, nn.BatchNorm2d) and module.running_mean is not None
-        found.append(is_fixed and (behind or front))
+        found.append(is_fixed and (follows or front))
     return found
 
 
 def _says(make: Callable[[], list[nn.Module]], wanted: list[bool]) -> Callable[[Any], bool]:
-    return lambda f: [bool(answer) for answer in f(make())] == wanted
+    return lambda f: [bool(answer) for answer in f([m.eval() for m in make()])] == wanted
 
 
 def identity_kernel(channels: int, groups: int) -> Tensor:
@@ -131,6 +142,21 @@ def _changes_nothing(channels: int, groups: int) -> Callable[[Any], bool]:
         return torch.equal(F.conv2d(x, weight, padding=1, groups=groups), x)
 
     return test
+
+
+def _long_chain() -> list[nn.Module]:
+    return [
+        nn.BatchNorm2d(3),
+        nn.Conv2d(3, 4, 3, padding=(0, 1)),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 5, padding=2),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+    ]
 
 
 EXERCISES = (
@@ -163,16 +189,19 @@ EXERCISES = (
             ),
             Case(
                 "tiny variance",
-                "var 0 and eps 1e-3: eps is added under the root, not behind it, and nothing is "
+                "var 0 and eps 1e-3: eps is added under the root, not outside it, and nothing is "
                 "divided by zero",
                 _folds(eps=1e-3, var=0.0),
             ),
+            unseen(_folds(shape=(3, 5, 1, 3)), _folds(eps=1e-2, bias=False, shape=(6, 2, 2, 6))),
+            unchanged(lambda: (torch.ones(2, 3, 3, 3), *torch.arange(1.0, 11).view(5, 2), 0.1)),
         ),
         hints=(
             "Write BatchNorm as s z + t. What are s and t?",
-            "Put z = W x + b into it. What stands before x, and what stands alone?",
+            "Put z = W x + b into it. What is multiplied by x, and what is not?",
         ),
         solution=fold,
+        by_hand=("dlhelpers.*", "torch.nn.utils.fusion.*"),
     ),
     Exercise(
         id="06.2",
@@ -181,7 +210,7 @@ EXERCISES = (
         "with each of the C_out output channels scaled.",
         cases=(
             Case(
-                "as many in as out",
+                "equal channels",
                 "4 to 4 channels: scaling dimension 0 has the right shape and is wrong, which is "
                 "why nobody notices; outputs lie on dimension 1",
                 _scales(4, 4, 1),
@@ -197,12 +226,15 @@ EXERCISES = (
                 "first two inputs, the second group's for the others",
                 _scales(4, 6, 2),
             ),
+            unseen(_scales(6, 3, 3), _scales(4, 8, 4), _scales(2, 2, 1)),
+            unchanged(lambda: (torch.ones(4, 3, 3, 3), torch.arange(1.0, 7), 2)),
         ),
         hints=(
             "Which inputs does output channel 4 of 6 see, in 2 groups?",
             "unflatten dimension 0 into (groups, C_in / groups): each group has its scales.",
         ),
         solution=scale_transposed,
+        by_hand=("dlhelpers.*", "torch.nn.utils.fusion.*"),
     ),
     Exercise(
         id="06.3",
@@ -212,7 +244,7 @@ EXERCISES = (
         cases=(
             Case(
                 "only scaled",
-                "shift 0: each input is scaled, so each column of the weight",
+                "shift 0: each input is scaled, so each column of the weight; the bias stays [O]",
                 _folds_front(0.0, 0.0),
             ),
             Case(
@@ -223,12 +255,15 @@ EXERCISES = (
             Case(
                 "old bias", "the old bias stays as it is, and is not scaled", _folds_front(1.0, 1.0)
             ),
+            unseen(_folds_front(1.0, 1.0, 4, 4), _folds_front(2.0, -1.0, 1, 7)),
+            unchanged(lambda: (torch.ones(2, 3), torch.ones(2), torch.arange(3.0), torch.ones(3))),
         ),
         hints=(
             "Multiply W (s z + t) + b out. Which part has no z?",
             "Which dimension of the weight belongs to the inputs?",
         ),
         solution=fold_front,
+        by_hand=("dlhelpers.*", "torch.nn.utils.fusion.*"),
     ),
     Exercise(
         id="06.4",
@@ -237,7 +272,7 @@ EXERCISES = (
         "BatchNorm2d that can be folded into a Conv2d beside it.",
         cases=(
             Case(
-                "behind",
+                "after a convolution",
                 "convolution, BatchNorm, ReLU: the BatchNorm can",
                 _says(
                     lambda: [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()], [False, True, False]
@@ -260,7 +295,7 @@ EXERCISES = (
             ),
             Case(
                 "zeros of padding",
-                "BatchNorm, convolution that pads with zeros: those zeros come behind the "
+                "BatchNorm, convolution that pads with zeros: those zeros come after the "
                 "BatchNorm, and must stay zeros (conv.padding is a tuple, such as (1, 1))",
                 _says(lambda: [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)], [False, False]),
             ),
@@ -300,12 +335,17 @@ EXERCISES = (
                     [False, False],
                 ),
             ),
+            unseen(
+                _says(_long_chain, [i in (2, 7, 9) for i in range(10)]),
+                _says(lambda: [nn.BatchNorm2d(2), nn.Conv2d(2, 2, 5, padding=2)], [False] * 2),
+            ),
         ),
         hints=(
-            "Look at what stands before a BatchNorm, then at what stands behind it.",
+            "Look at what comes before a BatchNorm, then at what comes after it.",
             "When does a convolution see a number that did not come out of the BatchNorm?",
         ),
         solution=can_fold,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="06.5",
@@ -328,11 +368,13 @@ EXERCISES = (
                 "6 channels in 2 groups: output 4 sees inputs 3, 4, 5 only, so its own is number 1",
                 _changes_nothing(6, 2),
             ),
+            unseen(_changes_nothing(6, 3), _changes_nothing(5, 5), _changes_nothing(12, 2)),
         ),
         hints=(
             "What must the 3x3 kernel from input j to output i be, for i = j and for others?",
             "In groups the second dimension counts the channels of the group: i modulo C / groups.",
         ),
         solution=identity_kernel,
+        by_hand=("dlhelpers.*", "torch.nn.init.dirac_"),
     ),
 )

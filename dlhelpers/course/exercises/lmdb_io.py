@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dlhelpers.course.exercises import Case, Exercise
+from dlhelpers.course.exercises.watching import unchanged, unseen
 from dlhelpers.lmdb_io.schema import position_key
 from dlhelpers.lmdb_io.shards import part
 
@@ -39,17 +43,23 @@ def _in_order(*positions: int) -> Callable[[Any], bool]:
     return test
 
 
+def _same_key_again(f: Any) -> bool:
+    keys = [f(position) for position in (7, 6, 5, 6, 7)]
+    return keys[0] == keys[4] > keys[1] == keys[3] > keys[2]
+
+
 def find(blob: bytes, ends: Sequence[int], i: int) -> bytes:
     """Return image i of images that lie end to end; ``ends[i]`` is where it ends."""
     return blob[ends[i - 1] if i else 0 : ends[i]]
 
 
-def _finds(i: int) -> Callable[[Any], bool]:
-    images = [b"first", b"second image", b"", b"the last one"]
-    ends = [5, 17, 17, 29]
+_PACKED = (b"first", b"second image", b"", b"the last one")
 
+
+def _finds(i: int, images: Sequence[bytes] = _PACKED) -> Callable[[Any], bool]:
     def test(f: Any) -> bool:
-        return f(b"".join(images), list(ends), i) == images[i]
+        ends = list(itertools.accumulate(map(len, images)))
+        return f(b"".join(images), ends, i) == images[i]
 
     return test
 
@@ -59,13 +69,14 @@ def is_intact(record: bytes) -> bool:
     return len(record) >= 4 and zlib.crc32(record[4:]) == int.from_bytes(record[:4], "little")
 
 
-def _judges(change: Callable[[bytearray], bytes], wanted: bool) -> Callable[[Any], bool]:
-    data = b"some encoded image"
+def _judges(
+    change: Callable[[bytearray], bytes], wanted: bool, data: bytes = b"some encoded image"
+) -> Callable[[Any], bool]:
     record = struct.pack("<I", zlib.crc32(data)) + data
 
     def test(f: Any) -> bool:
         answer = f(bytes(change(bytearray(record))))
-        return isinstance(answer, bool) and answer is wanted
+        return isinstance(answer, (bool, np.bool_)) and bool(answer) is wanted
 
     return test
 
@@ -90,6 +101,23 @@ def state_to_send(state: dict[str, Any]) -> dict[str, Any]:
 
 def _state() -> dict[str, Any]:
     return {"path": "photos.lmdb", "env": object(), "transform": None}
+
+
+class _Environment:
+    """Cannot be copied or pickled, as LMDB's cannot."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("cannot pickle 'Environment' object")
+
+
+def _sends_another(f: Any) -> bool:
+    transform = object()
+    sent = f({"path": "/data/train.lmdb", "env": _Environment(), "transform": transform})
+    return (
+        sent.get("path") == "/data/train.lmdb"
+        and sent.get("transform") is transform
+        and sent.get("env") is None
+    )
 
 
 def _leaves_the_environment(f: Any) -> bool:
@@ -127,6 +155,19 @@ def _is_even(parts: list[list[int]]) -> bool:
     return max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def _is_a_range(f: Any) -> bool:
+    return all(isinstance(f(10, rank, 2), range) for rank in (0, 1))
+
+
+def _shares_well(count: int, world: int) -> Callable[[Any], bool]:
+    def test(f: Any) -> bool:
+        ranks = reversed(range(world))  # each process asks by itself, in any order
+        parts = [list(f(count, rank, world)) for rank in ranks][::-1]
+        return _is_everything(count)(parts) and _is_contiguous(parts) and _is_even(parts)
+
+    return test
+
+
 EXERCISES = (
     Exercise(
         id="02.1",
@@ -151,12 +192,14 @@ EXERCISES = (
                 "an error",
                 _most_is(10.0, 0.0, math.inf),
             ),
+            unseen(_most_is(30.0, 10.0, 4.0), _most_is(0.0, 70.0, 1.0), _most_is(35.0, 28.0, 2.25)),
         ),
         hints=(
             "Write down the time before and the time after; a speedup is their quotient.",
             "(store_us + rest_us) / rest_us, and mind the case rest_us == 0.",
         ),
         solution=most,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="02.2",
@@ -175,9 +218,19 @@ EXERCISES = (
             ),
             Case(
                 "a million images",
-                "further on the order breaks (with four digits from 10,000 on): pad to 12 digits; "
-                "the most significant digit has to come first",
-                _in_order(0, 99, 100, 9_999, 10_000, 99_999, 100_000, 1_281_166, 10_000_000),
+                "further on the order breaks (with four digits from 10,000 on), or two "
+                "neighbours get the same key (a float has too few digits): pad to 12 digits; the "
+                "most significant digit has to come first",
+                _in_order(
+                    *(0, 99, 100, 9_999, 10_000, 99_999, 100_000, 1_281_166),
+                    *(9_999_999, 10_000_000, 10_000_001),
+                ),
+            ),
+            Case(
+                "asked again",
+                "position 7 got one key at first and another later: the key is made from the "
+                "position alone, not from a counter of calls; otherwise no record is found again",
+                _same_key_again,
             ),
         ),
         hints=(
@@ -185,6 +238,7 @@ EXERCISES = (
             "b'%012d' % position pads with zeros to twelve digits.",
         ),
         solution=position_key,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="02.3",
@@ -211,22 +265,25 @@ EXERCISES = (
                 "image 2 has no bytes: it begins and ends at 17",
                 _finds(2),
             ),
+            unseen(*(_finds(i, (b"", b"\xff\xd8 one", b"\x89PNG two", b"3")) for i in range(4))),
+            unchanged(lambda: (b"".join(_PACKED), [5, 17, 17, 29], 1)),
         ),
         hints=(
             "Where an image begins is where the one before it ends.",
             "blob[start:ends[i]], with start = 0 for i = 0 and ends[i - 1] otherwise.",
         ),
         solution=find,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="02.4",
         title="Find the damage",
-        task="Write is_intact(record): does the CRC-32 in the first 4 bytes fit the data behind?",
+        task="Write is_intact(record): does the CRC-32 in the first 4 bytes fit the data after it?",
         cases=(
             Case(
                 "an intact record",
-                "this record is as it was written: the checksum is zlib.crc32 of what stands "
-                "behind it (record[4:]), stored little-endian; return True or False",
+                "this record is as it was written: the checksum is zlib.crc32 of what "
+                "follows it (record[4:]), stored little-endian; return True or False",
                 _judges(bytes, True),
             ),
             Case(
@@ -244,12 +301,18 @@ EXERCISES = (
                 "two bytes changed places, which a plain sum does not notice: use zlib.crc32",
                 _judges(_swapped, False),
             ),
+            unseen(
+                _judges(bytes, True, b"another image, of another length"),
+                _judges(_flipped(12), False, b"another image, of another length"),
+                _judges(_swapped, False, bytes(range(256))),
+            ),
         ),
         hints=(
             "Compute the checksum of the data anew and compare it with the stored one.",
             "int.from_bytes(record[:4], 'little') is the stored one.",
         ),
         solution=is_intact,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="02.5",
@@ -263,7 +326,7 @@ EXERCISES = (
             ),
             Case(
                 "all the rest",
-                "path and transform have to arrive as well: only the environment stays behind",
+                "path and transform have to arrive as well: only the environment is left out",
                 _sends_the_rest,
             ),
             Case(
@@ -271,12 +334,20 @@ EXERCISES = (
                 "the parent's own state was changed: its environment is gone. Change a copy",
                 _leaves_the_parent,
             ),
+            Case(
+                "another data set",
+                "another path and transform did not arrive, or the environment was copied before "
+                "it was dropped, which LMDB refuses: copy the dict that was given, not what is in "
+                "it, and replace the one entry",
+                _sends_another,
+            ),
         ),
         hints=(
             "state | {...} makes a new dict with some entries replaced.",
             "The entry is called 'env'.",
         ),
         solution=state_to_send,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="02.6",
@@ -304,11 +375,19 @@ EXERCISES = (
                 "parts may differ by one image at most: the rest must not pile up at one rank",
                 lambda f: _shares(9, 4, _is_even)(f) and _shares(11, 4, _is_even)(f),
             ),
+            Case(
+                "a range",
+                "the positions are right, but they are no range: the task asks for one, which "
+                "holds two numbers however many images there are. Return range(first, last)",
+                _is_a_range,
+            ),
+            unseen(*itertools.starmap(_shares_well, ((8, 3), (23, 5), (3, 7), (100, 1), (64, 64)))),
         ),
         hints=(
             "Where rank r ends, rank r + 1 begins: one formula for both keeps them together.",
             "The boundary before rank r is count * r // world.",
         ),
         solution=part,
+        by_hand=("dlhelpers.*",),
     ),
 )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dlhelpers.course.exercises import Case, Exercise
 from dlhelpers.course.exercises.memory_budget import LARGEST_BATCH
+from dlhelpers.course.exercises.watching import unseen, whole
 
 __all__ = ["EXERCISES"]
 
@@ -175,7 +176,7 @@ EXERCISES = (
             Case(
                 "no activations",
                 "1,000 parameters, plain SGD and nothing saved: a weight has 4 bytes, and its "
-                "gradient as many, 8,000 bytes together",
+                "gradient has 4 as well, 8,000 bytes together",
                 _adds_up(1000, 0, "sgd"),
             ),
             Case(
@@ -186,16 +187,20 @@ EXERCISES = (
             ),
             Case(
                 "momentum",
-                "2,000 parameters and 300 bytes of activations: momentum keeps one number for each "
+                "2,000 parameters and 300 bytes of activations: momentum keeps one number per "
                 "parameter, its velocity, so that 12 bytes a parameter are alive: 24,000 + 300",
                 _adds_up(2000, 300, "momentum"),
             ),
             Case(
                 "AdamW",
-                "3,000 parameters and 100 bytes of activations: AdamW keeps two numbers for each "
+                "3,000 parameters and 100 bytes of activations: AdamW keeps two numbers per "
                 "parameter, a mean of its gradients and one of their squares: 16 bytes a "
                 "parameter, 48,000 + 100",
                 _adds_up(3000, 100, "adamw"),
+            ),
+            whole(1000, 500, "sgd"),
+            unseen(
+                _adds_up(7, 13, "sgd"), _adds_up(4321, 77, "momentum"), _adds_up(999, 1, "adamw")
             ),
         ),
         hints=(
@@ -205,6 +210,7 @@ EXERCISES = (
             "as large as the weight?",
         ),
         solution=step_bytes,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="04.2",
@@ -244,6 +250,8 @@ EXERCISES = (
                 "(9 + 12 = 21); 400 blocks are best in 20",
                 _are({100: 10, 400: 20}),
             ),
+            whole(12),
+            unseen(_are({blocks: segments(blocks) for blocks in (*range(1, 80), 1000)})),
         ),
         hints=(
             "Write the sums of 12 blocks down, for k = 1 to 12. Which is the smallest?",
@@ -251,6 +259,7 @@ EXERCISES = (
             "Which of two equals does min return?",
         ),
         solution=segments,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="04.3",
@@ -281,6 +290,7 @@ EXERCISES = (
                 "micro-batches, 0 for the empty one, and the others in parts of 8",
                 _give_the_gradient(5, 0, 3),
             ),
+            unseen(_give_the_gradient(2, 7, 3), _give_the_gradient(1, 1, 6, 0, 4)),
         ),
         hints=(
             "What does one sample count in the mean over the whole batch? And how many samples "
@@ -289,6 +299,7 @@ EXERCISES = (
             "their sum over N?",
         ),
         solution=weights,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="04.4",
@@ -326,6 +337,7 @@ EXERCISES = (
                 "training step would add to: validation has no backward pass",
                 _no_backward,
             ),
+            unseen(_is_the_mean(iter, 0.5, 2.5, 9.0, 4.0, 1.0), _is_the_mean(iter, 7.0)),
         ),
         hints=(
             "What does total + loss return while loss has a grad_fn? What does that one refer to?",
@@ -333,6 +345,7 @@ EXERCISES = (
             "go?",
         ),
         solution=mean_loss,
+        by_hand=("dlhelpers.*",),
     ),
     LARGEST_BATCH,
 )

@@ -18,7 +18,7 @@ __all__ = ["LARGEST_BATCH"]
 def largest_batch(model: nn.Module, sample: Tensor, limit_bytes: int) -> int:
     """Return the most samples whose step with SGD is estimated to stay within the limit.
 
-    Twice as many until they do not fit, then halve what lies between.
+    Double the number until it does not fit, then halve what lies between.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
@@ -83,7 +83,7 @@ def _measured(model: nn.Module, sample: Tensor, n: int) -> int:
 def _fits_just(
     make: Callable[[], tuple[nn.Module, Tensor]], samples: int, spare: int
 ) -> Callable[[Any], bool]:
-    """Give a limit, `spare` bytes more than the estimate for so many samples."""
+    """Give a limit, `spare` bytes more than the estimate for these samples."""
 
     def test(f: Any) -> bool:
         limit = _estimated(*make(), samples) + spare
@@ -149,6 +149,12 @@ LARGEST_BATCH = Exercise(
             "not: let estimate see torch.empty(n, *sample.shape[1:])",
             _fits_in_truth,
         ),
+        Case(
+            "hundreds of samples",
+            "a limit for 300 samples came out wrong: no largest n may be built in. Double n until "
+            "it no longer fits, however long that takes",
+            _fits_just(_shallow, 300, 100),
+        ),
     ),
     hints=(
         "Write fits(n) first: estimate(...).peak_bytes against the limit. A batch on device "
@@ -158,4 +164,5 @@ LARGEST_BATCH = Exercise(
         "are neighbours. Which of the two is the answer? What if 1 does not fit?",
     ),
     solution=largest_batch,
+    by_hand=("dlhelpers.course.exercises.*",),
 )

@@ -1,4 +1,4 @@
-"""Exercises of notebook 01: losses by hand, the floor, the repair, the choice, the decision."""
+"""Exercises of notebook 01: a loss by hand, the floor, a fix, the choice, the decision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dlhelpers.course.exercises import Case, Exercise
+from dlhelpers.course.exercises.watching import unseen
 
 __all__ = ["EXERCISES"]
 
@@ -49,7 +50,7 @@ def _floor_is(classes: int) -> Callable[[Any], bool]:
     return test
 
 
-def mend(model: nn.Sequential) -> nn.Sequential:
+def without_softmax(model: nn.Sequential) -> nn.Sequential:
     """Return a copy without its last layer if that is a Softmax; the layers before stay."""
     layers = list(copy.deepcopy(model))
     if isinstance(layers[-1], nn.Softmax):
@@ -57,10 +58,11 @@ def mend(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def _model(*last: nn.Module) -> nn.Sequential:
+def _model(*last: nn.Module, first: type[nn.Module] | None = None) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), *last)
+        layers = [nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), *last]
+        return nn.Sequential(*([first()] if first else []), *layers)
 
 
 def _inputs() -> torch.Tensor:
@@ -69,17 +71,31 @@ def _inputs() -> torch.Tensor:
 
 def _gives_logits(f: Any) -> bool:
     model = _model(nn.Softmax(dim=1))
-    mended = f(model)
-    outputs = mended(_inputs())
+    fixed = f(model)
+    outputs = fixed(_inputs())
     wanted = model[:3](_inputs())
-    # log-softmax in place of softmax is as good: cross-entropy cannot tell them apart
+    # log-softmax in place of softmax is right too: its cross-entropy is the same
     return outputs.shape == wanted.shape and _close(outputs.log_softmax(1), wanted.log_softmax(1))
 
 
 def _keeps_hidden_layers(f: Any) -> bool:
-    mended = f(_model(nn.Softmax(dim=1)))
-    return any(isinstance(layer, nn.ReLU) for layer in mended.modules()) and (
-        sum(isinstance(layer, nn.Linear) for layer in mended.modules()) == 2
+    fixed = f(_model(nn.Softmax(dim=1)))
+    return any(isinstance(layer, nn.ReLU) for layer in fixed.modules()) and (
+        sum(isinstance(layer, nn.Linear) for layer in fixed.modules()) == 2
+    )
+
+
+def _survives_large_logits(f: Any) -> bool:
+    model = _model(nn.Softmax(dim=1))
+    found, logits = f(model)(1e4 * _inputs()), model[:3](1e4 * _inputs())
+    return _close(found.log_softmax(1), logits.log_softmax(1))
+
+
+def _looks_at_the_last_layer(f: Any) -> bool:
+    long, sound = _model(nn.Softmax(dim=1), first=nn.Flatten), _model(first=nn.Flatten)
+    return all(
+        _close(f(model)(_inputs()).log_softmax(1), model[:4](_inputs()).log_softmax(1))
+        for model in (long, sound)
     )
 
 
@@ -127,6 +143,11 @@ def _decides(logits: list[float], wanted: list[bool]) -> Callable[[Any], bool]:
     return test
 
 
+def _is_a_module(f: Any) -> bool:
+    loss = f("a house's price, no activation")
+    return issubclass(loss if isinstance(loss, type) else type(loss), nn.Module)
+
+
 def _gives_truth_values(f: Any) -> bool:
     return torch.as_tensor(f(torch.tensor([-1.0, 1.0]))).dtype == torch.bool
 
@@ -140,7 +161,7 @@ EXERCISES = (
     Exercise(
         id="01.1",
         title="Cross-entropy by hand",
-        task="Write cross_entropy(logits [N, C], targets [N]) without calling torch's own.",
+        task="Write cross_entropy(logits [N, C], targets [N]) without torch's own loss.",
         cases=(
             Case(
                 "one number",
@@ -176,6 +197,7 @@ EXERCISES = (
             "torch.logsumexp(logits, dim=1) survives huge logits.",
         ),
         solution=cross_entropy,
+        by_hand=("dlhelpers.*", "torch.*cross_entropy*", "torch.*_loss*", "torch.*.kl_div"),
     ),
     Exercise(
         id="01.2",
@@ -198,17 +220,20 @@ EXERCISES = (
                 "the floor grows with the number of classes: use the argument, not 10",
                 _floor_is(1000),
             ),
+            unseen(*map(_floor_is, (3, 17, 47, 5000))),
         ),
         hints=(
             "Put logits (1, 0, 0, ..., 0) into -log softmax(z)[0].",
             "The sum of exponentials is e + (C - 1).",
         ),
         solution=floor,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="01.3",
-        title="Mend the model",
-        task="Write mend(model): an nn.Sequential that CrossEntropyLoss can use as it is.",
+        title="Fix the model",
+        task="Write without_softmax(model): an nn.Sequential that CrossEntropyLoss can use as it "
+        "is.",
         cases=(
             Case(
                 "what the loss sees",
@@ -227,23 +252,44 @@ EXERCISES = (
                 _leaves_the_original,
             ),
             Case(
+                "large outputs",
+                "the softmax is still in the model, with its logarithm taken afterwards: where a "
+                "probability becomes 0 its log is infinite. Take the Softmax out",
+                _survives_large_logits,
+            ),
+            Case(
                 "a sound model",
                 "this model had no softmax at its end, yet a layer was taken off: look at the "
                 "last layer before you remove it",
                 _leaves_sound_models,
             ),
+            Case(
+                "another number of layers",
+                "a model with one layer more came out wrong, with a softmax at its end or without: "
+                "look at the type of the last layer, model[-1], and not at how many layers there "
+                "are",
+                _looks_at_the_last_layer,
+            ),
         ),
         hints=(
-            "isinstance(model[-1], nn.Softmax) tells whether there is anything to mend.",
+            "isinstance(model[-1], nn.Softmax) says whether there is anything to fix.",
             "model[:-1] is a new Sequential without the last layer.",
         ),
-        solution=mend,
+        solution=without_softmax,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="01.4",
         title="Choose the loss",
         task="Write choose_loss(task): a loss of torch.nn for each of the five tasks.",
         cases=(
+            Case(
+                "a loss of torch.nn",
+                "the answer for a price is neither a module nor a class of torch.nn: the task asks "
+                "for the loss itself, such as nn.L1Loss(), not for its name or a function of "
+                "torch.nn.functional",
+                _is_a_module,
+            ),
             Case(
                 "one of ten classes, raw logits",
                 "raw logits of exclusive classes belong to CrossEntropyLoss, which does the "
@@ -290,6 +336,7 @@ EXERCISES = (
             "'WithLogits' in a name means: give it raw numbers.",
         ),
         solution=choose_loss,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="01.5",
@@ -317,11 +364,19 @@ EXERCISES = (
                 "the answer should be a tensor of truth values, dtype torch.bool",
                 _gives_truth_values,
             ),
+            Case(
+                "near one half",
+                "the logit 0 is a probability of exactly one half, which does not exceed it: "
+                "False; the logit 0.001 is a little more: True. The threshold is 0 and no other "
+                "number, with > and not >=",
+                _decides([0.0, 0.001, -0.001, 0.05], [False, True, False, True]),
+            ),
         ),
         hints=(
             "Where does sigmoid(z) cross 0.5?",
             "No sigmoid is needed to compare.",
         ),
         solution=decide,
+        by_hand=("dlhelpers.*",),
     ),
 )

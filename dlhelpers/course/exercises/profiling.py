@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlhelpers.course.exercises import Case, Exercise
-from dlhelpers.profiling.trace import union_us
+from dlhelpers.course.exercises.watching import Operators, has_loop, unchanged, unseen
 
 __all__ = ["EXERCISES"]
 
@@ -37,7 +36,7 @@ def _owns(calls: Sequence[Call], wanted: Mapping[str, float]) -> Callable[[Any],
 
 
 def time_after(parts: Mapping[str, float], factors: Mapping[str, float]) -> float:
-    """Return the time of all parts, once some of them are so many times as fast."""
+    """Return the time of all parts, with the speedup of some of them."""
     return sum(ms / factors.get(name, 1.0) for name, ms in parts.items())
 
 
@@ -50,16 +49,6 @@ def _takes(
 def batch(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return [N, C, H, W] between mean and std, from uint8 [N, H, W, C], without a loop."""
     return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _batch_of(n: int, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,23 +66,27 @@ def _is_batch(n: int, h: int, w: int) -> Callable[[Any], bool]:
         for c in range(3):  # by hand, one channel at a time
             wanted[:, c] = (kept[..., c].double() / 255 - mean[c].double()) / std[c].double()
         is_right = found.shape == wanted.shape and torch.allclose(found.double(), wanted, atol=1e-5)
-        return is_right and found.dtype == torch.float32 and torch.equal(images, kept)
+        return is_right and torch.equal(images, kept)
 
     return test
 
 
 def _does_not_grow(f: Any) -> bool:
-    counts = []
-    for n in (2, 32):
-        with _Operators() as seen:
+    seen: list[list[str]] = [[], []]
+    for names, n in zip(seen, (2, 32), strict=True):
+        with Operators(names.append):
             f(*_batch_of(n, 4, 5))
-        counts.append(seen.count)
-    return counts[0] == counts[1]
+    return len(seen[0]) == len(seen[1])
 
 
 def idle_share(kernels: Sequence[tuple[float, float]], start: float, end: float) -> float:
     """Return the share of [start, end] in which no kernel runs; they may overlap."""
-    return 1 - union_us(kernels, start, end) / (end - start)
+    busy, reached = 0.0, start
+    for first, last in sorted(kernels):
+        first, last = max(first, reached), min(last, end)
+        if last > first:
+            busy, reached = busy + last - first, last
+    return 1 - busy / (end - start)
 
 
 def _idles(
@@ -151,12 +144,22 @@ EXERCISES = (
                 "a calls a: the name's own times add up to the whole, counted once",
                 _owns([("a", 0, 10), ("a", 2, 8), ("b", 3, 4)], {"a": 9, "b": 1}),
             ),
+            unseen(
+                _owns(
+                    [
+                        *(("run", 0, 50), ("load", 0, 20), ("read", 2, 9), ("load", 20, 30)),
+                        *(("run", 31, 40), ("read", 60, 61)),
+                    ],
+                    {"run": 20, "load": 23, "read": 8},
+                )
+            ),
         ),
         hints=(
             "Keep a stack of the calls that are under way. Which ones have ended when one begins?",
             "Each call is subtracted from one other: the one on top of the stack.",
         ),
         solution=own_times,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="08.2",
@@ -194,18 +197,26 @@ EXERCISES = (
                 "a factor of infinity means that the part takes no time at all",
                 _takes({"a": 90, "b": 10}, {"a": math.inf}, 10),
             ),
+            unseen(
+                _takes({"x": 7, "y": 5, "z": 3}, {"z": 6, "x": 2}, 9),
+                _takes({"load": 12.5}, {}, 12.5),
+                _takes({"load": 9, "step": 4}, {"load": 1.5, "other": 7}, 10),
+            ),
+            unchanged(lambda: ({"a": 80.0, "b": 20.0}, {"a": 4.0})),
         ),
         hints=(
             "How long does each part take afterwards, by itself?",
             "ms / factor, over all parts; factors.get(name, 1) for those that stay.",
         ),
         solution=time_after,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="08.3",
         title="No Python loop",
         task="Write batch(images, mean, std): uint8 [N, H, W, C] -> float32 [N, C, H, W], each "
-        "channel (value / 255 - mean) / std, with as many operators for 32 images as for 2.",
+        "channel (value / 255 - mean) / std, with the same number of operators for 32 images as "
+        "for 2, and no loop in Python.",
         cases=(
             Case(
                 "one image",
@@ -214,14 +225,28 @@ EXERCISES = (
                 _is_batch(1, 4, 5),
             ),
             Case(
-                "as many rows as channels",
+                "three rows and three channels",
                 "images of 3 x 3 pixels: mean and std belong to the channels, not to the columns",
                 _is_batch(2, 3, 3),
             ),
             Case(
                 "no loop",
-                "32 images take more operators than 2: one operator works on the whole batch",
+                "32 images take more operators than 2, so there is a loop over images. The task "
+                "wants the same number: write one expression for the whole batch",
                 _does_not_grow,
+            ),
+            Case(
+                "float32",
+                "the values are right, but not float32, which the task asks for: NumPy computes in "
+                "float64, twice the bytes; end in .float()",
+                lambda f: f(*_batch_of(2, 4, 5)).dtype == torch.float32,
+            ),
+            Case(
+                "no loop in Python",
+                "torch has no more operators to run, but there is a loop in Python (for, while or "
+                "a comprehension), over images or channels: the task wants none. mean and std are "
+                "[C], as the last dimension of images, so one expression does all",
+                lambda f: not has_loop(f),
             ),
         ),
         hints=(
@@ -229,6 +254,7 @@ EXERCISES = (
             "permute(0, 3, 1, 2) moves dimensions of the whole batch; it copies nothing.",
         ),
         solution=batch,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="08.4",
@@ -258,8 +284,18 @@ EXERCISES = (
             ),
             Case(
                 "past the ends",
-                "kernels that begin before the window or end behind it count inside it only",
+                "kernels that begin before the window or end after it count inside it only",
                 _idles([(-50, 10), (90, 300), (400, 500)], 0, 100, 0.8),
+            ),
+            Case(
+                "between two marks",
+                "kernels begin and end at any time, here at 0.5 and 2.25: a count of whole "
+                "microseconds misses that. Compare starts and ends themselves",
+                _idles([(0.5, 2.25)], 0, 4, 0.5625),
+            ),
+            unseen(
+                _idles([(3, 9), (1, 4), (12, 13), (12, 12.5)], 2, 12.25, 3 / 10.25),
+                _idles([], 5, 6, 1.0),
             ),
         ),
         hints=(
@@ -267,6 +303,7 @@ EXERCISES = (
             "Clip each kernel to [covered so far, end]; what is left of it is new.",
         ),
         solution=idle_share,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="08.5",
@@ -305,11 +342,18 @@ EXERCISES = (
                 "on one core nothing happens at the same time, however many workers there are",
                 _steps(80, 60, 20, 2, 1),
             ),
+            unseen(
+                _steps(45, 90, 20, 2, 8),
+                _steps(15, 90, 8, 6, 16),
+                _steps(30, 90, 8, 16, 4),
+                _steps(77, 70, 7, 0, 1),
+            ),
         ),
         hints=(
             "Two things happen at the same time. Which one does the step wait for?",
             "How many workers can be at work at the same time, beside the step itself?",
         ),
         solution=step_with_workers,
+        by_hand=("dlhelpers.*",),
     ),
 )

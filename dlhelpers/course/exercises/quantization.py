@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from dlhelpers.course.exercises import Case, Exercise
+from dlhelpers.course.exercises.traced import subtracts_inside
+from dlhelpers.course.exercises.watching import unchanged, unseen, whole
 from dlhelpers.quantization.entropy import LEVELS, distributions
 from dlhelpers.quantization.kernels import fixed_point
 
@@ -127,6 +129,17 @@ EXERCISES = (
                 "-4 to -1: the range becomes -4 to 0, and zero is the greatest integer",
                 _is_grid(-4.0, -1.0, 8, (4 / 255, 255)),
             ),
+            unseen(
+                *(
+                    _is_grid(low, high, bits, scale_and_zero(low, high, bits))
+                    for low, high, bits in (
+                        (-2.5, 1.5, 8),
+                        (-0.3, 0.9, 3),
+                        (0.5, 0.75, 5),
+                        (-9, -8, 2),
+                    )
+                )
+            ),
         ),
         hints=(
             "How many steps lie between the least and the greatest integer? Not 2^bits.",
@@ -134,12 +147,13 @@ EXERCISES = (
             "Before all that: low = min(low, 0), high = max(high, 0).",
         ),
         solution=scale_and_zero,
+        by_hand=("dlhelpers.*", "torch.ao.*", "torchao.*"),
     ),
     Exercise(
         id="07.2",
         title="A dot product with zero points",
         task="Write dot(qx, qw, x_zero, w_zero): the sum of (qx - x_zero) * (qw - w_zero), from "
-        "the sums of qx, of qw and of qx * qw.",
+        "the sums of qx, of qw and of qx * qw, so that nothing is subtracted inside the loop.",
         cases=(
             Case(
                 "no zero points",
@@ -162,12 +176,23 @@ EXERCISES = (
                 "n * x_zero * w_zero",
                 _is_dot([1, 2, 3, 9], [4, 5, 6, -7], 2, 5),
             ),
+            whole([1, 2, 3], [4, 5, 6], 2, 5),
+            unseen(_is_dot([255, 0, 17, 3, 128], [-128, 127, 0, -3, 9], 128, -4)),
+            Case(
+                "nothing subtracted inside",
+                "the result is right, but a zero point is subtracted inside the loop, from single "
+                "elements or products (x - x_zero, or a whole array of them). The task wants sums "
+                "of the integers as they are: sum qx * qw, qx and qw first, and use the zero "
+                "points once, after the loop",
+                lambda f: not subtracts_inside(f, [1, 2, 3, 9], [4, 5, 6, -7], 2, 5),
+            ),
         ),
         hints=(
             "Multiply (qx - x_zero) * (qw - w_zero) out: four terms.",
             "Which of the four terms do not depend on qx? They can be computed before inference.",
         ),
         solution=dot,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="07.3",
@@ -194,13 +219,16 @@ EXERCISES = (
                 "2^30 with n = -1",
                 lambda f: tuple(map(int, f(1 - 2.0**-40))) == (2**30, -1),
             ),
+            whole(0.3),
+            unseen(*map(_has, (0.0007, 123.456, 1 / 3, 1.5 * 2.0**-40, 0.999, 1.0))),
         ),
         hints=(
             "math.frexp gives a mantissa between one half and one, and an exponent.",
-            "mantissa * 2^31, rounded, is m0; n is the exponent with its sign turned.",
+            "mantissa * 2^31, rounded, is m0; n is minus the exponent.",
             "What if rounding reaches 2^31?",
         ),
         solution=fixed_point,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="07.4",
@@ -244,6 +272,12 @@ EXERCISES = (
                 "200 kept: some levels have one bin, some two; level j starts at j * 200 // 128",
                 _are(_FULL, 200, slice(0, 2)),
             ),
+            unseen(
+                _are(_FULL, 128, slice(0, 2)),
+                _are(_GAPS, 137, slice(0, 2)),
+                _are(_HOLLOW, 300, slice(0, 2)),
+            ),
+            unchanged(lambda: (_FULL.copy(), 256)),
         ),
         hints=(
             "P: counts[:i], then its last entry plus counts[i:].sum().",
@@ -251,12 +285,13 @@ EXERCISES = (
             "Which of the two arrays do the levels' counts come from, P or counts[:i]?",
         ),
         solution=distributions,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="07.5",
         title="What fits into 16 bits",
         task="Write most_bits(products): the most bits b of signed weights, from -(2^(b-1) - 1) to "
-        "2^(b-1) - 1, whose sum of so many products with 8-bit unsigned activations always fits a "
+        "2^(b-1) - 1, whose sum of that many products with 8-bit unsigned activations fits a "
         "signed 16-bit integer.",
         cases=(
             Case(
@@ -272,7 +307,7 @@ EXERCISES = (
             ),
             Case(
                 "four products",
-                "4 * 255 * 31 = 31,620 fits: 6 bits; not one bit for each product",
+                "4 * 255 * 31 = 31,620 fits: 6 bits; not one bit per product",
                 lambda f: f(4) == 6,
             ),
             Case(
@@ -280,11 +315,14 @@ EXERCISES = (
                 "5 * 255 * 31 = 39,525 does not fit, so 5 bits; 17 * 255 * 7 = 30,345 fits: 4 bits",
                 lambda f: f(5) == 5 and f(17) == 4,
             ),
+            whole(2),
+            unseen(lambda f: all(f(n) == most_bits(n) for n in range(1, 129))),
         ),
         hints=(
             "What is the largest product of an activation and a weight of b bits?",
             "Try b = 8, 7, 6, ... until the sum of the largest products fits 32,767.",
         ),
         solution=most_bits,
+        by_hand=("dlhelpers.*",),
     ),
 )

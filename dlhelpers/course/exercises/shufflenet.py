@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dlhelpers.course.exercises import Case, Exercise
-from dlhelpers.shufflenet import channel_shuffle, memory_access_cost
+from dlhelpers.course.exercises.watching import Operators, has_loop, unseen, whole
+from dlhelpers.shufflenet import channel_shuffle
 
 __all__ = ["EXERCISES"]
 
@@ -41,7 +42,7 @@ def _counts(c1: int, c2: int, kernel: int, side: int, groups: int) -> Callable[[
 
 def memory_access(c1: int, c2: int, hw: int, groups: int) -> int:
     """Return the elements that a 1x1 convolution reads and writes, each once."""
-    return memory_access_cost(c1, c2, hw, groups=groups).elements
+    return hw * (c1 + c2) + c1 * c2 // groups
 
 
 def _moves(c1: int, c2: int, side: int, groups: int) -> Callable[[Any], bool]:
@@ -69,10 +70,18 @@ def _shuffles(channels: int, groups: int, *rest: int) -> Callable[[Any], bool]:
     return test
 
 
-def widened(channels: int, groups: int) -> int:
-    """Return the multiple of groups whose grouped convolution does about as many multiply-adds.
+def _has_no_loop(f: Any) -> bool:
+    seen: list[list[str]] = [[], []]
+    for names, (channels, groups) in zip(seen, ((4, 2), (32, 8)), strict=True):
+        with Operators(names.append):
+            f(torch.zeros(2, channels, 3, 3), groups)
+    return len(seen[0]) == len(seen[1]) and not has_loop(f)
 
-    A dense 1x1 convolution of c channels does c^2 for each pixel, one of C in g groups C^2 / g.
+
+def widened(channels: int, groups: int) -> int:
+    """Return the multiple of groups whose grouped convolution does about the same multiply-adds.
+
+    A dense 1x1 convolution of c channels does c^2 per pixel, one of C in g groups C^2 / g.
     """
     return groups * round(channels * math.sqrt(groups) / groups)
 
@@ -126,12 +135,15 @@ EXERCISES = (
                 "24 channels, 3x3, in 24 groups: 9 products an output",
                 _counts(24, 24, 3, 9, 24),
             ),
+            whole(32, 32, 1, 49, 4),
+            unseen(_counts(10, 15, 5, 6, 5), _counts(3, 7, 7, 4, 1), _counts(48, 12, 3, 3, 12)),
         ),
         hints=(
             "How many numbers does the output have? How many products is each one the sum of?",
             "In groups, an output sees c1 / groups channels: divide the product by groups.",
         ),
         solution=multiply_adds,
+        by_hand=("dlhelpers.*", "torch.utils.flop_counter.*"),
     ),
     Exercise(
         id="05.2",
@@ -161,12 +173,15 @@ EXERCISES = (
                 "32 to 64 channels in 4 groups: 64 rows of 8 weights",
                 _moves(32, 64, 14, 4),
             ),
+            whole(64, 64, 196, 4),
+            unseen(_moves(10, 15, 6, 5), _moves(3, 7, 4, 1), _moves(48, 12, 3, 12)),
         ),
         hints=(
             "Three tensors take part. How many elements has each?",
             "Equation 2 of the paper: hw (c1 + c2) + c1 c2 / g.",
         ),
         solution=memory_access,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="05.3",
@@ -197,21 +212,30 @@ EXERCISES = (
             ),
             Case(
                 "sequences",
-                "x may have one dimension behind the channels, or three: [N, C, ...]",
+                "x may have one dimension after the channels, or three: [N, C, ...]",
                 _shuffles(6, 2, 5),
+            ),
+            unseen(_shuffles(12, 4, 3, 2), _shuffles(15, 5, 1, 4)),
+            Case(
+                "no loop",
+                "the channels are right, but there is a loop (or a comprehension) over them: the "
+                "task wants none. Split the channels' dimension into two, swap these, and flatten "
+                "them again",
+                _has_no_loop,
             ),
         ),
         hints=(
-            "Write the six channels into a table with a row for each group. How must one read it?",
+            "Write the six channels into a table, one row per group. In which order is it read?",
             "unflatten the channels into (groups, C / groups), swap those two, flatten them again.",
         ),
         solution=channel_shuffle,
+        by_hand=("dlhelpers.*", "torch.*channel_shuffle*", "torch.*ChannelShuffle*"),
     ),
     Exercise(
         id="05.4",
-        title="As many multiply-adds in groups",
+        title="The same number of multiply-adds in groups",
         task="Write widened(channels, groups): how many channels a 1x1 convolution in groups has "
-        "for about as many multiply-adds as a dense one; a multiple of groups.",
+        "for about the same number of multiply-adds as a dense one; a multiple of groups.",
         cases=(
             Case(
                 "four groups",
@@ -231,18 +255,21 @@ EXERCISES = (
                 "184. The paper prints 180, which no convolution in 8 groups can have",
                 _widens({(64, 8): 184}),
             ),
+            whole(128, 4),
+            unseen(_widens({(96, 9): 288, (100, 3): 174, (24, 16): 96, (50, 5): 110})),
         ),
         hints=(
             "With C channels in g groups each pixel takes C^2 / g. For which C is that c^2?",
             "Divide by groups, round, and multiply again.",
         ),
         solution=widened,
+        by_hand=("dlhelpers.*",),
     ),
     Exercise(
         id="05.5",
         title="The roofline's time",
         task="Write least_seconds(flops, nbytes, gflops, gb_s): the least time of a layer on a "
-        "machine with so many 10^9 FLOP and bytes a second.",
+        "machine that does gflops 10^9 FLOP and moves gb_s 10^9 bytes a second.",
         cases=(
             Case(
                 "units",
@@ -260,11 +287,17 @@ EXERCISES = (
                 "two",
                 _takes(1e6, 1e9, 100, 10, 0.1),
             ),
+            unseen(
+                _takes(3e9, 4e8, 50, 20, 0.06),
+                _takes(3e9, 4e9, 50, 20, 0.2),
+                _takes(5e6, 1e3, 1000, 100, 5e-6),
+            ),
         ),
         hints=(
             "How long would each of the two take by itself, in seconds?",
             "A processor fetches and computes at the same time. When is it done?",
         ),
         solution=least_seconds,
+        by_hand=("dlhelpers.*",),
     ),
 )

@@ -25,7 +25,7 @@ from dlhelpers.course.plots.ranges import clipping, ranking
 from dlhelpers.course.plots.scatters import roofline, scatter
 from dlhelpers.course.plots.setup import use_style
 from dlhelpers.course.plots.waterfalls import waterfall
-from dlhelpers.drawing import lanes, shares, strip_svg
+from dlhelpers.drawing import lanes, shares, strip
 from dlhelpers.drawing.style import BASELINE, FAILING, TREATMENT, describe
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
     "scatter",
     "shares",
     "splits",
-    "strip_svg",
+    "strip",
     "timeline",
     "use_style",
     "waterfall",

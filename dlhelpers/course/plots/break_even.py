@@ -23,6 +23,8 @@ def break_even(found: Any, *, ylabel: str, title: str = "", alt: str = "") -> Fi
         title: what it says by itself where empty.
         alt: the same and the points where empty.
     """
+    from matplotlib.patheffects import withStroke
+
     told = f"Break-even: {found.told}"
     points = ", ".join(f"{p.effect:.2f} at {p.at:g}" for p in found.points)
     title = title or told
@@ -40,6 +42,17 @@ def break_even(found: Any, *, ylabel: str, title: str = "", alt: str = "") -> Fi
     axes.axhline(1.0, color=BASELINE, linewidth=1.5)
     for edge in found.threshold.edges:
         axes.axhline(edge, color=BASELINE, linewidth=1.2, linestyle="--")
+        axes.annotate(
+            f"threshold {edge:.3g}",
+            (1.0, edge),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            xytext=(-4, 3),
+            ha="right",
+            fontsize=9,
+            color=BASELINE,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )
     if found.bracket:
         axes.axvspan(*found.bracket, color=FAILING, alpha=0.15, linewidth=0)
     axes.set(xscale="log", yscale="log", xticks=at, xticklabels=[f"{x:g}" for x in at])

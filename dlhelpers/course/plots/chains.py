@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from dlhelpers.drawing.contrast import text_on
 from dlhelpers.drawing.style import BASELINE, FAILING, TREATMENT, new_axes
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def chain(boxes: Sequence[tuple[str, str]], *, title: str, alt: str = "") -> Fig
             ha="center",
             va="center",
             fontsize=9,
-            color="white" if state else "black",
+            color=text_on(colour if state else "#ffffff"),
             bbox={
                 "boxstyle": "round,pad=0.3",
                 "facecolor": colour if state else "white",

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dlhelpers.drawing.contrast import as_text, text_on
 from dlhelpers.drawing.style import (
     BASELINE,
     COLOURS,
@@ -58,6 +59,9 @@ def curves(
                 f"curve {name!r} must be (x, y) or (x, y, low, high) of equal length, got lengths "
                 f"{[len(values) for values in points]}"
             )
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3, foreground="white")]
     figure, axes = new_axes(title, xlabel, ylabel, alt)
     top = max(max(_floats(points[1])) for points in series.values())
     for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
@@ -72,8 +76,9 @@ def curves(
             (x[at], y[at]),
             textcoords="offset points",
             xytext=(6, -14 if y[at] > 0.9 * top else 6),
-            color=colour,
+            color=as_text(colour),
             fontweight="bold",
+            path_effects=halo,
         )
         if mark_x is not None:
             nearest = min(range(len(x)), key=lambda i: abs(x[i] - mark_x))
@@ -177,6 +182,7 @@ def heatmap(
         form: how a number is written.
         framed: (row, column) of the fields that get a frame.
     """
+    from matplotlib.colors import to_hex
     from matplotlib.patches import Rectangle
 
     figure, axes = new_axes(title, "", "", alt, figsize=(7.4, 0.9 + 0.42 * len(rows)))
@@ -185,9 +191,9 @@ def heatmap(
     image = axes.imshow(values, cmap="cividis", aspect="auto", vmin=low, vmax=high)
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            dark = math.isfinite(value) and value <= (low + high) / 2
+            ground = to_hex(image.cmap(image.norm(value))) if math.isfinite(value) else "#ffffff"
             text = form.format(value) if math.isfinite(value) else "refused"
-            axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+            axes.text(j, i, text, ha="center", va="center", color=text_on(ground))
     for i, j in framed:
         corner = (j - 0.46, i - 0.44)
         axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=FAILING, linewidth=2.5))
@@ -280,7 +286,8 @@ def timeline(line: Any, *, title: str, alt: str = "") -> Figure:
         left, width = 1000 * span.start_s, 1000 * (span.end_s - span.start_s)
         colour = COLOURS[span.batch % 2]  # neighbours differ
         axes.barh(place, width, left=left, color=colour, height=0.7, edgecolor="white")
-        axes.text(left + width / 2, place, f"{span.batch}", ha="center", va="center", color="white")
+        ink = text_on(colour)
+        axes.text(left + width / 2, place, f"{span.batch}", ha="center", va="center", color=ink)
     names = [f"{name}, {line.busy_share(name):.0%} busy" for name in line.stages]
     axes.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6))
     return figure

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dlhelpers.drawing.style import BASELINE, FAILING, TREATMENT, new_axes
+from dlhelpers.drawing.contrast import as_text
+from dlhelpers.drawing.style import BASELINE, COLOURS, FAILING, TREATMENT, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["clipping", "ranking"]
+
+_STEP = 0.09  # of the height of the axis to a name
+_INKS = (*map(as_text, COLOURS[2:]), "#000000")
+_DASHES = ("--", "-.", ":", (0, (8, 3)), (0, (1, 3)))
 
 
 def clipping(
@@ -31,7 +37,7 @@ def clipping(
         counts: [B], of bins between ``edges`` [B + 1].
         low, high: the range; what lies outside is orange.
         title, xlabel, alt: as in ``plots.curves``.
-        marks: name -> where its upper end lies, drawn as dashed lines.
+        marks: name -> where its upper end lies: a line with a dot, and the name beside the dot.
     """
     figure, axes = new_axes(title, xlabel, "values", alt, figsize=(7.0, 3.6))
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
@@ -40,20 +46,36 @@ def clipping(
     axes.set_yscale("symlog", linthresh=1)
     for end in (low, high):
         axes.axvline(end, color="black", linewidth=1.5)
-    for number, (name, place) in enumerate((marks or {}).items()):
-        axes.axvline(place, color=BASELINE, linewidth=1.2, linestyle="--")
+    _mark(axes, dict(marks or {}), max(counts))
+    return figure
+
+
+def _mark(axes: Any, marks: Mapping[str, float], highest: float) -> None:
+    """Draw lines with their names above the bars; line, dot and name have one colour."""
+    from matplotlib.patheffects import withStroke
+
+    free = 1 - _STEP * len(marks)  # the share of the axis that the bars take, in decades
+    axes.set_ylim(0, max(1.0, 10 ** ((1 + math.log10(max(highest, 1))) / (free - 0.03) - 1)))
+    across, (left, right) = axes.get_xaxis_transform(), axes.get_xlim()
+    for number, (name, place) in enumerate(sorted(marks.items(), key=lambda mark: -mark[1])):
+        ink, height = _INKS[number % len(_INKS)], 1 - _STEP * (number + 0.5)
+        style, halo = _DASHES[number % len(_DASHES)], [withStroke(linewidth=4, foreground="white")]
+        axes.axvline(place, ymax=height, color="white", linewidth=4)
+        axes.axvline(place, ymax=height, color=ink, linestyle=style)
+        axes.plot(place, height, "o", color=ink, markersize=7, transform=across, clip_on=False)
+        to_left = place > (left + right) / 2
         axes.annotate(
             name,
-            (place, 0.97 - 0.08 * number),
-            xycoords=("data", "axes fraction"),
+            (place, height),
+            xycoords=across,
             textcoords="offset points",
-            xytext=(-4, 0),
-            ha="right",
-            va="top",
-            fontsize=9,
+            xytext=(-8 if to_left else 8, 0),
+            ha="right" if to_left else "left",
+            va="center",
+            fontsize=10,
+            color=ink,
+            path_effects=halo,
         )
-    axes.set_ylim(bottom=0)
-    return figure
 
 
 def ranking(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dlhelpers.drawing.style import BASELINE, COLOURS, new_axes, plain_numbers
+from dlhelpers.drawing.contrast import as_text
+from dlhelpers.drawing.style import BASELINE, COLOURS, describe, new_axes, plain_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,8 +67,12 @@ def roofline(
     Args:
         peaks: a ``roofline.Roofline``.
         points: name -> (FLOP per byte, 10^9 FLOP a second).
-        title, alt: as in ``plots.curves``.
+        title: as in ``plots.curves``.
+        alt: as in ``plots.curves``; where empty, the roof and where each point lies below or
+            above it.
     """
+    from matplotlib.patheffects import withStroke
+
     figure, axes = new_axes(title, "FLOP per byte", "GFLOP a second", alt, figsize=(7.0, 4.2))
     top, ridge = peaks.gflops["fp32"], peaks.ridge_flop_per_byte
     left = min([ridge / 30, *(x / 2 for x, _ in points.values())])
@@ -75,11 +80,12 @@ def roofline(
     roof = [(left, left * peaks.bandwidth_gb_s), (ridge, top), (right, top)]
     axes.plot(*zip(*roof, strict=True), color=BASELINE, linewidth=2)
     axes.annotate(
-        f"{peaks.bandwidth_gb_s:.0f} GB/s", roof[0], textcoords="offset points", xytext=(4, 14)
+        f"{peaks.bandwidth_gb_s:.0f} GB/s", roof[0], textcoords="offset points", xytext=(26, 0)
     )
     axes.annotate(
         f"{top:.0f} GFLOP/s", (right, top), textcoords="offset points", xytext=(-4, 6), ha="right"
     )
+    halo = [withStroke(linewidth=4, foreground="white")]
     for number, (name, (x, y)) in enumerate(points.items()):
         colour, below = COLOURS[number % len(COLOURS)], -14 if number % 2 else -26
         axes.plot(x, y, "o", color=colour, markersize=9)
@@ -89,11 +95,26 @@ def roofline(
             textcoords="offset points",
             xytext=(0, below),
             ha="center",
-            color=colour,
+            color=as_text(colour),
             fontsize=10,
+            path_effects=halo,
         )
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     low = min([top / 300, *(y / 2 for _, y in points.values())])
     axes.set_ylim(low, top * 2.5)
     plain_numbers(axes)
-    return figure
+    return figure if alt else describe(figure, f"{title}. {_told(peaks, points)}")
+
+
+def _told(peaks: Any, points: Mapping[str, tuple[float, float]]) -> str:
+    """Say where the points are; above the roof is what a cache delivered."""
+    top, slope = peaks.gflops["fp32"], peaks.bandwidth_gb_s
+    told = []
+    for name, (x, y) in points.items():
+        share = y / min(top, x * slope)
+        side = "above" if share > 1 else "below"
+        told.append(f"{name} {y:.3g} GFLOP/s at {x:.2g} FLOP per byte, {side} it ({share:.0%})")
+    return (
+        f"GFLOP a second against FLOP per byte, both axes logarithmic. The roof rises with "
+        f"{slope:.0f} GB/s to {top:.0f} GFLOP/s. {'; '.join(told)}."
+    )

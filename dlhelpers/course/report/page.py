@@ -15,7 +15,7 @@ from dlhelpers.course.claims.cards import THEORIES, word_of
 from dlhelpers.course.claims.catalog import all_claims, all_tips
 from dlhelpers.course.claims.claim import Claim, Tip
 from dlhelpers.course.claims.conditions import STANDINGS, Judged, Tally
-from dlhelpers.course.claims.intervals import Scale, bar_colour, interval_svg
+from dlhelpers.course.claims.intervals import Scale, bar_colour, interval
 from dlhelpers.course.claims.judging import Control
 from dlhelpers.course.claims.said import Said, score_of
 from dlhelpers.course.claims.sentences import asked, effect_text, headline, sentence
@@ -167,7 +167,7 @@ def _evidence(claim: Claim, row: Mapping[str, Any]) -> str:
     lines = []
     for c in found:
         drawn = claim.kind != "exact" and c.verdict != "not-measured"
-        picture = interval_svg(c.effect, c.low, c.high, c.threshold, scale, c.verdict)
+        picture = interval(c.effect, c.low, c.high, c.threshold, scale, c.verdict)
         theory = f"mechanism: {THEORIES[c.theory]}" if c.theory else "mechanism unknown"
         said = word_of(claim, c.verdict) + (f": {c.reason}" if c.reason else "")
         against = " AGAINST THE MECHANISM" if c.agreement == "against" else ""
@@ -177,7 +177,7 @@ def _evidence(claim: Claim, row: Mapping[str, Any]) -> str:
             (
                 escape(c.name) + notes,
                 f"<span class='quiet'>{escape(theory)}</span>",
-                picture if drawn else "",
+                picture._repr_html_() if drawn else "",
                 _number(effect_text(claim, c), claim.kind),
                 f"<b>{escape(said)}{against}</b>",
             )
@@ -186,7 +186,7 @@ def _evidence(claim: Claim, row: Mapping[str, Any]) -> str:
         control = Control(**row["control"])
         number, note = control.told(c.threshold for c in found)
         numbers = (control.effect, control.low, control.high)
-        picture = "" if None in numbers else interval_svg(*numbers, None, scale)
+        picture = "" if None in numbers else interval(*numbers, None, scale)._repr_html_()
         said = ", ".join(filter(None, dict.fromkeys((control.outcome, note))))
         lines.append(("control", "", picture, _number(number, claim.kind), escape(said)))
     cells = "".join(

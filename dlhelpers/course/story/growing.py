@@ -80,7 +80,7 @@ class Change:
         return {"id": self.step.field, "value": self.step.value, **numbers, **pairs}
 
 
-def change(*, script: Script | None = None, budget_s: float = 3.0, **field: Any) -> Change:
+def change(*, script: Script | None = None, budget_s: float = 2.0, **field: Any) -> Change:
     """Measure one change alone against the script as found, and keep the result in the ledger.
 
     What is repeated is a step of the part that changes: a training step with its batch, a

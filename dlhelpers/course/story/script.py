@@ -1,18 +1,18 @@
-"""The whole script with any settings: what does a run take, and what does it give?"""
+"""How does the script run, whole or a part of it, with any settings?"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
+from dlhelpers import progress
 from dlhelpers.course.story.parts import forever, network, score, train_batch, validate
 from dlhelpers.course.story.photographs import (
     SIDE,
@@ -22,79 +22,15 @@ from dlhelpers.course.story.photographs import (
     to_tensor,
     write_parts,
 )
+from dlhelpers.course.story.runs import ScriptRun, Training
 from dlhelpers.course.story.settings import BATCH, Part, Settings
 from dlhelpers.dali_io.sources import has_dali
-from dlhelpers.memory.report import mib
-from dlhelpers.tables import duration, facts_table
+from dlhelpers.findings import Findings
 
-__all__ = ["Script", "ScriptRun", "Training"]
+__all__ = ["Script"]
 
 LEARNING_RATE = 0.002
 TARGET = 0.75  # accuracy on the validation photographs, at which training ends
-
-
-class Training(NamedTuple):
-    """A trained network, and what training took.
-
-    Attributes:
-        model: trained.
-        epochs: that it needed to reach the target, or its limit.
-        accuracy: on the validation photographs, at the end.
-        train_s, validate_s: seconds.
-    """
-
-    model: nn.Sequential
-    epochs: int
-    accuracy: float
-    train_s: float
-    validate_s: float
-
-
-@dataclass(frozen=True, repr=False)
-class ScriptRun:
-    """What a run of the script took and gave.
-
-    Attributes:
-        train_s, validate_s, score_s: seconds of its three parts.
-        epochs: that training needed to reach the target, or its limit.
-        accuracy: on the validation photographs, at the end.
-        labels: class of each photograph that was scored.
-        peak_bytes: of tensors, of a training step or of validation, whichever is larger.
-    """
-
-    train_s: float
-    validate_s: float
-    score_s: float
-    epochs: int
-    accuracy: float
-    labels: tuple[int, ...]
-    peak_bytes: int = 0
-
-    @property
-    def total_s(self) -> float:
-        """All three parts."""
-        return self.train_s + self.validate_s + self.score_s
-
-    def _facts(self) -> list[tuple[str, str]]:
-        return [
-            ("training", f"{duration(self.train_s)} in {self.epochs} epochs"),
-            ("validation", duration(self.validate_s)),
-            ("scoring", duration(self.score_s)),
-            ("in all", duration(self.total_s)),
-            ("accuracy of validation", f"{self.accuracy:.0%}"),
-            ("peak memory of its tensors", mib(self.peak_bytes)),
-        ]
-
-    def __repr__(self) -> str:
-        return " · ".join(f"{name} {value}" for name, value in self._facts())
-
-    def _repr_html_(self) -> str:
-        return facts_table(self._facts())
-
-    def agreement(self, other: ScriptRun) -> float:
-        """Return the share of photographs to which both give the same class."""
-        same = sum(one == two for one, two in zip(self.labels, other.labels, strict=True))
-        return same / len(self.labels)
 
 
 class Script:
@@ -210,7 +146,7 @@ class Script:
 
     def train(self, settings: Settings) -> Training:
         """Return a training to the target; one that was done already where only scoring differs."""
-        key = _without(settings, "score_batch", "fold", "int8", "draft")
+        key = _for_training(settings)
         if key not in self._trained:
             self._trained[key] = self._train(
                 key, *(self.loader(name, key) for name in ("train", "valid"))
@@ -225,11 +161,14 @@ class Script:
             self._trained_in_memory[key] = self._train(key, *loaders)
         return self._trained_in_memory[key]
 
-    def run(self, settings: Settings) -> ScriptRun:
+    def run(self, settings: Settings, *, anew: bool = False) -> ScriptRun:
         """Run the whole script; what is prepared once (database, int8) is not timed.
 
-        Training and validation are those of an earlier run where nothing of them has changed.
+        Training and validation are those of an earlier run where nothing of them has changed,
+        unless they are asked for ``anew``.
         """
+        if anew:
+            self._trained.pop(_for_training(settings), None)
         model, epochs, accuracy, train_s, validate_s = self.train(settings)
         scoring = self.score_step(settings, model)
         begin = perf_counter()
@@ -257,6 +196,13 @@ class Script:
 
         return measure_peak(self.validate_step(settings)).peak_bytes
 
+    def mistakes(self, settings: Settings) -> Findings:
+        """Return what ``pairing.check`` finds in outputs, loss and targets of a batch."""
+        from dlhelpers import pairing
+
+        images, labels = self._batches("valid")[0]
+        return pairing.check(self.model(settings), nn.CrossEntropyLoss(), labels, images)
+
     def _train(self, settings: Settings, train: Any, valid: Any) -> Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -265,15 +211,17 @@ class Script:
             for loader in (train, valid) if settings.dali and has_dali() else ():
                 loader.peek()  # DALI starts once, whatever the number of epochs
             took, looked, accuracy, epoch = 0.0, 0.0, 0.0, 0
-            while accuracy < TARGET and epoch < self.max_epochs:
-                begin = perf_counter()
-                model.train()
-                for batch in train:
-                    train_batch(model, optimizer, batch)
-                trained = perf_counter()
-                accuracy = validate(model, valid, settings.no_grad)
-                epoch += 1
-                took, looked = took + trained - begin, looked + perf_counter() - trained
+            with progress.bar(progress=None, desc="training", unit="epoch") as shown:
+                while accuracy < TARGET and epoch < self.max_epochs:
+                    begin = perf_counter()
+                    model.train()
+                    for batch in train:
+                        train_batch(model, optimizer, batch)
+                    trained = perf_counter()
+                    accuracy = validate(model, valid, settings.no_grad)
+                    epoch += 1
+                    took, looked = took + trained - begin, looked + perf_counter() - trained
+                    shown.update(1)
         return Training(model, epoch, accuracy, took, looked)
 
     def _loader(self, name: str) -> DataLoader:
@@ -293,7 +241,7 @@ def _batches(dataset: Any, train: bool, **options: Any) -> DataLoader:
     )
 
 
-def _without(settings: Settings, *fields: str) -> Settings:
-    """Return the settings with these fields as found."""
-    found = Settings()
-    return dataclasses.replace(settings, **{name: getattr(found, name) for name in fields})
+def _for_training(settings: Settings) -> Settings:
+    """Return the settings with those of scoring as found."""
+    found, scoring = Settings(), ("score_batch", "fold", "int8", "draft")
+    return dataclasses.replace(settings, **{name: getattr(found, name) for name in scoring})

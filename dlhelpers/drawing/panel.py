@@ -1,7 +1,9 @@
 """What is a drawing made of? Boxes, arrows and texts on an opaque light panel, written as SVG.
 
 A drawing has no ids and no dates, so it is the same each time and nbval compares it. It is shown as
-an image with an alt text, which JupyterLab, GitHub and a plain site all keep.
+an image with an alt text, which JupyterLab, GitHub and a plain site all keep; inline SVG is
+stripped by the second and takes the theme's colours in the first. Strips beside a line of text are
+small drawings without a title.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ __all__ = ["BLUE", "GREY", "INK", "ORANGE", "RUST", "Panel", "Words"]
 INK, RUST = "#1a1a1a", "#9c3f00"  # of text; both reach 4.5:1 on every fill below
 BLUE, ORANGE, GREY = "#cfe6f5", "#fbdcc8", "#e9e9e9"
 _GROUND = "#ffffff"
+_NARROWEST = 480  # pixels to which a drawing may shrink: its texts are still legible there
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,15 @@ class Panel:
     Args:
         width, height: in pixels.
         alt: what the drawing shows, for those who cannot see it.
-        title: its answer in a line, written at the top.
+        title: its answer in a line, written at the top; a strip has none.
     """
 
-    def __init__(self, width: int, height: int, alt: str, title: str) -> None:
+    def __init__(self, width: int, height: int, alt: str, title: str = "") -> None:
         self.width, self.height, self.alt = width, height, " ".join(alt.split())
         self.words: list[Words] = []
         self._parts: list[str] = []
-        self.text(16, 26, title, size=15, bold=True)
+        if title:
+            self.text(16, 26, title, size=15, bold=True)
 
     def text(
         self,
@@ -95,12 +99,19 @@ class Panel:
             self.text(x + wide / 2, middle, line, anchor="middle", size=size, ground=fill)
 
     def line(
-        self, points: Sequence[tuple[float, float]], *, colour: str = INK, wide: float = 1.5
+        self,
+        points: Sequence[tuple[float, float]],
+        *,
+        colour: str = INK,
+        wide: float = 1.5,
+        dashed: bool = False,
     ) -> None:
         """Draw straight lines through the points."""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        dashes = ' stroke-dasharray="4 3"' if dashed else ""
         self._parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{wide}"/>'
+            f'<polyline points="{path}" fill="none" stroke="{colour}" '
+            f'stroke-width="{wide}"{dashes}/>'
         )
 
     def arrow(
@@ -119,21 +130,34 @@ class Panel:
         """Draw a filled circle."""
         self._parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"/>')
 
+    def cloud(
+        self, points: Sequence[tuple[float, float]], *, colour: str, radius: float = 1.6
+    ) -> None:
+        """Draw many small dots, in few bytes."""
+        path = "".join(f"M{x:.1f} {y:.1f}h0" for x, y in points)
+        self._parts.append(
+            f'<path d="{path}" stroke="{colour}" stroke-width="{2 * radius}" '
+            'stroke-linecap="round"/>'
+        )
+
     @property
     def svg(self) -> str:
         """The drawing as a picture file."""
+        fonts = ' font-family="Helvetica, Arial, Liberation Sans, sans-serif"' if self.words else ""
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width}" height="{self.height}" '
-            f'viewBox="0 0 {self.width} {self.height}" '
-            'font-family="Helvetica, Arial, Liberation Sans, sans-serif">'
+            f'viewBox="0 0 {self.width} {self.height}"{fonts}>'
             f'<rect width="{self.width}" height="{self.height}" fill="{_GROUND}"/>'
             f"{''.join(self._parts)}</svg>"
         )
 
     def _repr_html_(self) -> str:
         data = base64.b64encode(self.svg.encode()).decode()
-        alt = html.escape(self.alt)
-        return f'<img alt="{alt}" width="{self.width}" src="data:image/svg+xml;base64,{data}">'
+        alt, least = html.escape(self.alt), min(self.width, _NARROWEST)
+        return (
+            f'<img alt="{alt}" width="{self.width}" style="min-width:{least}px" '
+            f'src="data:image/svg+xml;base64,{data}">'
+        )
 
     def __repr__(self) -> str:
         return self.alt
