@@ -42,6 +42,10 @@ def clock(monkeypatch):
     return found
 
 
+def slow(*names):
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def solve(id, name):
     return real.attempt(id, real._find(id).solution, name, THREE)
 
@@ -55,7 +59,7 @@ def refusal(id, answer, name=None):
 # 05: the same multiply-adds, faster
 
 
-@pytest.mark.parametrize("name", real.names("05"))
+@pytest.mark.parametrize("name", ["unequal", *slow("grouped", "fragmented", "elementwise")])
 def test_dense_convolutions_have_the_multiply_adds_of_each_offered_block(name, clock):
     assert solve("05", name).passed
 
@@ -112,7 +116,7 @@ def test_a_blank_answer_makes_measures_and_keeps_nothing(id, blank):
     assert not ledger.default_path().exists()
 
 
-@pytest.mark.parametrize("id", ["01", "03", "04", "05", "06", "07", "08"])
+@pytest.mark.parametrize("id", ["01", "04", "05", "06", "07", "08"])
 def test_an_answer_that_turns_out_to_be_blank_is_not_kept(id, monkeypatch):
     monkeypatch.setattr(measure, "compare", pytest.fail)
     assert not real.attempt(id, not_seen_to_be_blank).number
@@ -268,16 +272,7 @@ def test_a_network_of_ones_own_must_refuse():
 # 04: the same gradients, fewer bytes
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "wide loss",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("deep", "convolutions", "normalised")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["wide loss", *slow("deep", "convolutions", "normalised")])
 def test_the_small_step_has_the_gradients_of_the_plain_one_in_fewer_bytes(name):
     found = solve("04", name)
     assert found.passed, found
@@ -335,16 +330,7 @@ def test_other_gradients_are_refused(answer, name, said):
 # 01: nothing found, and it learns
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ink",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("digits", "odd digits", "probabilities")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["ink", *slow("digits", "odd digits", "probabilities")])
 def test_each_offered_set_up_learns_once_repaired(name):
     assert solve("01", name).passed
 
@@ -391,7 +377,7 @@ def test_a_sound_set_up_is_no_task():
 # 07: eight bits, at most two layers in float
 
 
-@pytest.mark.parametrize("name", real.names("07"))
+@pytest.mark.parametrize("name", ["outlier", *slow("channels", "inputs", "depthwise")])
 def test_two_layers_in_float_and_scales_per_channel_are_enough_and_either_alone_is_not(name):
     assert solve("07", name).passed
     model, data = real.offered("07", name)
@@ -484,10 +470,15 @@ def waits(monkeypatch):
     return found
 
 
+def same_each_time():
+    loaded = torch.arange(240.0).view(3, 8, 1, 2, 5)
+    return dali_io.Work(lambda number: loaded[number], dali_io._flipped, 3)
+
+
 def test_loading_once_gives_the_same_batches_and_a_step_that_waits_fails(waits):
-    assert solve("03", "far away").passed
+    assert real.attempt("03", real._find("03").solution, same_each_time, THREE).passed
     waits.share = 0.5
-    found = solve("03", "far away")
+    found = real.attempt("03", real._find("03").solution, same_each_time, THREE)
     assert not found.passed
     assert "50 % of its time the step waits" in str(found)
     assert "try next: time work.load and work.augment" in str(found)
@@ -501,8 +492,8 @@ def test_batches_of_another_epoch_and_missing_ones_are_refused(waits):
     def one_less(work):
         return lambda epoch: [work.batch(epoch, n) for n in range(work.batches - 1)]
 
-    assert "is not the one that work gives" in refusal("03", always_the_first, "by hand")
-    assert "must give 12 batches" in refusal("03", one_less, "by hand")
+    assert "is not the one that work gives" in refusal("03", always_the_first, same_each_time)
+    assert "must give 3 batches" in refusal("03", one_less, same_each_time)
 
 
 @pytest.mark.slow
