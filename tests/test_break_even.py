@@ -224,7 +224,7 @@ def test_a_notebook_measures_conditions_once_and_draws_what_its_verdict_holds(cl
         next(i for i in range(start, len(cells)) if text in cells[i])
         for text in ("along_axis(", ".judge(evidence, ", "plots.break_even(")
     )
-    assert along <= judge < figure
+    assert along <= judge <= figure
     assert "known=known" in cells[along]
     assert re.search(r"break_even\(verdict\S*\.break_even,", cells[figure])
 
