@@ -6,10 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 ENTRY = re.compile(r"^## (.+)\n\n((?:.+\n)+)\nLesson \[(\d\d)\]\(\.\./(.+)\)\.\n", re.MULTILINE)
-WANTED = """activation checkpointing, arithmetic intensity, autocast, B-tree, backend, break-even, broadcasting,
-calibration, channels_last, compute-bound, confidence interval, control, depthwise convolution,
-effect size, fake quantization, FLOPs, gradient accumulation, graph break, group convolution,
-kernel, latency, logits, loss scaling, LSTM cell, MACs, memory map, memory-bound, mixed precision,
+WANTED = """activation checkpointing, arithmetic intensity, autocast, B-tree, backend, break-even,
+broadcasting, calibration, channels_last, compute-bound, confidence interval, control,
+depthwise convolution, effect size, fake quantization, FLOPs, gradient accumulation, graph break,
+group convolution, kernel, latency, logits, loss scaling, LSTM cell, MACs, memory map, memory-bound, mixed precision,
 operator fusion, page cache, per-channel, per-tensor, pinned memory, prefetch, PTQ, QAT, roofline,
 scale, SQNR, straight-through estimator, throughput, working set, zero point"""
 

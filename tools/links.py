@@ -1,4 +1,4 @@
-"""Write the links between the notebooks: to the previous and the next one, and 00's list of all."""
+"""Write what the notebooks list: the lesson's tips, the neighbours, and in 00 all lessons."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dlhelpers.course import claims
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 _NEIGHBOURS = re.compile(r"^Previous: \[.*$", re.M)
+_TIPS = re.compile(r"(<!-- tips -->\n).*?(?=<!-- end -->)", re.S)
 _LIST = re.compile(r"(<!-- lessons -->\n).*?(?=<!-- end -->)", re.S)
 
 
@@ -24,7 +25,7 @@ def render() -> dict[Path, str]:
     """Return notebook -> its text with the links; outputs and all else stay as they are.
 
     Raises:
-        ValueError: a lesson has no line that begins with "Previous: [".
+        ValueError: a lesson has no line that begins with "Previous: [", or no list of tips.
     """
     every = claims.lessons()
     main = [lesson for lesson in every if not lesson.continues]
@@ -36,9 +37,18 @@ def render() -> dict[Path, str]:
             pattern, text = _LIST, rf"\g<1>{''.join(map(_entry, main[1:]))}"
         else:
             pattern, text = _NEIGHBOURS, _around(lesson, main)
+            if not lesson.continues:
+                _replace(notebook, _TIPS, rf"\g<1>{_tips(lesson)}", path)
         _replace(notebook, pattern, text, path)
         found[path] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     return found
+
+
+def _tips(lesson: claims.Lesson) -> str:
+    """Return the tips that a lesson and its notebook of smaller tips settle, as people say them."""
+    stems = {o.stem for o in claims.lessons() if lesson.number in (o.number, o.continues)}
+    treated = [tip for tip in claims.all_tips() if stems & set(tip.notebooks)]
+    return "".join(f"- {tip.says} ({tip.said_by})\n" for tip in treated)
 
 
 def _around(lesson: claims.Lesson, main: list[claims.Lesson]) -> str:
