@@ -1,6 +1,7 @@
 """What every notebook of the course must be, read from the files as they are committed."""
 
 import ast
+import html
 import json
 import re
 from pathlib import Path
@@ -53,8 +54,8 @@ def tags(cell):
 
 def is_picture_or_widget(output):
     data = output.get("data", {})
-    html = "".join(data.get("text/html", ""))
-    return "image/png" in data or "<img" in html or any("widget" in key for key in data)
+    shown = "".join(data.get("text/html", ""))
+    return "image/png" in data or "<img" in shown or any("widget" in key for key in data)
 
 
 def prints(cell):
@@ -94,6 +95,38 @@ def test_left_no_stderr_and_no_unplanned_error(path):
 @every_notebook
 def test_cells_are_short(path):
     assert max(len(cell["source"]) for cell in cells(path)) <= 15
+
+
+@every_notebook
+def test_has_forty_code_cells_at_most(path):
+    assert len(cells(path)) <= 40
+
+
+def test_all_lessons_to_date_have_420_code_cells_at_most():
+    assert sum(len(cells(path)) for path in NOTEBOOKS if path.stem < "09") <= 420
+
+
+def words(text):
+    """The number of words that are seen: those of folded parts and of alt texts are not."""
+    text = re.sub(r"<details.*?</details>|<!--.*?-->|<[^>]+>", " ", text, flags=re.DOTALL)
+    return len(html.unescape(text).split())
+
+
+@every_lesson
+def test_two_thousand_words_at_most_lead_to_the_exercises(path):
+    """Those on cards included; the list of tips, which others have written, is not."""
+    seen = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text, _, exercises_ = source(cell).partition("## Exercises")
+        if cell["cell_type"] == "markdown":
+            seen += words(re.sub(r"<!-- tips -->.*<!-- end -->", "", text, flags=re.DOTALL))
+        for output in cell.get("outputs", []):
+            shown = "".join(output.get("data", {}).get("text/html", ""))
+            if "Claim <code>" in shown or (".judge(" in text and "border-left" in shown):
+                seen += words(shown)
+        if exercises_:
+            break
+    assert 800 < seen <= 2000
 
 
 @every_notebook
