@@ -211,3 +211,16 @@ def test_the_legend_of_several_rows_gives_no_number_that_is_one_rows():
     drawn = plots.shares(rows, title="T")
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["copies"]
     assert style.alt_text(drawn) == "T. a: forward 95 %, copies 5 %; b: forward 98 %, copies 2 %."
+
+
+def test_names_in_a_roofline_cover_no_point_and_no_other_name():
+    points = {"1x1, 128 to 128": (29.6, 58.0), "1x1, 36 to 432": (15.9, 50.0)}
+    points |= {"1x1, 360 in 8 groups": (10.9, 40.0), "ReLU": (0.1, 4.0)}
+    figure = roofline(points)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    boxes = {t.get_text(): t.get_window_extent() for t in axes.texts if t.get_text() in points}
+    assert len(boxes) == 4
+    for name, box in boxes.items():
+        assert not any(box.overlaps(other) for key, other in boxes.items() if key != name)
+        assert not any(box.contains(*axes.transData.transform(xy)) for xy in points.values())

@@ -109,7 +109,7 @@ def test_all_lessons_to_date_have_420_code_cells_at_most():
 def words(text):
     """The number of words that are seen: those of folded parts and of alt texts are not."""
     text = re.sub(r"<details.*?</details>|<!--.*?-->|<[^>]+>", " ", text, flags=re.DOTALL)
-    return len(html.unescape(text).split())
+    return len(re.findall(r"[^\W\d_]{2,}(?:['’-]\w+)*", html.unescape(text)))
 
 
 @every_lesson

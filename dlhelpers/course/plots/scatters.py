@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 __all__ = ["roofline", "scatter"]
 
+_PLACES = (  # of a name beside its point: (offset in points, side that is aligned)
+    ((0, -14), "center"), ((0, 14), "center"), ((10, 0), "left"), ((-10, 0), "right"),
+    ((10, -12), "left"), ((-10, -12), "right"), ((0, -26), "center"),
+)  # fmt: skip
+
 
 def scatter(
     groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
@@ -71,8 +76,6 @@ def roofline(
         alt: as in ``plots.curves``; where empty, the roof and where each point lies below or
             above it.
     """
-    from matplotlib.patheffects import withStroke
-
     figure, axes = new_axes(title, "FLOP per byte", "GFLOP a second", alt, figsize=(7.0, 4.2))
     top, ridge = peaks.gflops["fp32"], peaks.ridge_flop_per_byte
     left = min([ridge / 30, *(x / 2 for x, _ in points.values())])
@@ -85,25 +88,43 @@ def roofline(
     axes.annotate(
         f"{top:.0f} GFLOP/s", (right, top), textcoords="offset points", xytext=(-4, 6), ha="right"
     )
-    halo = [withStroke(linewidth=4, foreground="white")]
-    for number, (name, (x, y)) in enumerate(points.items()):
-        colour, below = COLOURS[number % len(COLOURS)], -14 if number % 2 else -26
-        axes.plot(x, y, "o", color=colour, markersize=9)
-        axes.annotate(
-            name,
-            (x, y),
-            textcoords="offset points",
-            xytext=(0, below),
-            ha="center",
-            color=as_text(colour),
-            fontsize=10,
-            path_effects=halo,
-        )
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     low = min([top / 300, *(y / 2 for _, y in points.values())])
     axes.set_ylim(low, top * 2.5)
     plain_numbers(axes)
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(points)}
+    for name, point in points.items():
+        axes.plot(*point, "o", color=colours[name], markersize=9)
+    _label(axes, points, {name: as_text(colour) for name, colour in colours.items()})
     return figure if alt else describe(figure, f"{title}. {_told(peaks, points)}")
+
+
+def _label(
+    axes: Any, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str]
+) -> None:
+    """Write each point's name beside it, where neither a point nor other text is yet."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    radius, inside = 6 * axes.figure.dpi / 72, axes.get_window_extent()
+    taken = [text.get_window_extent() for text in axes.texts]  # those of the roof
+    for x, y in map(axes.transData.transform, points.values()):
+        taken.append(Bbox([[x - radius, y - radius], [x + radius, y + radius]]))
+    for name, point in points.items():
+        for number, (offset, ha) in enumerate(_PLACES):
+            text = axes.annotate(
+                name, point, textcoords="offset points", xytext=offset, ha=ha, va="center",
+                color=colours[name], fontsize=10,
+                path_effects=[withStroke(linewidth=4, foreground="white")],
+            )  # fmt: skip
+            box = text.get_window_extent()
+            is_free = not any(box.overlaps(other) for other in taken)
+            is_inside = inside.x0 <= box.x0 and box.x1 <= inside.x1
+            if (is_free and is_inside) or number == len(_PLACES) - 1:
+                taken.append(box)
+                break
+            text.remove()
 
 
 def _told(peaks: Any, points: Mapping[str, tuple[float, float]]) -> str:
