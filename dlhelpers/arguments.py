@@ -67,7 +67,7 @@ def model_inputs(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     A tuple holds positional arguments, a mapping keyword ones; anything else is the only argument,
     a list as well, and a named tuple such as PackedSequence. A mapping that is itself the only
-    argument stands in a tuple of one.
+    argument goes into a tuple of one.
 
     >>> model_inputs((1, 2)), model_inputs({"x": 1}), model_inputs([1, 2]), model_inputs(({},))
     (((1, 2), {}), ((), {'x': 1}), (([1, 2],), {}), (({},), {}))

@@ -3,6 +3,7 @@
 import ast
 import base64
 import dataclasses
+import html
 import json
 import math
 import re
@@ -1073,3 +1074,13 @@ def test_what_is_missing_says_how_to_light_it(monkeypatch):
     monkeypatch.setattr(lights.sys, "platform", "darwin")
     [dali] = [light for light in claims.lights_up() if light.name == "DALI"]
     assert dali.get == "a machine with Linux"
+
+
+def test_a_card_folds_who_says_the_tip_and_names_what_is_measured_besides():
+    asking = catalog.find("shufflenet.few-groups")
+    page = claim_html(asking)
+    assert html.escape(asking.source) in page
+    assert "also measured" in page
+    silent = next(claim for claim in claims.all_claims() if not claim.asks)
+    assert "also measured" not in claim_html(silent)
+    assert "conditions" in claim_html(silent)

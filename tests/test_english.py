@@ -26,13 +26,8 @@ WRITTEN = sorted(
     [
         *(ROOT / "notebooks").glob("*.ipynb"),
         *(ROOT / "dlhelpers" / "course").rglob("*.toml"),
-        *(ROOT / "dlhelpers" / "course" / "exercises").glob("*.py"),
-        *(ROOT / "dlhelpers" / "course" / "drawings").glob("*.py"),
-        *(
-            p
-            for p in (ROOT / "docs").glob("*.md")
-            if p.name not in ("api.md", "where-tips-hold.md")
-        ),
+        *(ROOT / "dlhelpers" / "course").rglob("*.py"),
+        *(p for p in (ROOT / "docs").glob("*.md") if p.name not in MADE),
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
     ]
@@ -42,7 +37,12 @@ WRITTEN = sorted(
 def written(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+        cells = json.loads(text)["cells"]
+        shown = [
+            o.get("data", {}).get("text/html", []) for c in cells for o in c.get("outputs", [])
+        ]
+        parts = [*(cell["source"] for cell in cells), *shown]
+        text = re.sub(r"<[^>]+>", " ", "\n".join(map("".join, parts)))
     return re.sub(r"https?://\S+", "", re.sub(r"\s+", " ", text))
 
 

@@ -164,7 +164,7 @@ def test_folding_keeps_what_a_layer_is():
     assert (folded.weight.requires_grad, folded.bias.requires_grad) == (True, False)
     assert torch.equal(conv.weight, before[0])
     assert conv.bias is None
-    with pytest.raises(ValueError, match="8 channels behind 4 outputs"):
+    with pytest.raises(ValueError, match="8 channels after a layer of 4 outputs"):
         fold_after(nn.Conv2d(8, 4, 1), bn)
     with pytest.raises(ValueError, match="8 channels before 4 inputs"):
         fold_before(bn, nn.Conv2d(4, 8, 1))
@@ -273,7 +273,7 @@ REFUSED = {
     ),
     "norm called elsewhere": (
         Graph(lambda s, x: s.a(s.c(x)) + s.a(x), c=conv(), a=norm()),
-        "called behind c and elsewhere",
+        "called after c and elsewhere",
     ),
     "activation between": (  # opencv/opencv#28689
         Graph(lambda s, x: s.a(F.relu(s.c(x))), c=conv(), a=norm()),
@@ -794,7 +794,7 @@ class Before(nn.Module):
 
 @pytest.mark.parametrize(
     ("way", "why"),
-    [("output", "its output is used elsewhere"), ("layer", "behind it is called without it")],
+    [("output", "its output is used elsewhere"), ("layer", "after it is called without it")],
 )
 def test_in_front_of_a_layer_nothing_else_may_be_touched(way, why):
     model, x = lived(Before(way)), image(4)
@@ -1084,7 +1084,7 @@ FUNCTIONS_LEFT = {
     ),
     "its layer behind another function": (
         lambda f: Graph(lambda s, x: s.f(x) + F.batch_norm(s.f.conv(x), *s.other(x)), f=f),
-        "another batch_norm stands behind conv, too",
+        "another batch_norm follows conv, too",
     ),
     "a parametrized layer": (
         lambda f: nn.Sequential(spectral(f)),

@@ -43,6 +43,7 @@ def test_exercises_are_kept_in_a_notebook_alone_and_a_pass_stays(path, monkeypat
     assert (row["id"], row["passed"], row["attempts"]) == ("01.5", True, 3)
     assert progress("01").passed == 1
     assert progress("01").short == len(exercises.ids("01"))
+    assert progress("02").passed == 0
 
 
 def test_a_real_exercise_is_done_with_its_explanation(path):
@@ -52,6 +53,9 @@ def test_a_real_exercise_is_done_with_its_explanation(path):
     }  # fmt: skip
     ledger.record(row, "real")
     assert progress("05").real is False
+    for half in ({"explanation": "Because."}, {"passed": False, "explanation": "One. Two. Three."}):
+        ledger.record(row | half, "real")
+        assert progress("05").real is False
     ledger.record(row | {"explanation": "One. Two. Three."}, "real")
     assert progress("05").real is True
     assert progress("00").real is None

@@ -747,7 +747,11 @@ BASE = {"window": 6, "block": 2}
         (Numbers(20), {}, "the window 6, this sampler None: give window=6"),
         (Numbers(20), BASE | {"block": 3}, "blocks of 2 records, this sampler of 3: give block=2"),
         (Numbers(20), {"shuffle": False}, "shuffle=True, this sampler False: give shuffle=True"),
-        (Subset(Numbers(30), range(20)), BASE, "of other items of as many: select the same ones"),
+        (
+            Subset(Numbers(30), range(20)),
+            BASE,
+            "same number of items, but other ones: select",
+        ),
         (ConcatDataset([Numbers(9), Numbers(11)]), BASE, "in other shards"),
     ],
 )

@@ -161,6 +161,10 @@ def test_opens_with_what_the_reader_will_be_able_to_do(path):
     assert names == ["You will be able to", "Minutes:", "You need"]
     total, *parts = map(int, re.findall(r"\d+", re.search(r"\*\*Minutes:\*\*(.+)", first)[1]))
     assert total == sum(parts) or not parts
+    text = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    short = sum(map(int, re.findall(r"\*\*\d · [^*]+\*\* \((\d+) min", text)))
+    real = sum(map(int, re.findall(r"\*\*Real exercise\*\* \((\d+) min", text)))
+    assert not short or [short, real] == parts[-2:]
     assert total == next(lesson.minutes for lesson in claims.lessons() if lesson.stem == path.stem)
 
 

@@ -348,7 +348,7 @@ def test_inputs_by_name_find_their_places(measured):
     ):
         with pytest.raises(TypeError, match=says):
             fast(x, **options)
-    with pytest.raises(TypeError, match="input x is missing, which stands before shift"):
+    with pytest.raises(TypeError, match="input x is missing, which comes before shift"):
         fast(shift=shift)
 
 

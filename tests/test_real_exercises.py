@@ -68,6 +68,17 @@ def test_a_block_with_fewer_multiply_adds_is_refused(clock):
     assert "multiply-adds" in refusal("05", lambda block, x: nn.Conv2d(256, 256, 1, groups=8))
 
 
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("grouped", lambda block, x: nn.Sequential(*(layer[0] for layer in block))),
+        ("elementwise", lambda block, x: block[0]),
+    ],
+)
+def test_a_block_without_its_activations_is_refused(clock, name, answer):
+    assert "no activation left" in refusal("05", answer, name)
+
+
 def test_a_block_with_another_shape_is_refused(clock):
     assert "[4, 16, 28, 28]" in refusal("05", lambda block, x: nn.Conv2d(256, 16, 1))
 

@@ -213,11 +213,17 @@ def test_the_score_takes_the_fastest_of_runs_in_turn(game):
     slow = game.play(following("validation without graphs"))
     fast = game.play(following("small photographs in LMDB"))
     score = game.score(you=slow, the_best_known_order=fast, twin=fast, turns=2)
-    assert game.script.anew == [slow.settings, fast.settings] * 2
+    assert game.script.anew == [Settings(), slow.settings, fast.settings] * 2
     assert score.final_s == {"you": 84, "the best known order": 40, "twin": 40}
     assert list(score.speedups.values()) == [88 / 40, 88 / 40, 88 / 84]
     assert repr(score).splitlines()[-1].startswith("you")
     assert "validation without graphs" in score._repr_html_()
+
+
+def test_who_changes_nothing_scores_exactly_one(game):
+    """The script as found runs in the same turns, so that no warm-up counts for a player."""
+    passed = game.play(lambda position: None)
+    assert game.score(nobody=passed).speedups == {"nobody": 1.0}
 
 
 def test_a_reader_plays_on_the_board(game, diagnosed):

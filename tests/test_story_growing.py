@@ -19,11 +19,13 @@ def own_ledger(tmp_path, monkeypatch):
 class Fake:
     """A script whose steps are the settings themselves; with Softmax it needs twice the epochs."""
 
+    accuracy = 1.0
+
     def step(self, part, settings):
         return lambda: (part, settings)
 
     def train_in_memory(self, settings):
-        return SimpleNamespace(epochs=12 if settings.softmax else 6)
+        return SimpleNamespace(epochs=12 if settings.softmax else 6, accuracy=self.accuracy)
 
     def validation_bytes(self, settings):
         return 1 << 20 if settings.no_grad else 3 << 20
@@ -61,6 +63,18 @@ def test_a_change_of_the_network_counts_the_epochs_to_the_target(measured):
     assert "6 epochs to the target instead of 12" in repr(found)
     assert story.change(script=Fake(), depthwise=True).speedup == 1.5
     assert story.change(script=Fake(), stack=True).epochs is None
+
+
+def test_epochs_count_only_where_both_reach_the_target(measured, monkeypatch):
+    monkeypatch.setattr(Fake, "accuracy", 0.5)
+    found = story.change(script=Fake(), softmax=False)
+    assert (found.epochs, found.speedup, found.outcome) == (None, 1.5, "undecided")
+
+
+def test_fewer_epochs_alone_make_a_change_faster(measured, monkeypatch):
+    same = SimpleNamespace(speedup=1.0, low=0.99, high=1.01, outcome="no difference")
+    monkeypatch.setattr(growing.measure, "compare", lambda *_, **options: same)
+    assert story.change(script=Fake(), softmax=False).outcome == "faster"
 
 
 def test_validation_without_graphs_shows_both_peaks(measured):

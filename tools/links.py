@@ -45,10 +45,18 @@ def render() -> dict[Path, str]:
 
 
 def _tips(lesson: claims.Lesson) -> str:
-    """Return the tips that a lesson and its notebook of smaller tips settle, as people say them."""
-    stems = {o.stem for o in claims.lessons() if lesson.number in (o.number, o.continues)}
-    treated = [tip for tip in claims.all_tips() if stems & set(tip.notebooks)]
-    return "".join(f"- {tip.says} ({tip.said_by})\n" for tip in treated)
+    """Return the tips that a lesson settles, then those of its notebook of smaller tips."""
+    lines = [
+        f"- {tip.says} ({tip.said_by})\n"
+        for tip in claims.all_tips()
+        if lesson.stem in tip.notebooks
+    ]
+    for other in claims.lessons():
+        if other.continues == lesson.number:
+            own = [t for t in claims.all_tips() if other.stem in t.notebooks]
+            rest = [tip.says for tip in own if lesson.stem not in tip.notebooks]
+            lines += [f"- {says} (in {_link(other)})\n" for says in rest]
+    return "".join(lines)
 
 
 def _around(lesson: claims.Lesson, main: list[claims.Lesson]) -> str:

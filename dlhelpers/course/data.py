@@ -2,7 +2,7 @@
 
 scikit-learn brings 1,797 handwritten digits of 8 x 8 pixels and two sample photographs of
 427 x 640; crops of the photographs make an image folder of any size. Their sources and licences
-stand in data/README.md.
+are in data/README.md.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def _progress(lesson: Lesson, found: dict[str, Any]) -> LessonProgress:
         asked=sum(len(claim.asks) for claim in claims),
         passed=len(passed & set(short)),
         short=len(short),
-        real=bool(done and done["passed"] and done["explanation"]) if _has_real(lesson) else None,
+        real=real.is_done(done) if _has_real(lesson) else None,
         minutes=sum(other.minutes for other in parts),
     )
 

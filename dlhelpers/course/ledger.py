@@ -98,7 +98,7 @@ def read(path: str | Path | None = None) -> dict[str, Any]:
 
 
 def start(path: str | Path) -> None:
-    """Begin a ledger without rows; one that stands there already is replaced.
+    """Begin a ledger without rows; one that is there already is replaced.
 
     Raises:
         OSError: the folder cannot be written.
@@ -227,7 +227,7 @@ def _lock(path: Path) -> Any:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """Return the ledger that stands there, None without one; what is no ledger is put aside."""
+    """Return the ledger that is there, None without one; what is no ledger is put aside."""
     try:
         return read(path)
     except FileNotFoundError:

@@ -71,7 +71,7 @@ def _fold(module: fx.GraphModule, node: fx.Node) -> tuple[str, str]:
         source = "the input" if layer.op == "placeholder" else _kind(layer) or layer.op
         return (
             "",
-            f"its input comes from {source}; in an exported graph a layer must stand before it",
+            f"its input comes from {source}; in an exported graph a layer must come before it",
         )
     given = _given(layer)
     users = list(_users(layer))

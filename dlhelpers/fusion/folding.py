@@ -71,7 +71,7 @@ def fold_after(layer: nn.Module, bn: nn.Module) -> nn.Module:
     if outputs is None:
         raise TypeError(f"{type(layer).__name__} is neither a convolution nor a linear layer")
     if len(scale) != outputs:
-        raise ValueError(f"BatchNorm over {len(scale)} channels behind {outputs} outputs")
+        raise ValueError(f"BatchNorm over {len(scale)} channels after a layer of {outputs} outputs")
     weight = layer.weight.detach().double()
     if isinstance(layer, _ConvTransposeNd):  # [C_in, C_out / groups, ...]
         grouped = weight.unflatten(0, (layer.groups, -1))

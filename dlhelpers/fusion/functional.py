@@ -121,7 +121,7 @@ def _fold(
         if len(users) != 1 or not calls_batch_norm(users[0]):
             return "", f"the output of {before.target} is used elsewhere, too"
         if tensor_at(root, arguments_of(users[0])["running_mean"]) is not tensors["running_mean"]:
-            return "", f"another batch_norm stands behind {before.target}, too"
+            return "", f"another batch_norm follows {before.target}, too"
     new = fold_after(layer, bn)
     layer.weight, layer.bias = new.weight, new.bias
     node.replace_all_uses_with(given["input"])

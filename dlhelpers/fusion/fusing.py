@@ -44,7 +44,7 @@ def fuse_conv_bn(
     Args:
         model: any; left as it is.
         example_inputs: a tensor; a tuple of positional arguments, or a mapping of keyword ones; a
-            mapping that is itself the only argument stands in a tuple of one. Needed to verify,
+            mapping that is itself the only argument goes into a tuple of one. Needed to verify,
             and for linear layers, where BatchNorm may be over another axis.
         verify: runs both models on the example, four times in a row and in float64 too, and
             compares all outputs.

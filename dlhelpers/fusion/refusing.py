@@ -85,7 +85,7 @@ def _why_not_behind(
         return why
     name = names.get(id(layer), "the layer")
     if any(maker is not layer for maker in calls.makers(bn)):
-        return f"it is called behind {name} and elsewhere"
+        return f"it is called after {name} and elsewhere"
     for users in calls.users(layer):
         if len(users) > 1:
             return f"the output of {name} is used elsewhere, too"
@@ -100,11 +100,11 @@ def _why_not_in_front(
     bn: nn.Module, norm: Norm, layer: nn.Module, calls: Calls, dims: Any, stands: str
 ) -> str:
     if why := why_not_layer(layer, calls) or why_not_before(layer):
-        return f"{stands}; behind it {why}"
+        return f"{stands}; after it {why}"
     if any(users != [layer] for users in calls.users(bn)):
         return f"{stands}; its output is used elsewhere, too"
     if any(maker is not bn for maker in calls.makers(layer)):
-        return f"{stands}; the layer behind it is called without it"
+        return f"{stands}; the layer after it is called without it"
     if hooked := calls.hooked_between(bn, layer):
         return f"{stands}; hooks of {hooked} would see other values"
     return why_not_axis(layer, norm, dims, "in front of a layer")

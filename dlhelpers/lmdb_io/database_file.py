@@ -77,13 +77,13 @@ class DatabaseFile:
             if not isinstance(error, lmdb.Error):
                 raise
             raise schema.DatabaseError(
-                f"{self.path}: record {position} cannot be read ({error}): verify_lmdb tells what "
+                f"{self.path}: record {position} cannot be read ({error}): verify_lmdb lists what "
                 "else is damaged"
             ) from None
         if view is None:
             raise schema.DatabaseError(
                 f"{self.path}: record {position} is missing of {self.meta['count']}: verify_lmdb "
-                "tells what else is damaged"
+                "lists what else is damaged"
             )
         try:
             return schema.unpack_record(view, position, check)

@@ -73,7 +73,7 @@ def _in_order(file: Any, positions: array[int], values: np.ndarray) -> np.ndarra
     found[where[inside]], is_there[where[inside]] = values[inside], True
     if not is_there.all():
         raise schema.DatabaseError(
-            f"{file.path}: the index misses record {int(is_there.argmin())}; verify_lmdb tells "
+            f"{file.path}: the index misses record {int(is_there.argmin())}; verify_lmdb lists "
             "what is damaged"
         )
     return found

@@ -13,8 +13,9 @@ __all__ = ["read_state", "warn_of_left"]
 _DIFFERS = {  # why an epoch cannot go on, and what to do
     "length": "the state is of a dataset of {theirs} items, this one has {mine}: give the same "
     "dataset, or start a new epoch",
-    "items": "the state is of a Subset or ConcatDataset of other items of as many: select the same "
-    "ones, such as by random_split(..., generator=torch.Generator().manual_seed(0))",
+    "items": "the state is of a Subset or ConcatDataset with the same number of items, but other "
+    "ones: select the same ones, such as by "
+    "random_split(..., generator=torch.Generator().manual_seed(0))",
     "seed": "the state has the seed {theirs}, this sampler {mine}: give seed={theirs}",
     "shuffle": "the state has shuffle={theirs}, this sampler {mine}: give shuffle={theirs}",
     "window": "the state has the window {theirs}, this sampler {mine}: give window={theirs}",

@@ -197,7 +197,7 @@ def unpack_record(view: memoryview, position: int, check: bool = True) -> Record
     if check and crc32(view[4:]) != checksum:
         raise DatabaseError(
             f"record {position} is damaged: its checksum differs; verify_lmdb finds all such "
-            "records, a new conversion mends them"
+            "records, and a new conversion fixes them"
         )
     first = HEADER.size + key_size
     last = first + target_size

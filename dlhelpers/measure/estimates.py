@@ -22,7 +22,7 @@ class Estimate:
     Attributes:
         value, low, high: mean and interval, in ``unit``.
         n: number of repetitions.
-        unit: as it stands behind the number, such as ``percentage points``.
+        unit: as it follows the number, such as ``percentage points``.
     """
 
     value: float

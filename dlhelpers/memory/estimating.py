@@ -73,7 +73,7 @@ def estimate(
     Args:
         model: in the mode, on the device and with the weights' types that it will train with.
         inputs: a tensor; a tuple of positional arguments, or a mapping of keyword ones; a mapping
-            that is itself the only argument stands in a tuple of one.
+            that is itself the only argument goes into a tuple of one.
         optimizer: over the model's parameters, whether or not it ever stepped; or what makes one of
             parameters, such as ``torch.optim.AdamW``; None for forward and backward alone.
         loss: model output -> scalar; None for the output's own ``loss`` if it has one, else

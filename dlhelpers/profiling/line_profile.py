@@ -20,11 +20,11 @@ from dlhelpers.profiling.code_report import CodeReport, Row, place_of, unseen
 __all__ = ["LinesReport", "profile_lines"]
 
 SEES = (
-    "line_profiler tells each line of the functions that it was given, with all that the line "
+    "line_profiler times each line of the functions that it was given, with all that the line "
     "calls: {functions}. It pays for every line that runs, so short lines look longer."
 )
 _NESTED = (
-    " A line that calls its own function again counts once for each level, so some stand here with "
+    " A line that calls its own function again counts once for each level, so some show "
     "more than the whole time; cProfile tells such functions right."
 )
 

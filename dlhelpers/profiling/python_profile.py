@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["PythonReport", "profile_python"]
 
 SEES = (
-    "cProfile tells every call of the thread that called fn. It stops at C: a built-in such as "
+    "cProfile records every call of the thread that called fn. It stops at C: a built-in such as "
     "torch.conv2d is one number, and so is all of backward; on CUDA it times launches."
 )
 

@@ -149,7 +149,7 @@ def read_batches(calibration: Any) -> list[Batch]:
             raise TypeError(
                 f"batch {index} of calibration is a {type(item).__name__} of {names}: give a tuple "
                 "of the model's positional inputs, in the order of its forward; a dictionary that "
-                "is itself an input stands in a tuple of one"
+                "is itself an input goes into a tuple of one"
             )
         if next(tensors_in(batch), None) is None:
             raise TypeError(

@@ -55,7 +55,7 @@ def by_place(
             if name in options:
                 raise TypeError(f"input {name} is given twice, by position and by name")
         elif name not in options and default is kinds.empty:
-            raise TypeError(f"input {name} is missing, which stands before {places[last]}")
+            raise TypeError(f"input {name} is missing, which comes before {places[last]}")
         else:
             found.append(options.get(name, default))
     return tuple(found)

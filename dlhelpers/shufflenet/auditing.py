@@ -151,8 +151,8 @@ def _unequal_channels(costs: LayerCosts) -> Iterator[_Broken]:
                 "suspicion",
                 f"a 1x1 convolution from {c1} to {c2} channels moves at least {moved.elements:,} "
                 f"elements, {moved.elements / least:.2f} times the least for its multiply-adds",
-                "for equal multiply-adds memory access is least with as many channels in as out",
-                f"nn.Conv{len(x) - 2}d({equal}, {equal}, 1)  # as many multiply-adds",
+                "for equal multiply-adds memory access is least with equal channels in and out",
+                f"nn.Conv{len(x) - 2}d({equal}, {equal}, 1)  # the same number of multiply-adds",
                 layer.module,
             ),
         )
@@ -175,8 +175,8 @@ def _groups(costs: LayerCosts) -> Iterator[_Broken]:
                 f"a convolution from {c1} to {c2} channels in {groups} groups moves "
                 f"{layer.elements:,} elements for {layer.multiply_adds / 1e6:,.1f} M "
                 "multiply-adds",
-                "with as many multiply-adds and the same input, memory access grows with groups",
-                f"nn.Conv{len(sizes)}d({c1}, {narrow}, {side})  # as many multiply-adds, no groups",
+                "for the same multiply-adds and input, memory access grows with groups",
+                f"nn.Conv{len(sizes)}d({c1}, {narrow}, {side})  # same multiply-adds, no groups",
                 layer.module,
             ),
         )

@@ -206,7 +206,7 @@ def layer_costs(
     Args:
         model: in the mode (train or eval) that is to be counted.
         inputs: a tensor; a tuple of positional arguments, or a mapping of keyword ones; a mapping
-            that is itself the only argument stands in a tuple of one.
+            that is itself the only argument goes into a tuple of one.
         policy: ``conv+linear``: convolutions, matrix products and attention alone, as
             ``torch.utils.flop_counter``; also attention on the CPU, which that leaves out, and in
             eval mode, where it cannot see into ``nn.MultiheadAttention``. ``all``: everything with

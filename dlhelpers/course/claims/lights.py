@@ -1,4 +1,4 @@
-"""Which experiments does this machine light up, and what would light up the others?"""
+"""Which experiments does this machine enable, and what would enable the others?"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Light:
     Attributes:
         name: what it is.
         on: whether it is here.
-        lights: what it lights up, by the numbers of notebooks.
+        lights: what it enables, by the numbers of notebooks.
         get: how one comes by it.
     """
 
@@ -42,14 +42,14 @@ class Light:
 
 
 class Lights(list[Light]):
-    """What lights up; shows itself as a table."""
+    """What a machine enables; shows itself as a table."""
 
     def _table(self) -> tuple[Sequence[str], list[Sequence[str]]]:
         rows = [
             [light.name, "yes" if light.on else "no", light.lights, "" if light.on else light.get]
             for light in self
         ]
-        return ["with", "here", "lights up", "to light it"], rows
+        return ["with", "here", "enables", "how to get it"], rows
 
     def __str__(self) -> str:
         return text_table(*self._table(), names=4)
@@ -69,7 +69,7 @@ def lights_up() -> Lights:
     here = machine.describe()
     lights = [
         Light(
-            "a GPU of NVIDIA's",
+            "an NVIDIA GPU",
             bool(here.cuda_devices),
             "experiments on CUDA in 01, 03, 04 and 08",
             "another machine",

@@ -1,6 +1,6 @@
 """What is one prediction, and how do predictions compare with what was found?
 
-The score stands on the conditions that were predicted and are settled. Beside the reader's stand
+The score is over the conditions that were predicted and are settled. Beside the reader's stand
 three others on the same conditions: folklore's (the tip holds everywhere), that of whoever always
 says no, and the mechanism's, which leaves some open. A size is scored by its distance in factors:
 said 2 where 3 was found is off by 1.5 times, as is 4.5.

@@ -1,7 +1,7 @@
 """How does every figure of the course look?
 
 One axes and one message a figure: the title is the answer, axes carry units, the baseline is grey,
-the treatment blue, what fails orange (Okabe & Ito's colours, told apart by colour-blind readers).
+the treatment blue, what fails orange (Okabe & Ito's colours, for the colour-blind as well).
 Faces are opaque white, so that a figure reads the same in JupyterLab's light and dark theme. Each
 figure carries alt text, which `use_style` puts into the notebook beside the picture.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["memory", "memory_bars"]
 
 _MIB = 2**20
-_DRAWN = 400  # points along the axis; more cannot be told apart
+_DRAWN = 400  # points along the axis; more cannot be distinguished
 _KIND_COLOURS = dict(
     zip(
         ("parameters", "optimizer state", "inputs", "gradients", "activations", "temporaries"),

@@ -42,7 +42,7 @@ def scatter(
     """
     if len(groups) > len(COLOURS):
         raise ValueError(
-            f"{len(groups)} groups are more than the {len(COLOURS)} colours that can be told apart"
+            f"{len(groups)} groups are more than the {len(COLOURS)} distinguishable colours"
         )
     figure, axes = new_axes(title, xlabel, ylabel, alt, figsize=(7.0, 4.2))
     for colour, (name, (x, y)) in zip(COLOURS, groups.items(), strict=False):

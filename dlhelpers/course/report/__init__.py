@@ -1,8 +1,8 @@
-"""Where does each tip hold on this machine, and where does it turn round between machines?
+"""Where does each tip hold on this machine, and where is it reversed between machines?
 
 ``render`` makes one self-contained page of a ledger, ``compare`` puts several ledgers side by
 side, ``run_notebooks`` fills a fresh ledger by running the notebooks without a browser, and
-``main`` is ``python -m dlhelpers report``. A condition turns round between two machines where it
+``main`` is ``python -m dlhelpers report``. A condition is reversed between two machines where it
 holds on one and fails on the other.
 """
 

@@ -18,7 +18,7 @@ class Cell:
 
     Attributes:
         id: by which JupyterLab finds it, in an address that ends in ``#cell-id=...``.
-        number: the one that stands in ``[ ]`` beside it once all cells have been run.
+        number: the one in ``[ ]`` beside it once all cells have been run.
     """
 
     id: str

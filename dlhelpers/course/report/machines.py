@@ -1,6 +1,6 @@
 """Where do machines differ?
 
-A condition turns round where it holds on one machine and fails on another; two machines differ
+A condition is reversed where it holds on one machine and fails on another; two machines differ
 beyond both intervals where these do not meet, whatever the threshold says.
 """
 
@@ -99,7 +99,7 @@ def _gaps_table(lines: Sequence[Line]) -> str:
     body = "".join(
         f"<tr><td>{times or 'a difference'}</td><td>{escape(line.claim.says)}</td>"
         f"<td>{escape(line.name)}</td><td>{escape(low)}</td><td>{escape(high)}</td>"
-        f"<td>{'turns round' if line.turned else ''}</td></tr>"
+        f"<td>{'reversed' if line.turned else ''}</td></tr>"
         for line, times, low, high in map(_told, gaps(lines))
     )
     if not body:

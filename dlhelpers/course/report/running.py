@@ -75,7 +75,7 @@ def run_notebooks(
 
     Args:
         folder: where ``*.ipynb`` lie.
-        ledger: the JSON file; a ledger that stands there is replaced.
+        ledger: the JSON file; a ledger that is there is replaced.
         progress: show a bar over notebooks and one over cells.
         timeout: seconds that one cell may take.
 
@@ -83,7 +83,7 @@ def run_notebooks(
         FileNotFoundError: the folder holds no notebook.
         ImportError: the extra course is not installed.
         OSError: the ledger cannot be written.
-        KeyboardInterrupt: on Ctrl-C; what was settled by then stands in the ledger.
+        KeyboardInterrupt: on Ctrl-C; what was settled by then is in the ledger.
     """
     folder, ledger = Path(folder).absolute(), Path(ledger).absolute()
     paths = sorted(folder.glob("*.ipynb"))

@@ -154,19 +154,20 @@ class Game:
         return then, Round(name, expected, advice, self._pairs[key], self.run(then.settings))
 
     def score(self, turns: int = 3, **games: Played) -> Score:
-        """Run the script as each player left it, in turn, and compare the fastest run of each.
+        """Run the script as found and as each player left it, in turn; compare the fastest runs.
 
         Args:
             turns: runs of each.
             games: player -> what was played; an underscore in a name is shown as a blank.
         """
         named = {name.replace("_", " "): game for name, game in games.items()}
-        took = {game.settings: math.inf for game in named.values()}
+        took = {Settings(): math.inf} | {game.settings: math.inf for game in named.values()}
         for _ in range(turns):
             for settings in took:
                 run = self.script.run(settings, anew=True)
                 took[settings] = min(took[settings], run.total_s)
-        return Score(named, {name: took[game.settings] for name, game in named.items()})
+        final = {name: took[game.settings] for name, game in named.items()}
+        return Score(named, final, took[Settings()])
 
     def run(self, settings: Settings) -> ScriptRun:
         """Return the whole script's run with these settings, the first time by running it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from dlhelpers import measure
 from dlhelpers.course import ledger
-from dlhelpers.course.story.script import Script
+from dlhelpers.course.story.script import TARGET, Script
 from dlhelpers.course.story.settings import MENU, Settings, Step
 from dlhelpers.memory.report import mib
 from dlhelpers.tables import figures, html_table, text_table
@@ -66,6 +66,7 @@ class Change:
         told = []
         if self.epochs:
             told.append("{} epochs to the target instead of {}".format(*self.epochs[::-1]))
+            told.append("one seed, and the interval is that of a step")
         if self.peak_bytes:
             told.append("peak {} instead of {}".format(*map(mib, self.peak_bytes[::-1])))
         return told
@@ -108,9 +109,11 @@ def change(*, script: Script | None = None, budget_s: float = 2.0, **field: Any)
     epochs = peaks = None
     factor, outcome = 1.0, str(pair.outcome)
     if step.field in ("softmax", "depthwise"):
-        before, after = (script.train_in_memory(state).epochs for state in states)
-        epochs, factor = (before, after), before / after
-        outcome = _outcome(factor * pair.low, factor * pair.high)
+        before, after = map(script.train_in_memory, states)
+        outcome = "undecided"
+        if min(before.accuracy, after.accuracy) >= TARGET:
+            epochs, factor = (before.epochs, after.epochs), before.epochs / after.epochs
+            outcome = _outcome(factor * pair.low, factor * pair.high)
     if step.part == "valid":
         before, after = map(script.validation_bytes, states)
         peaks = (before, after)

@@ -85,8 +85,9 @@ class Played:
         for number, (done, gain) in enumerate(zip(self.rounds, self.gains(), strict=True), start=1):
             said = f"{done.advice[0]}, {done.advice[1]:.2f}x" if done.advice else ""
             pair = done.pair
-            told = [pair.low, pair.high] if math.isfinite(pair.high) else []
-            got = f"{figures(pair.speedup)}x [{', '.join(map(figures, told)) or 'no interval'}]"
+            got = "undecided: no interval"
+            if math.isfinite(pair.high):
+                got = f"{figures(pair.speedup)}x [{figures(pair.low)}, {figures(pair.high)}]"
             after = duration(done.run.total_s)
             expected = f"{done.expected:.2f}x"
             rows.append((str(number), done.name, said, got, expected, f"{gain:.2f}x", after))
@@ -114,16 +115,18 @@ class Score:
         games: player -> what was played.
         final_s: player -> seconds of the whole script at the end, the fastest of a few runs, which
             all players' scripts made in turn.
+        found_s: the same of the script as found, which ran in the same turns.
     """
 
     games: Mapping[str, Played]
     final_s: Mapping[str, float]
+    found_s: float
 
     @property
     def speedups(self) -> dict[str, float]:
         """Player -> time of the script as found / at the end, the fastest first."""
         order = sorted(self.games, key=self.final_s.__getitem__)
-        return {name: self.games[name].found.total_s / self.final_s[name] for name in order}
+        return {name: self.found_s / self.final_s[name] for name in order}
 
     _HEAD = ("player", "the script at the end", "times as fast", "its changes, in order")
 

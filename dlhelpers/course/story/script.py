@@ -106,6 +106,7 @@ class Script:
         model = self.model(settings).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
         batches = forever(self.loader("train", settings))
+        next(batches)  # starts DALI or a worker, once: no timed step pays for it
         return lambda: train_batch(model, optimizer, next(batches))
 
     def validate_step(self, settings: Settings) -> Callable[[], None]:

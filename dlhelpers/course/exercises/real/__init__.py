@@ -15,7 +15,7 @@ import html
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from dlhelpers.course import ledger
 from dlhelpers.course.claims import lessons
 from dlhelpers.course.exercises.real.tasks import BlankError, Reached, RefusedError, Task, is_blank
 
-__all__ = ["Attempt", "attempt", "names", "offered", "review"]
+__all__ = ["Attempt", "attempt", "is_done", "names", "offered", "review"]
 
 _SHOWN_AFTER = 3  # attempts
 
@@ -160,6 +160,11 @@ def review(id: str) -> None:
     print("A good explanation says:", *(f"- {point}" for point in task.rubric), sep="\n")
     print(f"\nOne that does: {task.explanation}\n")
     show_source(task.solution)
+
+
+def is_done(row: Mapping[str, Any] | None) -> bool:
+    """Whether a row of the ledger says that the goal was reached, and why, in three sentences."""
+    return bool(row and row["passed"] and _sentences(row["explanation"]) >= 3)
 
 
 def _find(id: str) -> Task:

@@ -73,6 +73,12 @@ def redesigned(block: nn.Module, x: Tensor) -> nn.Module:
     )
 
 
+def _is_affine(block: nn.Module, x: Tensor) -> bool:
+    """Whether a block in eval mode is a linear map and a shift: f(x) + f(-x) = 2 f(0)."""
+    zero = block(torch.zeros_like(x))
+    return torch.allclose(block(x) + block(-x), 2 * zero, rtol=1e-3, atol=1e-4)
+
+
 def _measure(make: Callable[[], Any], answer: Callable[..., Any]) -> Reached:
     with torch.no_grad():
         block, x = make()
@@ -94,6 +100,11 @@ def _measure(make: Callable[[], Any], answer: Callable[..., Any]) -> Reached:
             raise RefusedError(
                 f"{count:,} multiply-adds, {count / old_count:.2f} times the {old_count:,} of the "
                 f"old block: stay within {_BAND:.0%}, for instance by another number of channels"
+            )
+        if _is_affine(new, x) and not _is_affine(block, x):
+            raise RefusedError(
+                "the new block has no activation left, so that all of it is one linear layer: keep "
+                "at least one activation"
             )
         compared = measure.compare(lambda: block(x), lambda: new(x), threshold=_GOAL, budget_s=4)
     advice = (
