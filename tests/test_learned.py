@@ -6,6 +6,7 @@ from dlhelpers.course import claims, exercises, ledger
 from dlhelpers.course.claims import catalog
 from dlhelpers.course.learned import learned
 
+SAID = "It was slow here. It is fast now. I measured both sides."
 CLAIM = "shufflenet.element-wise"
 
 
@@ -53,10 +54,16 @@ def test_a_real_exercise_is_done_with_its_explanation(path):
     }  # fmt: skip
     ledger.record(row, "real")
     assert progress("05").real is False
-    for half in ({"explanation": "Because."}, {"passed": False, "explanation": "One. Two. Three."}):
+    for half in (
+        {"explanation": "Because."},
+        {
+            "passed": False,
+            "explanation": SAID,
+        },
+    ):
         ledger.record(row | half, "real")
         assert progress("05").real is False
-    ledger.record(row | {"explanation": "One. Two. Three."}, "real")
+    ledger.record(row | {"explanation": SAID}, "real")
     assert progress("05").real is True
     assert progress("00").real is None
 

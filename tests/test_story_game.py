@@ -51,7 +51,7 @@ class Fake:
 def game():
     compared = []
 
-    def compare(before, after, *, budget_s):
+    def compare(before, after, *, budget_s, setup=None):
         (part, one), (same, other) = before(), after()
         assert part == same
         compared.append((part, one, other))

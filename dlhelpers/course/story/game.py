@@ -16,7 +16,7 @@ from typing import Any
 from dlhelpers import measure
 from dlhelpers.course.story.played import Played, Round, Score
 from dlhelpers.course.story.runs import ScriptRun
-from dlhelpers.course.story.script import Script
+from dlhelpers.course.story.script import Script, fair_steps
 from dlhelpers.course.story.settings import MENU, Part, Settings
 from dlhelpers.findings import Findings
 
@@ -142,13 +142,14 @@ class Game:
         Raises:
             ValueError: it is not on the menu, or the expected gain is not above 0.
         """
-        if not expected > 0:
+        if not isinstance(expected, (int, float)) or not 0 < expected < math.inf:
             raise ValueError(f"the gain to expect must be above 0, such as 1.5, got {expected!r}")
         then, part = position.then(name), MENU[name].part
         key = _key(part, position.settings), _key(part, then.settings)
         if key not in self._pairs:
-            steps = (self.script.step(part, one.settings) for one in (position, then))
-            self._pairs[key] = self.compare(*steps, budget_s=1.5)
+            steps, setup = fair_steps(self.script, part, position.settings, then.settings)
+            budget_s = 1.5 if setup is None else 4.0
+            self._pairs[key] = self.compare(*steps, budget_s=budget_s, setup=setup)
         finding = next(iter(self._looks.get(key[0], ())), None)
         advice = (finding.name, getattr(finding, "speedup", 1.0)) if finding else None
         return then, Round(name, expected, advice, self._pairs[key], self.run(then.settings))
@@ -160,6 +161,8 @@ class Game:
             turns: runs of each.
             games: player -> what was played; an underscore in a name is shown as a blank.
         """
+        if turns < 1:
+            raise ValueError(f"turns must be 1 or more, got {turns}")
         named = {name.replace("_", " "): game for name, game in games.items()}
         took = {Settings(): math.inf} | {game.settings: math.inf for game in named.values()}
         for _ in range(turns):

@@ -27,9 +27,10 @@ from dlhelpers.course.story.settings import BATCH, Part, Settings
 from dlhelpers.dali_io.sources import has_dali
 from dlhelpers.findings import Findings
 
-__all__ = ["Script"]
+__all__ = ["Script", "fair_steps"]
 
 LEARNING_RATE = 0.002
+_AHEAD = 4  # batches that a loader may have prepared
 TARGET = 0.75  # accuracy on the validation photographs, at which training ends
 
 
@@ -246,3 +247,23 @@ def _for_training(settings: Settings) -> Settings:
     """Return the settings with those of scoring as found."""
     found, scoring = Settings(), ("score_batch", "fold", "int8", "draft")
     return dataclasses.replace(settings, **{name: getattr(found, name) for name in scoring})
+
+
+def fair_steps(
+    script: Script, part: Part, before: Settings, after: Settings
+) -> tuple[tuple[Callable[[], Any], Callable[[], Any]], Callable[[], None] | None]:
+    """Return a part's steps in two states, and what has to run before each timed one.
+
+    A loader with threads of its own prepares batches while the other side of a pair runs, and
+    would be given them for nothing: its side is used up first, untimed.
+    """
+    steps = script.step(part, before), script.step(part, after)
+    states = zip(steps, (before, after), strict=True)
+    ahead = [step for step, state in states if part == "train" and state.dali]
+
+    def use_up() -> None:
+        for step in ahead:
+            for _ in range(_AHEAD):
+                step()
+
+    return steps, use_up if ahead else None

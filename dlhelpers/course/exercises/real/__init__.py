@@ -118,7 +118,7 @@ def attempt(
     except Exception as error:  # an answer may raise anything
         refused = f"it raised {type(error).__name__}: {error}"
     row = _keep(task, name, reached, explanation)
-    return Attempt(task, reached, refused, _sentences(row["explanation"]) >= 3, row["attempts"])
+    return Attempt(task, reached, refused, _is_explained(row["explanation"]), row["attempts"])
 
 
 def names(id: str) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ def review(id: str) -> None:
 
 def is_done(row: Mapping[str, Any] | None) -> bool:
     """Whether a row of the ledger says that the goal was reached, and why, in three sentences."""
-    return bool(row and row["passed"] and _sentences(row["explanation"]) >= 3)
+    return bool(row and row["passed"] and _is_explained(row["explanation"]))
 
 
 def _find(id: str) -> Task:
@@ -182,7 +182,7 @@ def _made_by(task: Task, on: str | Callable[[], Any] | None) -> tuple[Callable[[
         on = next(iter(task.offered))
     if callable(on) and not isinstance(on, str):
         return on, "your own"
-    if on not in task.offered:
+    if not isinstance(on, str) or on not in task.offered:
         known = ", ".join(map(repr, task.offered))
         raise ValueError(
             f"on must be one of {known}, or a function without arguments that makes {task.own}, "
@@ -191,8 +191,10 @@ def _made_by(task: Task, on: str | Callable[[], Any] | None) -> tuple[Callable[[
     return task.offered[on], on
 
 
-def _sentences(text: str) -> int:
-    return len(re.findall(r"\w[^.!?]*[.!?](?=\s|$)", text))
+def _is_explained(text: str) -> bool:
+    """Whether a text has three sentences, of three words or more each."""
+    found = re.split(r"(?<=[.!?])\s+", text.strip())
+    return sum(len(re.findall(r"\w+", sentence)) > 2 for sentence in found) >= 3
 
 
 def _kept(id: str) -> dict[str, Any] | None:

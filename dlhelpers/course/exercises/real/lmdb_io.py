@@ -108,7 +108,7 @@ def _measure(make: Callable[[], Any], answer: Callable[..., Any]) -> Reached:
         new = given(answer, folder, path)
         order = torch.randperm(len(old), generator=torch.Generator().manual_seed(0))
         order = order[:_COUNT].tolist()
-        if not isinstance(new, LMDBDataset) or new.path != path.resolve():
+        if type(new) is not LMDBDataset or new.path != path.resolve():
             raise RefusedError(
                 "the answer must be an LMDBDataset of the path that is given, "
                 f"got {type(new).__name__}"

@@ -83,8 +83,9 @@ def _measure(make: Callable[[], Any], answer: Callable[..., Any]) -> Reached:
     model, loss, inputs, targets = make()
     model.train()
     plain, tried, new = (copy.deepcopy(model) for _ in range(3))
-    given(answer, tried, loss, inputs.clone(), targets.clone())  # blank answers measure nothing
-    _same_gradients(tried, _after_plain(copy.deepcopy(model), loss, inputs, targets))
+    others = inputs.roll(1, 0)  # not the data that is measured, so nothing can be kept for it
+    given(answer, tried, loss, others.clone(), targets.clone())  # blank answers measure nothing
+    _same_gradients(tried, _after_plain(copy.deepcopy(model), loss, others, targets))
     before = measure_peak(lambda: _plain(plain, loss, inputs, targets))
     after = measure_peak(lambda: answer(new, loss, inputs, targets))
     _same_gradients(new, plain)

@@ -123,7 +123,13 @@ def _measure(make: Callable[[], Any], answer: Callable[..., Any]) -> Reached:
     for step in (old, handed_out):
         _turn_data_over(step)
     _need_same(old(), new(), "on other data the results differ: compute them at each call")
-    compared = measure.compare(old, new, threshold=_GOAL, budget_s=4)
+
+    def other_data() -> None:
+        for step in (old, handed_out):
+            _turn_data_over(step)
+
+    compared = measure.compare(old, new, threshold=_GOAL, budget_s=4, setup=other_data)
+    _need_same(old(), new(), "on other data the results differ: compute them at each call")
     reached = speedup_reached(compared, _GOAL, "")
     if reached.passed:
         return reached
@@ -143,11 +149,11 @@ def _need_same(wanted: Tensor, found: Any, message: str) -> None:
 
 
 def _turn_data_over(step: Step) -> None:
-    """Change the order of the data that a step has in its closure, in place."""
+    """Move the data that a step has in its closure, in place."""
     for cell in getattr(step, "__closure__", None) or ():
         data = cell.cell_contents
         if isinstance(data, Tensor) and data.dim() and not data.requires_grad:
-            data.copy_(data.flip(0))
+            data.copy_(data.roll(1, 0))
 
 
 TASK = Task(

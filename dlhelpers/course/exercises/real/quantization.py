@@ -96,6 +96,7 @@ def choice(model: nn.Module, data: list[Tensor]) -> dict[str, Any]:
 
 def _measure(make: Callable[[], Any], answer: Callable[..., Any]) -> Reached:
     model, data = make()
+    model.eval()
     *calibration, held_out = data
     if not calibration:
         raise RefusedError("two batches are needed at least: the last one is held out")
@@ -151,7 +152,7 @@ def _need_choice(chosen: Any, model: nn.Module) -> None:
     named = chosen["left_float"]
     if not isinstance(named, list) or not set(named) <= set(layers):
         raise RefusedError(f"left_float must list layers of {', '.join(layers)}, got {named!r}")
-    if len(set(named)) > _FLOAT_LAYERS:
+    if len(named) > _FLOAT_LAYERS:
         raise RefusedError(f"left_float may name {_FLOAT_LAYERS} layers at most, got {named!r}")
 
 
