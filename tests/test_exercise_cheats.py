@@ -18,6 +18,7 @@ from dlhelpers import shufflenet
 from dlhelpers.course import exercises
 from dlhelpers.course.exercises import check
 from dlhelpers.course.exercises import memory as memory_exercises
+from dlhelpers.course.exercises.watching import has_loop
 from dlhelpers.dali_io.loader import count_batches
 from dlhelpers.lmdb_io.schema import position_key
 from dlhelpers.lmdb_io.shards import part
@@ -1117,3 +1118,13 @@ def test_watching_leaves_no_profiler_and_respects_one():
     finally:
         sys.setprofile(None)
     assert seen
+
+
+def test_a_while_is_a_loop_as_well():
+    def counting(x):
+        while x > 0:
+            x -= 1
+        return x
+
+    assert has_loop(counting)
+    assert not has_loop(lambda x: x + 1)

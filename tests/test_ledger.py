@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlhelpers.course import ledger, ledger_schema
@@ -111,6 +111,7 @@ def test_numbers_that_are_not_finite_are_null(path, value):
     assert (kept["effect"], kept["high"]) == (None, None)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=20), st.floats(allow_nan=False, allow_infinity=False))
 @example("\ud800 lone surrogate", 1e308)
 @example('"\\\n', 5e-324)

@@ -17,6 +17,7 @@ from dlhelpers.course.data import photos
 from dlhelpers.course.exercises import real
 from dlhelpers.course.exercises.real import dali_io
 from dlhelpers.lmdb_io import LMDBDataset, write_lmdb
+from dlhelpers.shufflenet import layer_costs
 
 IDS = ["01", "02", "03", "04", "05", "06", "07", "08"]
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -567,3 +568,12 @@ def test_images_kept_in_memory_are_no_database(folder, clock):
 @pytest.mark.parametrize("name", real.names("02"))
 def test_the_offered_folders_are_read_faster_on_this_machine(name):
     assert solve("02", name).passed
+
+
+def test_a_block_with_half_of_the_multiply_adds_is_refused(clock):
+    block, x = real.offered("05", "grouped")
+    count = layer_costs(block, x).multiply_adds
+    half = layer_costs(nn.Conv2d(x.shape[1], x.shape[1], 1), x).multiply_adds
+    layers = [nn.Conv2d(x.shape[1], x.shape[1], 1) for _ in range(max(1, round(count / 2 / half)))]
+    found = refusal("05", lambda block, x: nn.Sequential(*layers, nn.ReLU()), "grouped")
+    assert "multiply-adds" in found

@@ -67,8 +67,9 @@ def interval(
     An end that is None or infinite runs to the end of the axis; without an effect only the
     threshold is drawn.
     """
-    told, ends, colour = [], (scale.low, scale.high), colour_of(verdict)
+    ends, colour = (scale.low, scale.high), colour_of(verdict)
     has_effect = effect is not None and math.isfinite(effect)
+    told = [] if has_effect else ["no number was measured here"]
     if has_effect:
         ends = tuple(
             end if end is not None and math.isfinite(end) else limit
