@@ -577,3 +577,26 @@ def test_a_block_with_half_of_the_multiply_adds_is_refused(clock):
     layers = [nn.Conv2d(x.shape[1], x.shape[1], 1) for _ in range(max(1, round(count / 2 / half)))]
     found = refusal("05", lambda block, x: nn.Sequential(*layers, nn.ReLU()), "grouped")
     assert "multiply-adds" in found
+
+
+def test_an_error_in_what_is_the_readers_own_is_no_attempt():
+    def broken():
+        raise ZeroDivisionError("division by zero")
+
+    with pytest.raises(ValueError, match=r"on raised ZeroDivisionError: .* anew at each call"):
+        real.attempt("05", real._find("05").solution, broken, THREE)
+    assert not ledger.default_path().exists()
+
+
+def test_a_block_that_works_less_in_later_calls_is_refused(clock):
+    class Lazy(nn.Module):
+        def __init__(self, block, channels):
+            super().__init__()
+            self.block, self.cheap, self.calls = block, nn.Conv2d(channels, channels, 1), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.block(x) if self.calls < 6 else self.cheap(x)
+
+    found = refusal("05", lambda block, x: Lazy(block, x.shape[1]), "grouped")
+    assert "other work in later calls" in found or "multiply-adds" in found

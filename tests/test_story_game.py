@@ -226,6 +226,12 @@ def test_who_changes_nothing_scores_exactly_one(game):
     assert game.score(nobody=passed).speedups == {"nobody": 1.0}
 
 
+@pytest.mark.parametrize("said", ["scoring in batches", ("scoring in batches",), 2.0])
+def test_a_player_that_returns_something_else_is_refused(game, said):
+    with pytest.raises(ValueError, match="a player returns"):
+        game.play(lambda position: said)
+
+
 def test_a_reader_plays_on_the_board(game, diagnosed):
     pytest.importorskip("ipywidgets")
     diagnosed.found["score"] = [("python-loop", 4.0, "score_batch")]

@@ -121,7 +121,8 @@ class Game:
             rounds: other than the game's own.
 
         Raises:
-            ValueError: a change is not on the menu, or the expected gain is not above 0.
+            ValueError: a player returns something else, a change is not on the menu, or the
+                expected gain is not above 0.
         """
         from dlhelpers import progress
 
@@ -131,6 +132,8 @@ class Game:
             for _ in range(count):
                 if (said := player(position)) is None:
                     break
+                if not isinstance(said, tuple) or len(said) != 2:
+                    raise ValueError(f"a player returns (name, gain) or None, got {said!r}")
                 position, done = self.move(position, *said)
                 played = Played(played.found, (*played.rounds, done))
                 shown.update(1)

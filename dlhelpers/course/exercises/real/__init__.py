@@ -17,11 +17,19 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dlhelpers.course import ledger
 from dlhelpers.course.claims import lessons
-from dlhelpers.course.exercises.real.tasks import BlankError, Reached, RefusedError, Task, is_blank
+from dlhelpers.course.exercises.real.tasks import (
+    BlankError,
+    OwnError,
+    Reached,
+    RefusedError,
+    Task,
+    is_blank,
+)
 
 __all__ = ["Attempt", "attempt", "is_done", "names", "offered", "review"]
 
@@ -98,7 +106,7 @@ def attempt(
 
     Raises:
         TypeError: answer is no function, or explanation no text.
-        ValueError: there is no such exercise, or nothing of this name is offered.
+        ValueError: there is no such exercise, nothing of this name is offered, or ``on`` raised.
     """
     task = _find(id)
     make, name = _made_by(task, on)
@@ -113,6 +121,8 @@ def attempt(
         reached = task.measure(make, answer)
     except BlankError:
         return Attempt(task)
+    except OwnError:  # no fault of the answer: nothing is counted
+        raise
     except RefusedError as error:
         refused = str(error)
     except Exception as error:  # an answer may raise anything
@@ -181,7 +191,7 @@ def _made_by(task: Task, on: str | Callable[[], Any] | None) -> tuple[Callable[[
     if on is None:
         on = next(iter(task.offered))
     if callable(on) and not isinstance(on, str):
-        return on, "your own"
+        return partial(_own, on, task), "your own"
     if not isinstance(on, str) or on not in task.offered:
         known = ", ".join(map(repr, task.offered))
         raise ValueError(
@@ -189,6 +199,15 @@ def _made_by(task: Task, on: str | Callable[[], Any] | None) -> tuple[Callable[[
             f"got {on!r}"
         )
     return task.offered[on], on
+
+
+def _own(on: Callable[[], Any], task: Task) -> Any:
+    try:
+        return on()
+    except Exception as error:
+        raise OwnError(
+            f"on raised {type(error).__name__}: {error}; it must make {task.own}, anew at each call"
+        ) from error
 
 
 def _is_explained(text: str) -> bool:

@@ -107,6 +107,8 @@ def _measure(make: Callable[[], Any], answer: Callable[..., Any]) -> Reached:
                 "at least one activation"
             )
         compared = measure.compare(lambda: block(x), lambda: new(x), threshold=_GOAL, budget_s=4)
+        if layer_costs(new, x).multiply_adds != count:
+            raise RefusedError("the new block does other work in later calls")
     advice = (
         "audit(new, x) names what still breaks a guideline, and layer_costs(new, x) shows which "
         "layer moves the most bytes"

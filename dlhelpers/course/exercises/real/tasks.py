@@ -10,7 +10,16 @@ from typing import Any
 
 from dlhelpers.measure import Comparison
 
-__all__ = ["BlankError", "Reached", "RefusedError", "Task", "given", "is_blank", "speedup_reached"]
+__all__ = [
+    "BlankError",
+    "OwnError",
+    "Reached",
+    "RefusedError",
+    "Task",
+    "given",
+    "is_blank",
+    "speedup_reached",
+]
 
 
 _CONSTANT = {"RESUME", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
@@ -18,6 +27,10 @@ _CONSTANT = {"RESUME", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
 
 class BlankError(Exception):
     """The answer is still ``...``."""
+
+
+class OwnError(ValueError):
+    """What the reader wanted to work on could not be made."""
 
 
 class RefusedError(Exception):
