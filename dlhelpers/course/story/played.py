@@ -128,21 +128,21 @@ class Score:
         order = sorted(self.games, key=self.final_s.__getitem__)
         return {name: self.found_s / self.final_s[name] for name in order}
 
-    _HEAD = ("player", "the script at the end", "times as fast", "its changes, in order")
+    _HEAD = ("player", "its changes, in order", "the script at the end", "times as fast")
 
     def _rows(self) -> list[tuple[str, ...]]:
         return [
             (
                 name,
+                ", ".join(done.name for done in self.games[name].rounds) or "none",
                 duration(self.final_s[name]),
                 figures(speedup),
-                ", ".join(done.name for done in self.games[name].rounds) or "none",
             )
             for name, speedup in self.speedups.items()
         ]
 
     def __repr__(self) -> str:
-        return text_table(self._HEAD, self._rows(), names=1)
+        return text_table(self._HEAD, self._rows(), names=2)
 
     def _repr_html_(self) -> str:
-        return html_table(self._HEAD, self._rows(), names=1)
+        return html_table(self._HEAD, self._rows(), names=2)
