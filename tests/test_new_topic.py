@@ -50,6 +50,7 @@ EXERCISES = (
 """
 CELLS = [
     ("markdown", "# 90 · Is a toy fast?\n\n**Minutes:** 5 to read."),
+    ("markdown", "## The tips\n\n<!-- tips -->\n<!-- end -->"),
     ("code", 'claims.card("toy.is-fast").judge({"one toy": 1})'),
     ("markdown", "## Take away\n\nPrevious: [nothing yet](00_start_here.ipynb)."),
 ]
