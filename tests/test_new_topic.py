@@ -121,7 +121,7 @@ def test_the_report_shows_its_claim_with_a_link(copy):
     run(copy, "-m", "dlhelpers", "report")
     page = (copy / "report.html").read_text("utf-8")
     assert "A toy is fast." in page
-    assert "notebooks/90_toy.ipynb#cell-id=c1" in page
+    assert "notebooks/90_toy.ipynb#cell-id=c2" in page
 
 
 def test_the_readme_lists_the_notebook_and_the_module(copy):
