@@ -63,10 +63,11 @@ def _fleeting() -> type:
             self.displayed = True
 
         def _line(self) -> str:
-            """Say what was counted, without a time: the line is compared when cells run again."""
+            """Say what is counted, the same at the beginning and the end.
+
+            What runs a notebook again to compare its outputs may see the first text alone.
+            """
             name = self.desc.removesuffix(": ") or ("done" if self.unit == "it" else self.unit)
-            if self.total == 1:
-                return name
-            return f"{name}: {self.n:,}" + ("" if self.total is None else f" of {self.total:,}")
+            return name if self.total in (None, 1) else f"{name}: {self.total:,}"
 
     return Fleeting
