@@ -93,7 +93,7 @@ def learned() -> Learned:
 
 
 def _progress(lesson: Lesson, found: dict[str, Any]) -> LessonProgress:
-    parts = [other for other in lessons() if lesson.number in (other.number, other.continues)]
+    parts = [other for other in lessons() if other.is_part_of(lesson)]
     stems = {other.stem for other in parts}
     claims = [claim for claim in all_claims() if claim.notebook in stems]
     ids = {claim.id for claim in claims}

@@ -162,7 +162,7 @@ def _groups(costs: LayerCosts) -> Iterator[_Broken]:
     for layer, c1, c2, pixels, _, groups in _convolutions(costs):
         if groups == 1 or groups == c1:
             continue
-        more = pixels * (c2 - c2 / groups)  # elements of equation 2, against g = 1 and as many B
+        more = pixels * (c2 - c2 / groups)  # elements of equation 2, against g = 1 and the same B
         sizes = tuple(layer.shapes[1][2:])
         side = sizes[0] if len(set(sizes)) == 1 else sizes
         narrow = max(1, c2 // groups)

@@ -92,7 +92,7 @@ _MOVES = {
     *("masked_scatter_", "pixel_unshuffle", "block_diag", "diagonal_scatter", "diag_embed"),
     *("bucketize", "searchsorted", "tril_", "triu_", "repeat_interleave"),
 }
-# as many sums as elements are put in
+# one sum per input element
 _ADD_IN = {"index_add", "index_add_", "scatter_add", "scatter_add_"}
 _ADD_IN |= {"scatter_reduce", "scatter_reduce_"}
 # each element of the output is made of one of each input, and torch gives them no tag

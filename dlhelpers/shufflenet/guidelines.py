@@ -107,7 +107,7 @@ def guideline_networks(
     Args:
         guideline: ``G1`` to ``G4``.
         channels: the numbers of channels that the paper took for its GPU or for its ARM processor.
-        scale: so many times as many; 1, 2 and 4 are the tables' columns.
+        scale: factor on the tables' channels; 1, 2 and 4 are the tables' columns.
 
     Raises:
         ValueError: there is no such experiment.

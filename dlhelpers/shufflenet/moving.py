@@ -116,7 +116,7 @@ def _at_most(name: str, given: Mapping[str, Any], out: Any) -> dict[int, int]:
 
 
 def _indexed(tensor: Tensor, indices: Sequence[Tensor | None]) -> int:
-    """Return how many elements the indices select: with a mask, as many as there are."""
+    """Return how many elements the indices select: of a mask all, its upper bound."""
     given = [index for index in indices if index is not None]
     if any(index.dtype in (torch.bool, torch.uint8) for index in given):
         return tensor.numel()

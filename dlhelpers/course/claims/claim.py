@@ -68,6 +68,10 @@ class Lesson:
         """The number of the lesson whose smaller tips it holds; empty where it is a main one."""
         return self.number[:2] if len(self.number) > 2 else ""
 
+    def is_part_of(self, main: Lesson) -> bool:
+        """Whether it is this main lesson, or continues it."""
+        return main.number in (self.number, self.continues)
+
 
 @dataclass(frozen=True)
 class Condition:
